@@ -1,0 +1,163 @@
+"""The mesh, and the one table in which logical axis names meet mesh axes. Nothing else knows a mesh axis."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes that split it. `token_width` (embedding tables) is split by width over both
+# parameter axes: split as (vocab, embed), XLA replicates the gathered activations.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor",),
+    "token_width": ("fsdp", "tensor"),
+    "vocab": (),
+    "layers": (),
+    "length": (),
+}
+# Tables are split by width, so that writing and reading rows is local; by rows, every write gathers the batch.
+TABLE_WIDTH = (("data", "fsdp"), ("data",), ("fsdp",))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis.
+
+    Attributes:
+        data: copies of the parameters; -1 takes every device the other axes leave.
+        fsdp: shards of parameters, gathered where they are used.
+        tensor: shards of heads and feed-forward width.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor); one device is the mesh (1, 1, 1), not another path.
+
+    Args:
+        config: devices per axis.
+        devices: what the mesh is made of; all devices of all processes by default.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    devices = jax.devices() if devices is None else devices
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f"mesh: expected positive sizes and at most one -1, got {dict(zip(AXES, sizes))}"
+        )
+    if -1 in sizes:
+        known = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh: expected sizes whose product is the number of devices, {len(devices)}, got "
+            f"{dict(zip(AXES, sizes))}; set --config.mesh.data=-1 to take the devices that are left"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(
+    logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str
+) -> PartitionSpec:
+    """The mesh axes of an array from the logical names of its axes.
+
+    Args:
+        logical: one name of `RULES`, "table_width" or None for each axis.
+        shape: the array's shape.
+        mesh: see `make_mesh`.
+        name: what to call the array in an error.
+
+    Raises:
+        ValueError: a mesh axis does not divide the array's axis.
+    """
+    parts = []
+    for axis, size in zip(logical, shape, strict=True):
+        if axis == "table_width":
+            fitting = [c for c in TABLE_WIDTH if size % _extent(mesh, c) == 0]
+            mesh_axes = max(fitting, key=lambda c: _extent(mesh, c), default=())
+        else:
+            mesh_axes = () if axis is None else RULES[axis]
+        extent = _extent(mesh, mesh_axes)
+        if size % extent:
+            raise ValueError(
+                f"sharding: {name} {shape}: axis {axis!r} of size {size} does not divide into the {extent} "
+                f"shards of mesh axes {mesh_axes}; choose a mesh whose sizes divide it"
+            )
+        parts.append(mesh_axes if extent > 1 else None)
+    return PartitionSpec(*parts)
+
+
+def named(
+    logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str
+) -> NamedSharding:
+    """`spec` as a NamedSharding on `mesh`."""
+    return NamedSharding(mesh, spec(logical, shape, mesh, name))
+
+
+def of_params(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a parameter tree as `Module.init` gives it, boxed with logical names.
+
+    Args:
+        boxed: tree (abstract or not) whose leaves are `nn.LogicallyPartitioned` or plain arrays (replicated).
+        mesh: see `make_mesh`.
+    """
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if isinstance(leaf, nn.Partitioned):
+            return named(leaf.names, leaf.value.shape, mesh, name)
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(
+        one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+
+
+def of_batch(batch: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a batch or of inputs: the first axis of every array over the batch axes.
+
+    Raises:
+        ValueError: the batch does not divide over the devices.
+    """
+
+    def one(path, leaf):
+        name = "batch" + jax.tree_util.keystr(path, simple=True, separator=".")
+        return named(("batch",) + (None,) * (leaf.ndim - 1), leaf.shape, mesh, name)
+
+    return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Within jit, pins an activation to logical axes; does nothing where no mesh is set.
+
+    Args:
+        x: an array.
+        *logical: one name of `RULES` or None for each axis of x.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(logical, x.shape, mesh, "activation"))
+
+
+def _extent(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))

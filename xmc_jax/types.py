@@ -1,0 +1,100 @@
+"""The pytrees that travel between modules.
+
+Shape letters, the same in every docstring of the package:
+
+    N train documents   M test documents   L labels      B documents of a batch   U labels of a batch
+    T tokens per text   D model width      H heads       F feed-forward width     V vocabulary
+    C free vectors      E image width      K images      k retrieved
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array  # or a numpy array: a batch is numpy until it is handed to the devices
+
+
+@flax.struct.dataclass
+class Inputs:
+    """One side of a batch, or a slice of a split: texts, and later images, of items.
+
+    Attributes:
+        tokens: i32[n, T], right padded; what stands past `lengths` is ignored.
+        lengths: i32[n], tokens per text, in [1, T]. The mask is `arange(T) < length`.
+        images: f32[n, K, E] frozen image embeddings, or None for text only.
+        image_count: i32[n], images per item, or None for text only.
+    """
+
+    tokens: Array
+    lengths: Array
+    images: Array | None = None
+    image_count: Array | None = None
+
+
+@flax.struct.dataclass
+class Batch:
+    """Documents and the labels sampled for them.
+
+    Attributes:
+        document: texts of the B documents.
+        label: texts of the U labels; column `i * positives_per_document + p` was sampled for row i.
+        document_ids: i32[B], all different.
+        label_ids: i32[U]; a label may occur more than once.
+        relevance: bool[B, U]; `relevance[i, j]` says label_ids[j] is a positive of document_ids[i].
+    """
+
+    document: Inputs
+    label: Inputs
+    document_ids: Array
+    label_ids: Array
+    relevance: Array
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """Embeddings of n items.
+
+    Attributes:
+        pooled: f32[n, D], before normalisation; the label prototype network combines these.
+        unit: f32[n, D], L2-normalised; what similarities are taken of.
+    """
+
+    pooled: Array
+    unit: Array
+
+
+@flax.struct.dataclass
+class Tables:
+    """Per-document and per-label arrays kept across steps (not trained by gradient).
+
+    Attributes:
+        document_bank: [N, D], the unit embedding of each document as of its last visit.
+        centroids: [L, D], mean unit embedding of the training documents of each label; None without PRIME.
+        free_vector_of: i32[L], the row of the free vectors that a label uses; None without PRIME.
+        leaf_order: i32[N], documents in the order of the leaves of the last balanced clustering.
+    """
+
+    document_bank: Array
+    centroids: Array | None
+    free_vector_of: Array | None
+    leaf_order: Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that persists. A training run is a pure function of (config, data, step).
+
+    Attributes:
+        step: i32[], optimizer steps done.
+        boundaries: i32[], epoch boundaries done; one less than the epochs finished while a boundary is due.
+        params: trainable parameters.
+        opt_state: state of the optimizer for `params`.
+        tables: see `Tables`.
+    """
+
+    step: Array
+    boundaries: Array
+    params: Any
+    opt_state: Any
+    tables: Tables
