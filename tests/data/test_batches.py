@@ -1,0 +1,145 @@
+"""Batches: a function of (order, step) alone, the same for any number of processes."""
+
+import jax
+import numpy as np
+import pytest
+
+from xmc_jax.data import batches, store
+from xmc_jax.data.csr import Csr
+
+
+@pytest.fixture
+def data(prepared):
+    return store.open(prepared)
+
+
+def order_of(n, seed=0):
+    return np.random.default_rng(seed).permutation(n).astype(np.int32)
+
+
+def assert_equal(a, b):
+    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(leaves_a) == len(leaves_b) == 7
+    for x, y in zip(leaves_a, leaves_b):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(("n", "size"), [(20, 6), (20, 5), (20, 20), (7, 1)])
+def test_every_document_once_per_epoch(n, size):
+    order = order_of(n)
+    whole = batches.complete(order, size)
+    assert len(whole) == -(-n // size) * size and whole.dtype == np.int32
+    np.testing.assert_array_equal(whole[:n], order)
+    for batch in whole.reshape(-1, size):
+        assert len(set(batch)) == size
+    np.testing.assert_array_equal(np.unique(whole), np.arange(n))
+
+
+def test_batch_larger_than_the_data():
+    with pytest.raises(
+        ValueError, match=r"batch_size=21 .*got 20; set --config\.train\.batch_size=20"
+    ):
+        batches.complete(order_of(20), 21)
+
+
+@pytest.mark.parametrize("per_document", [1, 3])
+@pytest.mark.parametrize("weighting", batches.WEIGHTINGS)
+def test_contents(data, per_document, weighting):
+    sampler = batches.Sampler(data, 8, per_document, weighting, seed=5)
+    order = batches.complete(order_of(20), 8)
+    positives = data.positives("train")
+    sets = [set(positives.take(np.array([i])).indices.tolist()) for i in range(20)]
+    for step in range(3):
+        batch = sampler.build(order, step, 100 + step)
+        np.testing.assert_array_equal(batch.document_ids, order[step * 8 : step * 8 + 8])
+        np.testing.assert_array_equal(batch.document.tokens, data.train.tokens[batch.document_ids])
+        np.testing.assert_array_equal(batch.label.tokens, data.label.tokens[batch.label_ids])
+        np.testing.assert_array_equal(batch.label.lengths, data.label.lengths[batch.label_ids])
+        expected = [[label in sets[i] for label in batch.label_ids] for i in batch.document_ids]
+        np.testing.assert_array_equal(batch.relevance, expected)
+        assert batch.relevance.shape == (8, 8 * per_document) and batch.relevance.dtype == bool
+        for row, i in enumerate(batch.document_ids):
+            own = batch.label_ids[row * per_document : (row + 1) * per_document].tolist()
+            assert set(own) <= sets[i]
+            assert len(set(own)) == min(per_document, len(sets[i]))
+
+
+@pytest.mark.parametrize("per_document", [1, 2])
+def test_processes_share_one_global_batch(data, per_document):
+    sampler = batches.Sampler(data, 8, per_document, seed=1)
+    order = batches.complete(order_of(20), 8)
+    whole = sampler.build(order, 2, 7)
+    parts = [sampler.build(order, 2, 7, slice(i, i + 2)) for i in range(0, 8, 2)]
+    assert parts[0].relevance.shape == (2, 8 * per_document)
+    assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
+
+
+def test_independent_of_history(data):
+    order = batches.complete(order_of(20), 6)
+    sampler = batches.Sampler(data, 6, seed=2)
+    straight = [sampler.build(order, step, step) for step in range(4)]
+    again = batches.Sampler(data, 6, seed=2)
+    for step in (3, 0, 2, 2):
+        assert_equal(again.build(order, step, step), straight[step])
+
+
+def test_step_and_seed_change_the_draw(data):
+    order = batches.complete(order_of(20), 20)
+    labels = [
+        batches.Sampler(data, 20, seed=seed).build(order, 0, step).label_ids.tolist()
+        for seed, step in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert labels[0] != labels[1] and labels[0] != labels[2] and labels[1] != labels[2]
+
+
+def test_chances_are_proportional_to_weights():
+    weights = np.array([1.0, 2.0, 5.0, 8.0])
+    positives = Csr(np.arange(0, 30_001, 3), np.tile(np.int32([0, 1, 3]), 10_000), None, 4)
+    drawn = batches.sample(positives, weights, 2, np.random.default_rng(0)).reshape(-1, 2)
+    first = np.bincount(drawn[:, 0], minlength=4) / 10_000
+    np.testing.assert_allclose(first, [1 / 11, 2 / 11, 0, 8 / 11], atol=0.015)
+    second = np.bincount(drawn[drawn[:, 0] == 3, 1], minlength=4) / (first[3] * 10_000)
+    np.testing.assert_allclose(second, [1 / 3, 2 / 3, 0, 0], atol=0.02)
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+
+
+def test_few_positives_repeat_and_none_are_random():
+    positives = Csr(np.array([0, 2, 2, 5]), np.int32([4, 6, 1, 2, 3]), None, 50)
+    drawn = batches.sample(positives, np.ones(50), 5, np.random.default_rng(0)).reshape(3, 5)
+    assert sorted(np.bincount(drawn[0])[[4, 6]].tolist()) == [2, 3]
+    assert sorted(np.bincount(drawn[2])[[1, 2, 3]].tolist()) == [1, 2, 2]
+    assert drawn[1].min() >= 0 and drawn[1].max() < 50 and len(set(drawn[1])) > 1
+    relevance = batches.relevance(positives, drawn.ravel())
+    assert not relevance[1].any() and relevance[0, :5].all() and relevance[2, 10:].all()
+
+
+def test_relevance_against_a_loop():
+    generator = np.random.default_rng(0)
+    counts = generator.integers(0, 5, 40)
+    positives = Csr(
+        np.concatenate([[0], np.cumsum(counts)]),
+        generator.integers(0, 30, counts.sum()).astype(np.int32),
+        None,
+        30,
+    ).deduplicated()
+    labels = generator.integers(0, 30, 64).astype(np.int32)
+    found = batches.relevance(positives, labels)
+    for i in range(40):
+        row = positives.indices[positives.indptr[i] : positives.indptr[i + 1]]
+        np.testing.assert_array_equal(found[i], np.isin(labels, row))
+    empty = Csr(np.zeros(3, np.int64), np.empty(0, np.int32), None, 30)
+    assert not batches.relevance(empty, labels).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "batch_size and positives_per_document of at least 1, got 0 and 1"),
+        ((4, 0), "batch_size and positives_per_document of at least 1, got 4 and 0"),
+        ((4, 1, "frequency"), "weighting among inverse_propensity, uniform, got 'frequency'"),
+    ],
+)
+def test_refusals(data, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        batches.Sampler(data, *arguments)

@@ -1,0 +1,313 @@
+"""Raw folder to dataset folder: contents, repetition, interruption, checks, the command."""
+
+import dataclasses
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from xmc_jax.data import bundled, known, prepare, raw, store
+from xmc_jax.data import raw_folder as raw_folders
+from xmc_jax.data import tokenizer as tokenizers
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(raw_folder, tokenizer_folder, tmp_path):
+    return prepare.PrepareConfig(
+        dataset="ToyTitles",
+        data_dir=tmp_path / "data",
+        tokenizer=str(tokenizer_folder),
+        max_length=5,
+        raw=raw_folder,
+    )
+
+
+def snapshot(folder):
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+def edit_json(path, change):
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        items = [json.loads(line) for line in file]
+    change(items)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(item) + "\n" for item in items)
+
+
+def test_contents(config, raw_folder, tokenizer_folder):
+    folder = prepare.prepare(config)
+    assert folder == config.folder and folder.name == "words-5"
+    data = store.open(folder, verify=True)
+    tokenizer = tokenizers.load(tokenizer_folder)
+    for split, name in (("train", "trn"), ("test", "tst"), ("label", "lbl")):
+        items = raw.read_items(raw_folder / f"{name}.json.gz")
+        tokens, lengths = tokenizers.encode(tokenizer, items.titles, 5)
+        found = getattr(data, split)
+        np.testing.assert_array_equal(found.tokens, tokens)
+        np.testing.assert_array_equal(found.lengths, lengths)
+        assert data.texts(split) == items.titles and data.uids(split) == items.uids
+        if split != "label":
+            positives = data.positives(split)
+            np.testing.assert_array_equal(positives.indptr, items.positives.indptr)
+            np.testing.assert_array_equal(positives.indices, items.positives.indices)
+            assert positives.columns == 9
+    np.testing.assert_array_equal(data.filter("test"), [[1, 4]])
+    np.testing.assert_array_equal(data.groups("train"), np.arange(20) // 2)
+    np.testing.assert_array_equal(data.groups("test"), 10 + np.arange(6) // 2)
+    assert data.propensity == (0.55, 1.5) and data.manifest["text"] == "title"
+    counts = data.manifest["report"]["label"]
+    assert counts["count"] == 9 and counts["tokens_p100"] == 9
+    assert counts["truncated"] == round(4 / 9, 4)  # titles of 4 to 7 words
+
+
+def test_twice_is_once(config):
+    folder = prepare.prepare(config)
+    before = snapshot(folder)
+    assert prepare.prepare(config) == folder
+    assert snapshot(folder) == before
+
+
+def test_two_preparations_are_identical(config, tmp_path):
+    first = prepare.prepare(config)
+    second = prepare.prepare(dataclasses.replace(config, data_dir=tmp_path / "other"))
+    a, b = snapshot(first), snapshot(second)
+    assert {n: v[0] for n, v in a.items()} == {n: v[0] for n, v in b.items()}
+    assert store.open(first).digest == store.open(second).digest
+
+
+def test_interruption_leaves_nothing_and_is_made_good(config, monkeypatch):
+    whole = tokenizers.encode_measured
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(tokenizers, "encode_measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(config)
+    assert not config.folder.exists()
+    monkeypatch.undo()
+    store.open(prepare.prepare(config), verify=True)
+    assert [p.name for p in config.folder.parent.iterdir() if p.is_dir()] == ["words-5"]
+
+
+def test_other_inputs_are_refused_until_overwrite(config, raw_folder):
+    folder = prepare.prepare(config)
+    with pytest.raises(ValueError, match=r"with text title_content, found title; .*--overwrite"):
+        prepare.prepare(dataclasses.replace(config, text="title_content"))
+    (raw_folder / "filter_labels_test.txt").write_text("2 3\n")
+    with pytest.raises(ValueError, match=r"with raw\.filter\.sha256 \w{64}, found \w{64}"):
+        prepare.prepare(config)
+    prepare.prepare(dataclasses.replace(config, overwrite=True))
+    assert store.open(folder, verify=True).filter("test").tolist() == [[2, 3]]
+
+
+def test_damaged_folder_is_refused_until_overwrite(config):
+    folder = prepare.prepare(config)
+    (folder / "filter.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"filter\.npy: bytes: expected \d+, found 0"):
+        prepare.prepare(config)
+    store.open(prepare.prepare(dataclasses.replace(config, overwrite=True)), verify=True)
+
+
+def test_titles_and_contents(config):
+    folder = prepare.prepare(dataclasses.replace(config, dataset="Toy", max_length=12))
+    data = store.open(folder)
+    assert data.manifest["text"] == "title_content"
+    # Each text has one more word, the content's, plus [CLS] and [SEP]: "Crème brûlée" is two.
+    assert data.label.lengths.tolist() == [len(t.split()) + 4 for t in data.texts("label")]
+
+
+def test_duplicates_and_empty_documents(config, raw_folder):
+    def change(items):
+        items[3] |= {"target_ind": [5, 2, 5, 5], "target_rel": [1, 1, 1, 1]}
+        items[4] |= {"target_ind": [], "target_rel": []}
+
+    edit_json(raw_folder / "trn.json.gz", change)
+    data = store.open(prepare.prepare(config))
+    report = data.manifest["report"]["train"]
+    assert report["duplicates_merged"] == 2 and report["without_positives"] == 1
+    assert data.num_documents == 20
+    positives = data.positives("train")
+    assert positives.take(np.array([3, 4])).indices.tolist() == [2, 5]
+
+
+def test_raw_texts_with_label_matrices(config, raw_folder, tmp_path):
+    expected = store.open(prepare.prepare(config))
+    folder = tmp_path / "texts"
+    (folder / "raw_data").mkdir(parents=True)
+    names = {"trn": "train", "tst": "test", "lbl": "label"}
+    for short, long in names.items():
+        items = raw.read_items(raw_folder / f"{short}.json.gz")
+        lines = [f"{uid}->{title}\n" for uid, title in zip(items.uids, items.titles)]
+        (folder / "raw_data" / f"{long}.raw.txt").write_text("".join(lines))
+        if short != "lbl":
+            rows = np.split(items.positives.indices, items.positives.indptr[1:-1])
+            lines = [f"{len(rows)} 9"] + [" ".join(f"{label}:1.0" for label in row) for row in rows]
+            (folder / f"{short}_X_Y.txt").write_text("\n".join(lines) + "\n")
+    (folder / "tst_filter_labels.txt").write_text("1 4")
+    found = store.open(
+        prepare.prepare(dataclasses.replace(config, raw=folder, data_dir=tmp_path / "two"))
+    )
+    for name, entry in expected.manifest["files"].items():
+        if "groups" not in name:
+            assert found.manifest["files"][name] == entry, name
+    assert found.groups("train") is None
+    (folder / "tst_X_Y.txt").write_text("1 9\n1:1\n")
+    with pytest.raises(
+        ValueError, match=r"tst_X_Y\.txt: expected 6 rows, .* 9 columns.*found 1 and 9"
+    ):
+        prepare.prepare(dataclasses.replace(config, raw=folder, data_dir=tmp_path / "three"))
+    (folder / "tst_X_Y.txt").write_text("6 9\n" + "1:0\n" * 6)
+    with pytest.raises(ValueError, match=r"tst_X_Y\.txt: expected positive values, found 0"):
+        prepare.prepare(dataclasses.replace(config, raw=folder, data_dir=tmp_path / "three"))
+
+
+def test_missing_files_are_named(config, raw_folder):
+    (raw_folder / "filter_labels_test.txt").unlink()
+    with pytest.raises(
+        ValueError, match=r"filter_labels_test\.txt, .* found none; make an empty one"
+    ):
+        prepare.prepare(config)
+    (raw_folder / "trn.json.gz").unlink()
+    with pytest.raises(ValueError, match=r"expected one of trn\.json, .* found none$"):
+        prepare.prepare(config)
+
+
+def test_published_counts_are_checked(config):
+    with pytest.raises(ValueError, match=r"'train': 294805, .*found \{'train': 20, "):
+        prepare.prepare(dataclasses.replace(config, dataset="LF-AmazonTitles-131K"))
+
+
+def test_published_mean_is_checked(config, monkeypatch):
+    fact = known.Known(20, 6, 9, labels_per_document=3.0)
+    monkeypatch.setitem(known.KNOWN, "ToyTitles", fact)
+    with pytest.raises(
+        ValueError, match=r"published 3\.0 labels per training document, found 1\.\d+"
+    ):
+        prepare.prepare(config)
+
+
+def test_groups_must_cover_documents(config, raw_folder):
+    with gzip.open(raw_folder / "groups.tsv.gz", "wt") as file:
+        file.write("trn0\tx\n")
+    with pytest.raises(ValueError, match=r"a group for every document, found none for 'trn1'"):
+        prepare.prepare(config)
+
+
+def test_validation_split(config, raw_folder):
+    (raw_folder / "filter_labels_train.txt").write_text(
+        "".join(f"{i} {i % 9}\n" for i in range(20))
+    )
+    (raw_folder / "tst.json.gz").unlink()  # must not be needed
+    settings = dataclasses.replace(config, validation_fraction=0.25, seed=3)
+    data = store.open(prepare.prepare(settings), verify=True)
+    assert data.folder.name == "words-5-val25-seed3"
+    items = raw.read_items(raw_folder / "trn.json.gz", num_labels=9)
+    train = [int(uid.removeprefix("trn")) for uid in data.uids("train")]
+    test = [int(uid.removeprefix("trn")) for uid in data.uids("test")]
+    assert sorted(train + test) == list(range(20)) and train == sorted(train)
+    assert len(test) == 6  # whole groups of two, at least a quarter of 20
+    assert not set(data.groups("train")) & set(data.groups("test"))
+    assert data.filter("test").tolist() == [[row, i % 9] for row, i in enumerate(test)]
+    positives = data.positives("test")
+    for row, i in enumerate(test):
+        labels = items.positives.take(np.array([i])).indices
+        assert positives.take(np.array([row])).indices.tolist() == [n for n in labels if n != i % 9]
+    kept = items.positives.take(np.array(train))
+    np.testing.assert_array_equal(data.positives("train").indices, kept.indices)
+    assert data.num_labels == 9 and positives.columns == 9
+    again = store.open(
+        prepare.prepare(dataclasses.replace(settings, data_dir=config.data_dir / "again"))
+    )
+    assert again.digest == data.digest
+    other = store.open(prepare.prepare(dataclasses.replace(settings, seed=4)))
+    assert other.uids("test") != data.uids("test")
+
+
+def test_validation_split_without_sources(config, raw_folder):
+    (raw_folder / "groups.tsv.gz").unlink()
+    data = store.open(prepare.prepare(dataclasses.replace(config, validation_fraction=0.25)))
+    assert (data.num_documents, data.num_test) == (15, 5)
+    with pytest.raises(ValueError, match="expected to leave documents to train on"):
+        prepare.prepare(dataclasses.replace(config, validation_fraction=0.99))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataset", "a/b"),
+        ("dataset", ""),
+        ("dataset", ".."),
+        ("max_length", 0),
+        ("max_length", 1 << 16),
+        ("encoding", "utf-16"),
+        ("text", "all"),
+        ("validation_fraction", 1.0),
+        ("validation_fraction", float("nan")),
+        ("seed", -1),
+    ],
+)
+def test_config_refusals(config, field, value):
+    with pytest.raises(ValueError, match=f"prepare: {field}: expected .*, got "):
+        dataclasses.replace(config, **{field: value})
+
+
+def test_bundled_dataset(tokenizer_folder, tmp_path):
+    folder = bundled.path("LF-DebianTitles-3K")
+    stats = json.loads((folder / "stats.json").read_text())
+    files = raw_folders.find(folder)
+    data = raw_folders.read(files, "LF-DebianTitles-3K", "utf-8")
+    assert len(data.splits["train"].titles) == stats["train_points"]
+    assert len(data.splits["test"].titles) == stats["test_points"]
+    assert len(data.splits["label"].titles) == stats["labels"]
+    assert len(data.filter) == stats["test_filter_pairs"] and data.merged == {"train": 0, "test": 0}
+    assert not set(data.groups["train"]) & set(data.groups["test"])
+    assert (folder / "DATA_CARD.md").is_file()
+    with pytest.raises(ValueError, match="bundled: expected one of LF-DebianTitles-3K, got 'nope'"):
+        bundled.path("nope")
+
+
+def test_command(raw_folder, tokenizer_folder, tmp_path, capsys):
+    flags = [f"--raw={raw_folder}", f"--out={tmp_path}/out", f"--tokenizer={tokenizer_folder}"]
+    flags += ["--dataset=ToyTitles", "--propensity", "0.6", "2.6"]
+    assert prepare.main([*flags, "--max_length=5"]) == 0
+    printed = capsys.readouterr().out
+    assert "truncated" in printed and "count 20" in printed
+    assert store.open(tmp_path / "out" / "ToyTitles" / "words-5").propensity == (0.6, 2.6)
+    (raw_folder / "filter_labels_test.txt").write_text("1 -4\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "xmc_jax.data.prepare", *flags, "--max_length=6"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"{raw_folder}/filter_labels_test.txt:1: expected 'point label'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ([], 2, "required: --dataset, --out"),
+        (["--dataset=Toy", "--out=o", "--max_length=x"], 2, "invalid int value: 'x'"),
+        (["--dataset=Toy", "--out=o", "--lenght=3"], 2, "unrecognized arguments: --lenght=3"),
+        (["--dataset=T", "--out=o", "--tokenizer=t", "--seed=-1"], 2, "seed: expected 0 or more"),
+        (["--dataset=Toy", "--out=o", "--tokenizer=t"], 1, "bundled: expected one of"),
+        (["--dataset=T", "--out=o", "--tokenizer=t", "--raw=/none"], 1, "expected a folder of raw"),
+    ],
+)
+def test_command_refusals(capsys, flags, status, message):
+    assert prepare.main(flags) == status
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and message in printed.err and not printed.out

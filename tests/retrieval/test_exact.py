@@ -1,0 +1,78 @@
+"""Exact search against a sort of all inner products: ties, padding, blocks and meshes."""
+
+import jax
+import numpy as np
+import pytest
+
+from xmc_jax import sharding
+from xmc_jax.retrieval import exact
+
+
+def sorted_search(queries, database, k):
+    scores = queries.astype(np.float64) @ database.astype(np.float64).T
+    ids = np.lexsort((np.broadcast_to(np.arange(len(database)), scores.shape), -scores))[:, :k]
+    return np.take_along_axis(scores, ids, axis=1), ids
+
+
+def integers(seed, *shape):
+    """Small integers: inner products are exact in any order, and full of ties."""
+    return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("q", "count", "k", "query_block", "database_block"),
+    [
+        (7, 50, 5, 512, 32_768),  # everything smaller than a block
+        (9, 101, 20, 4, 17),  # ragged blocks both ways
+        (3, 40, 40, 2, 7),  # all rows, k larger than a block
+        (1, 1, 1, 4, 4),
+        (5, 64, 3, 5, 16),  # nothing to pad
+    ],
+)
+def test_equals_a_full_sort(q, count, k, query_block, database_block):
+    queries, database = integers(0, q, 6), integers(1, count, 6)
+    scores, ids = exact.search(queries, database, k, query_block, database_block)
+    want_scores, want_ids = sorted_search(queries, database, k)
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_array_equal(scores, want_scores)
+    assert scores.dtype == np.float32
+    assert ids.dtype == np.int32
+
+
+def test_padding_is_never_returned_even_when_all_products_are_negative():
+    scores, ids = exact.search(-np.ones((2, 4)), np.ones((5, 4)), 5, 3, 3)
+    np.testing.assert_array_equal(ids, np.tile(np.arange(5), (2, 1)))
+    np.testing.assert_array_equal(scores, -4)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_eight_devices_equal_one(sizes):
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    for count, k in ((101, 20), (9, 9), (64, 5)):  # (9, 9): some devices hold padding alone
+        queries, database = integers(2, 11, 6), integers(3, count, 6)
+        got = exact.search(queries, database, k, 4, 5, mesh)
+        want = exact.search(queries, database, k)
+        np.testing.assert_array_equal(got[1], want[1])
+        np.testing.assert_array_equal(got[0], want[0])
+
+
+def test_one_compilation_for_all_blocks_and_calls_and_no_implicit_transfer():
+    queries, database = integers(4, 23, 6), integers(5, 31, 6)
+    before = exact._search_block._cache_size()
+    with jax.transfer_guard("disallow"):
+        exact.search(queries, database, 4, 8, 16)
+        exact.search(queries[:3], database, 4, 8, 16)
+    assert exact._search_block._cache_size() == before + 1
+
+
+def test_bad_input_is_named():
+    good = np.ones((3, 4), np.float32)
+    with pytest.raises(ValueError, match=r"k in \[1, 3\], the rows to search, got 4"):
+        exact.search(good, good, 4)
+    with pytest.raises(ValueError, match=r"queries \[Q, 4\], got shape \(3, 2\)"):
+        exact.search(good[:, :2], good, 1)
+    bad = good.copy()
+    bad[1, 2] = np.nan
+    with pytest.raises(ValueError, match="row 1 of database"):
+        exact.search(good, bad, 1)
+    assert exact.search(good[:0], good, 2)[1].shape == (0, 2)

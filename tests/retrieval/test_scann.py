@@ -1,0 +1,124 @@
+"""The ScaNN index: recall, missing candidates, moving folders, refusing the wrong database."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from xmc_jax.retrieval import exact
+from xmc_jax.retrieval.scann import ScannConfig, ScannIndex, compare
+
+TREE = ScannConfig(brute_force_below=0)
+
+
+def embeddings(seed, n, width=32):
+    """Unit vectors of low intrinsic dimension, as texts' are."""
+    basis = np.random.default_rng(0).standard_normal((8, width))
+    x = np.random.default_rng(seed).standard_normal((n, 8)) @ basis
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_absence_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scann", None)
+    with pytest.raises(ValueError, match=r"x86-64 Linux only.*--config\.eval\.index=exact"):
+        ScannIndex.build(embeddings(1, 10), ScannConfig())
+
+
+@pytest.mark.parametrize("field", ["leaves", "reorder", "leaves_searched"])
+def test_bad_config_names_its_field(field):
+    with pytest.raises(ValueError, match=rf"eval\.scann\.{field}: .*got 0"):
+        ScannConfig(**{field: 0})
+
+
+class TestWithScann:
+    @pytest.fixture(autouse=True)
+    def _scann(self):
+        pytest.importorskip("scann")
+
+    def test_small_databases_are_searched_exhaustively(self):
+        database, queries = embeddings(1, 300), embeddings(2, 20)
+        scores, ids = ScannIndex.build(database, ScannConfig()).search(queries, 300)
+        want_scores, want_ids = exact.search(queries, database, 300)
+        np.testing.assert_allclose(scores, want_scores, atol=1e-6)
+        np.testing.assert_allclose(
+            (queries @ database.T)[np.arange(20)[:, None], ids], want_scores, atol=1e-6
+        )
+        assert (np.sort(ids) == np.sort(want_ids)).all()
+        assert (scores.dtype, ids.dtype) == (np.float32, np.int32)
+
+    def test_a_tree_finds_95_percent_and_scores_exactly(self):
+        database, queries = embeddings(1, 3000), embeddings(2, 100)
+        index = ScannIndex.build(database, TREE)
+        scores, ids = index.search(queries, 50)
+        assert all(len(set(row)) == 50 for row in ids.tolist())
+        products = np.take_along_axis(queries @ database.T, ids, axis=1)
+        np.testing.assert_allclose(scores, products, atol=1e-5)
+        result = compare(index, database, queries, 50)
+        want = exact.search(queries, database, 50)[1]
+        recall = np.mean([len(set(a) & set(b)) / 50 for a, b in zip(ids, want)])
+        assert result["recall"] == pytest.approx(recall)
+        assert 0.95 <= recall < 1
+        assert result["queries_per_second"] > 0
+        assert result["exact_queries_per_second"] > 0
+
+    def test_what_was_not_found_is_minus_one(self):
+        database = embeddings(1, 600)
+        index = ScannIndex.build(database, ScannConfig(brute_force_below=0, leaves_searched=0.01))
+        # ScaNN itself, asked for more than the leaf holds, answers row 0 and NaN.
+        raw, nan = index._searcher.search_batched(
+            database[5:7], final_num_neighbors=400, leaves_to_search=1
+        )
+        assert np.isnan(nan).any()
+        assert (raw[np.isnan(nan)] == 0).all()
+        index._searcher.search_batched_parallel = lambda queries, **_: (raw, nan)
+        scores, ids = index.search(database[5:7], 400)
+        assert ((ids == -1) == np.isnan(nan)).all()
+        assert (scores[ids == -1] == -np.inf).all()
+        np.testing.assert_array_equal(ids[ids >= 0], raw[~np.isnan(nan)])
+
+    @pytest.mark.parametrize("config", [ScannConfig(), TREE])
+    def test_a_saved_folder_can_move(self, tmp_path, config):
+        database, queries = embeddings(1, 600), embeddings(2, 10)
+        index = ScannIndex.build(database, config)
+        want = index.search(queries, 20)
+        index.save(tmp_path / "a")
+        index.save(tmp_path / "a")  # over an older one
+        shutil.move(tmp_path / "a", tmp_path / "b")
+        (tmp_path / "b" / "scann_docids.pkl").write_bytes(b"not a pickle")
+        loaded = ScannIndex.load(tmp_path / "b", database)
+        shutil.rmtree(tmp_path / "b")
+        for got, expected in zip(loaded.search(queries, 20), want):
+            np.testing.assert_array_equal(got, expected)
+        assert (loaded.config, loaded.digest) == (index.config, index.digest)
+
+    def test_load_refuses_another_database_and_damage(self, tmp_path):
+        database = embeddings(1, 300)
+        ScannIndex.build(database, ScannConfig()).save(tmp_path)
+        other = database.copy()
+        other[7, 3] += 1e-3
+        with pytest.raises(ValueError, match=r"given \[300, 32\].*got one of \[300, 32\]"):
+            ScannIndex.load(tmp_path, other)
+        with pytest.raises(ValueError, match=r"given \[299, 32\]"):
+            ScannIndex.load(tmp_path, database[1:])
+        names = json.loads((tmp_path / "index.json").read_text())["files"]
+        name = next(iter(names))
+        content = bytearray((tmp_path / name).read_bytes())
+        content[-1] ^= 1
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}: expected sha256"):
+            ScannIndex.load(tmp_path, database)
+        (tmp_path / name).unlink()
+        with pytest.raises(ValueError, match=rf"{name}: expected a file of the index"):
+            ScannIndex.load(tmp_path, database)
+        (tmp_path / "index.json").unlink()
+        with pytest.raises(ValueError, match="description of a ScaNN index"):
+            ScannIndex.load(tmp_path, database)
+
+    def test_bad_queries_are_named(self):
+        index = ScannIndex.build(embeddings(1, 30), ScannConfig())
+        with pytest.raises(ValueError, match=r"k in \[1, 30\].*got 31"):
+            index.search(embeddings(2, 3), 31)
+        with pytest.raises(ValueError, match=r"queries \[Q, 32\], got shape \(3, 8\)"):
+            index.search(embeddings(2, 3)[:, :8], 5)

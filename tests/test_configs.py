@@ -1,0 +1,164 @@
+"""Every variant of configs/vixml.py: merged, locked, each section what its consumer takes."""
+
+import dataclasses
+import pathlib
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import vixml
+from xmc_jax.data.known import KNOWN
+from xmc_jax.training.program import RunConfig
+
+PAIRS = [f"{backbone}/{dataset}" for backbone in vixml.BACKBONES for dataset in vixml.DATASETS]
+VARIANTS = [
+    "",
+    *vixml.NAMES,
+    *PAIRS,
+    *(f"{vixml.DEFAULT},{option}" for option in vixml.OPTIONS),
+    "bert/amazon_131k,ngame,exact",
+]
+DATA_FIELDS = {
+    "dataset",
+    "raw_dir",
+    "data_dir",
+    "max_length",
+    "encoding",
+    "text",
+    "tokenizer",
+    "propensity_a",
+    "propensity_b",
+    "validation_fraction",
+    "validation_seed",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sections_build_their_dataclasses(variant):
+    config = vixml.get_config(variant)
+    assert config.is_locked
+    built = RunConfig.from_dict(config.to_dict())
+    for field in dataclasses.fields(RunConfig):
+        _check_fields(getattr(built, field.name), config[field.name], field.name)
+    sections = {field.name for field in dataclasses.fields(RunConfig)}
+    assert set(config) == sections | {"data", "name"}
+    assert set(config.data) == DATA_FIELDS
+    assert config.data.dataset in KNOWN
+    known = KNOWN[config.data.dataset]
+    assert (config.data.propensity_a, config.data.propensity_b) == (known.a, known.b)
+    assert "/" not in config.name and "," not in config.name
+
+
+def _check_fields(section, values, name: str) -> None:
+    """Every field, and no other, is in the config, so that a flag can set it."""
+    fields = {field.name for field in dataclasses.fields(section)}
+    assert fields == set(values), name
+    for field in fields:
+        if dataclasses.is_dataclass(getattr(section, field)):
+            _check_fields(getattr(section, field), values[field], f"{name}.{field}")
+        else:
+            assert not isinstance(getattr(section, field), dict), f"{name}.{field}"
+
+
+def test_names_of_runs_differ():
+    names = [vixml.get_config(variant).name for variant in VARIANTS[1:]]
+    assert len(set(names)) == len(names)
+
+
+def test_the_default_needs_no_download():
+    config = vixml.get_config()
+    assert config.data.raw_dir == "bundled"
+    assert config.encoder.backbone == "minilm-l6-packaged"
+
+
+def test_variants_do_not_share_state():
+    vixml.get_config("bert/amazon_131k").optimizer.warmup_steps = 7
+    assert vixml.get_config("bert/amazon_131k").optimizer.warmup_steps == 100
+
+
+@pytest.mark.parametrize(
+    "variant, batch_size, lr, max_length",
+    [
+        ("minilm_l3/amazontitles_131k", 2048, 5e-4, 32),
+        ("distilbert/amazontitles_1_3m", 2048, 2e-4, 32),
+        ("bert/mm_amazontitles_300k", 2048, 1e-4, 32),
+        ("minilm_l3/amazon_131k", 2048, 5e-4, 128),
+        ("distilbert/amazon_131k", 1024, 1e-4, 128),
+        ("bert/amazon_131k", 512, 5e-5, 128),
+    ],
+)
+def test_paper_recipes(variant, batch_size, lr, max_length):
+    """ViXML supp. A and Table 9."""
+    config = vixml.get_config(variant)
+    assert config.train.batch_size == batch_size
+    assert config.train.epochs == 300
+    assert config.data.max_length == max_length
+    assert dict(config.optimizer.lr) == {
+        "backbone/.*": lr,
+        "combiner/.*": 5e-4,
+        "free_vectors": 5e-4,
+    }
+
+
+@pytest.mark.parametrize(
+    "variant", ["minilm_l3/debian_3k,reference", "minilm_l3/debian_26k,reference"]
+)
+def test_reference_keeps_nothing_of_our_recipe(variant):
+    """The settings of the reference runs, whatever the dataset's own recipe is."""
+    config = vixml.get_config(variant).to_dict()
+    for section in ("prime", "loss", "optimizer", "curriculum", "tables", "train", "eval"):
+        for field, value in vixml.BASE[section].items():
+            if field not in vixml._REFERENCE.get(section, {}):
+                expected = value.get() if hasattr(value, "get_type") else value
+                assert config[section][field] == expected, f"{section}.{field}"
+    assert config["loss"]["kind"] == "margin"
+    assert config["loss"]["num_negatives"] == 200 and not config["loss"]["weighted"]
+    assert (config["train"]["batch_size"], config["train"]["epochs"]) == (256, 12)
+    assert config["data"]["max_length"] == 16 and config["encoder"]["layers"] == 3
+
+
+@pytest.mark.parametrize(
+    "variant, nearest",
+    [
+        ("tin", "tiny"),
+        ("minilm_3/debian_3k", "minilm_l3"),
+        ("bert/debian_3", "debian_3k"),
+        ("bert/debian_3k,ngam", "ngame"),
+        ("bert", "bert/debian_3k"),
+        ("bert/debian_3k/x", "debian_3k"),
+    ],
+)
+def test_unknown_parts_name_the_nearest(variant, nearest):
+    with pytest.raises(ValueError) as error:
+        vixml.get_config(variant)
+    assert "\n" not in str(error.value)
+    assert f"did you mean {nearest!r}" in str(error.value)
+
+
+def test_reference_is_refused_elsewhere():
+    with pytest.raises(ValueError, match="expected debian_3k or debian_26k"):
+        vixml.get_config("bert/amazon_131k,reference")
+
+
+def test_flags_override_fields_that_are_none_and_tuples(monkeypatch):
+    arguments = [
+        "test",
+        "--config=configs/vixml.py:tiny",
+        "--config.encoder.dropout=0.2",
+        "--config.encoder.layers=2",
+        "--config.data.tokenizer=folder",
+        "--config.optimizer.clip_norm=1.0",
+        "--config.curriculum.double_at=(3,5)",
+        "--config.optimizer.lr=(('backbone/.*', 1e-5), ('.*', 1e-3))",
+    ]
+    monkeypatch.setattr("sys.argv", arguments)  # where config_flags looks for overrides
+    monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(arguments)
+    config = values["config"].value.to_dict()
+    assert config["encoder"]["dropout"] == 0.2 and config["encoder"]["layers"] == 2
+    assert config["data"]["tokenizer"] == "folder" and config["optimizer"]["clip_norm"] == 1.0
+    assert config["curriculum"]["double_at"] == (3, 5)
+    assert config["optimizer"]["lr"] == (("backbone/.*", 1e-5), (".*", 1e-3))

@@ -1,0 +1,199 @@
+"""The plan, the order, and balanced 2-means against a direct recursion."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xmc_jax import sharding
+from xmc_jax.training import curriculum
+from xmc_jax.training.curriculum import CurriculumConfig
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        CurriculumConfig(10, 5, 16, (20, 40, 60, 80, 100, 120)),
+        CurriculumConfig(4, 2, 16, (8, 12, 16, 20, 24)),
+        CurriculumConfig(2, 2, 16, (4, 6, 8)),
+        CurriculumConfig(3, 4, 8, (0, 5, 6)),
+        CurriculumConfig(0, 1, 4),
+    ],
+)
+def test_plan_is_what_a_run_of_the_loop_would_do(cfg):
+    size, in_force = cfg.cluster_size, None
+    for epoch in range(150):
+        made = None
+        if epoch in cfg.double_at:  # at the epoch's end
+            size *= 2
+        if epoch >= cfg.start and (epoch - cfg.start) % cfg.update == 0:
+            made = size
+        assert curriculum.plan(epoch, cfg) == curriculum.EpochPlan(in_force, made)
+        in_force = made or in_force
+
+
+def test_plan_without_a_start_is_always_random():
+    cfg = CurriculumConfig(start=None)
+    assert {curriculum.plan(e, cfg) for e in range(50)} == {curriculum.EpochPlan(None, None)}
+
+
+def test_leaves_are_those_of_the_reference():
+    assert curriculum.num_leaves(294_805, 16) == 32_768
+    assert curriculum.num_leaves(10, 100) == 1
+    for n in range(1, 400):
+        for size in (2, 3, 16):
+            leaves = max(1, 2 ** int(np.ceil(np.log2(n / size))))
+            assert curriculum.num_leaves(n, size) == leaves
+            sizes = curriculum.leaf_sizes(n, leaves)
+            assert len(sizes) == leaves and sizes.sum() == n and np.ptp(sizes) <= 1
+
+
+def test_order_permutes_leaves_whole():
+    leaf_order = np.random.default_rng(0).permutation(1003).astype(np.int32)
+    plan = curriculum.EpochPlan(16, None)
+    order = curriculum.order(plan, leaf_order, seed=1, epoch=7)
+    assert order.dtype == np.int32 and sorted(order) == list(range(1003))
+    sizes = curriculum.leaf_sizes(1003, curriculum.num_leaves(1003, 16))
+    leaves = {tuple(leaf) for leaf in np.split(leaf_order, np.cumsum(sizes)[:-1])}
+    start = 0
+    while start < len(order):
+        leaf = next(leaf for leaf in leaves if leaf[0] == order[start])
+        assert tuple(order[start : start + len(leaf)]) == leaf
+        leaves.remove(leaf)
+        start += len(leaf)
+    assert not leaves
+    assert np.array_equal(order, curriculum.order(plan, leaf_order, seed=1, epoch=7))
+    assert not np.array_equal(order, curriculum.order(plan, leaf_order, seed=1, epoch=8))
+    assert not np.array_equal(order, curriculum.order(plan, leaf_order, seed=2, epoch=7))
+
+
+def test_random_order_is_a_permutation_that_forgets_the_leaves():
+    plan = curriculum.EpochPlan(None, 16)
+    one = curriculum.order(plan, np.arange(100, dtype=np.int32), seed=0, epoch=3)
+    two = curriculum.order(plan, np.arange(100, dtype=np.int32)[::-1], seed=0, epoch=3)
+    assert one.dtype == np.int32 and sorted(one) == list(range(100))
+    assert np.array_equal(one, two) and not np.array_equal(one, np.arange(100))
+
+
+def points(n, d=6, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=(n, d)).astype(dtype)
+
+
+def check_tree(order, leaf_of, n, leaves):
+    order, leaf_of = np.asarray(order), np.asarray(leaf_of)
+    assert order.dtype == leaf_of.dtype == np.int32
+    assert sorted(order) == list(range(n))
+    sizes = curriculum.leaf_sizes(n, leaves)
+    assert np.array_equal(np.bincount(leaf_of, minlength=leaves), sizes)
+    assert np.array_equal(leaf_of[order], np.repeat(np.arange(leaves), sizes))
+
+
+@pytest.mark.parametrize(
+    ("n", "leaves"),
+    [(1, 1), (5, 1), (2, 2), (3, 2), (7, 4), (8, 8), (11, 8)],
+)
+def test_leaves_hold_every_point_once_and_differ_by_one(n, leaves):
+    check_tree(*curriculum.balanced_kmeans(points(n), leaves, jax.random.key(n)), n, leaves)
+
+
+@pytest.mark.parametrize(
+    "x", [np.ones((11, 6)), np.zeros((11, 6)), np.repeat(points(4), 3, 0)[:11]]
+)
+def test_duplicates_and_zeros_still_halve(x):
+    result = curriculum.balanced_kmeans(jnp.asarray(x, jnp.float32), 8, jax.random.key(0))
+    check_tree(*result, 11, 8)
+
+
+def numpy_kmeans(x, leaves, key, iterations):
+    """The definition, cluster by cluster, from the seeds that the key draws."""
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    clusters = [np.arange(len(x))]
+    draws = np.asarray(jax.random.uniform(key, (2, leaves)))
+    while len(clusters) < leaves:
+        halves = []
+        for node, members in enumerate(clusters, start=len(clusters)):
+            size, y = len(members), x[members]
+            first = int(draws[0, node] * size)
+            second = (first + 1 + int(draws[1, node] * (size - 1))) % size
+            assert first != second
+            centers = y[[first, second]]
+            for _ in range(iterations):
+                split = np.array_split(np.argsort(y @ (centers[1] - centers[0]), kind="stable"), 2)
+                centers = np.stack([y[half].mean(0) for half in split])
+                centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+            split = np.array_split(np.argsort(y @ (centers[1] - centers[0]), kind="stable"), 2)
+            halves += [members[half] for half in split]
+        clusters = halves
+    return np.concatenate(clusters)
+
+
+@pytest.mark.parametrize("iterations", [0, 6])
+def test_it_is_balanced_2_means(iterations):
+    with jax.enable_x64(True):
+        x, key = points(203, dtype=np.float64), jax.random.key(3)
+        order, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, iterations)
+        assert np.array_equal(order, numpy_kmeans(x, 8, key, iterations))
+
+
+def test_well_separated_blobs_are_found():
+    rng = np.random.default_rng(5)
+    blobs, size, dim = 8, 16, 16
+    centers = np.linalg.qr(rng.normal(size=(dim, dim)))[0][:blobs]
+    blob_of = rng.permutation(np.repeat(np.arange(blobs), size))
+    x = centers[blob_of] + 0.05 * rng.normal(size=(blobs * size, dim))
+    lengths = rng.uniform(0.1, 10, (len(x), 1))  # cosine: lengths do not matter
+    _, leaf_of = curriculum.balanced_kmeans(
+        jnp.asarray(x * lengths, jnp.float32), blobs, jax.random.key(0)
+    )
+    pairs = {(int(leaf), int(blob)) for leaf, blob in zip(leaf_of, blob_of)}
+    assert len(pairs) == blobs
+
+
+def test_same_key_same_leaves_and_fewer_leaves_compile_nothing():
+    x, key = jnp.asarray(points(128, d=16)), jax.random.key(0)
+    first = curriculum.balanced_kmeans(x, 16, key)
+    compiled = curriculum._split._cache_size()
+    again = curriculum.balanced_kmeans(x, 16, key)
+    for one, two in zip(first, again):
+        assert np.array_equal(one, two)
+    curriculum.balanced_kmeans(x, 8, jax.random.key(1))
+    assert curriculum._split._cache_size() == compiled
+    other, _ = curriculum.balanced_kmeans(x, 16, jax.random.key(1))
+    assert not np.array_equal(first[0], other)
+
+
+def test_a_bank_split_by_width_gives_the_same_leaves():
+    x, key = points(128, d=16), jax.random.key(0)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    width = sharding.named((None, "table_width"), x.shape, mesh, "bank")
+    split = jax.device_put(x, width)
+    one, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key)
+    assert len(split.sharding.device_set) == 8 and not split.sharding.is_fully_replicated
+    eight, _ = curriculum.balanced_kmeans(split, 8, key)
+    assert np.array_equal(one, eight)
+
+
+@pytest.mark.parametrize("leaves", [0, 3, 12])
+def test_leaves_must_be_a_power_of_two(leaves):
+    with pytest.raises(ValueError, match=f"expected a power of two, got {leaves}"):
+        curriculum.balanced_kmeans(points(20), leaves, jax.random.key(0))
+
+
+def test_more_leaves_than_points_are_refused():
+    with pytest.raises(ValueError, match="at most one per point, 5, got 8"):
+        curriculum.balanced_kmeans(points(5), 8, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"start": -1},
+        {"update": 0},
+        {"cluster_size": 1},
+        {"double_at": (4, 4)},
+        {"double_at": (6, 4)},
+    ],
+)
+def test_config_names_the_field_at_fault(fields):
+    with pytest.raises(ValueError, match=f"curriculum.{next(iter(fields))}: expected"):
+        CurriculumConfig(**fields)

@@ -1,0 +1,219 @@
+"""Save and restore of the whole training state with Orbax; the config a workdir belongs to.
+
+A checkpoint holds the state as a flat mapping from path to array, so that no Python type is stored,
+and the run's metric records, so that a resumed run ends with the records of the straight one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+# Fields that may differ between the run that wrote a workdir and the one that goes on with it.
+RESUMABLE = (
+    "data.data_dir",
+    "data.raw_dir",
+    "eval",
+    "mesh",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.keep",
+    "train.prefetch",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: the latest ones and the best by P@1, written asynchronously.
+
+    Args:
+        workdir: local folder or any path that `epath` knows (gs://...).
+        keep: how many of the latest checkpoints stay, at least 2: while the newest is being written
+            the one before it is the only whole one.
+
+    Raises:
+        ValueError: `keep` is below 2.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 2):
+        if keep < 2:
+            raise ValueError(f"train.keep: expected at least 2 checkpoints, got {keep}")
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["P@1"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            epath.Path(workdir).absolute() / "checkpoints",
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "history": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                cleanup_tmp_directories=True,  # what a killed save left behind
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def steps(self) -> Sequence[int]:
+        """The steps there is a committed checkpoint of, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The newest committed step, or None."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the highest P@1 among those kept, or None if none was evaluated."""
+        return self._manager.best_step()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        history: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing the state; returns once it is copied off the devices.
+
+        Args:
+            step: optimizer steps done. A step that is there already is left as it is.
+            state: pytree of arrays.
+            history: what `report.Reporter.history` gave; stored as JSON.
+            metrics: evaluation metrics of this step, if it was evaluated; needs "P@1".
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_flatten(state)),
+                history=ocp.args.JsonSave(dict(history)),
+            ),
+            metrics=None if metrics is None else {"P@1": metrics["P@1"]},
+            force=True,
+        )
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint onto the devices, from any mesh onto any mesh.
+
+        Args:
+            step: one of `steps()`.
+            abstract: pytree of ShapeDtypeStructs with shardings, of the state expected.
+
+        Returns:
+            The state and the history stored with it.
+
+        Raises:
+            ValueError: an array is missing, unknown, or has another shape or dtype.
+        """
+        expected = _flatten(abstract)
+        stored = self._manager.item_metadata(step)["state"]
+        problems = [
+            f"{name}: expected {_describe(expected.get(name))}, got {_describe(stored.get(name))}"
+            for name in sorted(expected.keys() | stored.keys())
+            if _describe(expected.get(name)) != _describe(stored.get(name))
+        ]
+        if problems:
+            raise ValueError(
+                f"checkpoint {self._manager.directory}/{step}: does not hold the state of this "
+                f"config: " + "; ".join(problems)
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(expected), history=ocp.args.JsonRestore()
+            ),
+        )
+        leaves = [restored["state"][name] for name in expected]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["history"]
+
+    def wait(self) -> None:
+        """Returns once everything started is committed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the writes and releases the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool = True) -> None:
+    """Writes config.json of a new workdir; in an old one compares it with this run's config.
+
+    Args:
+        workdir: see `Checkpoints`.
+        config: nested mapping of JSON values.
+        new: whether the workdir may be a new one.
+
+    Raises:
+        ValueError: a field differs that may not (see `RESUMABLE`; `train.epochs` may grow), or
+            there is no config where there should be.
+    """
+    path = epath.Path(workdir) / "config.json"
+    config = json.loads(json.dumps(config))
+    if new and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        return
+    then, now = _fields(read_config(workdir)), _fields(config)
+    differ = []
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) == now.get(name):
+            continue
+        if any(name == field or name.startswith(field + ".") for field in RESUMABLE):
+            continue
+        if name == "train.epochs" and now[name] > then[name]:
+            logging.info("train.epochs grows from %d to %d", then[name], now[name])
+            continue
+        differ.append(f"{name}: {then.get(name)!r} there, {now.get(name)!r} here")
+    if differ:
+        raise ValueError(
+            f"{path}: this workdir was made by another config ({'; '.join(differ)}); "
+            f"choose another --workdir or give the same config"
+        )
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The config a workdir was made with.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path}: expected the config of a run, found no such file")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """{path: leaf}; None is an empty subtree, so absent tables leave no trace."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _describe(leaf: Any) -> str:
+    return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields |= _fields(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields

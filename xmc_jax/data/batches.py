@@ -1,0 +1,162 @@
+"""Batches by random access: (order, step) -> Batch. Pure numpy, no state.
+
+Every process samples the label ids of the whole batch, which is cheap, and gathers texts and
+relevance for its own rows only; so any number of processes sees the same global batch.
+"""
+
+import numpy as np
+
+from xmc_jax import rng
+from xmc_jax.data.csr import Csr
+from xmc_jax.data.store import Store
+from xmc_jax.types import Batch
+
+WEIGHTINGS = ("inverse_propensity", "uniform")
+
+
+def complete(order: np.ndarray, batch_size: int) -> np.ndarray:
+    """An epoch's order, its last batch completed with the epoch's first documents.
+
+    Args:
+        order: i32[N], every document once.
+        batch_size: B.
+
+    Returns:
+        i32[ceil(N / B) * B]; the documents of a batch are all different.
+
+    Raises:
+        ValueError: N < B, where a batch would hold a document twice.
+
+    Departs: the reference ends its epoch with a short batch; a completed one keeps shapes static,
+    visits every document, and has as many steps.
+    """
+    if len(order) < batch_size:
+        raise ValueError(
+            f"batches: expected at least train.batch_size={batch_size} training documents, got "
+            f"{len(order)}; set --config.train.batch_size={len(order)} or less"
+        )
+    missing = -len(order) % batch_size
+    return np.concatenate([order, order[:missing]])
+
+
+class Sampler:
+    """Builds batches of documents, labels sampled for them, and their relevance."""
+
+    def __init__(
+        self,
+        store: Store,
+        batch_size: int,
+        positives_per_document: int = 1,
+        weighting: str = "inverse_propensity",
+        seed: int = 0,
+    ):
+        """
+        Args:
+            store: the dataset.
+            batch_size: B, documents of a global batch.
+            positives_per_document: labels sampled per document; U = B * positives_per_document.
+            weighting: a positive's chance is proportional to its inverse propensity, or "uniform".
+            seed: the run's seed.
+
+        Raises:
+            ValueError: names field, expected, got.
+        """
+        if batch_size < 1 or positives_per_document < 1:
+            raise ValueError(
+                "batches: expected batch_size and positives_per_document of at least 1, got "
+                f"{batch_size} and {positives_per_document}"
+            )
+        if weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"batches: expected weighting among {', '.join(WEIGHTINGS)}, got {weighting!r}"
+            )
+        self._store = store
+        self._positives = store.positives("train")
+        self._batch_size = batch_size
+        self._per_document = positives_per_document
+        self._seed = seed
+        uniform = weighting == "uniform"
+        self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
+
+    def build(
+        self, order: np.ndarray, step_in_epoch: int, global_step: int, rows: slice = slice(None)
+    ) -> Batch:
+        """One process's rows of the batch of a step; a function of the arguments alone.
+
+        Args:
+            order: i32[steps * B], see `complete`.
+            step_in_epoch: which B documents of `order`.
+            global_step: steps since the start of training; numbers the random draw.
+            rows: this process's documents among the B; the columns sampled for them are its labels.
+
+        Returns:
+            A Batch of numpy arrays: n of the B documents and the n * positives_per_document labels
+            sampled for them; `relevance` is bool[n, U], over the columns of the whole batch.
+        """
+        size, per_document = self._batch_size, self._per_document
+        batch = order[step_in_epoch * size : (step_in_epoch + 1) * size]
+        generator = rng.host(self._seed, rng.Stream.SAMPLE, global_step)
+        label_ids = sample(self._positives.take(batch), self._weights, per_document, generator)
+        start, stop, _ = rows.indices(size)
+        document_ids = batch[start:stop].astype(np.int32)
+        local_labels = label_ids[start * per_document : stop * per_document]
+        return Batch(
+            document=self._store.train.inputs(document_ids),
+            label=self._store.label.inputs(local_labels),
+            document_ids=document_ids,
+            label_ids=local_labels,
+            relevance=relevance(self._positives.take(document_ids), label_ids),
+        )
+
+
+def sample(
+    positives: Csr, weights: np.ndarray, per_document: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Labels drawn for each document among its positives.
+
+    They are drawn without replacement. A document with fewer positives than `per_document` has all
+    of them, repeated in turn; one without any has random labels, which are negatives to it.
+
+    Args:
+        positives: labels of the n documents.
+        weights: f64[L]; the first label of a document is drawn with chances proportional to these,
+            the next likewise among the rest.
+        per_document: labels per document.
+        generator: where the randomness comes from.
+
+    Returns:
+        i32[n * per_document], the labels of document i at `i * per_document`.
+
+    Source: ViXML reference, DatasetD.__getitem__ (one per document, by inverse propensity).
+    """
+    # A race of exponential clocks: who rings first has a chance proportional to the rate.
+    clocks = generator.standard_exponential(len(positives.indices)) / weights[positives.indices]
+    ranked = positives.indices[np.lexsort((clocks, positives.row_ids()))]
+    counts = positives.counts()[:, None]
+    rank = np.arange(per_document)[None, :] % np.maximum(counts, 1)
+    drawn = generator.integers(positives.columns, size=(positives.rows, per_document))
+    present = np.broadcast_to(counts > 0, drawn.shape)
+    drawn[present] = ranked[(positives.indptr[:-1, None] + rank)[present]]
+    return drawn.ravel().astype(np.int32)
+
+
+def relevance(positives: Csr, label_ids: np.ndarray) -> np.ndarray:
+    """Which columns are positives of which rows, by the full ground truth.
+
+    Args:
+        positives: labels of the n documents.
+        label_ids: i32[U], columns; a label may occur more than once.
+
+    Returns:
+        bool[n, U].
+    """
+    by_label = np.argsort(label_ids, kind="stable")
+    ascending = label_ids[by_label]
+    first = np.searchsorted(ascending, positives.indices, side="left")
+    count = np.searchsorted(ascending, positives.indices, side="right") - first
+    # Entry e of the positives covers `count[e]` columns from `first[e]` on in the sorted order.
+    ends = np.cumsum(count)
+    columns = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
+    result = np.zeros((positives.rows, len(label_ids)), bool)
+    result[np.repeat(positives.row_ids(), count), by_label[columns]] = True
+    return result

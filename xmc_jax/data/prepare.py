@@ -1,0 +1,296 @@
+"""Raw Extreme Classification files to a dataset folder: `python -m xmc_jax.data.prepare --help`.
+
+Idempotent: a folder made from the same inputs is left as it is. Restartable: a folder appears under
+its name only when it is whole. Texts are cut at `max_length` tokens, duplicate labels of a document
+are merged, and documents without positives are kept, as the reference keeps them (in training they
+are paired with a random label, a negative); the report counts all three.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from xmc_jax import packaged
+from xmc_jax.data import bundled, holdout, raw_folder, store
+from xmc_jax.data import tokenizer as tokenizers
+from xmc_jax.data.known import KNOWN
+from xmc_jax.data.raw import Items
+from xmc_jax.data.raw_folder import RawDataset
+
+PACKAGED = "minilm-l6-packaged"
+_BLOCK = 1 << 14  # texts tokenised at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare, and how.
+
+    Attributes:
+        dataset: its name; published counts of known names are checked.
+        data_dir: where dataset folders go; the result is `<data_dir>/<dataset>/<tokenizer>-<T>`.
+        tokenizer: a folder with tokenizer files, or a name on the hub.
+        max_length: T, tokens per text, special ones included.
+        raw: folder of the raw files; None for a bundled dataset's own.
+        tokenizer_name: what the folder calls the tokenizer; None for the last part of `tokenizer`.
+        revision: the tokenizer's revision on the hub.
+        encoding: of the raw texts, "utf-8", or "latin-1" as the reference reads them.
+        text: "title" or "title_content"; None for the reference's rule, titles alone where the
+            dataset's name says so.
+        propensity: constants (A, B); None for those of a known name, else 0.55 and 1.5 (pyxclib).
+        validation_fraction: share of the training documents to hold out, by whole sources of
+            groups.tsv, as the test split; the test files are then not read. 0 for the real split.
+        seed: of the choice of held-out sources.
+        overwrite: replace a folder that was made from other inputs or is damaged.
+    """
+
+    dataset: str
+    data_dir: str | pathlib.Path
+    tokenizer: str
+    max_length: int
+    raw: str | pathlib.Path | None = None
+    tokenizer_name: str | None = None
+    revision: str | None = None
+    encoding: str = "utf-8"
+    text: str | None = None
+    propensity: tuple[float, float] | None = None
+    validation_fraction: float = 0.0
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self):
+        folder_safe = bool(self.dataset) and self.dataset == pathlib.Path(self.dataset).name
+        for field, fits, expected in (
+            ("dataset", folder_safe and self.dataset != "..", "a name without slashes"),
+            ("max_length", 1 <= self.max_length < 1 << 16, "1 to 65535 tokens"),
+            ("encoding", self.encoding in ("utf-8", "latin-1"), "utf-8 or latin-1"),
+            ("text", self.text in (None, "title", "title_content"), "title or title_content"),
+            ("validation_fraction", 0 <= self.validation_fraction < 1, "a fraction in [0, 1)"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"prepare: {field}: expected {expected}, got {getattr(self, field)!r}"
+                )
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The dataset folder."""
+        name = self.tokenizer_name or pathlib.Path(self.tokenizer).name
+        held_out = f"-val{100 * self.validation_fraction:g}-seed{self.seed}"
+        name = f"{name}-{self.max_length}" + (held_out if self.validation_fraction else "")
+        return pathlib.Path(self.data_dir) / self.dataset / name
+
+
+def prepare(config: PrepareConfig) -> pathlib.Path:
+    """Makes the dataset folder, unless it is there already.
+
+    Returns:
+        The folder, for `store.open`.
+
+    Raises:
+        ValueError: bad raw files, counts other than the published ones, or a folder of that name
+            that was made from other inputs or is damaged.
+    """
+    source = bundled.path(config.dataset) if config.raw is None else pathlib.Path(config.raw)
+    files = raw_folder.find(source, train_only=config.validation_fraction > 0)
+    tokenizer = tokenizers.load(config.tokenizer, config.revision)
+    inputs = _inputs(config, raw_folder.digests(files), tokenizers.identity(tokenizer))
+    folder = config.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of one host prepare one after the other
+        if folder.exists() and not config.overwrite:
+            _check_same(folder, inputs)
+            return folder
+        dataset = raw_folder.read(files, config.dataset, config.encoding)
+        if config.validation_fraction:
+            dataset = holdout.hold_out(dataset, config.validation_fraction, config.seed)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+        partial.mkdir()
+        _write(partial, dataset, inputs, tokenizer)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    return folder
+
+
+def report(folder: pathlib.Path) -> str:
+    """A few lines on a dataset folder: counts, labels per document, token lengths, what was cut."""
+    manifest = store.open(folder).manifest
+    lines = [f"{manifest['dataset']} in {folder}"]
+    for split, counts in manifest["report"].items():
+        lines.append(f"  {split:5}  " + "  ".join(f"{k} {v:,}" for k, v in counts.items()))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 1 for bad data, 2 for bad flags."""
+    try:
+        config = _parse(arguments)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        print(report(prepare(config)))
+    except (ValueError, OSError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare: interrupted; run the same command again", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, where argparse prints the usage too
+        raise ValueError(f"prepare: {message}; see --help")
+
+
+def _parse(arguments: list[str] | None) -> PrepareConfig:
+    parser = _Parser(prog="python -m xmc_jax.data.prepare", allow_abbrev=False)
+    known = ", ".join(KNOWN)
+    parser.add_argument("--dataset", required=True, help=f"its name; known: {known}")
+    parser.add_argument("--raw", help="folder of the raw files; a bundled dataset needs none")
+    parser.add_argument("--out", dest="data_dir", required=True, help="where dataset folders go")
+    parser.add_argument(
+        "--tokenizer", default=PACKAGED, help=f"a folder, a hub name, or {PACKAGED} (default)"
+    )
+    parser.add_argument("--revision", help="the tokenizer's revision on the hub")
+    parser.add_argument("--max_length", type=int, default=32, help="tokens per text (default 32)")
+    parser.add_argument("--encoding", default="utf-8", help="utf-8 (default) or latin-1")
+    parser.add_argument("--text", help="title or title_content; by default as the name says")
+    parser.add_argument(
+        "--propensity", nargs=2, type=float, metavar=("A", "B"), help="by default as the name says"
+    )
+    parser.add_argument(
+        "--validation_fraction",
+        type=float,
+        default=0.0,
+        help="hold out this share of the training documents, by source, in place of the test split",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out sources")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that differs")
+    fields = vars(parser.parse_args(arguments))
+    if fields["propensity"]:
+        fields["propensity"] = tuple(fields["propensity"])
+    if fields["tokenizer"] == PACKAGED:
+        fields |= {"tokenizer": str(packaged.minilm()), "tokenizer_name": PACKAGED}
+    return PrepareConfig(**fields)
+
+
+def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> dict[str, Any]:
+    """All that the folder's contents follow from, as the manifest says it."""
+    constants = config.propensity
+    if constants is None:
+        known = KNOWN.get(config.dataset)
+        constants = (known.a, known.b) if known else (0.55, 1.5)
+    by_name = "title" if "title" in config.dataset.lower() else "title_content"
+    validation = {"fraction": config.validation_fraction, "seed": config.seed}
+    return {
+        "format": store.FORMAT,
+        "dataset": config.dataset,
+        "max_length": config.max_length,
+        "tokenizer": {
+            "name": config.tokenizer_name or config.tokenizer,
+            "revision": config.revision,
+            **identity,
+        },
+        "text": config.text or by_name,
+        "encoding": config.encoding,
+        "propensity": list(constants),
+        "validation": validation if config.validation_fraction else None,
+        "raw": digests,
+    }
+
+
+def _check_same(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
+    recorded = dict(_leaves(store.open(folder).manifest))
+    for field, value in _leaves(inputs):
+        if recorded.get(field) != value:
+            raise ValueError(
+                f"{folder}: expected to have been prepared with {field} {value}, found "
+                f"{recorded.get(field)}; choose another --out, or --overwrite"
+            )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _write(partial: pathlib.Path, dataset: RawDataset, inputs: dict[str, Any], tokenizer) -> None:
+    total = sum(len(items.titles) for items in dataset.splits.values())
+    with tqdm.tqdm(total=total, desc="tokenising", unit="text", disable=None) as bar:
+        summary = {
+            split: _write_texts(partial, split, items, inputs, tokenizer, bar)
+            for split, items in dataset.splits.items()
+        }
+    for split, merged in dataset.merged.items():
+        positives = dataset.splits[split].positives
+        np.save(partial / f"{split}.positives.indptr.npy", positives.indptr)
+        np.save(partial / f"{split}.positives.indices.npy", positives.indices)
+        summary[split] |= {
+            "labels_per_document": round(len(positives.indices) / positives.rows, 4),
+            "without_positives": int((positives.counts() == 0).sum()),
+            "duplicates_merged": merged,
+        }
+    for split, groups in dataset.groups.items():
+        np.save(partial / f"{split}.groups.npy", groups)
+    np.save(partial / "filter.npy", dataset.filter)
+    summary["test"]["filter_pairs"] = len(dataset.filter)
+    used = np.unique(dataset.splits["train"].positives.indices)
+    summary["label"]["without_documents"] = len(dataset.splits["label"].titles) - len(used)
+    files = {}
+    for path in sorted(partial.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r")
+            files[path.name] |= {"dtype": str(array.dtype), "shape": list(array.shape)}
+    manifest = json.dumps(inputs | {"report": summary, "files": files}, indent=1)
+    (partial / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+
+
+def _write_texts(partial, split: str, items: Items, inputs, tokenizer, bar) -> dict[str, Any]:
+    """Writes tokens, lengths, uids and titles of a split; returns the facts for the report."""
+    texts = items.titles
+    if inputs["text"] == "title_content":
+        texts = [f"{title} {content}".strip() for title, content in zip(texts, items.contents)]
+    shape = (len(texts), inputs["max_length"])
+    tokens = np.lib.format.open_memmap(partial / f"{split}.tokens.npy", "w+", np.int32, shape)
+    lengths, whole = np.zeros((2, len(texts)), np.int32)
+    for start in range(0, len(texts), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        tokens[block], lengths[block], whole[block] = tokenizers.encode_measured(
+            tokenizer, texts[block], inputs["max_length"]
+        )
+        bar.update(len(texts[block]))
+    tokens.flush()
+    np.save(partial / f"{split}.lengths.npy", lengths.astype(np.uint16))
+    for name, column in (("uids", items.uids), ("titles", items.titles)):
+        lines = "".join(store.escape(line) + "\n" for line in column)
+        (partial / f"{split}.{name}.txt").write_bytes(lines.encode("utf-8"))
+    return {
+        "count": len(texts),
+        "tokens_mean": round(float(whole.mean()), 2),
+        **{f"tokens_p{p}": int(np.percentile(whole, p)) for p in (50, 90, 99, 100)},
+        "truncated": round(float((whole > lengths).mean()), 4),
+        "blank_texts": sum(not text.strip() for text in texts),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

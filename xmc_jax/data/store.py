@@ -1,0 +1,221 @@
+"""Open a dataset folder, as `prepare` writes it; everything large is memory-mapped.
+
+The folder: `{train,test,label}.tokens.npy` i32[n, T] right padded, `.lengths.npy` u16[n],
+`.uids.txt`, `.titles.txt`; `{train,test}.positives.{indptr,indices}.npy`; `{train,test}.groups.npy`
+i32[n] where sources are known; `filter.npy` i32[p, 2]; and `manifest.json`, written last.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xmc_jax.data import propensity
+from xmc_jax.data.csr import Csr
+from xmc_jax.types import Inputs
+
+FORMAT = 1
+"""Version of the folder's layout."""
+SPLITS = ("train", "test", "label")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The texts of train, test or label.
+
+    Attributes:
+        tokens: i32[n, T], memory-mapped.
+        lengths: u16[n], tokens per text.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def inputs(self, ids: np.ndarray) -> Inputs:
+        """The rows `ids` (i[n], in any order, repeated or not), copied."""
+        return Inputs(tokens=self.tokens[ids], lengths=self.lengths[ids].astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Store:
+    """A dataset folder; see the module. `split` is "train", "test" or "label" throughout.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what `prepare` recorded.
+        digest: SHA-256 of manifest.json; equal on two hosts when their data are.
+        train: texts of the N training documents.
+        test: texts of the M test documents (held-out training documents in a validation split).
+        label: texts of the L labels.
+    """
+
+    folder: pathlib.Path
+    manifest: Mapping[str, Any]
+    digest: str
+    train: Split
+    test: Split
+    label: Split
+    _positives: Mapping[str, Csr]
+    _filter: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return self.manifest["dataset"]
+
+    @property
+    def num_documents(self) -> int:
+        """N."""
+        return len(self.train)
+
+    @property
+    def num_test(self) -> int:
+        """M."""
+        return len(self.test)
+
+    @property
+    def num_labels(self) -> int:
+        """L."""
+        return len(self.label)
+
+    @property
+    def max_length(self) -> int:
+        """T."""
+        return self.manifest["max_length"]
+
+    @property
+    def propensity(self) -> tuple[float, float]:
+        """The dataset's constants A and B."""
+        a, b = self.manifest["propensity"]
+        return a, b
+
+    def positives(self, split: str) -> Csr:
+        """Labels of each document of "train" or "test", each once, ascending."""
+        return self._positives[split]
+
+    def filter(self, split: str = "test") -> np.ndarray:
+        """i32[p, 2]: (document, label) pairs to remove from predictions; of "test" only."""
+        if split != "test":
+            raise ValueError(f"{self.folder}: expected filter pairs of test, got {split!r}")
+        return self._filter
+
+    @functools.cached_property
+    def inverse_propensity(self) -> np.ndarray:
+        """f64[L], from the training positives."""
+        frequency = np.bincount(self.positives("train").indices, minlength=self.num_labels)
+        return propensity.inverse_propensity(frequency, self.num_documents, *self.propensity)
+
+    def texts(self, split: str) -> list[str]:
+        """The title of each item, to show; without the content, tokenised or not."""
+        return _read_lines(self.folder / f"{split}.titles.txt")
+
+    def uids(self, split: str) -> list[str]:
+        """The identifier of each item."""
+        return _read_lines(self.folder / f"{split}.uids.txt")
+
+    def groups(self, split: str) -> np.ndarray | None:
+        """i32[n], the source of each document, numbered over both splits; None where unknown."""
+        name = f"{split}.groups.npy"
+        return np.load(self.folder / name) if name in self.manifest["files"] else None
+
+
+def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) -> Store:
+    """Opens a dataset folder after checking it against its manifest.
+
+    Args:
+        folder: what `prepare` returned.
+        expect: dotted manifest field -> value that the run needs, e.g.
+            {"tokenizer.digest": ..., "max_length": 32}.
+        verify: also hash every file; sizes, dtypes and shapes are always checked.
+
+    Raises:
+        ValueError: the folder differs from its manifest or from `expect`; names both values.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        content = (folder / "manifest.json").read_bytes()
+        manifest = json.loads(content)
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: expected a dataset folder with a manifest.json, found none that can be "
+            "read; make one with python -m xmc_jax.data.prepare"
+        ) from error
+    _compare(f"{folder}/manifest.json: format", FORMAT, manifest.get("format"))
+    for field, value in (expect or {}).items():
+        found = functools.reduce(
+            lambda node, key: node.get(key) if isinstance(node, dict) else None,
+            field.split("."),
+            manifest,
+        )
+        _compare(f"{folder}/manifest.json: {field}", value, found)
+    arrays = {}
+    for name, recorded in files.items():
+        path = folder / name
+        _compare(f"{path}: bytes", recorded["bytes"], path.stat().st_size if path.is_file() else 0)
+        if verify:
+            _compare(f"{path}: sha256", recorded["sha256"], sha256(path))
+        if name.endswith(".npy"):
+            array = _load(path)
+            _compare(f"{path}: dtype", recorded["dtype"], str(array.dtype))
+            _compare(f"{path}: shape", recorded["shape"], list(array.shape))
+            arrays[name.removesuffix(".npy")] = array
+    splits = {s: Split(arrays[f"{s}.tokens"], arrays[f"{s}.lengths"]) for s in SPLITS}
+    positives = {
+        split: Csr(
+            arrays[f"{split}.positives.indptr"],
+            arrays[f"{split}.positives.indices"],
+            None,
+            len(splits["label"]),
+        )
+        for split in ("train", "test")
+    }
+    return Store(
+        folder=folder,
+        manifest=manifest,
+        digest=hashlib.sha256(content).hexdigest(),
+        _positives=positives,
+        _filter=arrays["filter"],
+        **splits,
+    )
+
+
+def sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def escape(text: str) -> str:
+    """One line for any text; `Store.texts` and `Store.uids` undo it."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+    lines = path.read_bytes().decode("utf-8").split("\n")[:-1]
+    undo = {"\\\\": "\\", "\\n": "\n"}
+    return [re.sub(r"\\.", lambda m: undo[m[0]], line) if "\\" in line else line for line in lines]
+
+
+def _load(path: pathlib.Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a NumPy array file, found a damaged one") from error
+
+
+def _compare(what: str, expected: Any, found: Any) -> None:
+    if expected != found:
+        raise ValueError(
+            f"{what}: expected {expected}, found {found}; prepare the dataset again "
+            "(python -m xmc_jax.data.prepare --overwrite)"
+        )

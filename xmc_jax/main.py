@@ -1,0 +1,178 @@
+"""The command: `python -m xmc_jax.main --config=configs/vixml.py[:variant] [--config.a.b=value]`.
+
+Modes:
+    train     prepare the dataset if needed, train or go on with the run in --workdir, evaluate it.
+    evaluate  evaluate the newest checkpoint of --workdir; --config.eval.* may differ from training.
+    embed     write the embeddings of documents and labels that the checkpoint gives.
+    export    write its encoder as a folder for Hugging Face and sentence-transformers.
+"""
+
+import difflib
+import logging as py_logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives, runs/<config.name> if not given; run again to go on."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "embed", "export"], "What to do.")
+
+_ROWS = {"plain": "trained", "augmented": "trained + augmented"}
+_FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
+
+
+def main(argv: list[str]) -> int:
+    """Runs the mode that the flags name; returns the exit code."""
+    del argv
+    # Imported here, so that a mistyped flag is answered at once.
+    from xmc_jax import checkpoint
+    from xmc_jax.models import hf
+    from xmc_jax.training import loop
+    from xmc_jax.training.program import Program, RunConfig
+
+    fields = _CONFIG.value.to_dict()
+    mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
+    run = RunConfig.from_dict(fields)
+    checkpoint.check_config(workdir, fields, new=mode == "train")
+    program = Program(run, _open_data(fields))
+    if mode == "train":
+        try:
+            trained = loop.train(program, workdir)
+        except loop.Interrupted as interrupted:
+            logging.info("%s", interrupted)
+            return _BY_SIGNAL + interrupted.signum
+        rows = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
+        _report(workdir, trained.step, rows, trained.evaluation)
+        return 0
+
+    step, state = loop.restore(program, workdir)
+    if mode == "evaluate":
+        _report(workdir, step, {}, program.evaluate(state))
+    elif mode == "embed":
+        folder = workdir / "embeddings" / str(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in ("test", "train"):
+            program.embed(state.params, split, folder / f"{split}.npy")
+        program.embed_index(state, folder / "label.npy")
+        print(f"wrote test.npy, train.npy and label.npy to {folder}")
+    elif mode == "export":
+        hf.export(workdir / "export", program.export_params(state), program.bert, program.source)
+        print(f"wrote {workdir / 'export'}")
+    return 0
+
+
+def _open_data(fields: Mapping[str, Any]):
+    """The dataset folder of a config, prepared if it is not there."""
+    from xmc_jax.data import prepare, store
+    from xmc_jax.models import hf
+
+    data = fields["data"]
+    name, revision = data["tokenizer"], None
+    if name is None:
+        name, revision = fields["encoder"]["backbone"], fields["encoder"]["revision"]
+    source = hf.resolve(name, revision)
+    folder = prepare.prepare(
+        prepare.PrepareConfig(
+            dataset=data["dataset"],
+            data_dir=data["data_dir"],
+            tokenizer=str(source.folder),
+            tokenizer_name=name.rsplit("/", 1)[-1],
+            max_length=data["max_length"],
+            raw=None if data["raw_dir"] == "bundled" else data["raw_dir"],
+            encoding=data["encoding"],
+            text=data["text"],
+            propensity=(data["propensity_a"], data["propensity_b"]),
+            validation_fraction=data["validation_fraction"],
+            seed=data["validation_seed"],
+        )
+    )
+    return store.open(folder)
+
+
+def _report(workdir: epath.Path, step: int, rows: dict[str, Any], evaluation) -> None:
+    """Writes metrics.json and predictions/<step>.npz; prints the table."""
+    from xmc_jax.retrieval import evaluate
+
+    evaluate.write(
+        evaluation, workdir / "metrics.json", workdir / "predictions" / f"{step}.npz", rows
+    )
+    rows = rows | {_ROWS[name]: metrics for name, metrics in evaluation.metrics.items()}
+    print(evaluate.format_table(rows))
+    print()
+    print(evaluate.format_full_table(rows))
+    if evaluation.index:
+        print()
+        print(evaluate.format_index(evaluation.index))
+    print(f"\nstep {step}; the same in {workdir / 'metrics.json'}")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags of the command line.
+
+    Raises:
+        ValueError: one line on what is wrong: an unknown flag, variant or config field, with the
+            nearest one that exists, or a value that does not fit its field.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        raise ValueError(_explain(argv, error)) from error
+    if len(rest) > 1:
+        raise ValueError(f"command line: expected flags alone, got {rest[1]!r}")
+    if _CONFIG.value is None:
+        raise ValueError("--config: expected a config file, e.g. --config=configs/vixml.py")
+    return rest
+
+
+def _explain(argv: list[str], error: Exception) -> str:
+    """One line for what absl and ml_collections say in several, or in a traceback."""
+    config = flags.FLAGS["config"].value
+    if isinstance(config, ConfigDict):
+        known = list(_paths(config))
+        for name in re.findall(r"^--config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, 1, 0)[0]
+                return f"--config.{name}: no such field; did you mean --config.{nearest}?"
+    return str(error).strip().splitlines()[-1]
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name in config:
+        yield prefix + name
+        value = config.get_oneway_ref(name).get()
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+
+
+def _main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.INFO)
+    # Libraries log through absl too; of theirs, warnings are enough.
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno > py_logging.INFO or "xmc_jax" in record.pathname
+    )
+    try:
+        sys.exit(main(argv))
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_FAILED)
+
+
+def run() -> None:
+    """The entry of the command."""
+    try:
+        arguments = parse(sys.argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_USAGE)
+    app.run(_main, argv=arguments, flags_parser=lambda argv: argv)
+
+
+if __name__ == "__main__":
+    run()

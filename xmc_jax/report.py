@@ -1,0 +1,160 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard events and a progress bar; process 0 only.
+
+Records are a function of the training state and its data, except those named `time/...`: a resumed
+run writes what the straight run would have written. Values are fetched from the devices only when a
+record is due, never in the step.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Reporter:
+    """Collects the metrics of steps and writes them.
+
+    Args:
+        workdir: where metrics.jsonl and tensorboard/ go.
+        every: steps per training record.
+        total_steps: of the whole run, for the progress bar.
+        history: of a restored checkpoint; records after it are forgotten.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        every: int,
+        total_steps: int,
+        history: Mapping[str, Any] | None = None,
+    ):
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._every = every
+        self._records: list[dict[str, Any]] = list(history["records"]) if history else []
+        self._pending: list[Any] = list(history["pending"]) if history else []
+        self._steps = self._records_step() + len(self._pending)
+        self._writes = jax.process_index() == 0
+        self._last = (time.perf_counter(), self._steps)
+        self._warned = ""
+        if self._writes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._events = SummaryWriter(
+                str(self._path.parent / "tensorboard"), purge_step=self._steps + 1
+            )
+            self._bar = tqdm(
+                total=total_steps, initial=self._steps, unit="step", desc="train", leave=False
+            )
+            self._flush()
+
+    def step(self, metrics: Mapping[str, jax.Array], documents: int) -> dict[str, float] | None:
+        """Takes the metrics of one step without waiting for it.
+
+        Args:
+            metrics: f32[] arrays, still being computed.
+            documents: in the batch.
+
+        Returns:
+            The means since the last record when a record is due (`every` steps), else None.
+
+        Raises:
+            FloatingPointError: the mean loss since the last record is not finite.
+        """
+        self._pending.append(metrics)
+        self._steps += 1
+        if self._writes:
+            self._bar.update()
+        if self._steps % self._every:
+            return None
+        means = self._means()
+        first = self._steps - len(self._pending) + 1
+        self._pending = []
+        now = time.perf_counter()
+        seconds = (now - self._last[0]) / max(self._steps - self._last[1], 1)
+        self._last = (now, self._steps)
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"train: the loss is {means['loss']} somewhere in steps {first} to {self._steps}; "
+                f"lower optimizer.lr or set optimizer.clip_norm"
+            )
+        record = {f"train/{name}": value for name, value in means.items()}
+        record |= {"time/step": seconds, "time/documents_per_second": documents / seconds}
+        self.record(self._steps, record)
+        if self._writes:
+            self._bar.set_postfix_str(
+                f"loss {means['loss']:.4f}, violators {means['violators']:.1%}, "
+                f"{documents / seconds:,.0f} documents/s"
+            )
+        return means
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one record to metrics.jsonl and to the TensorBoard events."""
+        self._records.append({"step": step, **values})
+        if self._writes:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._flush()
+
+    def history(self) -> dict[str, Any]:
+        """Everything reported up to now, as JSON values; waits for the steps taken."""
+        self._pending = [
+            {name: float(value) for name, value in metrics.items()}
+            for metrics in jax.device_get(self._pending)
+        ]
+        return {"records": list(self._records), "pending": list(self._pending)}
+
+    def resume_clock(self) -> None:
+        """Leaves the time since the last record (evaluation, re-clustering) out of `time/step`."""
+        self._last = (time.perf_counter(), self._steps)
+
+    def warn(self, text: str) -> None:
+        """Logs a warning, once, above the progress bar."""
+        if self._writes and text != self._warned:
+            self._warned = text
+            self._bar.clear()
+            logging.warning("%s", text)
+            self._bar.refresh()
+
+    def latest(self, prefix: str) -> dict[str, float]:
+        """The values of the newest record with names of this prefix, the prefix taken off."""
+        for record in reversed(self._records):
+            found = {
+                name.removeprefix(prefix): value
+                for name, value in record.items()
+                if name.startswith(prefix)
+            }
+            if found:
+                return found
+        return {}
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        """Ends the progress bar and the event file."""
+        if self._writes:
+            self._bar.close()
+            self._events.close()
+
+    def _means(self) -> dict[str, float]:
+        fetched = jax.device_get(self._pending)
+        names = fetched[0].keys()
+        return {
+            name: float(np.mean([m[name] for m in fetched], dtype=np.float64)) for name in names
+        }
+
+    def _records_step(self) -> int:
+        steps = [r["step"] for r in self._records if any(k.startswith("train/") for k in r)]
+        return max(steps, default=0)
+
+    def _flush(self) -> None:
+        # Written whole: object stores can neither append nor rename. The checkpoint's copy is the
+        # one that counts, so a run killed in here loses nothing.
+        self._path.write_text("".join(json.dumps(record) + "\n" for record in self._records))

@@ -1,0 +1,151 @@
+"""Retrieval-augmented inference: nearest labels and the labels of nearest train documents."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from xmc_jax.data.csr import Csr
+
+_BLOCK = 1_024  # documents whose (label, weight) entries are summed at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedConfig:
+    """How labels and documents are searched and mixed.
+
+    Attributes:
+        mode: "split" searches labels and documents apart, "joint" searches their union once.
+        labels: labels retrieved in split mode; joint mode retrieves `labels + documents` items.
+        documents: train documents retrieved in split mode.
+        temperature: of the softmax over the inner products of what was retrieved.
+        label_weight: weight of the label side; the document side has `1 - label_weight`.
+        separate_softmax: one softmax per side instead of one over both.
+        normalize_rows: a document passes on its weight in equal parts to its labels, instead of
+            giving all of it to each.
+        filter_first: drop filtered labels before the softmax and not only after it, so that they
+            (a document's own entry among the labels, say) take no weight from the others.
+    """
+
+    mode: Literal["split", "joint"] = "split"
+    labels: int = 100
+    documents: int = 100
+    temperature: float = 0.05
+    label_weight: float = 0.9
+    separate_softmax: bool = False
+    normalize_rows: bool = False
+    filter_first: bool = False
+
+    def __post_init__(self):
+        if self.mode not in ("split", "joint"):
+            raise ValueError(f"eval.augmented.mode: expected split or joint, got {self.mode!r}")
+        if min(self.labels, self.documents) < 1:
+            raise ValueError(
+                f"eval.augmented: expected labels and documents of at least 1, got {self.labels} "
+                f"and {self.documents}"
+            )
+        if not self.temperature > 0:
+            raise ValueError(
+                f"eval.augmented.temperature: expected a positive number, got {self.temperature}"
+            )
+        if not 0 <= self.label_weight <= 1:
+            raise ValueError(
+                f"eval.augmented.label_weight: expected a fraction, got {self.label_weight}"
+            )
+
+
+def union(
+    label_scores: np.ndarray,
+    label_ids: np.ndarray,
+    document_scores: np.ndarray,
+    document_ids: np.ndarray,
+    num_labels: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The results of two searches as those of one over labels followed by documents.
+
+    Args:
+        label_scores: f32[M, K], label_ids: i32[M, K]; -1 and -inf where nothing was found.
+        document_scores: f32[M, J], document_ids: i32[M, J], likewise.
+        num_labels: L.
+
+    Returns:
+        f32[M, K + J] scores and i32[M, K + J] ids; document d has the id `L + d`.
+    """
+    document_ids = np.where(document_ids < 0, -1, document_ids + num_labels)
+    scores = np.concatenate([label_scores, document_scores], axis=1)
+    return scores, np.concatenate([label_ids, document_ids], axis=1).astype(np.int32)
+
+
+def augment(
+    scores: np.ndarray, ids: np.ndarray, positives: Csr, config: AugmentedConfig, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best labels by `w sum_labels p_l e_l + (1 - w) sum_documents p_d Y_d`.
+
+    p is the softmax over the retrieved items' scores, e_l the indicator of a label, Y_d the row of
+    positives of a train document.
+
+    Args:
+        scores: f32[M, K], inner products of M documents with retrieved items, in any order.
+        ids: i32[M, K], label ids, or L + train document; -1 where nothing was found.
+        positives: [N, L] of the train documents.
+        config: see `AugmentedConfig`.
+        k: labels to return.
+
+    Returns:
+        f32[M, k] mixed probabilities, descending, and i32[M, k] label ids; ties go to the lower id,
+        rows with fewer labels end in -inf and -1.
+
+    Source: ViXML supp. E and `eval_mm.py::predict`; RAE-XMC (joint search).
+    """
+    out_scores = np.full((len(ids), k), -np.inf, np.float32)
+    out_ids = np.full((len(ids), k), -1, np.int32)
+    for start in range(0, len(ids), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        row, label, value = _entries(scores[part], ids[part], positives, config)
+        row, label, value = _sum_by_label(row, label, value, positives.columns)
+        order = np.lexsort((label, -value, row))
+        row, label, value = row[order], label[order], value[order]
+        rank = np.arange(len(row)) - np.searchsorted(row, row)
+        kept = rank < k
+        out_scores[start + row[kept], rank[kept]] = value[kept]
+        out_ids[start + row[kept], rank[kept]] = label[kept]
+    return out_scores, out_ids
+
+
+def _entries(scores, ids, positives, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, label, weight) of everything that the retrieved items add."""
+    is_label = (ids >= 0) & (ids < positives.columns)
+    is_document = ids >= positives.columns
+    sides = [is_label, is_document] if config.separate_softmax else [is_label | is_document]
+    weight = sum(_softmax(scores, side, config.temperature) for side in sides)
+
+    row_l, item_l = np.nonzero(is_label)
+    row_d, item_d = np.nonzero(is_document)
+    found = positives.take(ids[row_d, item_d] - positives.columns)
+    passed = (1 - config.label_weight) * weight[row_d, item_d]
+    if config.normalize_rows:
+        passed = passed / np.maximum(found.counts(), 1)
+    return (
+        np.concatenate([row_l, np.repeat(row_d, found.counts())]),
+        np.concatenate([ids[row_l, item_l], found.indices]),
+        np.concatenate(
+            [config.label_weight * weight[row_l, item_l], np.repeat(passed, found.counts())]
+        ),
+    )
+
+
+def _softmax(scores: np.ndarray, kept: np.ndarray, temperature: float) -> np.ndarray:
+    """f64[m, K]: softmax over the kept items of each row, 0 elsewhere."""
+    logits = np.where(kept, scores.astype(np.float64) / temperature, -np.inf)
+    top = logits.max(axis=1, keepdims=True)
+    weight = np.exp(logits - np.where(np.isfinite(top), top, 0))  # a row may have nothing kept
+    return weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)  # the best item alone adds 1
+
+
+def _sum_by_label(row, label, value, num_labels):
+    keys = row * num_labels + label
+    order = np.argsort(keys, kind="stable")
+    keys, value = keys[order], value[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    total = np.add.reduceat(value, first) if len(first) else value
+    return keys[first] // num_labels, keys[first] % num_labels, total

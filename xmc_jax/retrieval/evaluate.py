@@ -1,0 +1,245 @@
+"""Embeddings -> neighbours -> filter -> metrics: one table, metrics.json and predictions.npz."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from xmc_jax.data.store import Store
+from xmc_jax.retrieval import augmented, exact, scann
+from xmc_jax.retrieval.augmented import AugmentedConfig
+from xmc_jax.retrieval.metrics import KS, NAMES, drop_filtered, filtered_per_document, metrics
+from xmc_jax.retrieval.scann import ScannConfig
+
+_COMPARED = 1_000  # at most this many test documents measure an index's recall and speed
+COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@100")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How test documents are evaluated.
+
+    Attributes:
+        ks: cut-offs of the metrics.
+        k: predictions kept per document, at least the largest cut-off.
+        index: "exact" or "scann".
+        augmented: retrieval-augmented inference, or None for none.
+        scann: of `index="scann"`.
+        compare_scann: with `index="exact"`, also build a ScaNN tree, however small the database,
+            and report its recall and both speeds.
+        query_block: documents searched at a time by exact search.
+        database_block: labels or documents scored at a time by exact search, per device.
+    """
+
+    ks: tuple[int, ...] = KS
+    k: int = 100
+    index: str = "exact"
+    augmented: AugmentedConfig | None = dataclasses.field(default_factory=AugmentedConfig)
+    scann: ScannConfig = dataclasses.field(default_factory=ScannConfig)
+    compare_scann: bool = False
+    query_block: int = 512
+    database_block: int = 32_768
+
+    def __post_init__(self):
+        if self.index not in ("exact", "scann"):
+            raise ValueError(f"eval.index: expected exact or scann, got {self.index!r}")
+        if not self.ks or min(self.ks) < 1 or max(self.ks) > self.k:
+            raise ValueError(
+                f"eval.ks: expected cut-offs in [1, {self.k}], the predictions kept, got {self.ks}"
+            )
+        if min(self.query_block, self.database_block) < 1:
+            raise ValueError(
+                f"eval: expected query_block and database_block of at least 1, got "
+                f"{self.query_block} and {self.database_block}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation found; rows are "plain" and, if there is one, "augmented".
+
+    Attributes:
+        metrics: row -> metric -> fraction.
+        scores: row -> f32[M, k], descending, -inf where there is no prediction.
+        ids: row -> i32[M, k], label ids, -1 where there is no prediction.
+        index: recall and speeds of each ScaNN index used, on at most 1,000 test documents spread
+            over the split; see `scann.compare`. Empty with exact search.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    scores: dict[str, np.ndarray]
+    ids: dict[str, np.ndarray]
+    index: dict[str, dict[str, float]]
+
+
+def evaluate(
+    test: np.ndarray,
+    labels: np.ndarray,
+    store: Store,
+    config: EvalConfig,
+    train: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """Ranks the labels for every test document and measures the ranking.
+
+    Every search asks for as many labels more as the filter takes from any one document.
+
+    Args:
+        test: f32[M, D], unit embeddings of the test documents.
+        labels: f32[L, D], unit embeddings or prototypes of the labels.
+        store: the positives, filter and propensities.
+        config: see `EvalConfig`.
+        train: f32[N, D], unit embeddings of the train documents; needed if `config.augmented`.
+        mesh: what exact search runs on; see `exact.search`.
+
+    Raises:
+        ValueError: embeddings do not fit the store, or `train` is missing.
+    """
+    expected = {"test": store.num_test, "labels": store.num_labels, "train": store.num_documents}
+    for name, x in (("test", test), ("labels", labels), ("train", train)):
+        if x is not None and len(x) != expected[name]:
+            raise ValueError(
+                f"evaluate: expected {expected[name]} {name} embeddings for {store.name}, got "
+                f"{len(x)}"
+            )
+    if config.augmented is not None and train is None:
+        raise ValueError(
+            "evaluate: expected train embeddings for retrieval-augmented inference, got none; pass "
+            "them or set eval.augmented to None"
+        )
+    pairs = store.filter("test")
+    extra = filtered_per_document(pairs)
+    index = {}
+
+    def search(name: str, database: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        k = min(k, len(database))
+        if config.index == "exact":
+            if config.compare_scann and name == "labels":
+                tree = dataclasses.replace(config.scann, brute_force_below=0)
+                built = scann.ScannIndex.build(database, tree)
+                index[name] = scann.compare(built, database, test, config.k)
+            return exact.search(test, database, k, config.query_block, config.database_block, mesh)
+        built = scann.ScannIndex.build(database, config.scann)
+        index[name] = scann.compare(built, database, test[:: -(-len(test) // _COMPARED)], k)
+        return built.search(test, k)
+
+    more = config.augmented.labels if config.augmented is not None else 0
+    nearest = search("labels", labels, max(config.k, more) + extra)
+    found = {"plain": nearest}
+    if config.augmented is not None:
+        items = _augmented_items(config.augmented, search, nearest, labels, train, pairs, extra)
+        found["augmented"] = augmented.augment(
+            *items, store.positives("train"), config.augmented, config.k + extra
+        )
+    found = {row: drop_filtered(*best, pairs, config.k) for row, best in found.items()}
+    truth = store.positives("test")
+    return Evaluation(
+        metrics={
+            row: metrics(ids, truth.indptr, truth.indices, store.inverse_propensity, config.ks)
+            for row, (_, ids) in found.items()
+        },
+        scores={row: scores for row, (scores, _) in found.items()},
+        ids={row: ids for row, (_, ids) in found.items()},
+        index=index,
+    )
+
+
+def _augmented_items(config, search, nearest, labels, train, pairs, extra):
+    """(scores, ids) of labels and documents to mix; `nearest` are the labels already searched."""
+    margin = extra if config.filter_first else 0
+    if config.mode == "joint":
+        wanted = config.labels + config.documents
+        items = np.concatenate([labels, train])
+        scores, ids = search("labels and documents", items, wanted + margin)
+        return drop_filtered(scores, ids, pairs, wanted) if config.filter_first else (scores, ids)
+    scores, ids = (x[:, : config.labels + margin] for x in nearest)
+    if config.filter_first:
+        scores, ids = drop_filtered(scores, ids, pairs, config.labels)
+    return augmented.union(scores, ids, *search("documents", train, config.documents), len(labels))
+
+
+def write(
+    evaluation: Evaluation,
+    metrics_path: epath.PathLike,
+    predictions_path: epath.PathLike,
+    rows: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Writes the metrics as JSON and the predictions as a compressed .npz without pickles.
+
+    The .npz holds `<row>_ids` i32[M, k] and `<row>_scores` f32[M, k] of each row.
+
+    Args:
+        evaluation: what to write.
+        metrics_path: metrics.json, local or remote.
+        predictions_path: predictions.npz, local or remote.
+        rows: more rows of metrics, of other models, to go before these.
+    """
+    content = dict(rows or {}) | evaluation.metrics
+    if evaluation.index:
+        content["index"] = evaluation.index
+    arrays = io.BytesIO()
+    np.savez_compressed(
+        arrays,
+        **{f"{row}_ids": ids for row, ids in evaluation.ids.items()},
+        **{f"{row}_scores": scores for row, scores in evaluation.scores.items()},
+    )
+    for path, data in (
+        (metrics_path, json.dumps(content, indent=2, allow_nan=False).encode()),
+        (predictions_path, arrays.getvalue()),
+    ):
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def format_table(
+    rows: Mapping[str, Mapping[str, float]], columns: tuple[str, ...] = COLUMNS
+) -> str:
+    """Named rows by metrics, in percent; what a row lacks is a dash.
+
+    Args:
+        rows: name -> metric -> fraction.
+        columns: names of metrics.
+    """
+    cells = [["", *columns]]
+    cells += [[name, *(_percent(values, x) for x in columns)] for name, values in rows.items()]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
+        for row in cells
+    )
+
+
+def format_full_table(rows: Mapping[str, Mapping[str, float]], ks: tuple[int, ...] = KS) -> str:
+    """Every metric at every cut-off, in percent: metrics by cut-offs, the rows side by side.
+
+    Args:
+        rows: name -> metric -> fraction.
+        ks: cut-offs.
+    """
+    blocks = [["", "", *NAMES]]
+    for name, values in rows.items():
+        cells = [[f"@{k}" for k in ks]]
+        cells += [[_percent(values, f"{metric}@{k}") for k in ks] for metric in NAMES]
+        blocks.append([name, *("  ".join(f"{cell:>6}" for cell in line) for line in cells)])
+    widths = [max(map(len, block)) for block in blocks]
+    lines = ("   ".join(x.ljust(w) for x, w in zip(line, widths)) for line in zip(*blocks))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def format_index(index: Mapping[str, Mapping[str, float]]) -> str:
+    """A line on each ScaNN index, from `Evaluation.index`."""
+    return "\n".join(
+        f"ScaNN over {name}: recall {found['recall']:.4f} of exact search, "
+        f"{found['queries_per_second']:,.0f} queries/s (exact: "
+        f"{found['exact_queries_per_second']:,.0f})"
+        for name, found in index.items()
+    )
+
+
+def _percent(values: Mapping[str, float], name: str) -> str:
+    return f"{100 * values[name]:.2f}" if name in values else "-"

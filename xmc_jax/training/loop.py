@@ -1,0 +1,190 @@
+"""The loop: restore or build, then epochs of steps, boundary, evaluation, save."""
+
+import collections
+import dataclasses
+import signal
+import time
+from collections.abc import Mapping
+
+import jax
+from absl import logging
+from etils import epath
+
+from xmc_jax import checkpoint, report
+from xmc_jax.data import batches, pipeline
+from xmc_jax.retrieval.evaluate import Evaluation
+from xmc_jax.training import curriculum, losses
+from xmc_jax.training.program import Program
+from xmc_jax.types import TrainState
+
+_IN_FLIGHT = 2  # steps the host may be ahead of the devices; more would delay a signal's save
+# Rows of an evaluation -> prefix of their names in metrics.jsonl.
+_PREFIX = {"zero-shot": "eval_zero_shot/", "plain": "eval/", "augmented": "eval_augmented/"}
+
+
+class Interrupted(Exception):
+    """A signal ended the run; its checkpoint is written. `signum` is the signal's number."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"{signal.Signals(signum).name}: saved at step {step}; rerun to go on")
+        self.signum = signum
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run came to.
+
+    Attributes:
+        step: optimizer steps done.
+        state: the trained state.
+        evaluation: of that state.
+        zero_shot: metrics of the weights that training began with, as fractions; empty if
+            `train.zero_shot` is off.
+    """
+
+    step: int
+    state: TrainState
+    evaluation: Evaluation
+    zero_shot: Mapping[str, float]
+
+
+def train(program: Program, workdir: epath.PathLike) -> Trained:
+    """Trains a run to its end, or goes on with the one that is in `workdir`.
+
+    Args:
+        program: the compiled run.
+        workdir: local folder or any path that `epath` knows.
+
+    Raises:
+        ValueError: the checkpoint in `workdir` is of another config.
+        FloatingPointError: the loss is not finite.
+        Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint.
+    """
+    config = program.config.train
+    with checkpoint.Checkpoints(workdir, config.keep) as checkpoints, _Signals() as signals:
+        step = checkpoints.latest()
+        if step is None:
+            state, history, step = program.initial_state(), None, 0
+        else:
+            state, history = checkpoints.restore(step, program.abstract)
+            logging.info("%s: going on from step %d", workdir, step)
+        epoch, total = int(state.boundaries), config.epochs * program.steps_per_epoch
+        evaluation = None
+        with report.Reporter(workdir, config.log_every, total, history) as reporter:
+            if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
+                found = program.evaluate_zero_shot(state).metrics["plain"]
+                reporter.record(0, _prefixed("zero-shot", found))
+            while epoch < config.epochs:
+                state, step = _steps(program, state, epoch, step, reporter, checkpoints, signals)
+                started = time.perf_counter()
+                state = jax.block_until_ready(program.boundary(state, epoch))
+                epoch += 1
+                reporter.record(step, {"time/boundary": time.perf_counter() - started})
+                evaluation = None
+                due = config.eval_every and epoch % config.eval_every == 0
+                if due or epoch == config.epochs:
+                    evaluation = _evaluate(program, state, step, reporter)
+                checkpoints.save(
+                    step, state, reporter.history(), evaluation and evaluation.metrics["plain"]
+                )
+                if signals.number:
+                    raise Interrupted(signals.number, step)
+                reporter.resume_clock()
+            zero_shot = reporter.latest(_PREFIX["zero-shot"])
+    if evaluation is None:
+        logging.info("%s: the run is complete; evaluating it again", workdir)
+        evaluation = program.evaluate(state)
+    return Trained(step, state, evaluation, zero_shot)
+
+
+def restore(program: Program, workdir: epath.PathLike) -> tuple[int, TrainState]:
+    """The newest checkpoint of a run.
+
+    Raises:
+        ValueError: there is none, or it does not fit the config.
+    """
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise ValueError(
+                f"{workdir}: expected the checkpoint of a run, found none; train first"
+            )
+        return step, checkpoints.restore(step, program.abstract)[0]
+
+
+def _steps(
+    program: Program,
+    state: TrainState,
+    epoch: int,
+    step: int,
+    reporter: report.Reporter,
+    checkpoints: checkpoint.Checkpoints,
+    signals: "_Signals",
+) -> tuple[TrainState, int]:
+    """The steps that are left of an epoch, none if only its boundary is."""
+    config, before = program.config.train, epoch * program.steps_per_epoch
+    plan = curriculum.plan(epoch, program.config.curriculum)
+    leaf_order = jax.device_get(state.tables.leaf_order)
+    order = batches.complete(
+        curriculum.order(plan, leaf_order, config.seed, epoch), config.batch_size
+    )
+    stream = pipeline.open(
+        lambda i: program.sampler.build(order, i, before + i),
+        first=step - before,
+        steps=program.steps_per_epoch,
+        put=program.put,
+        prefetch=config.prefetch,
+    )
+    in_flight = collections.deque()
+    for batch in stream:
+        with jax.transfer_guard("disallow"):
+            state, metrics = program.train_step(state, program.frozen, batch)
+        step += 1
+        in_flight.append(metrics["loss"])
+        if len(in_flight) > _IN_FLIGHT:
+            in_flight.popleft().block_until_ready()
+        means = reporter.step(metrics, config.batch_size)
+        if means is not None and (seen := losses.collapse(means, program.config.loss)):
+            reporter.warn(seen)
+        if signals.number or step % config.checkpoint_every == 0:
+            checkpoints.save(step, state, reporter.history())
+        if signals.number:
+            raise Interrupted(signals.number, step)
+    return state, step
+
+
+def _evaluate(
+    program: Program, state: TrainState, step: int, reporter: report.Reporter
+) -> Evaluation:
+    started = time.perf_counter()
+    evaluation = program.evaluate(state)
+    record = {"time/eval": time.perf_counter() - started}
+    for row, metrics in evaluation.metrics.items():
+        record |= _prefixed(row, metrics)
+    reporter.record(step, record)
+    return evaluation
+
+
+def _prefixed(row: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {_PREFIX[row] + name: value for name, value in metrics.items()}
+
+
+class _Signals:
+    """Within it, SIGTERM and SIGINT are noted in `number`; a second one acts as usual."""
+
+    def __init__(self):
+        self.number: int | None = None
+
+    def __enter__(self) -> "_Signals":
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def _note(self, number: int, _) -> None:
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *exc_info) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)

@@ -1,0 +1,376 @@
+"""A config made runnable: the model, its compiled functions, and where every array lives."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax.core import meta
+
+from xmc_jax import rng, sharding
+from xmc_jax.data import batches, store
+from xmc_jax.models import dual, hf
+from xmc_jax.retrieval import encode, evaluate
+from xmc_jax.retrieval.evaluate import Evaluation
+from xmc_jax.training import curriculum, losses, optimizer, tables
+from xmc_jax.training.step import Step
+from xmc_jax.types import Tables, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches, and how often what is written.
+
+    Attributes:
+        batch_size: documents per step over all devices (B).
+        epochs: passes over the training documents.
+        seed: of every random stream.
+        n_chunks: see `step.Step`.
+        positives_per_document: labels sampled per document; a batch has B times as many.
+        sampling: of those labels, "inverse_propensity" (reference) or "uniform".
+        encode_batch_size: rows per call where nothing is differentiated.
+        checkpoint_every: steps between checkpoints within an epoch; every epoch ends with one.
+        log_every: steps per record of metrics.jsonl.
+        eval_every: epochs between evaluations; 0 evaluates after the last epoch only.
+        zero_shot: evaluate the weights that training starts from, too.
+        keep: latest checkpoints kept beside the best.
+        prefetch: batches prepared ahead.
+    """
+
+    batch_size: int
+    epochs: int
+    seed: int = 0
+    n_chunks: int = 1
+    positives_per_document: int = 1
+    sampling: str = "inverse_propensity"
+    encode_batch_size: int = 512
+    checkpoint_every: int = 1000
+    log_every: int = 10
+    eval_every: int = 0
+    zero_shot: bool = True
+    keep: int = 2
+    prefetch: int = 2
+
+    def __post_init__(self):
+        for name in ("batch_size", "epochs", "n_chunks", "encode_batch_size"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("checkpoint_every", "log_every"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1 step")
+        self._expect("eval_every", self.eval_every >= 0, "epochs, or 0 for the end only")
+        self._expect("batch_size", self.batch_size % self.n_chunks == 0, "a multiple of n_chunks")
+
+    def _expect(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"train.{name}: expected {what}, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The typed sections of a config; each is defined beside its consumer."""
+
+    encoder: dual.EncoderConfig
+    prime: dual.PrimeConfig
+    loss: losses.LossConfig
+    optimizer: optimizer.OptimizerConfig
+    curriculum: curriculum.CurriculumConfig
+    tables: tables.TablesConfig
+    mesh: sharding.MeshConfig
+    train: TrainConfig
+    eval: evaluate.EvalConfig
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Mapping[str, Any]]) -> "RunConfig":
+        """Builds every section; the ones that are not a RunConfig's are left out.
+
+        Raises:
+            ValueError: a field is unknown, missing, or has a value it cannot have.
+        """
+        return cls(**{f.name: section(f.type, f.name, config) for f in dataclasses.fields(cls)})
+
+
+def section(kind: type, name: str, config: Mapping[str, Mapping[str, Any]]) -> Any:
+    """One section of a config as the dataclass `kind`; sections within it likewise.
+
+    Raises:
+        ValueError: names the field that is unknown or missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for key, value in config[name].items():
+        if key not in fields:
+            raise ValueError(f"config: {name}.{key}: no such field; known: {', '.join(fields)}")
+        nested = [kind for kind in _alternatives(fields[key].type) if dataclasses.is_dataclass(kind)]
+        values[key] = section(nested[0], key, config[name]) if nested and value else value
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(f"config: {name}: {error}") from None
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union type; of another type, itself."""
+    return typing.get_args(kind) or (kind,)
+
+
+class Program:
+    """The functions of one run over one dataset.
+
+    Args:
+        config: see `RunConfig`.
+        data: the opened dataset folder.
+
+    Attributes:
+        abstract: the TrainState as ShapeDtypeStructs with shardings.
+        frozen: parameters that get no gradient, on the devices.
+        sampler: builds the batches.
+        steps_per_epoch: ceil(N / B); the last batch is completed with the epoch's first documents.
+        train_step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
+
+    Raises:
+        ValueError: weights, data and config do not fit; says which and how.
+    """
+
+    def __init__(self, config: RunConfig, data: store.Store):
+        train = config.train
+        self.config, self.data = config, data
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.steps_per_epoch = -(-data.num_documents // train.batch_size)
+        self.sampler = batches.Sampler(
+            data, train.batch_size, train.positives_per_document, train.sampling, train.seed
+        )
+        positives = data.positives("train")
+        self._label_frequency = np.bincount(positives.indices, minlength=data.num_labels)
+        self._pairs = self._replicate(
+            tables.label_pairs(positives.indptr, positives.indices, data.num_labels)
+        )
+        self.source = hf.resolve(config.encoder.backbone, config.encoder.revision)
+        self.bert = hf.load_config(self.source, config.encoder.layers)
+        prime = config.prime if config.prime.enabled else None
+        self._num_free_vectors = prime and tables.num_free_vectors(
+            data.num_labels, prime.free_vectors, prime.private_vectors
+        )
+        self.model = dual.DualEncoder(self.bert, config.encoder, prime, self._num_free_vectors)
+
+        boxed = jax.eval_shape(lambda: dual.init_params(self.model, train.seed))
+        self._params = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            meta.unbox(boxed),
+            sharding.of_params(boxed, self.mesh),
+        )
+        trainable, frozen = optimizer.partition(self._params, config.optimizer.trainable)
+        self.step = Step(
+            model=self.model,
+            transform=optimizer.build(
+                config.optimizer, trainable, self.steps_per_epoch * train.epochs
+            ),
+            loss=config.loss,
+            tables=config.tables,
+            n_chunks=train.n_chunks,
+            seed=train.seed,
+        )
+        self.abstract = self._abstract_state(trainable)
+        self.frozen = self._initial_params()[1] if frozen else {}
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        self.train_step = jax.jit(
+            self.step.train,
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(self.mesh)),
+        )
+        self._unit = jax.jit(lambda params, frozen, x: self.step.encode(params, frozen, x).unit)
+        self._prototype = jax.jit(self.step.prototype)
+
+    def put(self, arrays: Any) -> Any:
+        """Hands numpy arrays over to the devices, the first axis split over the batch axes."""
+        return jax.device_put(arrays, sharding.of_batch(arrays, self.mesh))
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step: weights read, tables filled by encoding everything once.
+
+        Source: ViXML reference, utils.py, initialize_clusters and initialize_cnt_repr.
+        """
+        config, seed = self.config, self.config.train.seed
+        params, _ = self._initial_params()
+        bank = self._as_table(self.embed(params, "train"))
+        centroids = free_vector_of = None
+        if self.model.prime is not None:
+            label_unit = self._as_table(self.embed(params, "label"))
+            free_vector_of = tables.free_vector_map(
+                label_unit,
+                self._label_frequency,
+                config.prime.free_vectors,
+                config.prime.private_vectors,
+                rng.key(seed, rng.Stream.KMEANS, 0),
+            )
+            if config.prime.free_vector_init == "cluster_mean":
+                params["free_vectors"] = tables.cluster_means(
+                    label_unit, free_vector_of, self._num_free_vectors
+                )
+            centroids = tables.centroids_of(bank, self._pairs)
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            boundaries=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.step.transform.init(params),
+            tables=Tables(
+                document_bank=bank,
+                centroids=centroids,
+                free_vector_of=free_vector_of,
+                leaf_order=jnp.arange(self.data.num_documents, dtype=jnp.int32),
+            ),
+        )
+        return self._placed(state)
+
+    def boundary(self, state: TrainState, epoch: int) -> TrainState:
+        """What happens between epochs: centroids anew, and new leaves if they are due.
+
+        The boundary of the last epoch encodes all documents anew, so that the bank and what is made
+        of it are those of the trained weights.
+
+        Args:
+            state: after the last step of `epoch`.
+            epoch: the one that ended, from 0.
+
+        Source: ViXML supp. A; reference utils.py, train.
+        """
+        config = self.config
+        last = epoch + 1 == config.train.epochs
+        bank, centroids = state.tables.document_bank, state.tables.centroids
+        leaf_order = state.tables.leaf_order
+        if last or config.tables.centroids == "exact":
+            bank = self._as_table(self.embed(state.params, "train"))
+        if centroids is not None and config.tables.centroids != "ema":
+            centroids = tables.centroids_of(bank, self._pairs)
+        cluster_size = curriculum.plan(epoch, config.curriculum).new_cluster_size
+        if cluster_size is not None and not last:
+            leaf_order, _ = curriculum.balanced_kmeans(
+                bank,
+                curriculum.num_leaves(self.data.num_documents, cluster_size),
+                rng.key(config.train.seed, rng.Stream.KMEANS, epoch + 1),
+            )
+        return self._placed(
+            state.replace(
+                boundaries=state.boundaries + 1,
+                tables=state.tables.replace(
+                    document_bank=bank, centroids=centroids, leaf_order=leaf_order
+                ),
+            )
+        )
+
+    def embed(self, params: Any, split: str, out: epath.PathLike | None = None) -> np.ndarray:
+        """f32[n, D], the unit embeddings of "train", "test" or "label" texts.
+
+        Args:
+            params: trainable parameters.
+            split: which texts.
+            out: see `encode.encode_split`.
+        """
+        return encode.encode_split(
+            lambda inputs, _: self._unit(params, self.frozen, inputs),
+            getattr(self.data, split),
+            self.config.train.encode_batch_size,
+            self.put,
+            out=out,
+        )
+
+    def embed_index(self, state: TrainState, out: epath.PathLike | None = None) -> np.ndarray:
+        """f32[L, D], what is searched: label prototypes with PRIME, label embeddings without."""
+        return encode.encode_split(
+            lambda inputs, ids: self._prototype(state, self.frozen, ids, inputs),
+            self.data.label,
+            self.config.train.encode_batch_size,
+            self.put,
+            out=out,
+        )
+
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Evaluates on the test documents.
+
+        Retrieval-augmented inference searches the document bank: exact after the last epoch, before
+        that each document's embedding as of its last visit.
+        """
+        return evaluate.evaluate(
+            self.embed(state.params, "test"),
+            self.embed_index(state),
+            self.data,
+            self.config.eval,
+            np.asarray(state.tables.document_bank, np.float32),
+            self.mesh,
+        )
+
+    def evaluate_zero_shot(self, state: TrainState) -> Evaluation:
+        """Evaluates label texts alone, without prototypes or neighbours: for an untrained state."""
+        return evaluate.evaluate(
+            self.embed(state.params, "test"),
+            self.embed(state.params, "label"),
+            self.data,
+            dataclasses.replace(self.config.eval, augmented=None),
+            mesh=self.mesh,
+        )
+
+    def _initial_params(self) -> tuple[Any, Any]:
+        """(trainable, frozen) before the first step: drawn from the seed, the backbone read."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._params)
+        params = jax.jit(
+            lambda: meta.unbox(dual.init_params(self.model, self.config.train.seed)),
+            out_shardings=shardings,
+        )()
+        if self.config.encoder.init == "pretrained":
+            loaded = hf.load_params(self.source, self.bert)
+            params["backbone"] = jax.device_put(loaded, shardings["backbone"])
+        return optimizer.partition(params, self.config.optimizer.trainable)
+
+    def _abstract_state(self, trainable: Any) -> TrainState:
+        def whole(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._whole)
+
+        prime = self.model.prime is not None
+        opt_state = optax.tree.map_params(
+            self.step.transform,
+            lambda leaf, param: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=param.sharding
+            ),
+            jax.eval_shape(self.step.transform.init, trainable),
+            trainable,
+            transform_non_params=whole,
+        )
+
+        def i32(*shape):
+            return whole(jax.ShapeDtypeStruct(shape, jnp.int32))
+
+        return TrainState(
+            step=i32(),
+            boundaries=i32(),
+            params=trainable,
+            opt_state=opt_state,
+            tables=Tables(
+                document_bank=self._abstract_table(self.data.num_documents),
+                centroids=self._abstract_table(self.data.num_labels) if prime else None,
+                free_vector_of=i32(self.data.num_labels) if prime else None,
+                leaf_order=i32(self.data.num_documents),
+            ),
+        )
+
+    @property
+    def _whole(self) -> jax.sharding.NamedSharding:
+        return sharding.replicated(self.mesh)
+
+    def _replicate(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._whole)
+
+    def _abstract_table(self, rows: int) -> jax.ShapeDtypeStruct:
+        shape = (rows, self.bert.hidden)
+        split = sharding.named((None, "table_width"), shape, self.mesh, "table")
+        return jax.ShapeDtypeStruct(shape, self.config.tables.dtype, sharding=split)
+
+    def _as_table(self, rows: np.ndarray) -> jax.Array:
+        abstract = self._abstract_table(len(rows))
+        return jax.device_put(rows.astype(abstract.dtype), abstract.sharding)
+
+    def _placed(self, state: TrainState) -> TrainState:
+        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))

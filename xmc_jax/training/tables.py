@@ -1,0 +1,259 @@
+"""Tables kept across steps: the document bank, label centroids, and which free vector a label uses.
+
+Everything here is deterministic on CPU. `centroids_of` adds rows by scatter, whose order on GPUs is
+fixed only under XLA's `--xla_gpu_deterministic_ops=true`; the other writes are to distinct rows.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xmc_jax.training import curriculum
+from xmc_jax.types import Tables
+
+
+@dataclasses.dataclass(frozen=True)
+class TablesConfig:
+    """How tables are kept.
+
+    Attributes:
+        centroids: "stale", recomputed at each epoch boundary from the document bank as the epoch
+            left it; "exact", recomputed there from documents encoded anew; or "ema", moved at
+            every step.
+        ema_decay: what a centroid keeps of itself at a step of "ema", in [0, 1).
+        dtype: of the document bank and the centroids, "float32" or "bfloat16".
+    """
+
+    centroids: Literal["stale", "exact", "ema"] = "stale"
+    ema_decay: float = 0.95
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if self.centroids not in ("stale", "exact", "ema"):
+            raise ValueError(
+                f"tables.centroids: expected 'stale', 'exact' or 'ema', got {self.centroids!r}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"tables.ema_decay: expected a number in [0, 1), got {self.ema_decay}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"tables.dtype: expected 'float32' or 'bfloat16', got {self.dtype!r}")
+
+
+@flax.struct.dataclass
+class Pairs:
+    """The (document, label) pairs of the training set, by label, in blocks of one size.
+
+    Attributes:
+        documents: i32[blocks, size].
+        labels: i32[blocks, size], ascending; L in the padding of the last block.
+        counts: f32[L], documents of each label, 1 for a label without any.
+    """
+
+    documents: jax.Array
+    labels: jax.Array
+    counts: jax.Array
+
+
+def label_pairs(
+    indptr: np.ndarray, indices: np.ndarray, num_labels: int, block: int = 16384
+) -> Pairs:
+    """The pairs of a CSR of positives, as numpy arrays to put on the device once.
+
+    Args:
+        indptr: i64[N + 1].
+        indices: i32[nnz], labels of each document, all different.
+        num_labels: L.
+        block: pairs per block, which bounds what `centroids_of` holds at a time.
+    """
+    documents = np.repeat(np.arange(len(indptr) - 1, dtype=np.int32), np.diff(indptr))
+    by_label = np.argsort(indices, kind="stable")
+    block = max(min(block, len(indices)), 1)
+    padding = (0, -len(indices) % block)
+    counts = np.bincount(indices, minlength=num_labels).astype(np.float32)
+    return Pairs(
+        documents=np.pad(documents[by_label], padding).reshape(-1, block),
+        labels=np.pad(indices[by_label], padding, constant_values=num_labels)
+        .astype(np.int32)
+        .reshape(-1, block),
+        counts=np.maximum(counts, 1),
+    )
+
+
+@jax.jit
+def centroids_of(bank: jax.Array, pairs: Pairs) -> jax.Array:
+    """The mean embedding of each label's training documents, not normalised again.
+
+    Args:
+        bank: [N, D], unit embeddings of the training documents.
+        pairs: of `label_pairs`.
+
+    Returns:
+        [L, D] of the bank's dtype, summed in float32; 0 for a label without training documents.
+
+    Source: PRIME; ViXML reference, utils.py, train (pyxclib, compute_centroid).
+    """
+    dtype = jnp.promote_types(bank.dtype, jnp.float32)
+
+    def add(sums, block):
+        documents, labels = block
+        rows = bank[documents].astype(dtype)
+        return sums.at[labels].add(rows, mode="drop", indices_are_sorted=True), None
+
+    sums = jnp.zeros((len(pairs.counts), bank.shape[1]), dtype)
+    sums, _ = jax.lax.scan(add, sums, (pairs.documents, pairs.labels))
+    return (sums / pairs.counts[:, None]).astype(bank.dtype)
+
+
+def write_rows(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """`table` with `rows` written at `ids`; of several writes to one row the last, by position.
+
+    Args:
+        table: [n, D].
+        ids: i32[m]; those outside the table are dropped.
+        rows: [m, D], cast to the table's dtype.
+    """
+    num_rows, num_writes = table.shape[0], len(ids)
+    by_id = jnp.argsort(ids)  # stable: the writes to one row stay in order
+    last = jnp.append(ids[by_id][1:] != ids[by_id][:-1], True)
+    last = jnp.zeros(num_writes, bool).at[by_id].set(last, unique_indices=True)
+    # Indices past the table are dropped; all different, they keep the promise of unique_indices.
+    targets = jnp.where(last, ids, num_rows + jnp.arange(num_writes))
+    return table.at[targets].set(rows.astype(table.dtype), mode="drop", unique_indices=True)
+
+
+def ema_update(
+    centroids: jax.Array, label_ids: jax.Array, document_unit: jax.Array, decay: float
+) -> jax.Array:
+    """Moves the centroid of each label of a batch towards the document it was sampled for.
+
+    Args:
+        centroids: [L, D].
+        label_ids: i32[U], column `i * (U / B) + p` sampled for document i; of a repeated label the
+            last counts.
+        document_unit: f32[B, D].
+        decay: what a centroid keeps of itself.
+
+    Source: ViXML reference, utils.py, train. PRIME's published code moves a centroid towards
+        itself.
+    """
+    rows = jnp.repeat(document_unit, len(label_ids) // len(document_unit), axis=0)
+    old = centroids[label_ids].astype(rows.dtype)
+    return write_rows(centroids, label_ids, decay * old + (1 - decay) * rows)
+
+
+def after_step(
+    tables: Tables,
+    document_ids: jax.Array,
+    document_unit: jax.Array,
+    label_ids: jax.Array,
+    cfg: TablesConfig,
+) -> Tables:
+    """The tables after a training step: the documents' rows, and with "ema" the labels' centroids.
+
+    Args:
+        tables: before it.
+        document_ids: i32[B].
+        document_unit: f32[B, D].
+        label_ids: i32[U], as in `ema_update`.
+        cfg: see `TablesConfig`.
+    """
+    tables = tables.replace(
+        document_bank=write_rows(tables.document_bank, document_ids, document_unit)
+    )
+    if cfg.centroids == "ema" and tables.centroids is not None:
+        moved = ema_update(tables.centroids, label_ids, document_unit, cfg.ema_decay)
+        tables = tables.replace(centroids=moved)
+    return tables
+
+
+def num_free_vectors(num_labels: int, shared: int, private: int) -> int:
+    """C: the private free vectors, and as many shared ones as can be used.
+
+    Args:
+        num_labels: L.
+        shared: free vectors shared by clusters of labels; more than there are labels are not made.
+        private: free vectors of the most frequent labels, one each.
+
+    Raises:
+        ValueError: no free vector, more private ones than labels, or a number of shared ones that
+            balanced halving cannot make.
+    """
+    clustered = num_labels - private
+    if not 0 <= private <= num_labels:
+        raise ValueError(f"prime.private_vectors: expected 0 to {num_labels} labels, got {private}")
+    if shared < 1:
+        raise ValueError(f"prime.free_vectors: expected at least 1, got {shared}")
+    if shared >= clustered:
+        return num_labels
+    if shared & (shared - 1):
+        below = 1 << (shared.bit_length() - 1)
+        raise ValueError(
+            f"prime.free_vectors: expected a power of two, or at least {clustered}, the labels "
+            f"without a private vector, got {shared}; nearest: {below}, {min(2 * below, clustered)}"
+        )
+    return private + shared
+
+
+def free_vector_map(
+    label_unit: jax.Array, frequency: np.ndarray, shared: int, private: int, key: jax.Array
+) -> jax.Array:
+    """Which free vector each label uses, for the whole run.
+
+    Rows 0 to `private` - 1 belong to the most frequent labels, one each, in order of falling
+    frequency (ties to the lower label). The other labels share the rows that follow by balanced
+    clusters of their embeddings; where there are as many rows as labels, each has its own.
+
+    Args:
+        label_unit: f32[L, D], embeddings of the label texts by the untrained model.
+        frequency: i64[L] on the host, training documents of each label.
+        shared: see `num_free_vectors`.
+        private: see `num_free_vectors`.
+        key: device key, of the KMEANS stream.
+
+    Returns:
+        i32[L], in [0, num_free_vectors(L, shared, private)).
+
+    Raises:
+        ValueError: see `num_free_vectors`.
+
+    Source: PRIME; DEXA; ViXML reference, utils.py, update_clusters.
+    """
+    # Departs: the reference rounds `shared` up to a power of two, past its own table of vectors,
+    # and never ends where that exceeds the labels; here the one is refused and the other gives own
+    # vectors.
+    num_labels = len(label_unit)
+    rows = num_free_vectors(num_labels, shared, private)
+    by_frequency = np.argsort(-np.asarray(frequency, np.int64), kind="stable")
+    head, tail = by_frequency[:private], np.sort(by_frequency[private:])
+    if rows == num_labels:
+        of_tail = jnp.arange(len(tail), dtype=jnp.int32)
+    else:
+        members = jnp.take(label_unit, jax.device_put(tail), axis=0)
+        _, of_tail = curriculum.balanced_kmeans(members, shared, key)
+    labels = jax.device_put(np.concatenate([head, tail]).astype(np.int32))
+    vectors = jnp.concatenate([jnp.arange(private, dtype=jnp.int32), private + of_tail])
+    return jnp.zeros(num_labels, jnp.int32).at[labels].set(vectors, unique_indices=True)
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def cluster_means(label_unit: jax.Array, free_vector_of: jax.Array, num_rows: int) -> jax.Array:
+    """Initial free vectors: the mean embedding of the labels that use each.
+
+    Args:
+        label_unit: f32[L, D], unit embeddings of the label texts by the untrained model.
+        free_vector_of: i32[L], of `free_vector_map`.
+        num_rows: C.
+
+    Returns:
+        f32[C, D]; 0 for a vector that no label uses.
+
+    Source: ViXML reference, utils.py, initialize_clusters (`--init_fv_w_embeddings`).
+    """
+    sums = jax.ops.segment_sum(label_unit, free_vector_of, num_rows)
+    counts = jnp.bincount(free_vector_of, length=num_rows)
+    return sums / jnp.maximum(counts, 1)[:, None]
