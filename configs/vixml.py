@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-DEFAULT = "minilm_l3/debian_3k"
+DEFAULT = "minilm_l6/debian_3k"
 
 
 def _lr(backbone: float, rest: float) -> tuple[tuple[str, float], ...]:
@@ -112,6 +112,7 @@ BASE = {
         "n_chunks": 1,
         "positives_per_document": 1,  # reference code
         "sampling": "inverse_propensity",  # [script]: --pos_freq_sampling
+        "labels": "sampled",  # reference code
         "encode_batch_size": 512,
         "checkpoint_every": 1000,
         "log_every": 10,
@@ -196,14 +197,30 @@ _REFERENCE = {
     "curriculum": {"start": 2, "update": 2, "cluster_size": 16, "double_at": (4, 6, 8)},
     "train": {"batch_size": 256, "epochs": 12, "eval_every": 4},
 }
-# [ours]
+# [ours]: every document against all labels (DEXML's softmax, over prototypes), see docs/recipe.md.
 _DEBIAN = {
     "data": {"max_length": 24},
-    "prime": {"free_vectors": 2048},
-    "loss": {"kind": "decoupled_softmax"},
-    "optimizer": {"lr": _lr(2e-4, 5e-4), "warmup_steps": 10},
-    "curriculum": {"start": 1, "update": 1, "cluster_size": 16, "double_at": ()},
-    "train": {"batch_size": 256, "epochs": 4, "eval_every": 0},
+    "encoder": {"dropout": 0.0},
+    "prime": {"combiner": "sum", "free_vector_init": "zero"},
+    "loss": {
+        "kind": "decoupled_softmax",
+        "document_to_label": 0.0,
+        "label_to_document": 0.0,
+        "regularizer": 0.0,
+    },
+    "optimizer": {"lr": (("backbone/.*", 4e-4), ("free_vectors", 5e-3)), "warmup_steps": 5},
+    "curriculum": {"start": config_dict.placeholder(int)},
+    "train": {"batch_size": 256, "epochs": 3, "labels": "all", "eval_every": 0, "log_every": 4},
+    "eval": {
+        "augmented": {
+            "labels": 200,
+            "documents": 100,
+            "temperature": 0.05,
+            "label_weight": 0.8,
+            "separate_softmax": True,
+        },
+        "compare_scann": True,
+    },
 }
 # MiniLM-L3 is here the first three layers of the packaged all-MiniLM-L6-v2: nothing to download.
 _PACKAGED_L3 = {"encoder": {"backbone": "minilm-l6-packaged", "layers": 3}}
@@ -211,7 +228,7 @@ _PACKAGED_L3 = {"encoder": {"backbone": "minilm-l6-packaged", "layers": 3}}
 # By (family or backbone, dataset); the family's comes first. All backbones here are of one family.
 RECIPES = {
     ("encoder", "debian_3k"): _DEBIAN,
-    ("encoder", "debian_26k"): _DEBIAN | {"prime": {"free_vectors": 16_384}},
+    ("encoder", "debian_26k"): _DEBIAN,
     ("minilm_l3", "debian_3k"): _PACKAGED_L3,
     ("minilm_l3", "debian_26k"): _PACKAGED_L3,
     # [V] supp. A: what fits in 80 GB at 128 tokens.
@@ -237,7 +254,7 @@ def _reference(config: Mapping[str, Any]) -> dict:
     sections = ("prime", "loss", "optimizer", "curriculum", "tables", "train", "eval")
     override = {section: copy.deepcopy(BASE[section]) for section in sections}
     _merge(override, _REFERENCE)
-    return override | {"data": {"max_length": 16}}
+    return override | {"data": {"max_length": 16}, "encoder": {"dropout": None}}
 
 
 def _ngame(config: Mapping[str, Any]) -> dict:

@@ -1,7 +1,105 @@
-"""Every test runs on 8 virtual CPU devices, offline."""
+"""Every test runs on 8 virtual CPU devices, offline; a small dataset and encoder for all."""
 
+import copy
+import gzip
+import json
 import os
+import pathlib
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+
+TOPICS, TRAIN, TEST = 40, 200, 60
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory) -> pathlib.Path:
+    """A raw dataset: each label is a topic of three words, a title has one word of each label."""
+    folder = tmp_path_factory.mktemp("raw") / "Topics-40"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(generator.choice(letters, 6)) for _ in range(3 * TOPICS)]
+
+    def write(name: str, items: list[dict]) -> None:
+        with gzip.open(folder / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(item) + "\n" for item in items)
+
+    def document(uid: str) -> dict:
+        labels = np.sort(generator.choice(TOPICS, generator.integers(1, 4), replace=False))
+        title = " ".join(words[3 * label + generator.integers(3)] for label in labels)
+        return {"uid": uid, "title": title, "content": "", "target_ind": labels.tolist()}
+
+    train = [document(f"train{i}") for i in range(TRAIN)]
+    test = [document(f"test{i}") for i in range(TEST)]
+    write("trn.json.gz", train)
+    write("tst.json.gz", test)
+    labels = [" ".join(words[3 * i : 3 * i + 3]) for i in range(TOPICS)]
+    write("lbl.json.gz", [{"uid": f"topic{i}", "title": t} for i, t in enumerate(labels)])
+    free = [(i, int(j)) for i in range(3) for j in (5, 6) if j not in test[i]["target_ind"]]
+    (folder / "filter_labels_test.txt").write_text("".join(f"{i} {j}\n" for i, j in free))
+    (folder / "filter_labels_train.txt").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> pathlib.Path:
+    """A two-layer BERT of width 32 with random weights and MiniLM's tokenizer, as a folder."""
+    from flax.core import meta
+
+    from xmc_jax import packaged
+    from xmc_jax.models import dual, hf
+    from xmc_jax.models.bert import BertConfig
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    config = BertConfig(hidden=32, layers=2, heads=2, ff=64, max_positions=64)
+    params = meta.unbox(dual.init_params(dual.DualEncoder(config), 0))["backbone"]
+    hf.export(
+        folder,
+        params,
+        config,
+        tokenizer_folder=packaged.minilm(),
+        pooling="mean",
+        max_length=16,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fields(topics, backbone, tmp_path_factory) -> dict:
+    """The config of a run over `topics` with `backbone`, as nested values; copy before changing."""
+    from configs import vixml
+
+    fields = vixml.get_config("tiny").to_dict()
+    fields["data"] |= {
+        "dataset": "Topics-40",
+        "raw_dir": str(topics),
+        "data_dir": str(tmp_path_factory.mktemp("data")),
+        "max_length": 16,
+    }
+    fields["encoder"] |= {
+        "backbone": str(backbone),
+        "layers": None,
+        "init": "pretrained",
+        "dropout": 0.1,
+    }
+    # PRIME in full; the tests of our own recipe change what it changes.
+    fields["prime"] = copy.deepcopy(vixml.BASE["prime"]) | {"free_vectors": 16, "ff_dim": 64}
+    fields["loss"] = copy.deepcopy(vixml.BASE["loss"]) | {"num_negatives": 8, "weighted": False}
+    fields["optimizer"]["lr"] = ((".*", 2e-3),)
+    fields["curriculum"] |= {"start": 0, "update": 1, "cluster_size": 8, "double_at": (1,)}
+    fields["train"] |= {
+        "labels": "sampled",
+        "batch_size": 40,
+        "epochs": 3,
+        "encode_batch_size": 64,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "eval_every": 1,
+    }
+    fields["eval"]["compare_scann"] = False
+    return fields

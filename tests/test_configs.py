@@ -3,12 +3,17 @@
 import dataclasses
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
+from flax.core import meta
 from ml_collections import config_flags
 
 from configs import vixml
 from xmc_jax.data.known import KNOWN
+from xmc_jax.models import dual, hf
+from xmc_jax.training import optimizer
 from xmc_jax.training.program import RunConfig
 
 PAIRS = [f"{backbone}/{dataset}" for backbone in vixml.BACKBONES for dataset in vixml.DATASETS]
@@ -59,6 +64,34 @@ def _check_fields(section, values, name: str) -> None:
             _check_fields(getattr(section, field), values[field], f"{name}.{field}")
         else:
             assert not isinstance(getattr(section, field), dict), f"{name}.{field}"
+
+
+@pytest.mark.parametrize("variant", ["", f"{vixml.DEFAULT},ngame"])
+def test_optimizer_groups_fit_the_parameters(variant):
+    """Every parameter has a rate and a decay, and every pattern decides one (else build raises)."""
+    config = RunConfig.from_dict(vixml.get_config(variant).to_dict())
+    encoder, prime = config.encoder, config.prime if config.prime.enabled else None
+    bert = hf.load_config(hf.resolve(encoder.backbone), encoder.layers)
+    model = dual.DualEncoder(
+        bert, encoder.pooling, encoder.compute_dtype, encoder.remat, prime, num_free_vectors=4
+    )
+    params = meta.unbox(jax.eval_shape(lambda: dual.init_params(model, 0)))
+    transform = optimizer.build(config.optimizer, params, 10)
+    zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params)
+    ones = jax.tree.map(np.ones_like, zeros)
+    # With no gradient the update is the weight decay alone; the schedule is past its first step.
+    update = transform.update(zeros, transform.update(zeros, transform.init(ones), ones)[1], ones)[
+        0
+    ]
+    decayed = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(update)
+        if np.any(leaf)
+    }
+    assert "backbone/layers/up/kernel" in decayed
+    assert not any(name.endswith("bias") or name == "free_vectors" for name in decayed)
+    assert not any("norm" in name for name in decayed if name.startswith("backbone"))
+    assert ("combiner/norm1/scale" in decayed) == (prime is not None)  # as in the reference
 
 
 def test_names_of_runs_differ():

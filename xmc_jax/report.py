@@ -27,6 +27,9 @@ class Reporter:
         every: steps per training record.
         total_steps: of the whole run, for the progress bar.
         history: of a restored checkpoint; records after it are forgotten.
+
+    Attributes:
+        steps: reported up to now, those of a restored run with them.
     """
 
     def __init__(
@@ -40,17 +43,17 @@ class Reporter:
         self._every = every
         self._records: list[dict[str, Any]] = list(history["records"]) if history else []
         self._pending: list[Any] = list(history["pending"]) if history else []
-        self._steps = self._records_step() + len(self._pending)
+        self.steps = self._records_step() + len(self._pending)
         self._writes = jax.process_index() == 0
-        self._last = (time.perf_counter(), self._steps)
+        self._last = (time.perf_counter(), self.steps)
         self._warned = ""
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._events = SummaryWriter(
-                str(self._path.parent / "tensorboard"), purge_step=self._steps + 1
+                str(self._path.parent / "tensorboard"), purge_step=self.steps + 1
             )
             self._bar = tqdm(
-                total=total_steps, initial=self._steps, unit="step", desc="train", leave=False
+                total=total_steps, initial=self.steps, unit="step", desc="train", leave=False
             )
             self._flush()
 
@@ -68,25 +71,25 @@ class Reporter:
             FloatingPointError: the mean loss since the last record is not finite.
         """
         self._pending.append(metrics)
-        self._steps += 1
+        self.steps += 1
         if self._writes:
             self._bar.update()
-        if self._steps % self._every:
+        if self.steps % self._every:
             return None
         means = self._means()
-        first = self._steps - len(self._pending) + 1
+        first = self.steps - len(self._pending) + 1
         self._pending = []
         now = time.perf_counter()
-        seconds = (now - self._last[0]) / max(self._steps - self._last[1], 1)
-        self._last = (now, self._steps)
+        seconds = (now - self._last[0]) / max(self.steps - self._last[1], 1)
+        self._last = (now, self.steps)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
-                f"train: the loss is {means['loss']} somewhere in steps {first} to {self._steps}; "
+                f"train: the loss is {means['loss']} somewhere in steps {first} to {self.steps}; "
                 f"lower optimizer.lr or set optimizer.clip_norm"
             )
         record = {f"train/{name}": value for name, value in means.items()}
         record |= {"time/step": seconds, "time/documents_per_second": documents / seconds}
-        self.record(self._steps, record)
+        self.record(self.steps, record)
         if self._writes:
             self._bar.set_postfix_str(
                 f"loss {means['loss']:.4f}, violators {means['violators']:.1%}, "
@@ -112,7 +115,7 @@ class Reporter:
 
     def resume_clock(self) -> None:
         """Leaves the time since the last record (evaluation, re-clustering) out of `time/step`."""
-        self._last = (time.perf_counter(), self._steps)
+        self._last = (time.perf_counter(), self.steps)
 
     def warn(self, text: str) -> None:
         """Logs a warning, once, above the progress bar."""

@@ -34,21 +34,27 @@ class Inputs:
 
 @flax.struct.dataclass
 class Batch:
-    """Documents and the labels sampled for them.
+    """Documents, and what they are compared with: labels sampled for them, or all labels.
 
     Attributes:
         document: texts of the B documents.
-        label: texts of the U labels; column `i * positives_per_document + p` was sampled for row i.
         document_ids: i32[B], all different.
+        label: texts of the U sampled labels; column `i * positives_per_document + p` was sampled
+            for row i. None, like the next two, where documents are compared with all labels.
         label_ids: i32[U]; a label may occur more than once.
         relevance: bool[B, U]; `relevance[i, j]` says label_ids[j] is a positive of document_ids[i].
+        positives: i32[B, P], all positives of each document, then L as padding; None, like the
+            next, where labels are sampled.
+        frequency: f32[B, P], training documents that have each of `positives`, 1 as padding.
     """
 
     document: Inputs
-    label: Inputs
     document_ids: Array
-    label_ids: Array
-    relevance: Array
+    label: Inputs | None = None
+    label_ids: Array | None = None
+    relevance: Array | None = None
+    positives: Array | None = None
+    frequency: Array | None = None
 
 
 @flax.struct.dataclass
@@ -72,12 +78,15 @@ class Tables:
         document_bank: [N, D], the unit embedding of each document as of its last visit.
         centroids: [L, D], mean unit embedding of the training documents of each label; None
             without PRIME.
+        label_bank: [L, D], the pooled embedding of each label's text as of the last boundary; None
+            where labels are sampled.
         free_vector_of: i32[L], the row of the free vectors that a label uses; None without PRIME.
         leaf_order: i32[N], documents in the order of the leaves of the last balanced clustering.
     """
 
     document_bank: Array
     centroids: Array | None
+    label_bank: Array | None
     free_vector_of: Array | None
     leaf_order: Array
 

@@ -1,6 +1,7 @@
 """Losses against short numpy versions written from the definitions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,14 @@ def numpy_regularizer(raw, proto, y, p, cfg):
     return sum(means) / 2
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def of_units(document, label, prototype, y, key, cfg):
+    """The objective of unit embeddings."""
+    raw = losses.cosines(document, label)
+    judged = None if prototype is None else losses.cosines(document, prototype)
+    return losses.objective(raw, judged, y, key, cfg)
+
+
 def check(ours, theirs, dtype):
     if dtype == np.float64:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
@@ -124,9 +133,6 @@ def test_decoupled_softmax_is_the_definition(dtype):
             )
 
 
-objective = jax.jit(losses.objective, static_argnames="cfg")
-
-
 def units(rng, *shape):
     x = rng.normal(size=shape)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
@@ -147,7 +153,7 @@ def test_objective_is_the_weighted_sum_of_its_terms(kind):
         prototype_to_document=0.25,
         regularizer=0.7,
     )
-    loss, metrics = objective(x, u, z, y, jax.random.key(0), cfg)
+    loss, metrics = of_units(x, u, z, y, jax.random.key(0), cfg)
 
     def term(s):
         if kind == "margin":
@@ -181,7 +187,7 @@ def test_objective_is_the_weighted_sum_of_its_terms(kind):
 def test_without_prototypes_only_the_first_term_remains():
     x, u = units(np.random.default_rng(1), 2, 6, 4)
     y = np.eye(6, dtype=bool)
-    loss, metrics = objective(x, u, None, y, jax.random.key(0), LossConfig())
+    loss, metrics = of_units(x, u, None, y, jax.random.key(0), LossConfig())
     expected, violators = numpy_margin(x @ u.T, y, np.arange(6), LossConfig())
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["violators"], violators, rtol=1e-6)
@@ -195,7 +201,7 @@ def test_objective_takes_several_positives_per_document_and_half_precision():
     rng = np.random.default_rng(2)
     x, u = units(rng, 4, 8), units(rng, 12, 8)
     y = np.repeat(np.eye(4, dtype=bool), 3, axis=1)
-    loss, metrics = objective(
+    loss, metrics = of_units(
         jnp.asarray(x, jnp.bfloat16), jnp.asarray(u, jnp.bfloat16), None, y, jax.random.key(0),
         LossConfig(),
     )  # fmt: skip
@@ -210,7 +216,7 @@ def test_each_term_draws_its_own_positive():
     cfg = LossConfig(regularizer=0.0)
 
     def draw(key):
-        return objective(x, u, u, y, key, cfg)[1]
+        return of_units(x, u, u, y, key, cfg)[1]
 
     one = draw(jax.random.key(0))
     # Prototypes equal label texts, so that only the drawn positives can tell the two terms apart.
@@ -295,7 +301,7 @@ def test_gradients_stay_finite_without_negatives_or_positives(kind):
     x, u = units(np.random.default_rng(5), 2, 4, 3)
     y = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]], bool)
     cfg = LossConfig(kind=kind)
-    grad = jax.grad(lambda x: objective(x, u, u, y, jax.random.key(0), cfg)[0])(x)
+    grad = jax.grad(lambda x: of_units(x, u, u, y, jax.random.key(0), cfg)[0])(x)
     assert np.all(np.isfinite(grad))
 
 
@@ -304,7 +310,10 @@ def test_a_similarity_that_is_not_finite_shows_in_the_loss(num_negatives):
     x, u = units(np.random.default_rng(6), 2, 5, 3)
     x[2] = np.nan
     cfg = LossConfig(num_negatives=num_negatives)
-    loss, _ = objective(x, u, u, np.eye(5, dtype=bool), jax.random.key(0), cfg)
+    loss, _ = of_units(x, u, u, np.eye(5, dtype=bool), jax.random.key(0), cfg)
+    assert np.isnan(loss)
+    s = np.array([[0.9, 0.1, np.nan, 0.2]], np.float32)  # a negative alone
+    loss, _ = losses.margin_loss(s, s > 0.5, np.array([0]), cfg)
     assert np.isnan(loss)
 
 
@@ -318,7 +327,7 @@ def test_a_collapsed_run_is_seen_and_a_sound_one_is_not(weighted):
     same /= np.linalg.norm(same, axis=1, keepdims=True)
 
     def seen(document, label, cfg):
-        _, metrics = objective(document, label, label, y, jax.random.key(0), cfg)
+        _, metrics = of_units(document, label, label, y, jax.random.key(0), cfg)
         return losses.collapse({name: float(value) for name, value in metrics.items()}, cfg)
 
     message = seen(same, same[::-1], cfg)
@@ -352,10 +361,10 @@ def test_config_names_the_field_at_fault(fields):
 def test_objective_refuses_what_does_not_fit():
     x, u = units(np.random.default_rng(8), 2, 4, 3)
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match=r"relevance: expected shape \(4, 4\)"):
-        objective(x, u, None, np.eye(5, dtype=bool), key, LossConfig())
-    with pytest.raises(ValueError, match="prototype_unit"):
-        objective(x, u, u[:3], np.eye(4, dtype=bool), key, LossConfig())
+    with pytest.raises(ValueError, match=r"one shape .*got \(4, 4\), \(4, 4\) and \(5, 5\)"):
+        of_units(x, u, None, np.eye(5, dtype=bool), key, LossConfig())
+    with pytest.raises(ValueError, match=r"one shape .*got \(4, 4\), \(4, 3\) and \(4, 4\)"):
+        of_units(x, u, u[:3], np.eye(4, dtype=bool), key, LossConfig())
     off = dataclasses.replace(LossConfig(), document_to_label=0.0)
     with pytest.raises(ValueError, match="every loss weight in use is 0"):
-        objective(x, u, None, np.eye(4, dtype=bool), key, off)
+        of_units(x, u, None, np.eye(4, dtype=bool), key, off)

@@ -25,6 +25,7 @@ def test_centroids_are_means_over_the_documents_of_a_label(block):
     rows = [np.where(row == 24, 0, row) for row in rows]
     bank = rng.normal(size=(60, 5)).astype(np.float32)
     pairs = tables.label_pairs(indptr, indices, 25, block)
+    assert np.all(np.diff(pairs.labels.ravel()) >= 0)  # the sum promises XLA sorted labels
     centroids = tables.centroids_of(jnp.asarray(bank), pairs)
     for label in range(25):
         members = [i for i in range(60) for x in rows[i] if x == label]
@@ -40,6 +41,21 @@ def test_centroids_sum_in_float32_and_keep_the_dtype_of_the_bank():
     centroids = tables.centroids_of(jnp.ones((400, 3), jnp.bfloat16), pairs)
     assert centroids.dtype == jnp.bfloat16
     assert np.array_equal(np.asarray(centroids, np.float32), [[1, 1, 1], [0, 0, 0]])
+
+
+def test_leave_one_out_is_the_mean_of_the_others():
+    rng = np.random.default_rng(6)
+    bank = rng.normal(size=(6, 4)).astype(np.float32)
+    members = np.array([0, 2, 3])
+    centroids = np.stack([bank[members].mean(0), bank[5]])  # label 1 has document 5 alone
+    rest = tables.leave_one_out(
+        jnp.asarray(centroids)[np.array([[0, 1], [0, 0]])],
+        jnp.array([[3.0, 1.0], [3.0, 3.0]]),
+        jnp.asarray(bank[[2, 3]]),
+    )
+    np.testing.assert_allclose(rest[0, 0], bank[[0, 3]].mean(0), atol=1e-6)
+    np.testing.assert_allclose(rest[1, 1], bank[[0, 2]].mean(0), atol=1e-6)
+    assert not np.any(rest[0, 1])
 
 
 def test_a_label_set_without_documents_has_zero_centroids():
@@ -85,6 +101,7 @@ def test_a_step_writes_documents_and_moves_centroids_only_by_ema(mode):
     before = Tables(
         document_bank=jnp.asarray(bank, jnp.float32),
         centroids=jnp.asarray(centroids, jnp.float32),
+        label_bank=None,
         free_vector_of=jnp.zeros(7, jnp.int32),
         leaf_order=jnp.arange(9, dtype=jnp.int32),
     )
@@ -100,7 +117,13 @@ def test_a_step_writes_documents_and_moves_centroids_only_by_ema(mode):
 
 
 def test_a_step_without_prime_has_no_centroids_to_move():
-    before = Tables(jnp.zeros((2, 3)), None, None, jnp.arange(2))
+    before = Tables(
+        document_bank=jnp.zeros((2, 3)),
+        centroids=None,
+        label_bank=None,
+        free_vector_of=None,
+        leaf_order=jnp.arange(2),
+    )
     after = tables.after_step(
         before, np.array([1]), np.ones((1, 3)), np.array([0]), TablesConfig(centroids="ema")
     )

@@ -12,6 +12,7 @@ from xmc_jax.data.store import Store
 from xmc_jax.types import Batch
 
 WEIGHTINGS = ("inverse_propensity", "uniform")
+LABELS = ("sampled", "all")
 
 
 def complete(order: np.ndarray, batch_size: int) -> np.ndarray:
@@ -49,6 +50,7 @@ class Sampler:
         positives_per_document: int = 1,
         weighting: str = "inverse_propensity",
         seed: int = 0,
+        labels: str = "sampled",
     ):
         """
         Args:
@@ -57,10 +59,14 @@ class Sampler:
             positives_per_document: labels sampled per document; U = B * positives_per_document.
             weighting: a positive's chance is proportional to its inverse propensity, or "uniform".
             seed: the run's seed.
+            labels: "sampled", those of the batch; or "all", where nothing is sampled and a batch
+                has the positives of its documents instead.
 
         Raises:
             ValueError: names field, expected, got.
         """
+        if labels not in LABELS:
+            raise ValueError(f"batches: expected labels among {', '.join(LABELS)}, got {labels!r}")
         if batch_size < 1 or positives_per_document < 1:
             raise ValueError(
                 "batches: expected batch_size and positives_per_document of at least 1, got "
@@ -75,6 +81,10 @@ class Sampler:
         self._batch_size = batch_size
         self._per_document = positives_per_document
         self._seed = seed
+        self._most_positives = int(self._positives.counts().max(initial=1))
+        self._all_labels = labels == "all"
+        frequency = np.bincount(self._positives.indices, minlength=store.num_labels)
+        self._frequency = np.append(frequency, 1).astype(np.float32)
         uniform = weighting == "uniform"
         self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
 
@@ -95,6 +105,15 @@ class Sampler:
         """
         size, per_document = self._batch_size, self._per_document
         batch = order[step_in_epoch * size : (step_in_epoch + 1) * size]
+        if self._all_labels:
+            document_ids = batch[rows].astype(np.int32)
+            positives = padded(self._positives.take(document_ids), self._most_positives)
+            return Batch(
+                document=self._store.train.inputs(document_ids),
+                document_ids=document_ids,
+                positives=positives,
+                frequency=self._frequency[positives],
+            )
         generator = rng.host(self._seed, rng.Stream.SAMPLE, global_step)
         label_ids = sample(self._positives.take(batch), self._weights, per_document, generator)
         start, stop, _ = rows.indices(size)
@@ -138,6 +157,21 @@ def sample(
     present = np.broadcast_to(counts > 0, drawn.shape)
     drawn[present] = ranked[(positives.indptr[:-1, None] + rank)[present]]
     return drawn.ravel().astype(np.int32)
+
+
+def padded(positives: Csr, width: int) -> np.ndarray:
+    """The labels of each row side by side.
+
+    Args:
+        positives: labels of the n documents.
+        width: P, at least the labels of any row.
+
+    Returns:
+        i32[n, P], padded with L.
+    """
+    result = np.full((positives.rows, width), positives.columns, np.int32)
+    result[np.arange(width) < positives.counts()[:, None]] = positives.indices
+    return result
 
 
 def relevance(positives: Csr, label_ids: np.ndarray) -> np.ndarray:

@@ -160,9 +160,7 @@ def decoupled_softmax(similarity: jax.Array, relevance: jax.Array, temperature: 
     Source: DEXML (Gupta et al., 2024), decoupled softmax.
     """
     logits = similarity / temperature
-    # A large finite number, not -inf, so that a row without negatives has a gradient of 0 and not
-    # NaN.
-    negatives = jax.nn.logsumexp(jnp.where(relevance, -1e9, logits), axis=1, keepdims=True)
+    negatives = jax.nn.logsumexp(jnp.where(relevance, -jnp.inf, logits), axis=1, keepdims=True)
     losses = jnp.where(relevance, jax.nn.softplus(negatives - logits), 0)
     return jnp.mean(jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(relevance, axis=1), 1))
 
@@ -197,10 +195,15 @@ def regularizer(
     return (_mean_of_nonzero(a) + _mean_of_nonzero(b)) / 2
 
 
+def cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """f32[m, n], inner products of unit vectors [m, D] and [n, D], at full precision."""
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.matmul(rows.astype(dtype), columns.astype(dtype).T, precision="highest")
+
+
 def objective(
-    document_unit: jax.Array,
-    label_unit: jax.Array,
-    prototype_unit: jax.Array | None,
+    raw: jax.Array,
+    prototype: jax.Array | None,
     relevance: jax.Array,
     key: jax.Array,
     cfg: LossConfig,
@@ -211,9 +214,8 @@ def objective(
     its own. Without: the term documents -> label texts alone (NGAME), whatever the other weights.
 
     Args:
-        document_unit: f32[B, D], unit embeddings.
-        label_unit: f32[U, D], unit embeddings of the label texts.
-        prototype_unit: f32[U, D], label prototypes; None without PRIME.
+        raw: f32[B, U], cosines of documents and label texts.
+        prototype: f32[B, U], cosines of documents and label prototypes; None without PRIME.
         relevance: bool[B, U].
         key: device key, of the POSITIVE stream.
         cfg: see `LossConfig`.
@@ -232,25 +234,18 @@ def objective(
 
     Source: PRIME; ViXML reference, utils.py, train.
     """
-    expected = (document_unit.shape[0], label_unit.shape[0])
-    if relevance.shape != expected:
+    judged = raw if prototype is None else prototype
+    if not raw.shape == judged.shape == relevance.shape:
         raise ValueError(
-            f"objective: relevance: expected shape {expected} for {expected[0]} documents and "
-            f"{expected[1]} labels, got {relevance.shape}"
+            "objective: expected raw, prototype and relevance of one shape [B, U], got "
+            f"{raw.shape}, {judged.shape} and {relevance.shape}"
         )
-    if prototype_unit is not None and prototype_unit.shape != label_unit.shape:
-        raise ValueError(
-            f"objective: prototype_unit: expected the shape of label_unit, {label_unit.shape}, got "
-            f"{prototype_unit.shape}"
-        )
-    raw = judged = _cosines(document_unit, label_unit)
     terms = {"document_to_label": (raw, relevance)}
-    if prototype_unit is not None:
-        judged = _cosines(document_unit, prototype_unit)
+    if prototype is not None:
         terms |= {
-            "document_to_prototype": (judged, relevance),
+            "document_to_prototype": (prototype, relevance),
             "label_to_document": (raw.T, relevance.T),
-            "prototype_to_document": (judged.T, relevance.T),
+            "prototype_to_document": (prototype.T, relevance.T),
         }
     names = [name for name in _TERMS if name in terms and getattr(cfg, name) > 0]
     if not names:
@@ -269,7 +264,7 @@ def objective(
             value = decoupled_softmax(similarity, target, cfg.softmax_temperature)
         metrics[name] = value
         loss += getattr(cfg, name) * value
-    if prototype_unit is not None and cfg.regularizer > 0:
+    if prototype is not None and cfg.regularizer > 0:
         positive = draw_positive(relevance, jax.random.fold_in(key, len(_TERMS)))
         metrics["regularizer"] = regularizer(raw, judged, relevance, positive, cfg)
         loss += cfg.regularizer * metrics["regularizer"]
@@ -316,11 +311,6 @@ def collapse(metrics: Mapping[str, float], cfg: LossConfig) -> str | None:
         flags = "--config.loss.num_negatives=200 --config.loss.weighted=False"
         remedies.insert(0, f"more negatives and their plain mean ({flags})")
     return f"training has collapsed: {seen}; start again with {', '.join(remedies)}"
-
-
-def _cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    return jnp.matmul(rows.astype(dtype), columns.astype(dtype).T, precision="highest")
 
 
 def _hardest(

@@ -33,6 +33,10 @@ class TrainConfig:
         n_chunks: see `step.Step`.
         positives_per_document: labels sampled per document; a batch has B times as many.
         sampling: of those labels, "inverse_propensity" (reference) or "uniform".
+        labels: what a document is compared with: "sampled", the labels of the batch, encoded with
+            it (reference); or "all", whose texts are encoded at each boundary and get no gradient.
+            A step of "all" costs O(L D B) on the devices, half the encoding, and needs no luck with
+            negatives; the two fields before have no meaning then.
         encode_batch_size: rows per call where nothing is differentiated.
         checkpoint_every: steps between checkpoints within an epoch; every epoch ends with one.
         log_every: steps per record of metrics.jsonl.
@@ -48,6 +52,7 @@ class TrainConfig:
     n_chunks: int = 1
     positives_per_document: int = 1
     sampling: str = "inverse_propensity"
+    labels: str = "sampled"
     encode_batch_size: int = 512
     checkpoint_every: int = 1000
     log_every: int = 10
@@ -104,7 +109,9 @@ def section(kind: type, name: str, config: Mapping[str, Mapping[str, Any]]) -> A
     for key, value in config[name].items():
         if key not in fields:
             raise ValueError(f"config: {name}.{key}: no such field; known: {', '.join(fields)}")
-        nested = [kind for kind in _alternatives(fields[key].type) if dataclasses.is_dataclass(kind)]
+        nested = [
+            kind for kind in _alternatives(fields[key].type) if dataclasses.is_dataclass(kind)
+        ]
         values[key] = section(nested[0], key, config[name]) if nested and value else value
     try:
         return kind(**values)
@@ -141,8 +148,18 @@ class Program:
         self.mesh = sharding.make_mesh(config.mesh)
         self.steps_per_epoch = -(-data.num_documents // train.batch_size)
         self.sampler = batches.Sampler(
-            data, train.batch_size, train.positives_per_document, train.sampling, train.seed
+            data,
+            train.batch_size,
+            train.positives_per_document,
+            train.sampling,
+            train.seed,
+            train.labels,
         )
+        if train.labels == "all" and config.tables.centroids == "ema":
+            raise ValueError(
+                "tables.centroids: expected 'stale' or 'exact' with train.labels='all', where no "
+                "label is sampled whose centroid could move, got 'ema'"
+            )
         positives = data.positives("train")
         self._label_frequency = np.bincount(positives.indices, minlength=data.num_labels)
         self._pairs = self._replicate(
@@ -150,11 +167,22 @@ class Program:
         )
         self.source = hf.resolve(config.encoder.backbone, config.encoder.revision)
         self.bert = hf.load_config(self.source, config.encoder.layers)
+        if config.encoder.dropout is not None:
+            rate = config.encoder.dropout
+            self.bert = dataclasses.replace(self.bert, dropout=rate, attention_dropout=rate)
         prime = config.prime if config.prime.enabled else None
-        self._num_free_vectors = prime and tables.num_free_vectors(
-            data.num_labels, prime.free_vectors, prime.private_vectors
+        if prime is not None:
+            self._num_free_vectors = tables.num_free_vectors(
+                data.num_labels, prime.free_vectors, prime.private_vectors
+            )
+        self.model = dual.DualEncoder(
+            bert=self.bert,
+            pooling=config.encoder.pooling,
+            compute_dtype=config.encoder.compute_dtype,
+            remat=config.encoder.remat,
+            prime=prime,
+            num_free_vectors=self._num_free_vectors if prime is not None else 0,
         )
-        self.model = dual.DualEncoder(self.bert, config.encoder, prime, self._num_free_vectors)
 
         boxed = jax.eval_shape(lambda: dual.init_params(self.model, train.seed))
         self._params = jax.tree.map(
@@ -182,7 +210,7 @@ class Program:
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(self.mesh)),
         )
-        self._unit = jax.jit(lambda params, frozen, x: self.step.encode(params, frozen, x).unit)
+        self._encode = jax.jit(self.step.encode)
         self._prototype = jax.jit(self.step.prototype)
 
     def put(self, arrays: Any) -> Any:
@@ -197,7 +225,9 @@ class Program:
         config, seed = self.config, self.config.train.seed
         params, _ = self._initial_params()
         bank = self._as_table(self.embed(params, "train"))
-        centroids = free_vector_of = None
+        centroids = label_bank = free_vector_of = None
+        if config.train.labels == "all":
+            label_bank = self._as_table(self.embed(params, "label", pooled=True))
         if self.model.prime is not None:
             label_unit = self._as_table(self.embed(params, "label"))
             free_vector_of = tables.free_vector_map(
@@ -220,6 +250,7 @@ class Program:
             tables=Tables(
                 document_bank=bank,
                 centroids=centroids,
+                label_bank=label_bank,
                 free_vector_of=free_vector_of,
                 leaf_order=jnp.arange(self.data.num_documents, dtype=jnp.int32),
             ),
@@ -246,6 +277,9 @@ class Program:
             bank = self._as_table(self.embed(state.params, "train"))
         if centroids is not None and config.tables.centroids != "ema":
             centroids = tables.centroids_of(bank, self._pairs)
+        label_bank = state.tables.label_bank
+        if label_bank is not None:
+            label_bank = self._as_table(self.embed(state.params, "label", pooled=True))
         cluster_size = curriculum.plan(epoch, config.curriculum).new_cluster_size
         if cluster_size is not None and not last:
             leaf_order, _ = curriculum.balanced_kmeans(
@@ -257,21 +291,32 @@ class Program:
             state.replace(
                 boundaries=state.boundaries + 1,
                 tables=state.tables.replace(
-                    document_bank=bank, centroids=centroids, leaf_order=leaf_order
+                    document_bank=bank,
+                    centroids=centroids,
+                    label_bank=label_bank,
+                    leaf_order=leaf_order,
                 ),
             )
         )
 
-    def embed(self, params: Any, split: str, out: epath.PathLike | None = None) -> np.ndarray:
-        """f32[n, D], the unit embeddings of "train", "test" or "label" texts.
+    def embed(
+        self, params: Any, split: str, pooled: bool = False, out: epath.PathLike | None = None
+    ) -> np.ndarray:
+        """f32[n, D], the embeddings of "train", "test" or "label" texts.
 
         Args:
             params: trainable parameters.
             split: which texts.
+            pooled: before normalisation, instead of unit embeddings.
             out: see `encode.encode_split`.
         """
+
+        def one(inputs, _):
+            output = self._encode(params, self.frozen, inputs)
+            return output.pooled if pooled else output.unit
+
         return encode.encode_split(
-            lambda inputs, _: self._unit(params, self.frozen, inputs),
+            one,
             getattr(self.data, split),
             self.config.train.encode_batch_size,
             self.put,
@@ -280,13 +325,22 @@ class Program:
 
     def embed_index(self, state: TrainState, out: epath.PathLike | None = None) -> np.ndarray:
         """f32[L, D], what is searched: label prototypes with PRIME, label embeddings without."""
+
+        def one(inputs, ids):
+            pooled = self._encode(state.params, self.frozen, inputs).pooled
+            return self._prototype(state.params, self.frozen, state.tables, ids, pooled)
+
         return encode.encode_split(
-            lambda inputs, ids: self._prototype(state, self.frozen, ids, inputs),
+            one,
             self.data.label,
             self.config.train.encode_batch_size,
             self.put,
             out=out,
         )
+
+    def backbone(self, state: TrainState) -> Any:
+        """The parameters of the encoder, trained and frozen ones together."""
+        return optimizer.merge(state.params, self.frozen)["backbone"]
 
     def evaluate(self, state: TrainState) -> Evaluation:
         """Evaluates on the test documents.
@@ -351,6 +405,11 @@ class Program:
             tables=Tables(
                 document_bank=self._abstract_table(self.data.num_documents),
                 centroids=self._abstract_table(self.data.num_labels) if prime else None,
+                label_bank=(
+                    self._abstract_table(self.data.num_labels)
+                    if self.config.train.labels == "all"
+                    else None
+                ),
                 free_vector_of=i32(self.data.num_labels) if prime else None,
                 leaf_order=i32(self.data.num_documents),
             ),

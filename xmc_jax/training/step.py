@@ -1,4 +1,4 @@
-"""The pure functions of training: the step, and encoding documents, labels and prototypes."""
+"""The pure functions of training: the step, encoding, and the prototypes of labels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from xmc_jax import rng, sharding
+from xmc_jax.models import layers
 from xmc_jax.models.dual import DualEncoder
 from xmc_jax.training import losses, optimizer, tables
-from xmc_jax.types import Batch, EncoderOutput, Inputs, TrainState
+from xmc_jax.types import Batch, EncoderOutput, Inputs, Tables, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,93 +37,85 @@ class Step:
     seed: int
 
     def train(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
-        """One optimizer step on the four-term objective.
+        """One optimizer step.
 
         Args:
             state: donated by the caller.
             frozen: parameters that get no gradient.
-            batch: of B documents and U labels, both divisible by `n_chunks`.
+            batch: of B documents, B divisible by `n_chunks`, with sampled labels or with positives.
 
         Returns:
-            The next state, and metrics as f32[] arrays.
+            The next state, and f32[] metrics: those of `losses.objective`, and `grad_norm`.
 
-        Source: ViXML sec. 3.1, supp. A; reference utils.py::train.
+        Source: ViXML sec. 3.1, supp. A; reference utils.py, train.
         """
-        dropout = rng.key(self.seed, rng.Stream.DROPOUT, state.step)
+        key = rng.key(self.seed, rng.Stream.DROPOUT, state.step)
         positive = rng.key(self.seed, rng.Stream.POSITIVE, state.step)
+        compare = self._with_sampled if batch.positives is None else self._with_all
 
         def objective(params):
             params = optimizer.merge(params, frozen)
-            encode_key, prototype_key = jax.random.split(dropout)
-            document, label = self._encode_batch(params, batch, encode_key)
-            prototype = None
-            if self.model.prime is not None:
-                prototype = self.model.apply(
-                    {"params": params},
-                    label.pooled,
-                    state.tables.free_vector_of[batch.label_ids],
-                    state.tables.centroids[batch.label_ids].astype(jnp.float32),
-                    deterministic=False,
-                    rngs={"dropout": prototype_key},
-                    method="prototype",
-                )
-            loss, metrics = losses.objective(
-                document.unit, label.unit, prototype, batch.relevance, positive, self.loss
-            )
-            return loss, (metrics, jax.lax.stop_gradient(document.unit))
+            document_unit, raw, prototype, relevance = compare(params, state.tables, batch, key)
+            loss, metrics = losses.objective(raw, prototype, relevance, positive, self.loss)
+            return loss, (metrics, jax.lax.stop_gradient(document_unit))
 
-        grads, (metrics, document) = jax.grad(objective, has_aux=True)(state.params)
+        grads, (metrics, document_unit) = jax.grad(objective, has_aux=True)(state.params)
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
         state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             tables=tables.after_step(
-                state.tables, batch.document_ids, document, batch.label_ids, self.tables
+                state.tables, batch.document_ids, document_unit, batch.label_ids, self.tables
             ),
         )
-        return state, metrics | {"grad_norm": optax.global_norm(grads)}
+        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     def encode(self, params: Any, frozen: Any, inputs: Inputs) -> EncoderOutput:
         """Embeddings without dropout. `params` and `frozen` as in `train`."""
         return self.model.apply(
-            {"params": optimizer.merge(params, frozen)}, inputs, deterministic=True, method="encode"
+            {"params": optimizer.merge(params, frozen)}, inputs, method="encode"
         )
 
     def prototype(
-        self, state: TrainState, frozen: Any, label_ids: jax.Array, inputs: Inputs
+        self, params: Any, frozen: Any, t: Tables, label_ids: jax.Array, pooled: jax.Array
     ) -> jax.Array:
         """What the index holds: f32[n, D] unit prototypes with PRIME, label embeddings without.
 
         Args:
-            state: parameters and tables.
+            params: see `train`.
             frozen: see `train`.
+            t: the tables.
             label_ids: i32[n].
-            inputs: texts of these labels.
+            pooled: f32[n, D], of the texts of these labels.
         """
-        output = self.encode(state.params, frozen, inputs)
+        return self._prototype(optimizer.merge(params, frozen), t, label_ids, pooled, None)
+
+    def _prototype(self, params, t, label_ids, pooled, key, centroids=None) -> jax.Array:
         if self.model.prime is None:
-            return output.unit
+            return layers.normalize(pooled)
+        if centroids is None:
+            centroids = t.centroids[label_ids].astype(jnp.float32)
         return self.model.apply(
-            {"params": optimizer.merge(state.params, frozen)},
-            output.pooled,
-            state.tables.free_vector_of[label_ids],
-            state.tables.centroids[label_ids].astype(jnp.float32),
-            deterministic=True,
+            {"params": params},
+            pooled,
+            t.free_vector_of[label_ids],
+            centroids,
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
             method="prototype",
         )
 
-    def _encode_batch(
-        self, params: Any, batch: Batch, key: jax.Array
-    ) -> tuple[EncoderOutput, EncoderOutput]:
-        """Documents and labels through the tower as one stream, in strided chunks.
+    def _with_sampled(self, params: Any, t: Tables, batch: Batch, key: jax.Array):
+        """Documents and the labels sampled for them: (f32[B, D], f32[B, U], the same to prototypes
+        or None, bool[B, U]). Labels are encoded, with gradient.
 
-        Each document goes next to its own labels: the first axis stays that of the batch's
-        sharding, and taking every n-th row gives each device its share of each chunk, so
-        nothing moves.
+        Each document goes through the tower next to its own labels: the first axis stays that of
+        the batch's sharding, and taking every n-th row for a chunk gives each device its share of
+        it, so nothing moves.
         """
-        size = batch.document.tokens.shape[0]
-        per_document = batch.label.tokens.shape[0] // size
+        size = len(batch.document_ids)
+        per_document = len(batch.label_ids) // size
         items = jax.tree.map(
             lambda d, u: jnp.concatenate(
                 [d[:, None], u.reshape(size, per_document, *u.shape[1:])], axis=1
@@ -133,22 +126,63 @@ class Step:
 
         def encode(items: Inputs, key: jax.Array) -> EncoderOutput:
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), items)
-            flat = jax.tree.map(
-                lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), flat
-            )
-            output = self.model.apply(
-                {"params": params},
-                flat,
-                deterministic=False,
-                rngs={"dropout": key},
-                method="encode",
-            )
+            output = self._encode(params, flat, key)
             return jax.tree.map(lambda x: x.reshape(-1, 1 + per_document, x.shape[-1]), output)
 
-        output = in_chunks(encode, items, key, self.n_chunks)
-        return (
-            jax.tree.map(lambda x: x[:, 0], output),
-            jax.tree.map(lambda x: x[:, 1:].reshape(-1, x.shape[-1]), output),
+        encode_key, prototype_key = jax.random.split(key)
+        output = in_chunks(encode, items, encode_key, self.n_chunks)
+        document_unit = output.unit[:, 0]
+        label = jax.tree.map(lambda x: x[:, 1:].reshape(-1, x.shape[-1]), output)
+        raw, prototype = losses.cosines(document_unit, label.unit), None
+        if self.model.prime is not None:
+            unit = self._prototype(params, t, batch.label_ids, label.pooled, prototype_key)
+            prototype = losses.cosines(document_unit, unit)
+        return document_unit, raw, prototype, batch.relevance
+
+    def _with_all(self, params: Any, t: Tables, batch: Batch, key: jax.Array):
+        """Documents and all labels, U = L, whose texts are as encoded at the last boundary.
+
+        A document's own embedding is left out of the centroids of its positives: it would find
+        itself there, most of all for the labels that few documents have.
+        """
+        encode_key, prototype_key = jax.random.split(key)
+        document_unit = in_chunks(
+            lambda items, key: self._encode(params, items, key).unit,
+            batch.document,
+            encode_key,
+            self.n_chunks,
+        )
+        pooled = t.label_bank.astype(jnp.float32)
+        rows, num_labels = jnp.arange(len(document_unit))[:, None], len(pooled)
+        relevance = jnp.zeros((len(document_unit), num_labels), bool)
+        relevance = relevance.at[rows, batch.positives].set(True, mode="drop")
+        raw, prototype = losses.cosines(document_unit, layers.normalize(pooled)), None
+        if self.model.prime is not None:
+            unit = self._prototype(params, t, jnp.arange(num_labels), pooled, prototype_key)
+            prototype = losses.cosines(document_unit, unit)
+            ids = jnp.minimum(batch.positives, num_labels - 1)  # what padding gives is dropped
+            others = tables.leave_one_out(
+                t.centroids[ids], batch.frequency, t.document_bank[batch.document_ids]
+            )
+            width = others.shape[-1]
+            unit = self._prototype(
+                params,
+                t,
+                ids.reshape(-1),
+                pooled[ids].reshape(-1, width),
+                prototype_key,
+                others.reshape(-1, width),
+            )
+            own = jnp.einsum("bd,bpd->bp", document_unit, unit.reshape(others.shape))
+            prototype = prototype.at[rows, batch.positives].set(own, mode="drop")
+        return document_unit, raw, prototype, relevance
+
+    def _encode(self, params: Any, inputs: Inputs, key: jax.Array) -> EncoderOutput:
+        inputs = jax.tree.map(
+            lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), inputs
+        )
+        return self.model.apply(
+            {"params": params}, inputs, deterministic=False, rngs={"dropout": key}, method="encode"
         )
 
 

@@ -109,6 +109,24 @@ def centroids_of(bank: jax.Array, pairs: Pairs) -> jax.Array:
     return (sums / pairs.counts[:, None]).astype(bank.dtype)
 
 
+def leave_one_out(
+    centroids: jax.Array, frequency: jax.Array, document_unit: jax.Array
+) -> jax.Array:
+    """The centroids of documents' labels, each without that document.
+
+    Args:
+        centroids: [B, P, D], rows of the centroids for the P positives of B documents.
+        frequency: f32[B, P], training documents of each of these labels.
+        document_unit: [B, D], the documents' rows of the bank that the centroids are means of.
+
+    Returns:
+        f32[B, P, D]; 0 for a label without another document.
+    """
+    n = frequency[..., None]
+    rest = n * centroids.astype(jnp.float32) - document_unit[:, None].astype(jnp.float32)
+    return jnp.where(n > 1, rest / jnp.maximum(n - 1, 1), 0)
+
+
 def write_rows(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
     """`table` with `rows` written at `ids`; of several writes to one row the last, by position.
 

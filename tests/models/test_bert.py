@@ -1,0 +1,221 @@
+"""Encoders without torch: golden files, invariances, dropout, configurations."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xmc_jax import packaged
+from xmc_jax.models import bert, dual, hf, layers
+from xmc_jax.types import Inputs
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def golden(family):
+    source = hf.resolve(str(GOLDEN / family))
+    config = hf.load_config(source)
+    return config, hf.load_params(source, config), np.load(GOLDEN / f"{family}.npz")
+
+
+def hidden_states(config, params, tokens, lengths, **kwargs):
+    model = bert.Bert(config, **kwargs)
+    return jax.jit(lambda p: model.apply({"params": p}, tokens, lengths, True, True))(params)
+
+
+@pytest.mark.parametrize("family", bert.FAMILIES)
+def test_golden_hidden_states(family):
+    config, params, file = golden(family)
+    assert config.layers == 2
+    hidden, states = hidden_states(config, params, file["tokens"], file["lengths"])
+    real = (np.arange(file["tokens"].shape[1]) < file["lengths"][:, None])[None, ..., None]
+    np.testing.assert_allclose(states * real, file["hidden_states"] * real, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(hidden, states[-1])
+
+
+@pytest.mark.slow
+def test_golden_minilm_embeddings():
+    source = hf.resolve(hf.PACKAGED)
+    config = hf.load_config(source)
+    file = np.load(GOLDEN / "minilm.npz")
+    params = {"backbone": hf.load_params(source, config)}
+    model = dual.DualEncoder(config)
+    out = model.apply({"params": params}, Inputs(file["tokens"], file["lengths"]), method="encode")
+    np.testing.assert_allclose(out.unit, file["embeddings"], rtol=0, atol=1e-5)
+
+
+def test_packaged_minilm_is_found():
+    assert (packaged.minilm() / "model.safetensors").is_file()
+    assert hf.load_config(hf.Source(packaged.minilm(), "minilm", None, ""), layers=3).layers == 3
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "mean"), ("distilbert", "cls")])
+def test_embedding_is_the_same_alone_in_any_batch_and_at_any_padding(family, pooling):
+    config, params, file = golden(family)
+    tokens, lengths = file["tokens"], file["lengths"]
+    model = dual.DualEncoder(config, pooling=pooling)
+
+    @jax.jit
+    def encode(tokens, lengths):
+        inputs = Inputs(tokens, lengths)
+        return model.apply({"params": {"backbone": params}}, inputs, method="encode").pooled
+
+    together = encode(tokens, lengths)
+    for T in (9, 24):
+        # what stands past a text's length must not matter: fill it with tokens
+        padded = np.full((len(tokens), T), 7, np.int32)
+        for row, (text, length) in enumerate(zip(tokens, lengths)):
+            padded[row, :length] = text[:length]
+        np.testing.assert_allclose(encode(padded, lengths), together, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            encode(padded[::-1], lengths[::-1])[::-1], together, rtol=0, atol=1e-5
+        )
+    for row, length in list(enumerate(lengths))[::2]:
+        alone = encode(tokens[row : row + 1, :length], lengths[row : row + 1])
+        np.testing.assert_allclose(alone[0], together[row], rtol=0, atol=1e-5)
+
+
+def test_first_layers_are_the_first_layers():
+    config, params, file = golden("bert")
+    source = hf.resolve(str(GOLDEN / "bert"))
+    one = hf.load_config(source, layers=1)
+    _, states = hidden_states(one, hf.load_params(source, one), file["tokens"], file["lengths"])
+    _, expected = hidden_states(config, params, file["tokens"], file["lengths"])
+    assert states.shape[0] == 2
+    np.testing.assert_allclose(states, expected[:2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_remat_changes_no_gradient():
+    config, params, file = golden("bert")
+
+    def gradient(remat):
+        model = dual.DualEncoder(config, remat=remat)
+
+        def loss(params):
+            out = model.apply(
+                {"params": {"backbone": params}},
+                Inputs(file["tokens"], file["lengths"]),
+                False,
+                rngs={"dropout": jax.random.key(0)},
+                method="encode",
+            )
+            return jnp.square(out.pooled).sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    kept = jax.tree.leaves(gradient("none"))
+    for remat in bert.REMAT[1:]:
+        for ours, expected in zip(jax.tree.leaves(gradient(remat)), kept):
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_bfloat16_is_close_and_pools_in_float32():
+    config, params, file = golden("bert")
+    inputs = Inputs(file["tokens"], file["lengths"])
+    variables = {"params": {"backbone": params}}
+    exact = dual.DualEncoder(config).apply(variables, inputs, method="encode")
+    model = dual.DualEncoder(config, compute_dtype="bfloat16")
+    rounded = model.apply(variables, inputs, method="encode")
+    assert rounded.unit.dtype == rounded.pooled.dtype == jnp.float32
+    hidden = bert.Bert(config, jnp.bfloat16).apply({"params": params}, *inputs_of(file))
+    assert hidden.dtype == jnp.bfloat16
+    assert (np.asarray(exact.unit) * np.asarray(rounded.unit)).sum(-1).min() > 0.995
+
+
+def inputs_of(file):
+    return file["tokens"], file["lengths"]
+
+
+def test_dropout_mask_is_bernoulli_and_a_function_of_the_seed():
+    seeds = jax.random.bits(jax.random.key(0), (2, 2), jnp.uint32)
+    x = jnp.ones((1000, 1000))
+    a, b = (np.asarray(layers.dropout(x, 0.1, seed)) for seed in seeds)
+    np.testing.assert_array_equal(a, layers.dropout(x, 0.1, seeds[0]))
+    assert set(np.unique(a)) == {np.float32(0), np.float32(1) / np.float32(0.9)}
+    dropped = a == 0
+    sigma = np.sqrt(0.1 * 0.9 / a.size)
+    assert abs(dropped.mean() - 0.1) < 5 * sigma
+    # rows and columns each have the spread of independent draws
+    for axis in (0, 1):
+        chi2 = np.square(dropped.sum(axis) - 100).sum() / 90
+        assert 800 < chi2 < 1220
+    # no dependence on neighbours near or far, nor between seeds
+    both = [(dropped[:, d:] & dropped[:, : 1000 - d]).mean() for d in (1, 2, 16, 256)]
+    both += [(dropped[d:] & dropped[:-d]).mean() for d in (1, 8, 128)]
+    both += [(dropped & (b == 0)).mean()]
+    np.testing.assert_allclose(both, 0.01, rtol=0, atol=5 * np.sqrt(0.01 / 7e5))
+
+
+def test_dropout_of_the_encoder():
+    config, params, file = golden("bert")
+    model = dual.DualEncoder(config)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def encode(key, deterministic=False):
+        inputs = Inputs(*inputs_of(file))
+        variables = {"params": {"backbone": params}}
+        return model.apply(
+            variables, inputs, deterministic, rngs={"dropout": key}, method="encode"
+        ).unit
+
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(encode(key), encode(key))
+    assert np.abs(encode(key) - encode(jax.random.key(4))).max() > 1e-3
+    assert np.abs(encode(key) - encode(key, True)).max() > 1e-3
+    # other key implementations do
+    assert np.isfinite(encode(jax.random.key(3, impl="rbg"))).all()
+
+
+def test_layers_do_not_share_dropout_masks():
+    config, params, file = golden("bert")
+    config = dataclasses.replace(config, dropout=0.5)
+    # with these weights the output of a layer is the norm of its last dropout mask
+    params = jax.tree.map(np.zeros_like, params)
+    params["layers"]["down"]["bias"] += 1
+    params["layers"]["output_norm"]["scale"] += 1
+    _, states = bert.Bert(config).apply(
+        {"params": params}, *inputs_of(file), False, True, rngs={"dropout": jax.random.key(0)}
+    )
+    first, second = np.asarray(states[1:]) > 0
+    assert 0.4 < first.mean() < 0.6
+    assert 0.4 < (first == second).mean() < 0.6
+
+
+def test_too_long_a_text():
+    config, params, _ = golden("bert")
+    with pytest.raises(ValueError, match="at most 24 tokens, got T = 25"):
+        hidden_states(config, params, jnp.ones((1, 25), jnp.int32), jnp.ones(1, jnp.int32))
+
+
+@pytest.mark.parametrize("family", bert.FAMILIES)
+def test_config_round_trip(family):
+    config = bert.from_hf(json.loads((GOLDEN / family / "config.json").read_text()))
+    assert bert.from_hf(bert.to_hf(config)) == config
+    changed = dataclasses.replace(config, layers=7, ff=12, dropout=0.3, attention_dropout=0.2)
+    assert bert.from_hf(bert.to_hf(changed)) == changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, r"\('bert', 'distilbert'\), got 't5'"),
+        ({"hidden_act": "swish"}, "hidden_act.*'swish'"),
+        ({"num_attention_heads": 3}, "divisor of hidden = 16, got 3"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers to be a int, got 'two'"),
+        ({"hidden_size": None}, "hidden_size to be a int, got None"),
+        ({"hidden_dropout_prob": 1.0}, "dropout: expected a fraction"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'absolute'"),
+        ({"is_decoder": True}, "is_decoder = False"),
+        ({"intermediate_size": 0}, "ff: expected at least 1, got 0"),
+    ],
+)
+def test_config_errors(change, message):
+    raw = json.loads((GOLDEN / "bert" / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        bert.from_hf(raw | change)

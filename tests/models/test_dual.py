@@ -1,0 +1,147 @@
+"""The dual encoder and the combiner without torch."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xmc_jax import sharding
+from xmc_jax.models import dual
+from xmc_jax.models.bert import BertConfig
+from xmc_jax.models.layers import normalize
+from xmc_jax.types import Inputs
+
+TINY = BertConfig(vocab_size=50, hidden=16, layers=2, heads=4, ff=32, max_positions=12)
+
+
+def prime_model(**kwargs):
+    prime = dual.PrimeConfig(heads=4, ff_dim=24)
+    return dual.DualEncoder(TINY, prime=prime, num_free_vectors=10, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init(model, seed=0):
+    return nn.unbox(dual.init_params(model, seed))
+
+
+def test_parameter_tree_and_shardings():
+    model = prime_model()
+    boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
+    assert set(boxed) == {"backbone", "combiner", "free_vectors"}
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = sharding.of_params(boxed, mesh)
+    P = jax.sharding.PartitionSpec
+    assert shardings["backbone"]["layers"]["query"]["kernel"].spec == P(
+        None, ("fsdp",), ("tensor",)
+    )
+    assert shardings["backbone"]["layers"]["down"]["kernel"].spec == P(None, ("tensor",), ("fsdp",))
+    assert shardings["backbone"]["token_embedding"].spec == P(None, ("fsdp", "tensor"))
+    assert shardings["free_vectors"].spec == P(None, ("data", "fsdp"))
+    without = jax.eval_shape(lambda: dual.init_params(dual.DualEncoder(TINY), 0))
+    assert set(without) == {"backbone"}
+
+
+def test_init_is_a_function_of_the_seed_and_of_xavier_bound():
+    first, other = init(prime_model(), 0), init(prime_model(), 1)
+    # the backbone is drawn alike with and without PRIME
+    alone = init(dual.DualEncoder(TINY), 0)
+    jax.tree.map(np.testing.assert_array_equal, first["backbone"], alone["backbone"])
+    assert np.abs(first["free_vectors"] - other["free_vectors"]).max() > 0
+    bound = np.sqrt(6 / (10 + 16))
+    assert 0.9 * bound < np.abs(first["free_vectors"]).max() <= bound
+    # layers of the stack are drawn apart
+    kernel = first["backbone"]["layers"]["up"]["kernel"]
+    assert np.abs(kernel[0] - kernel[1]).max() > 0
+
+
+def test_prototypes_are_unit_and_use_the_rows_asked_for():
+    model = prime_model()
+    params = init(model)
+    pooled, centroids = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    ids = jnp.array([3, 3, 0, 9, 1])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def prototype(params, deterministic=True):
+        return model.apply(
+            {"params": params},
+            pooled,
+            ids,
+            centroids,
+            deterministic,
+            method="prototype",
+            rngs={"dropout": jax.random.key(0)},
+        )
+
+    z = prototype(params)
+    assert z.shape == (5, 16) and z.dtype == jnp.float32
+    np.testing.assert_allclose(np.linalg.norm(z, axis=-1), 1, atol=1e-6)
+    moved = params | {"free_vectors": params["free_vectors"].at[3].add(1.0)}
+    changed = np.abs(prototype(moved) - z).max(-1) > 1e-4
+    np.testing.assert_array_equal(changed, ids == 3)
+    assert np.abs(prototype(params, False) - z).max() > 1e-3
+
+
+def test_mean_pooling_counts_real_tokens_only():
+    model = dual.DualEncoder(TINY)
+    params = init(model)
+    tokens, lengths = jnp.arange(1, 13)[None] % 50, jnp.array([5])
+    hidden = model.apply(
+        {"params": params}, tokens, lengths, method=lambda m, t, n: m.backbone(t, n)
+    )
+    out = model.apply({"params": params}, Inputs(tokens, lengths), method="encode")
+    np.testing.assert_allclose(out.pooled[0], np.mean(hidden[0, :5], axis=0), atol=1e-6)
+    np.testing.assert_allclose(out.unit, out.pooled / np.linalg.norm(out.pooled), atol=1e-6)
+
+
+def test_normalize_of_zero_is_zero_with_a_finite_gradient():
+    np.testing.assert_array_equal(normalize(jnp.zeros((1, 4))), np.zeros((1, 4)))
+    assert np.isfinite(jax.grad(lambda x: normalize(x).sum())(jnp.zeros(4))).all()
+
+
+def test_eight_devices_give_what_one_gives():
+    model = prime_model()
+    params = init(model)
+    tokens = jax.random.randint(jax.random.key(0), (16, 12), 1, 50)
+    inputs = Inputs(tokens, jnp.arange(16) % 12 + 1)
+    encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode").unit)
+    expected = encode(params, inputs)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, sharding.of_params(boxed, mesh))
+        inputs = jax.device_put(inputs, sharding.of_batch(inputs, mesh))
+        np.testing.assert_allclose(encode(spread, inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dual.EncoderConfig(pooling="max"), r"encoder.pooling.*'mean', 'cls'.*'max'"),
+        (lambda: dual.EncoderConfig(compute_dtype="float16"), "encoder.compute_dtype"),
+        (lambda: dual.EncoderConfig(remat="all"), "encoder.remat"),
+        (lambda: dual.EncoderConfig(init="zeros"), "encoder.init"),
+        (lambda: dual.EncoderConfig(dropout=1.0), "encoder.dropout"),
+        (lambda: dual.EncoderConfig(layers=0), "encoder.layers"),
+        (lambda: dual.PrimeConfig(combiner="mlp"), "prime.combiner"),
+        (lambda: dual.PrimeConfig(free_vector_init="zeros"), "prime.free_vector_init"),
+        (lambda: dual.PrimeConfig(dropout=-0.1), "prime.dropout"),
+        (lambda: dual.PrimeConfig(heads=0), "prime.heads"),
+        (lambda: dual.PrimeConfig(private_vectors=-1), "prime.private_vectors"),
+        (
+            lambda: dual.init_params(
+                dual.DualEncoder(TINY, prime=dual.PrimeConfig(heads=3), num_free_vectors=1), 0
+            ),
+            "prime.heads: expected a divisor of D = 16, got 3",
+        ),
+        (
+            lambda: dual.init_params(dual.DualEncoder(TINY, prime=dual.PrimeConfig(heads=4)), 0),
+            "at least one free vector, got 0",
+        ),
+    ],
+)
+def test_config_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

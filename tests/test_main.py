@@ -1,0 +1,149 @@
+"""The command: every mode on a small dataset, in processes of their own; mistakes in one line."""
+
+import copy
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from xmc_jax.data import store
+from xmc_jax.models import hf
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "xmc_jax.main", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(fields, tmp_path_factory):
+    """The folder of a config file and a workdir in which it was trained, and what was printed."""
+    folder = tmp_path_factory.mktemp("main")
+    fields = copy.deepcopy(fields)
+    fields["name"] = "topics"
+    fields["prime"] |= {"free_vectors": 40}
+    fields["train"] |= {"epochs": 12, "eval_every": 0, "checkpoint_every": 100}
+    fields["optimizer"] |= {"warmup_steps": 5}
+    (folder / "config.py").write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    done = command(f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+def test_train_learns_and_leaves_everything(trained):
+    folder, printed = trained
+    run = folder / "run"
+    found = json.loads((run / "metrics.json").read_text())
+    assert set(found) >= {"zero-shot", "plain", "augmented"}
+    # A random label is right in 5 % of the first places: two labels of forty on average.
+    assert found["plain"]["P@1"] > 0.5
+    assert found["plain"]["P@1"] > found["zero-shot"]["P@1"] + 0.2
+    for row in ("zero-shot", "trained", "trained + augmented"):
+        assert any(line.startswith(row) for line in printed.splitlines())
+    assert f"{100 * found['plain']['P@1']:.2f}" in printed
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    assert losses[-1] < losses[0] and records[-1]["eval/P@1"] == found["plain"]["P@1"]
+    assert any(run.glob("tensorboard/events*"))
+    predictions = np.load(run / "predictions" / "60.npz", allow_pickle=False)
+    assert predictions["plain_ids"].shape == (60, 100)
+    assert json.loads((run / "config.json").read_text())["name"] == "topics"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", ["exact", "scann"])
+def test_evaluate_gives_what_training_ended_with(trained, index):
+    folder, _ = trained
+    found = json.loads((folder / "run" / "metrics.json").read_text())
+    done = command(
+        *("--mode=evaluate", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"),
+        f"--config.eval.index={index}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = json.loads((folder / "run" / "metrics.json").read_text())
+    assert again["plain"]["P@1"] == pytest.approx(found["plain"]["P@1"], abs=1e-9)
+    if index == "scann":
+        assert again["index"]["labels"]["recall"] == 1.0
+        assert "ScaNN over labels: recall 1.0000" in done.stdout
+
+
+@pytest.mark.slow
+def test_embed_and_export_agree(trained, topics):
+    """The exported encoder, loaded as any pretrained one, embeds as the trained run does."""
+    folder, _ = trained
+    flags = (f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
+    for mode in ("embed", "export"):
+        done = command(f"--mode={mode}", *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+    embedded = np.load(folder / "run" / "embeddings" / "60" / "test.npy", allow_pickle=False)
+    np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, atol=1e-5)
+    config = json.loads((folder / "run" / "config.json").read_text())
+    from xmc_jax.models.dual import DualEncoder
+    from xmc_jax.types import Inputs
+
+    source = hf.resolve(str(folder / "run" / "export"))
+    bert = hf.load_config(source)
+    params = {"backbone": hf.load_params(source, bert)}
+    data = store.open(next(pathlib.Path(config["data"]["data_dir"], "Topics-40").iterdir()))
+    inputs = data.test.inputs(np.arange(len(data.test)))
+    out = DualEncoder(bert).apply(
+        {"params": params}, Inputs(inputs.tokens, inputs.lengths), method="encode"
+    )
+    np.testing.assert_allclose(out.unit, embedded, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        ((), "--config: expected a config file", 2),
+        (("--config=configs/vixml.py:tyni",), "did you mean 'tiny'", 2),
+        (("--config=configs/vixml.py:minilm_l3/debian_3",), "did you mean 'debian_3k'", 2),
+        (
+            ("--config=configs/vixml.py", "--config.train.batchsize=3"),
+            "--config.train.batchsize: no such field; did you mean --config.train.batch_size?",
+            2,
+        ),
+        (("--config=configs/vixml.py", "--config.train.epochs=many"), "many", 2),
+        (("--config=configs/vixml.py", "--mode=fly"), "fly", 2),
+        (("--config=configs/absent.py",), "absent.py", 2),
+        (("--config=configs/vixml.py", "positional"), "positional", 2),
+        (("--config=configs/vixml.py", "--mode=evaluate"), "config.json: expected the config", 1),
+        (
+            ("--config=configs/vixml.py", "--config.train.batch_size=0"),
+            "train.batch_size: expected at least 1, got 0",
+            1,
+        ),
+        (
+            ("--config=configs/vixml.py:minilm_l6/amazontitles_131k",),
+            "data/raw/LF-AmazonTitles-131K",
+            1,
+        ),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, tuple) else None,
+)
+def test_mistakes_are_answered_in_one_line(arguments, said, code, tmp_path):
+    arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "xmc_jax.main", *arguments, f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=None,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()
+    assert said in last[-1], done.stderr
+    assert len(last) == 1, done.stderr

@@ -1,0 +1,146 @@
+"""A run that is interrupted, by a signal or inside a save, ends with the bits of one that is not."""
+
+import copy
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from xmc_jax import checkpoint, main, report
+from xmc_jax.training import loop
+from xmc_jax.training.program import Program, RunConfig
+
+STEPS_PER_EPOCH, STEPS = 5, 15
+
+
+@pytest.fixture(scope="module")
+def program(fields) -> Program:
+    return Program(RunConfig.from_dict(fields), main.open_data(fields))
+
+
+@pytest.fixture(scope="module")
+def straight(program, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    return loop.train(program, workdir), records(workdir)
+
+
+def records(workdir: pathlib.Path) -> list[dict]:
+    """metrics.jsonl without the times."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
+        for line in lines
+    ]
+
+
+def assert_identical(ours, theirs):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b), err_msg=str(path))
+
+
+# In the first epoch, before a boundary, after one, in the last epoch, before the last boundary.
+@pytest.mark.parametrize("stops", [(3,), (5,), (6, 8), (10, 14, 15)])
+def test_signals(program, straight, tmp_path, monkeypatch, stops):
+    step = report.Reporter.step
+    remaining = list(stops)
+
+    def kill_at(self, *arguments):
+        result = step(self, *arguments)
+        if remaining and self.steps == remaining[0]:
+            remaining.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(report.Reporter, "step", kill_at)
+    for stop in stops:
+        with pytest.raises(loop.Interrupted, match=f"SIGTERM: saved at step {stop}") as stopped:
+            loop.train(program, tmp_path)
+        assert stopped.value.signum == signal.SIGTERM
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.latest() == stop
+    trained = loop.train(program, tmp_path)
+    assert trained.step == straight[0].step == STEPS
+    assert_identical(trained.state, straight[0].state)
+    assert records(tmp_path) == straight[1]
+    assert trained.zero_shot == straight[0].zero_shot
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tmp_path):
+    first = loop.train(program, tmp_path)
+    again = loop.train(program, tmp_path)
+    assert again.step == first.step
+    assert again.evaluation.metrics == first.evaluation.metrics
+    assert records(tmp_path) == straight[1]
+
+
+CHILD = """
+import os, signal, sys
+from orbax.checkpoint._src.path import atomicity
+saves, kill_in = [], int(sys.argv.pop(1))
+for kind in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
+    finalize = kind.finalize
+    async def killed(self, *arguments, finalize=finalize, **options):
+        saves.append(self)
+        if len(saves) == kill_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await finalize(self, *arguments, **options)
+    kind.finalize = killed
+from xmc_jax import main
+sys.argv[0] = "main"
+main.run()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_in", [1, 4])
+def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
+    """SIGKILL when the files are written and the checkpoint is not committed yet."""
+    fields = copy.deepcopy(fields)
+    (tmp_path / "config.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", CHILD, str(kill_in), f"--config={tmp_path / 'config.py'}"]
+    child = subprocess.run([*command, f"--workdir={workdir}"], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        assert len(checkpoints.steps()) < kill_in
+    trained = loop.train(program, workdir)
+    assert_identical(trained.state, straight[0].state)
+    assert records(workdir) == straight[1]
+
+
+def test_another_config_is_refused(fields, tmp_path):
+    checkpoint.check_config(tmp_path, fields)
+    checkpoint.check_config(tmp_path, fields)
+    changed = copy.deepcopy(fields)
+    changed["train"]["batch_size"] = 64
+    changed["eval"]["k"] = 120
+    changed["train"]["epochs"] += 1
+    with pytest.raises(ValueError, match=r"train\.batch_size: 40 there, 64 here\);") as refused:
+        checkpoint.check_config(tmp_path, changed)
+    assert "eval" not in str(refused.value) and "epochs" not in str(refused.value)
+    changed = copy.deepcopy(fields)
+    changed["train"]["epochs"] -= 1
+    with pytest.raises(ValueError, match=r"train\.epochs: 3 there, 2 here"):
+        checkpoint.check_config(tmp_path, changed)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(program, fields, tmp_path):
+    loop.train(program, tmp_path)
+    changed = copy.deepcopy(fields)
+    changed["prime"]["free_vectors"] = 8
+    other = Program(RunConfig.from_dict(changed), program.data)
+    with pytest.raises(
+        ValueError, match=r"free_vectors: expected float32\[8, 32\], got float32\[16"
+    ):
+        loop.restore(other, tmp_path)
+    with pytest.raises(ValueError, match="expected the checkpoint of a run, found none"):
+        loop.restore(other, tmp_path / "empty")

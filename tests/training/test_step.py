@@ -1,0 +1,194 @@
+"""The train step: chunks, devices, tables, and what is compared with what."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+
+from xmc_jax import main, sharding
+from xmc_jax.data import batches
+from xmc_jax.training import loop
+from xmc_jax.training.program import Program, RunConfig
+from xmc_jax.training.step import in_chunks
+
+ALL_LABELS = {
+    "train": {"labels": "all"},
+    "prime": {"combiner": "sum", "free_vector_init": "zero"},
+    "loss": {"kind": "decoupled_softmax", "label_to_document": 0.0},
+}
+
+
+def make(fields, monkeypatch=None, devices=None, **sections) -> Program:
+    """A program of `fields` with sections changed, on some of the devices."""
+    fields = copy.deepcopy(fields)
+    for name, values in sections.items():
+        fields[name] |= values
+    if devices is not None:
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
+        monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
+    return Program(RunConfig.from_dict(fields), main.open_data(fields))
+
+
+def run(program: Program, steps: int):
+    """The state after some steps in order of the documents, and the last metrics."""
+    state = program.initial_state()
+    order = batches.complete(
+        np.arange(program.data.num_documents, dtype=np.int32), program.config.train.batch_size
+    )
+    for i in range(steps):
+        batch = program.put(program.sampler.build(order, i, i))
+        state, metrics = program.train_step(state, program.frozen, batch)
+    return jax.device_get((state, metrics))
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-4, err_msg=str(path))
+
+
+@pytest.mark.parametrize("sections", [{}, ALL_LABELS], ids=["sampled", "all"])
+def test_chunks_and_devices_do_not_change_a_step(fields, monkeypatch, sections):
+    fields = copy.deepcopy(fields)
+    fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
+    sections = copy.deepcopy(sections)
+    whole, metrics = run(make(fields, **sections), 2)
+    sections.setdefault("train", {})["n_chunks"] = 4
+    # Adam divides by the root of the second moment, which for a gradient near 0 is rounding: the
+    # parameters are compared through the losses of the next step and through the bank.
+    with monkeypatch.context() as context:
+        parts, found = run(make(fields, context, 2, **sections), 2)
+    assert_close(metrics, found)
+    assert_close(whole.tables.document_bank, parts.tables.document_bank)
+    sections["train"]["n_chunks"] = 1
+    with monkeypatch.context() as context:
+        one, found = run(make(fields, context, 1, **sections), 2)
+    assert_close(metrics, found)
+    assert_close(whole.tables.document_bank, one.tables.document_bank)
+    assert not np.allclose(whole.tables.document_bank[:40], 0)
+
+
+def test_chunks_refuse_a_batch_they_do_not_divide():
+    with pytest.raises(ValueError, match="divisor of the batch of 6, got 4"):
+        in_chunks(lambda x, key: x, np.zeros((6, 2)), jax.random.key(0), 4)
+
+
+def test_chunks_keep_the_order_of_rows():
+    x = np.arange(24.0).reshape(12, 2)
+    out = in_chunks(lambda x, key: x * 2, x, jax.random.key(0), 3)
+    np.testing.assert_array_equal(out, 2 * x)
+
+
+def test_documents_meet_all_labels_without_their_own_part_of_the_centroids(fields):
+    """Similarities of the step against a loop over (document, label) pairs."""
+    sections = copy.deepcopy(ALL_LABELS) | {"encoder": {"dropout": 0.0}}
+    program = make(fields, **sections)
+    state = program.initial_state()
+    order = np.arange(program.data.num_documents, dtype=np.int32)
+    batch = program.sampler.build(order, 1, 1)
+    params = state.params | {
+        "free_vectors": jax.random.normal(jax.random.key(1), state.params["free_vectors"].shape)
+    }
+    unit, raw, prototype, relevance = jax.device_get(
+        jax.jit(program.step._with_all)(params, state.tables, batch, jax.random.key(0))
+    )
+    positives = program.data.positives("train")
+    t = jax.device_get(state.tables)
+
+    def length_one(x):
+        return x / max(np.linalg.norm(x), 1e-12)
+
+    for i, document in enumerate(batch.document_ids):
+        mine = positives.indices[positives.indptr[document] : positives.indptr[document + 1]]
+        np.testing.assert_array_equal(np.flatnonzero(relevance[i]), mine)
+        for label in range(program.data.num_labels):
+            members = [d for d in order if label in positives.take(np.array([d])).indices]
+            others = [d for d in members if d != document or label not in mine]
+            centroid = t.document_bank[others].mean(0) if others else np.zeros(unit.shape[1])
+            text = length_one(t.label_bank[label])
+            free = np.asarray(params["free_vectors"])[t.free_vector_of[label]]
+            expected = unit[i] @ length_one(text + free + length_one(centroid))
+            np.testing.assert_allclose(prototype[i, label], expected, atol=1e-5)
+            np.testing.assert_allclose(raw[i, label], unit[i] @ text, atol=1e-5)
+        if i == 5:
+            break
+
+
+def test_ema_centroids_need_sampled_labels(fields):
+    with pytest.raises(ValueError, match=r"tables\.centroids: expected 'stale' or 'exact'"):
+        make(fields, train={"labels": "all"}, tables={"centroids": "ema"})
+
+
+@pytest.mark.parametrize("centroids", ["stale", "exact", "ema"])
+def test_centroids_at_the_boundary(fields, centroids):
+    program = make(fields, tables={"centroids": centroids})
+    state = program.initial_state()
+    start = jax.device_get(state.tables)
+    np.testing.assert_allclose(start.document_bank, program.embed(state.params, "train"), atol=1e-6)
+    order = np.arange(program.data.num_documents, dtype=np.int32)
+    batch = program.put(program.sampler.build(order, 0, 0))
+    state, _ = program.train_step(state, program.frozen, batch)
+    before = jax.device_get(state)
+    after = jax.device_get(program.boundary(state, 0))
+    assert after.boundaries == 1
+    seen = np.zeros(len(order), bool)
+    seen[:40] = True
+    assert np.all(before.tables.document_bank[~seen] == start.document_bank[~seen])
+    assert not np.any(
+        np.all(before.tables.document_bank[seen] == start.document_bank[seen], axis=1)
+    )
+    exact = program.embed(after.params, "train")
+    positives = program.data.positives("train")
+    member = np.zeros((program.data.num_labels, len(order)))
+    member[positives.indices, positives.row_ids()] = 1
+
+    def means(bank):
+        return member @ bank / member.sum(1, keepdims=True)
+
+    if centroids == "stale":
+        np.testing.assert_array_equal(after.tables.document_bank, before.tables.document_bank)
+        np.testing.assert_allclose(
+            after.tables.centroids, means(before.tables.document_bank), atol=1e-5
+        )
+    elif centroids == "exact":
+        np.testing.assert_allclose(after.tables.document_bank, exact, atol=1e-5)
+        np.testing.assert_allclose(after.tables.centroids, means(exact), atol=1e-5)
+    else:
+        moved = np.any(before.tables.centroids != start.centroids, axis=1)
+        np.testing.assert_array_equal(np.flatnonzero(moved), np.unique(batch.label_ids))
+        np.testing.assert_array_equal(after.tables.centroids, before.tables.centroids)
+    # The last boundary is exact in every mode.
+    last = jax.device_get(program.boundary(state, program.config.train.epochs - 1))
+    np.testing.assert_allclose(last.tables.document_bank, exact, atol=1e-5)
+
+
+def test_nothing_is_compiled_after_the_first_step_of_each_phase(fields, tmp_path):
+    """Epochs of random and clustered order, boundaries, evaluations, saves: warm after the second."""
+    fields = copy.deepcopy(fields)
+    fields["curriculum"] |= {"start": 0, "update": 1, "double_at": ()}
+    fields["train"] |= {"epochs": 4}
+    program = make(fields)
+    compiled = []
+    epochs = []
+    original = program.boundary
+
+    def boundary(state, epoch):
+        epochs.append(len(compiled))
+        return original(state, epoch)
+
+    program.boundary = boundary
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        loop.train(program, tmp_path)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert epochs[0] > 0  # the listener hears
+    # The first boundary, clustering and evaluation are between epochs[0] and epochs[1].
+    assert epochs[3] == epochs[1] == len(compiled)
+
+
+def test_meshes_that_do_not_divide_are_refused(fields):
+    with pytest.raises(ValueError, match="does not divide"):
+        make(fields, train={"batch_size": 20, "n_chunks": 1}).put(np.zeros((20, 3)))

@@ -1,0 +1,209 @@
+"""The Siamese encoder: one backbone for documents and labels, and the prototype path of labels."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xmc_jax import rng
+from xmc_jax.models import layers
+from xmc_jax.models.bert import REMAT, Bert, BertConfig
+from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
+from xmc_jax.types import EncoderOutput, Inputs
+
+POOLINGS = ("mean", "cls")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+_FREE_VECTOR_INITS = {
+    "xavier": nn.initializers.xavier_uniform(),
+    "cluster_mean": nn.initializers.zeros,  # set once the labels are encoded
+    "zero": nn.initializers.zeros,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The backbone.
+
+    Attributes:
+        backbone: a local folder, a Hugging Face name, or "minilm-l6-packaged".
+        revision: of the Hugging Face repository: branch, tag or commit; None is its main branch.
+        layers: keep the first so many; None keeps all.
+        pooling: "mean" over the unmasked tokens, or "cls", the first token.
+        dropout: fraction; replaces both of the model's own, None keeps them.
+        compute_dtype: of activations and products; parameters are float32.
+        remat: what of a layer is kept for the backward pass: "none" keeps all, other names are
+            policies of `jax.checkpoint_policies`.
+        init: "pretrained", or "random" for a model with no weights to load.
+    """
+
+    backbone: str = "minilm-l6-packaged"
+    revision: str | None = None
+    layers: int | None = None
+    pooling: str = "mean"
+    dropout: float | None = None
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    init: str = "pretrained"
+
+    def __post_init__(self):
+        _check_choice("encoder.pooling", self.pooling, POOLINGS)
+        _check_choice("encoder.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _check_choice("encoder.remat", self.remat, REMAT)
+        _check_choice("encoder.init", self.init, ("pretrained", "random"))
+        _check_fraction("encoder.dropout", self.dropout or 0.0)
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"encoder.layers: expected at least 1, got {self.layers}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrimeConfig:
+    """PRIME's label prototypes.
+
+    Attributes:
+        enabled: off trains on label text alone (the NGAME mode).
+        combiner: kind of label prototype network: "transformer" (PRIME's), or "sum", which has no
+            parameters, so that the next three fields are not used.
+        heads: of the combiner; PRIME's own default is 1.
+        ff_dim: of the combiner.
+        dropout: of the combiner, fraction.
+        free_vectors: vectors shared by clusters of labels.
+        private_vectors: vectors of their own, for as many of the most frequent labels.
+        free_vector_init: "xavier" (the reference's encoder script), "cluster_mean" of the labels'
+            initial embeddings (its decoder script), or "zero".
+
+    Source: ViXML supp. A; reference code, run scripts.
+    """
+
+    enabled: bool = True
+    combiner: str = "transformer"
+    heads: int = 8
+    ff_dim: int = 1024
+    dropout: float = 0.1
+    free_vectors: int = 65_536
+    private_vectors: int = 0
+    free_vector_init: str = "xavier"
+
+    def __post_init__(self):
+        _check_choice("prime.combiner", self.combiner, COMBINERS)
+        _check_choice("prime.free_vector_init", self.free_vector_init, tuple(_FREE_VECTOR_INITS))
+        _check_fraction("prime.dropout", self.dropout)
+        for name, least in (
+            ("heads", 1),
+            ("ff_dim", 1),
+            ("free_vectors", 1),
+            ("private_vectors", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"prime.{name}: expected at least {least}, got {getattr(self, name)}"
+                )
+
+
+class DualEncoder(nn.Module):
+    """Text to embeddings, and label embeddings to prototypes.
+
+    Parameters: {"backbone", "combiner", "free_vectors": f32[C, D]}; the last only with PRIME, the
+    combiner's only where it has some.
+
+    Attributes:
+        bert: sizes of the backbone.
+        pooling: see `EncoderConfig`.
+        compute_dtype: see `EncoderConfig`.
+        remat: see `EncoderConfig`.
+        prime: None trains on label text alone.
+        num_free_vectors: C, shared and private together; 0 without PRIME.
+    """
+
+    bert: BertConfig
+    pooling: str = "mean"
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    prime: PrimeConfig | None = None
+    num_free_vectors: int = 0
+
+    def setup(self):
+        self.backbone = Bert(self.bert, jnp.dtype(self.compute_dtype), self.remat)
+        if self.prime is not None:
+            p = self.prime
+            if self.num_free_vectors < 1:
+                raise ValueError(
+                    f"prime: expected at least one free vector, got {self.num_free_vectors}"
+                )
+            if p.combiner == "transformer":
+                self.combiner = TransformerCombiner(p.heads, p.ff_dim, p.dropout)
+            else:
+                self.combiner = SumCombiner()
+            init = nn.with_logical_partitioning(
+                _FREE_VECTOR_INITS[p.free_vector_init], (None, "table_width")
+            )
+            self.free_vectors = self.param(
+                "free_vectors", init, (self.num_free_vectors, self.bert.hidden)
+            )
+
+    def encode(self, inputs: Inputs, deterministic: bool = True) -> EncoderOutput:
+        """Embeddings of n texts, documents or labels alike.
+
+        Args:
+            inputs: see `Inputs`.
+            deterministic: no dropout; otherwise the rng "dropout" is needed.
+        """
+        hidden = self.backbone(inputs.tokens, inputs.lengths, deterministic).astype(jnp.float32)
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            real = jnp.arange(hidden.shape[1]) < inputs.lengths[:, None]
+            pooled = jnp.where(real[..., None], hidden, 0).sum(1) / inputs.lengths[:, None]
+        return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
+
+    def prototype(
+        self,
+        pooled: jax.Array,
+        free_vector_ids: jax.Array,
+        centroids: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Prototypes of n labels; needs PRIME.
+
+        Args:
+            pooled: f32[n, D], as `encode` gives it.
+            free_vector_ids: i32[n], rows of the free vectors.
+            centroids: [n, D].
+            deterministic: no dropout; otherwise the rng "dropout" is needed.
+
+        Returns:
+            unit f32[n, D].
+        """
+        free = self.free_vectors[free_vector_ids]
+        return self.combiner(pooled, free, centroids, deterministic)
+
+    def __call__(self, inputs: Inputs) -> EncoderOutput:
+        """Touches every parameter; what `init_params` initialises through."""
+        out = self.encode(inputs)
+        if self.prime is not None:
+            self.prototype(out.pooled, jnp.zeros(len(out.pooled), jnp.int32), out.pooled)
+        return out
+
+
+def init_params(model: DualEncoder, seed: int):
+    """Random parameters, boxed with their logical axis names.
+
+    Args:
+        model: what to initialise.
+        seed: the run's; the draw is a function of it and of nothing else.
+
+    Returns:
+        A dict of `nn.LogicallyPartitioned` leaves; under `jax.eval_shape`, of shapes.
+    """
+    one = Inputs(tokens=jnp.zeros((1, 1), jnp.int32), lengths=jnp.ones(1, jnp.int32))
+    return model.init(rng.key(seed, rng.Stream.INIT, 0), one)["params"]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a fraction in [0, 1), got {value}")
