@@ -34,7 +34,8 @@ def trained(fields, tmp_path_factory):
     fields["train"] |= {"epochs": 12, "eval_every": 0, "checkpoint_every": 100}
     fields["optimizer"] |= {"warmup_steps": 5}
     (folder / "config.py").write_text(
-        f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({fields!r})\n"
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({fields!r})\n"
     )
     done = command(f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -77,6 +78,23 @@ def test_evaluate_gives_what_training_ended_with(trained, index):
     if index == "scann":
         assert again["index"]["labels"]["recall"] == 1.0
         assert "ScaNN over labels: recall 1.0000" in done.stdout
+
+
+@pytest.mark.slow
+def test_index_is_saved_and_found_again(trained):
+    folder, _ = trained
+    done = command(
+        *("--mode=index", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"),
+        *(
+            "--config.eval.k=10",
+            "--config.eval.ks=(1,3)",
+            "--config.eval.scann.brute_force_below=1",
+        ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "run" / "index" / "60" / "index.json").exists()
+    recall = float(done.stdout.split("recall ")[1].split()[0])
+    assert 0.5 < recall <= 1.0
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A run that is interrupted, by a signal or inside a save, ends with the bits of one that is not."""
+"""A run interrupted by a signal or inside a save ends with the bits of one that is not."""
 
 import copy
 import json
@@ -44,7 +44,8 @@ def assert_identical(ours, theirs):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b), err_msg=str(path))
 
 
-# In the first epoch, before a boundary, after one, in the last epoch, before the last boundary.
+# In an epoch; before a boundary; after one; in the last epoch and before its boundary.
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(3,), (5,), (6, 8), (10, 14, 15)])
 def test_signals(program, straight, tmp_path, monkeypatch, stops):
     step = report.Reporter.step
@@ -69,14 +70,20 @@ def test_signals(program, straight, tmp_path, monkeypatch, stops):
     assert_identical(trained.state, straight[0].state)
     assert records(tmp_path) == straight[1]
     assert trained.zero_shot == straight[0].zero_shot
+    step, restored = loop.restore(program, tmp_path)
+    assert step == STEPS
+    assert_identical(restored, straight[0].state)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tmp_path):
-    first = loop.train(program, tmp_path)
+    loop.train(program, tmp_path)
     again = loop.train(program, tmp_path)
-    assert again.step == first.step
-    assert again.evaluation.metrics == first.evaluation.metrics
+    assert again.step == straight[0].step
+    assert again.evaluation.metrics == straight[0].evaluation.metrics
     assert records(tmp_path) == straight[1]
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best() in checkpoints.steps()
 
 
 CHILD = """
@@ -133,6 +140,7 @@ def test_another_config_is_refused(fields, tmp_path):
         checkpoint.check_config(tmp_path, changed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(program, fields, tmp_path):
     loop.train(program, tmp_path)
     changed = copy.deepcopy(fields)

@@ -82,13 +82,15 @@ class Checkpoints:
         """Starts writing the state; returns once it is copied off the devices.
 
         Args:
-            step: optimizer steps done. A step that is there already is left as it is.
+            step: optimizer steps done. A checkpoint of this step that is there already is replaced:
+                it is one that a signal asked for just before an epoch boundary.
             state: pytree of arrays.
             history: what `report.Reporter.history` gave; stored as JSON.
             metrics: evaluation metrics of this step, if it was evaluated; needs "P@1".
         """
         if step in self._manager.all_steps():
-            return
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -4,13 +4,16 @@ Modes:
     train     prepare the dataset if needed, train or go on with the run in --workdir, evaluate it.
     evaluate  evaluate the newest checkpoint of --workdir; --config.eval.* may differ from training.
     embed     write the embeddings of documents and labels that the checkpoint gives.
+    index     build the ScaNN index of its labels, save it, and measure its recall and speed.
     export    write its encoder as a folder for Hugging Face and sentence-transformers.
 """
 
 import ctypes
 import difflib
 import logging as py_logging
+import os
 import re
+import runpy
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,7 +26,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :va
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives, runs/<config.name> if not given; run again to go on."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "embed", "export"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "embed", "index", "export"], "What to do."
+)
 
 _ROWS = {"plain": "trained", "augmented": "trained + augmented"}
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
@@ -35,6 +40,7 @@ def main(argv: list[str]) -> int:
     # Imported here, so that a mistyped flag is answered at once.
     from xmc_jax import checkpoint
     from xmc_jax.models import hf
+    from xmc_jax.retrieval import evaluate, scann
     from xmc_jax.training import loop
     from xmc_jax.training.program import Program, RunConfig
 
@@ -63,6 +69,12 @@ def main(argv: list[str]) -> int:
             program.embed(state.params, split, out=folder / f"{split}.npy")
         program.embed_index(state, out=folder / "label.npy")
         print(f"wrote test.npy, train.npy and label.npy to {folder}")
+    elif mode == "index":
+        labels, folder = program.embed_index(state), workdir / "index" / str(step)
+        scann.ScannIndex.build(labels, run.eval.scann).save(folder)
+        index = scann.ScannIndex.load(folder, labels)
+        found = scann.compare(index, labels, program.embed(state.params, "test"), run.eval.k)
+        print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
     elif mode == "export":
         hf.export(
             workdir / "export",
@@ -130,25 +142,34 @@ def parse(argv: list[str]) -> list[str]:
     """
     try:
         rest = flags.FLAGS(argv)
+        config = _CONFIG.value
+        if config is not None:
+            config.to_dict()  # raises what loading raised
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
         raise ValueError(_explain(argv, error)) from error
     if len(rest) > 1:
         raise ValueError(f"command line: expected flags alone, got {rest[1]!r}")
-    if _CONFIG.value is None:
+    if config is None:
         raise ValueError("--config: expected a config file, e.g. --config=configs/vixml.py")
     return rest
 
 
 def _explain(argv: list[str], error: Exception) -> str:
     """One line for what absl and ml_collections say in several, or in a traceback."""
-    config = flags.FLAGS["config"].value
-    if isinstance(config, ConfigDict):
-        known = list(_paths(config))
-        for name in re.findall(r"^--config\.([\w.]+)", "\n".join(argv), re.MULTILINE):
+    overrides = [match[1] for a in argv if (match := re.match(r"--config\.([\w.]+)", a))]
+    file = next((match for a in argv if (match := re.match(r"--config=([^:]+):?(.*)", a))), None)
+    if overrides and file and os.path.exists(file[1]):
+        # The flags hold no config after a failure; this one is only read for its fields.
+        get_config = runpy.run_path(file[1])["get_config"]
+        known = list(_paths(get_config(file[2]) if file[2] else get_config()))
+        for name in overrides:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, 1, 0)[0]
                 return f"--config.{name}: no such field; did you mean --config.{nearest}?"
-    return str(error).strip().splitlines()[-1]
+    lines = str(error).strip().splitlines()
+    if any("Traceback" in line for line in lines):  # of get_config; its last line is the error
+        return lines[-1].partition(": ")[2]
+    return " ".join(" ".join(lines).split())
 
 
 def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:

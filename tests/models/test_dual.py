@@ -11,6 +11,7 @@ import pytest
 from xmc_jax import sharding
 from xmc_jax.models import dual
 from xmc_jax.models.bert import BertConfig
+from xmc_jax.models.combiner import SumCombiner
 from xmc_jax.models.layers import normalize
 from xmc_jax.types import Inputs
 
@@ -145,3 +146,16 @@ def test_eight_devices_give_what_one_gives():
 def test_config_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_sum_combiner_adds_unit_text_free_vector_and_unit_centroid():
+    rng = np.random.default_rng(0)
+    pooled, free, centroid = rng.normal(size=(3, 5, 8)).astype(np.float32)
+    centroid[2] = 0  # a label without documents
+
+    def length_one(x):
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    out = SumCombiner().apply({}, 7 * pooled, free, centroid)
+    expected = length_one(length_one(pooled) + free + length_one(centroid))
+    np.testing.assert_allclose(out, expected, atol=1e-6)

@@ -47,6 +47,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-4, err_msg=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, ALL_LABELS], ids=["sampled", "all"])
 def test_chunks_and_devices_do_not_change_a_step(fields, monkeypatch, sections):
     fields = copy.deepcopy(fields)
@@ -119,6 +120,7 @@ def test_ema_centroids_need_sampled_labels(fields):
         make(fields, train={"labels": "all"}, tables={"centroids": "ema"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centroids", ["stale", "exact", "ema"])
 def test_centroids_at_the_boundary(fields, centroids):
     program = make(fields, tables={"centroids": centroids})
@@ -162,8 +164,9 @@ def test_centroids_at_the_boundary(fields, centroids):
     np.testing.assert_allclose(last.tables.document_bank, exact, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_step_of_each_phase(fields, tmp_path):
-    """Epochs of random and clustered order, boundaries, evaluations, saves: warm after the second."""
+    """Random and clustered epochs, boundaries, evaluations, saves: warm after the second."""
     fields = copy.deepcopy(fields)
     fields["curriculum"] |= {"start": 0, "update": 1, "double_at": ()}
     fields["train"] |= {"epochs": 4}

@@ -146,7 +146,9 @@ def _steps(
         means = reporter.step(metrics, config.batch_size)
         if means is not None and (seen := losses.collapse(means, program.config.loss)):
             reporter.warn(seen)
-        if signals.number or step % config.checkpoint_every == 0:
+        # The last step of an epoch is saved after the boundary, unless there is no time for it.
+        within = step < before + program.steps_per_epoch
+        if signals.number or (within and step % config.checkpoint_every == 0):
             checkpoints.save(step, state, reporter.history())
         if signals.number:
             raise Interrupted(signals.number, step)
