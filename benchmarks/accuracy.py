@@ -2,12 +2,21 @@
 
 python -m benchmarks.accuracy --variant=minilm_l3/debian_3k,reference --seeds 0 1 2 3 4
 
-A run that is in --workdir already is not repeated, an interrupted one goes on. The results go to
---output, with the hardware, versions and date.
+Any --config.field=value is an override, the seed apart. The run of seed n is in
+
+    <workdir>/<variant>-<hash>/seed<n>
+
+where the hash is of the variant's config and the overrides, in their order. A finished run that is
+there already is not repeated, an interrupted one goes on, a changed recipe is another folder.
+
+The results go to --output: "variant", the config's "name", "overrides", "split" ("test", or
+"validation" where data.validation_fraction held documents out), environment
+("processor", "cores", "python", "versions", "date", "commit") and the printed tables ("results").
 """
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -18,13 +27,24 @@ from importlib import metadata
 
 import numpy as np
 
+from configs import vixml
 from xmc_jax.retrieval.evaluate import format_table
 
 PACKAGES = ("jax", "flax", "optax", "transformers", "numpy")
 
 
+def run_folder(variant: str, overrides: list[str]) -> str:
+    """Name of the folder of the runs of a variant with overrides; others have another one.
+
+    Raises:
+        ValueError: the variant is unknown.
+    """
+    content = json.dumps([vixml.get_config(variant).to_dict(), overrides], sort_keys=True)
+    return f"{_name(variant)}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
 def run(variant: str, seed: int, workdir: pathlib.Path, overrides: list[str]) -> dict:
-    """metrics.json of one seed, trained if it is not there."""
+    """metrics.json of one seed, trained if it is not there: training writes it at its end."""
     folder = workdir / f"seed{seed}"
     if not (folder / "metrics.json").exists():
         config = f"configs/vixml.py:{variant}" if variant else "configs/vixml.py"
@@ -52,13 +72,8 @@ def summary(results: dict[int, dict], row: str) -> dict[str, dict[str, float]]:
 def environment() -> dict:
     """Where and when: processor, versions, date, commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    processor = [
-        line.split(":", 1)[1].strip()
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     return {
-        "processor": processor[0] if processor else platform.processor(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
@@ -67,26 +82,62 @@ def environment() -> dict:
     }
 
 
-def main() -> None:
+def _processor() -> str:
+    information = pathlib.Path("/proc/cpuinfo")  # of Linux, where `platform` knows no model
+    lines = information.read_text().splitlines() if information.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _name(variant: str) -> str:
+    return (variant or "default").replace("/", "-").replace(",", "-")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(arguments, overrides) of a command line; exits with a message if it is mistaken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", default="", help="of configs/vixml.py; its default if empty")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--workdir", type=pathlib.Path, help="runs/accuracy/<variant> if not given")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/accuracy"))
     parser.add_argument("--output", type=pathlib.Path, help="JSON file of the results")
-    arguments, overrides = parser.parse_known_args()
-    name = (arguments.variant or "default").replace("/", "-").replace(",", "-")
-    workdir = arguments.workdir or pathlib.Path("runs/accuracy") / name
+    # Taken out first: argparse would read one with a space in its value as one more seed.
+    overrides = [argument for argument in argv if argument.startswith("--config.")]
+    arguments = parser.parse_args([argument for argument in argv if argument not in overrides])
+    for override in overrides:
+        field, equals, _ = override.partition("=")
+        if not equals:
+            parser.error(f"{override}: expected {override}=value")
+        if field == "--config.train.seed":
+            parser.error(f"{override}: expected the seeds in --seeds")
+    return arguments, overrides
+
+
+def main() -> None:
+    arguments, overrides = parse(sys.argv[1:])
+    try:
+        workdir = arguments.workdir / run_folder(arguments.variant, overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     results = {seed: run(arguments.variant, seed, workdir, overrides) for seed in arguments.seeds}
+    config = json.loads((workdir / f"seed{arguments.seeds[0]}" / "config.json").read_text())
+    split = "validation" if config["data"]["validation_fraction"] > 0 else "test"
     tables = {
         row: summary(results, row)
         for row in ("plain", "augmented")
         if row in results[arguments.seeds[0]]
     }
     for row, table in tables.items():
-        print(f"\n{name}, {row}, percent\n")
+        print(f"\n{_name(arguments.variant)}, {row}, {split} split, percent\n")
         print(format_table(table))
+    print(f"\nthe runs are in {workdir}")
     if arguments.output:
-        content = {"variant": name, "overrides": overrides} | environment() | {"results": tables}
+        content = {
+            "variant": _name(arguments.variant),
+            "name": config["name"],
+            "overrides": overrides,
+            "split": split,
+        }
+        content |= environment() | {"results": tables}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 

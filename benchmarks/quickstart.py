@@ -1,6 +1,8 @@
 """The quickstart's table: a finished run beside TF-IDF neighbours, computed then and there.
 
 python -m benchmarks.quickstart --workdir runs/quickstart
+
+TF-IDF neighbours are those of the test split; beside a run on a validation split there are none.
 """
 
 import argparse
@@ -20,12 +22,15 @@ def main() -> None:
     workdir = parser.parse_args().workdir
     data = json.loads((workdir / "config.json").read_text())["data"]
     found = json.loads((workdir / "metrics.json").read_text())
-    raw = pathlib.Path(data["raw_dir"])
-    if data["raw_dir"] == "bundled":
-        raw = bundled.path(data["dataset"])
-    rows = {"TF-IDF neighbours": tfidf.evaluate(raw, data["propensity_a"], data["propensity_b"])}
+    split, rows = "validation" if data["validation_fraction"] > 0 else "test", {}
+    if split == "test":
+        raw = pathlib.Path(data["raw_dir"])
+        if data["raw_dir"] == "bundled":
+            raw = bundled.path(data["dataset"])
+        constants = data["propensity_a"], data["propensity_b"]
+        rows["TF-IDF neighbours"] = tfidf.evaluate(raw, *constants)
     rows |= {shown: found[name] for name, shown in _ROWS.items() if name in found}
-    print(f"\n{data['dataset']}, test split, percent\n")
+    print(f"\n{data['dataset']}, {split} split, percent\n")
     print(format_table(rows))
     if "index" in found:
         print()

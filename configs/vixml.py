@@ -126,6 +126,7 @@ BASE = {
         "k": 100,
         "index": "exact",
         "augmented": {
+            "enabled": True,
             "mode": "split",
             "labels": 100,  # [V] supp. E
             "documents": 100,  # [V] supp. E
@@ -197,7 +198,8 @@ _REFERENCE = {
     "curriculum": {"start": 2, "update": 2, "cluster_size": 16, "double_at": (4, 6, 8)},
     "train": {"batch_size": 256, "epochs": 12, "eval_every": 4},
 }
-# [ours]: every document against all labels (DEXML's softmax, over prototypes), see docs/recipe.md.
+# [ours]: every document against all labels (DEXML's softmax, over prototypes); see README, "The
+# default recipe".
 _DEBIAN = {
     "data": {"max_length": 24},
     "encoder": {"dropout": 0.0},
@@ -228,7 +230,7 @@ _PACKAGED_L3 = {"encoder": {"backbone": "minilm-l6-packaged", "layers": 3}}
 # By (family or backbone, dataset); the family's comes first. All backbones here are of one family.
 RECIPES = {
     ("encoder", "debian_3k"): _DEBIAN,
-    ("encoder", "debian_26k"): _DEBIAN,
+    ("encoder", "debian_26k"): _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 2}},
     ("minilm_l3", "debian_3k"): _PACKAGED_L3,
     ("minilm_l3", "debian_26k"): _PACKAGED_L3,
     # [V] supp. A: what fits in 80 GB at 128 tokens.
@@ -254,7 +256,8 @@ def _reference(config: Mapping[str, Any]) -> dict:
     sections = ("prime", "loss", "optimizer", "curriculum", "tables", "train", "eval")
     override = {section: copy.deepcopy(BASE[section]) for section in sections}
     _merge(override, _REFERENCE)
-    return override | {"data": {"max_length": 16}, "encoder": {"dropout": None}}
+    dropout = config_dict.placeholder(float)  # a plain None would take no number from a flag
+    return override | {"data": {"max_length": 16}, "encoder": {"dropout": dropout}}
 
 
 def _ngame(config: Mapping[str, Any]) -> dict:
@@ -264,19 +267,26 @@ def _ngame(config: Mapping[str, Any]) -> dict:
     decays = [pair for pair in config["optimizer"]["weight_decay"] if pair[0] != "free_vectors"]
     return {
         "prime": {"enabled": False},
+        "loss": {"document_to_label": 1.0},  # our own recipe has none, and trains no label text
         "optimizer": {"lr": tuple(rates), "weight_decay": tuple(decays)},
+        "train": {"labels": "sampled"},
     }
+
+
+def _ema(config: Mapping[str, Any]) -> dict:
+    # Only the centroids of sampled labels move.
+    return {"tables": {"centroids": "ema"}, "train": {"labels": "sampled"}}
 
 
 # An option overrides fields; it is given the config made so far.
 OPTIONS: dict[str, Callable[[Mapping[str, Any]], dict]] = {
     "text_only": lambda config: {},  # the only mode yet; recipes are already those of text only
     "reference": _reference,  # the settings of the reference runs on the Debian sets
-    "ngame": _ngame,  # PRIME off: document-to-label term alone
+    "ngame": _ngame,  # PRIME off: document-to-label term alone, over sampled labels
     "margin": lambda config: {"loss": {"kind": "margin"}},
     "decoupled_softmax": lambda config: {"loss": {"kind": "decoupled_softmax"}},
     "exact": lambda config: {"tables": {"centroids": "exact"}},
-    "ema": lambda config: {"tables": {"centroids": "ema"}},
+    "ema": _ema,  # over sampled labels
     "scann": lambda config: {"eval": {"index": "scann"}},
 }
 
@@ -344,4 +354,4 @@ def _merge(config: dict, override: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             _merge(config[key], value)
         else:
-            config[key] = value
+            config[key] = copy.deepcopy(value)  # a placeholder holds the value set by a flag

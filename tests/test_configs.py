@@ -1,6 +1,7 @@
 """Every variant of configs/vixml.py: merged, locked, each section what its consumer takes."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -11,10 +12,11 @@ from flax.core import meta
 from ml_collections import config_flags
 
 from configs import vixml
+from xmc_jax import main
 from xmc_jax.data.known import KNOWN
 from xmc_jax.models import dual, hf
 from xmc_jax.training import optimizer
-from xmc_jax.training.program import RunConfig
+from xmc_jax.training.program import Program, RunConfig
 
 PAIRS = [f"{backbone}/{dataset}" for backbone in vixml.BACKBONES for dataset in vixml.DATASETS]
 VARIANTS = [
@@ -22,6 +24,14 @@ VARIANTS = [
     *vixml.NAMES,
     *PAIRS,
     *(f"{vixml.DEFAULT},{option}" for option in vixml.OPTIONS),
+    *(
+        f"{vixml.DEFAULT},{options}"
+        for options in ("ngame,margin", "ngame,ema", "margin,ema", "exact,margin")
+    ),
+    *(
+        f"minilm_l3/debian_26k,reference,{option}"
+        for option in ("ngame", "ema", "decoupled_softmax")
+    ),
     "bert/amazon_131k,ngame,exact",
 ]
 DATA_FIELDS = {
@@ -66,7 +76,7 @@ def _check_fields(section, values, name: str) -> None:
             assert not isinstance(getattr(section, field), dict), f"{name}.{field}"
 
 
-@pytest.mark.parametrize("variant", ["", f"{vixml.DEFAULT},ngame"])
+@pytest.mark.parametrize("variant", ["", f"{vixml.DEFAULT},ngame", f"{vixml.DEFAULT},reference"])
 def test_optimizer_groups_fit_the_parameters(variant):
     """Every parameter has a rate and a decay, and every pattern decides one (else build raises)."""
     config = RunConfig.from_dict(vixml.get_config(variant).to_dict())
@@ -91,7 +101,42 @@ def test_optimizer_groups_fit_the_parameters(variant):
     assert "backbone/layers/up/kernel" in decayed
     assert not any(name.endswith("bias") or name == "free_vectors" for name in decayed)
     assert not any("norm" in name for name in decayed if name.startswith("backbone"))
-    assert ("combiner/norm1/scale" in decayed) == (prime is not None)  # as in the reference
+    transformer = prime is not None and prime.combiner == "transformer"
+    assert ("combiner/norm1/scale" in decayed) == transformer  # as in the reference
+
+
+@pytest.fixture(scope="module")
+def dataset(fields):
+    return main.open_data(fields)
+
+
+@pytest.fixture(scope="module")
+def traced() -> set[str]:
+    """The reduced configs that a step was traced of; many variants have the same."""
+    return set()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_can_be_traced(variant, fields, dataset, traced):
+    """The sections of a variant fit each other, up to a step of a small encoder."""
+    config = vixml.get_config(variant).to_dict()
+    config["encoder"] |= {"backbone": fields["encoder"]["backbone"], "layers": None}
+    config["prime"] |= {"free_vectors": 16, "ff_dim": 64}
+    config["train"] |= {"batch_size": 40, "epochs": 3}
+    config["eval"] = fields["eval"]
+    key = json.dumps(
+        {name: config[name] for name in config if name not in ("data", "eval", "name")}
+    )
+    if key in traced:
+        return
+    program = Program(RunConfig.from_dict(config), dataset)
+    batch = program.sampler.build(np.arange(200, dtype=np.int32), 0, 0)
+    state, metrics = jax.eval_shape(program.step.train, program.abstract, program.frozen, batch)
+    assert jax.tree.structure(state) == jax.tree.structure(program.abstract)
+    for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
+        assert (after.shape, after.dtype) == (before.shape, before.dtype)
+    assert metrics["loss"].shape == ()
+    traced.add(key)
 
 
 def test_names_of_runs_differ():
@@ -108,6 +153,19 @@ def test_the_default_needs_no_download():
 def test_variants_do_not_share_state():
     vixml.get_config("bert/amazon_131k").optimizer.warmup_steps = 7
     assert vixml.get_config("bert/amazon_131k").optimizer.warmup_steps == 100
+    config = vixml.get_config()
+    config.curriculum.start = 3
+    config.optimizer.clip_norm = 1.0
+    again = vixml.get_config()
+    assert again.curriculum.start is None and again.optimizer.clip_norm is None
+
+
+@pytest.mark.parametrize("option", ["ngame", "ema"])
+def test_options_of_sampled_labels(option):
+    """Our own recipe compares with all labels, which these cannot."""
+    config = vixml.get_config(f"{vixml.DEFAULT},{option}")
+    assert vixml.get_config().train.labels == "all" and config.train.labels == "sampled"
+    assert config.loss.kind == "decoupled_softmax"
 
 
 @pytest.mark.parametrize(
@@ -174,24 +232,44 @@ def test_reference_is_refused_elsewhere():
         vixml.get_config("bert/amazon_131k,reference")
 
 
+def parse(monkeypatch, variant: str, *overrides: str) -> dict:
+    """The config that the command line gives."""
+    arguments = ["test", f"--config=configs/vixml.py:{variant}", *overrides]
+    monkeypatch.setattr("sys.argv", arguments)  # where config_flags looks for overrides
+    monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(arguments)
+    return values["config"].value.to_dict()
+
+
 def test_flags_override_fields_that_are_none_and_tuples(monkeypatch):
-    arguments = [
-        "test",
-        "--config=configs/vixml.py:tiny",
+    config = parse(
+        monkeypatch,
+        "tiny",
         "--config.encoder.dropout=0.2",
         "--config.encoder.layers=2",
         "--config.data.tokenizer=folder",
         "--config.optimizer.clip_norm=1.0",
         "--config.curriculum.double_at=(3,5)",
         "--config.optimizer.lr=(('backbone/.*', 1e-5), ('.*', 1e-3))",
-    ]
-    monkeypatch.setattr("sys.argv", arguments)  # where config_flags looks for overrides
-    monkeypatch.chdir(pathlib.Path(__file__).parents[1])
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(arguments)
-    config = values["config"].value.to_dict()
+    )
     assert config["encoder"]["dropout"] == 0.2 and config["encoder"]["layers"] == 2
     assert config["data"]["tokenizer"] == "folder" and config["optimizer"]["clip_norm"] == 1.0
     assert config["curriculum"]["double_at"] == (3, 5)
     assert config["optimizer"]["lr"] == (("backbone/.*", 1e-5), (".*", 1e-3))
+
+
+@pytest.mark.parametrize(
+    "variant, section, field, value",
+    [
+        (vixml.DEFAULT, "curriculum", "start", 3),
+        (vixml.DEFAULT, "encoder", "dropout", 0.2),
+        ("minilm_l3/debian_3k,reference", "encoder", "dropout", 0.2),
+        ("minilm_l3/debian_3k,reference", "optimizer", "clip_norm", 1.0),
+    ],
+)
+def test_flags_override_what_a_recipe_leaves_open(monkeypatch, variant, section, field, value):
+    config = parse(monkeypatch, variant, f"--config.{section}.{field}={value}")
+    assert config[section][field] == value
+    assert vixml.get_config(variant)[section][field] != value

@@ -73,7 +73,7 @@ def test_evaluate_gives_what_training_ended_with(trained, index):
         f"--config.eval.index={index}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    again = json.loads((folder / "run" / "metrics.json").read_text())
+    again = json.loads((folder / "run" / "evaluate" / "metrics.json").read_text())
     assert again["plain"]["P@1"] == pytest.approx(found["plain"]["P@1"], abs=1e-9)
     if index == "scann":
         assert again["index"]["labels"]["recall"] == 1.0

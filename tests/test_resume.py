@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import checkpoint, main, report
+from xmc_jax import checkpoint, main, report, sharding
 from xmc_jax.training import loop
 from xmc_jax.training.program import Program, RunConfig
 
@@ -86,6 +86,37 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tm
         assert checkpoints.best() in checkpoints.steps()
 
 
+@pytest.mark.slow
+def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
+    """Documents against all labels, resumed bit for bit; and its checkpoint read by one device."""
+    fields = copy.deepcopy(fields)
+    fields["train"] |= {"labels": "all", "epochs": 2}
+    fields["prime"] |= {"combiner": "sum", "free_vector_init": "zero"}
+    fields["loss"] |= {"kind": "decoupled_softmax", "label_to_document": 0.0}
+    program = Program(RunConfig.from_dict(fields), main.open_data(fields))
+    straight = loop.train(program, tmp_path / "straight")
+    step = report.Reporter.step
+
+    def kill_at_7(self, *arguments):
+        result = step(self, *arguments)
+        if self.steps == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as context, pytest.raises(loop.Interrupted):
+        context.setattr(report.Reporter, "step", kill_at_7)
+        loop.train(program, tmp_path / "stopped")
+    resumed = loop.train(program, tmp_path / "stopped")
+    assert_identical(resumed.state, straight.state)
+    assert records(tmp_path / "stopped") == records(tmp_path / "straight")
+    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda config: one)
+    alone = Program(RunConfig.from_dict(fields), program.data)
+    _, restored = loop.restore(alone, tmp_path / "straight")
+    assert restored.params["free_vectors"].sharding.device_set == {jax.devices()[0]}
+    assert_identical(restored, straight.state)
+
+
 CHILD = """
 import os, signal, sys
 from orbax.checkpoint._src.path import atomicity
@@ -125,7 +156,9 @@ def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
 
 
 def test_another_config_is_refused(fields, tmp_path):
+    checkpoint.check_config(tmp_path, fields | {"name": "nothing made with this one yet"})
     checkpoint.check_config(tmp_path, fields)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     checkpoint.check_config(tmp_path, fields)
     changed = copy.deepcopy(fields)
     changed["train"]["batch_size"] = 64

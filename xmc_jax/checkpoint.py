@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
 # Fields that may differ between the run that wrote a workdir and the one that goes on with it.
@@ -33,12 +32,13 @@ class Checkpoints:
         workdir: local folder or any path that `epath` knows (gs://...).
         keep: how many of the latest checkpoints stay, at least 2: while the newest is being written
             the one before it is the only whole one.
+        read_only: leave the workdir as it is, for a run that may be in progress elsewhere.
 
     Raises:
         ValueError: `keep` is below 2.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 2):
+    def __init__(self, workdir: epath.PathLike, keep: int = 2, read_only: bool = False):
         if keep < 2:
             raise ValueError(f"train.keep: expected at least 2 checkpoints, got {keep}")
         policies = ocp.checkpoint_managers
@@ -55,7 +55,9 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                cleanup_tmp_directories=True,  # what a killed save left behind
+                cleanup_tmp_directories=not read_only,  # what a killed save left behind
+                create=not read_only,
+                read_only=read_only,
                 enable_async_checkpointing=True,
             ),
         )
@@ -151,39 +153,44 @@ class Checkpoints:
 
 
 def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool = True) -> None:
-    """Writes config.json of a new workdir; in an old one compares it with this run's config.
+    """Compares a workdir's config with this run's, which becomes the workdir's if they agree.
+
+    A workdir without a checkpoint takes any config: nothing has been made with the one before.
 
     Args:
         workdir: see `Checkpoints`.
         config: nested mapping of JSON values.
-        new: whether the workdir may be a new one.
+        new: whether the workdir may be a new one; if not, its config.json is left as it is.
 
     Raises:
         ValueError: a field differs that may not (see `RESUMABLE`; `train.epochs` may grow), or
             there is no config where there should be.
     """
     path = epath.Path(workdir) / "config.json"
+    checkpoints = path.parent / "checkpoints"
     config = json.loads(json.dumps(config))
-    if new and not path.exists():
+    started = checkpoints.exists() and any(p.name.isdigit() for p in checkpoints.iterdir())
+    if started or not new:
+        then, now = _fields(read_config(workdir)), _fields(config)
+        differ = [
+            f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name) and not _may_differ(name, then, now)
+        ]
+        if differ:
+            raise ValueError(
+                f"{path}: this workdir was made by another config ({'; '.join(differ)}); "
+                f"choose another --workdir or give the same config"
+            )
+    if new:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        return
-    then, now = _fields(read_config(workdir)), _fields(config)
-    differ = []
-    for name in sorted(then.keys() | now.keys()):
-        if then.get(name) == now.get(name):
-            continue
-        if any(name == field or name.startswith(field + ".") for field in RESUMABLE):
-            continue
-        if name == "train.epochs" and now[name] > then[name]:
-            logging.info("train.epochs grows from %d to %d", then[name], now[name])
-            continue
-        differ.append(f"{name}: {then.get(name)!r} there, {now.get(name)!r} here")
-    if differ:
-        raise ValueError(
-            f"{path}: this workdir was made by another config ({'; '.join(differ)}); "
-            f"choose another --workdir or give the same config"
-        )
+
+
+def _may_differ(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if name == "train.epochs":
+        return now[name] > then[name]
+    return any(name == field or name.startswith(field + ".") for field in RESUMABLE)
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:

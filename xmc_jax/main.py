@@ -14,6 +14,7 @@ import logging as py_logging
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -47,8 +48,11 @@ def main(argv: list[str]) -> int:
     fields = _CONFIG.value.to_dict()
     mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
     run = RunConfig.from_dict(fields)
-    checkpoint.check_config(workdir, fields, new=mode == "train")
+    if mode != "train":
+        checkpoint.read_config(workdir)  # an absent run is answered before anything is loaded
     program = Program(run, open_data(fields))
+    made_with = fields | {"provenance": program.provenance()}
+    checkpoint.check_config(workdir, made_with, new=mode == "train")
     if mode == "train":
         try:
             trained = loop.train(program, workdir)
@@ -61,7 +65,8 @@ def main(argv: list[str]) -> int:
 
     step, state = loop.restore(program, workdir)
     if mode == "evaluate":
-        _report(workdir, step, {}, program.evaluate(state))
+        # Apart from what training left: the settings may be others.
+        _report(workdir / "evaluate", step, {}, program.evaluate(state))
     elif mode == "embed":
         folder = workdir / "embeddings" / str(step)
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,7 @@ def main(argv: list[str]) -> int:
             workdir / "export",
             program.backbone(state),
             program.bert,
-            tokenizer_folder=program.source.folder,
+            tokenizer_folder=_tokenizer(fields).folder,
             pooling=run.encoder.pooling,
             max_length=fields["data"]["max_length"],
         )
@@ -91,19 +96,14 @@ def main(argv: list[str]) -> int:
 def open_data(fields: Mapping[str, Any]):
     """The dataset folder of a config, prepared if it is not there."""
     from xmc_jax.data import prepare, store
-    from xmc_jax.models import hf
 
-    data = fields["data"]
-    name, revision = data["tokenizer"], None
-    if name is None:
-        name, revision = fields["encoder"]["backbone"], fields["encoder"]["revision"]
-    source = hf.resolve(name, revision)
+    data, source = fields["data"], _tokenizer(fields)
     folder = prepare.prepare(
         prepare.PrepareConfig(
             dataset=data["dataset"],
             data_dir=data["data_dir"],
             tokenizer=str(source.folder),
-            tokenizer_name=name.rsplit("/", 1)[-1],
+            tokenizer_name=source.name.rsplit("/", 1)[-1],
             max_length=data["max_length"],
             raw=None if data["raw_dir"] == "bundled" else data["raw_dir"],
             encoding=data["encoding"],
@@ -114,6 +114,16 @@ def open_data(fields: Mapping[str, Any]):
         )
     )
     return store.open(folder)
+
+
+def _tokenizer(fields: Mapping[str, Any]):
+    """Where the tokenizer of a config lies: the backbone's own, or that of `data.tokenizer`."""
+    from xmc_jax.models import hf
+
+    name = fields["data"]["tokenizer"]
+    if name is not None:
+        return hf.resolve(name, weights=False)
+    return hf.resolve(fields["encoder"]["backbone"], fields["encoder"]["revision"], weights=False)
 
 
 def _report(workdir: epath.Path, step: int, rows: dict[str, Any], evaluation) -> None:
@@ -145,7 +155,7 @@ def parse(argv: list[str]) -> list[str]:
         config = _CONFIG.value
         if config is not None:
             config.to_dict()  # raises what loading raised
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # whatever the config file raises; said in one line
         raise ValueError(_explain(argv, error)) from error
     if len(rest) > 1:
         raise ValueError(f"command line: expected flags alone, got {rest[1]!r}")
@@ -160,13 +170,13 @@ def _explain(argv: list[str], error: Exception) -> str:
     file = next((match for a in argv if (match := re.match(r"--config=([^:]+):?(.*)", a))), None)
     if overrides and file and os.path.exists(file[1]):
         # The flags hold no config after a failure; this one is only read for its fields.
-        get_config = runpy.run_path(file[1])["get_config"]
+        get_config = runpy.run_path(file[1]).get("get_config", ConfigDict)
         known = list(_paths(get_config(file[2]) if file[2] else get_config()))
         for name in overrides:
-            if name not in known:
+            if known and name not in known:
                 nearest = difflib.get_close_matches(name, known, 1, 0)[0]
                 return f"--config.{name}: no such field; did you mean --config.{nearest}?"
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines() or [repr(error)]
     if any("Traceback" in line for line in lines):  # of get_config; its last line is the error
         return lines[-1].partition(": ")[2]
     return " ".join(" ".join(lines).split())
@@ -191,6 +201,9 @@ def _main(argv: list[str]) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_FAILED)
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again", file=sys.stderr)
+        sys.exit(_BY_SIGNAL + signal.SIGINT)
 
 
 def _keep_freed_memory() -> None:

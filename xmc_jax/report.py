@@ -18,6 +18,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+_FLUSH_SECONDS = 10  # between two writes of metrics.jsonl, which is written whole
+
 
 class Reporter:
     """Collects the metrics of steps and writes them.
@@ -25,6 +27,7 @@ class Reporter:
     Args:
         workdir: where metrics.jsonl and tensorboard/ go.
         every: steps per training record.
+        steps_per_epoch: the last step of an epoch is recorded too, whatever `every`.
         total_steps: of the whole run, for the progress bar.
         history: of a restored checkpoint; records after it are forgotten.
 
@@ -36,17 +39,19 @@ class Reporter:
         self,
         workdir: epath.PathLike,
         every: int,
+        steps_per_epoch: int,
         total_steps: int,
         history: Mapping[str, Any] | None = None,
     ):
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._every = every
+        self._every, self._steps_per_epoch = every, steps_per_epoch
         self._records: list[dict[str, Any]] = list(history["records"]) if history else []
         self._pending: list[Any] = list(history["pending"]) if history else []
         self.steps = self._records_step() + len(self._pending)
         self._writes = jax.process_index() == 0
         self._last = (time.perf_counter(), self.steps)
-        self._warned = ""
+        self._lines = [json.dumps(record) + "\n" for record in self._records]
+        self._warned: set[str] = set()
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._events = SummaryWriter(
@@ -65,28 +70,26 @@ class Reporter:
             documents: in the batch.
 
         Returns:
-            The means since the last record when a record is due (`every` steps), else None.
+            The means since the last record when a record is due, else None.
 
         Raises:
-            FloatingPointError: the mean loss since the last record is not finite.
+            FloatingPointError: a loss since the last record is not finite.
         """
         self._pending.append(metrics)
         self.steps += 1
         if self._writes:
             self._bar.update()
-        if self.steps % self._every:
+        if self.steps % self._every and self.steps % self._steps_per_epoch:
             return None
-        means = self._means()
-        first = self.steps - len(self._pending) + 1
+        self._fetch()
+        means = {
+            name: float(np.mean([m[name] for m in self._pending], dtype=np.float64))
+            for name in self._pending[0]
+        }
         self._pending = []
         now = time.perf_counter()
         seconds = (now - self._last[0]) / max(self.steps - self._last[1], 1)
         self._last = (now, self.steps)
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"train: the loss is {means['loss']} somewhere in steps {first} to {self.steps}; "
-                f"lower optimizer.lr or set optimizer.clip_norm"
-            )
         record = {f"train/{name}": value for name, value in means.items()}
         record |= {"time/step": seconds, "time/documents_per_second": documents / seconds}
         self.record(self.steps, record)
@@ -99,18 +102,25 @@ class Reporter:
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one record to metrics.jsonl and to the TensorBoard events."""
-        self._records.append({"step": step, **values})
+        record = {"step": step, **values}
+        self._records.append(record)
+        self._lines.append(json.dumps(record) + "\n")
         if self._writes:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
-            self._flush()
+            if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
+                self._flush()
 
     def history(self) -> dict[str, Any]:
-        """Everything reported up to now, as JSON values; waits for the steps taken."""
-        self._pending = [
-            {name: float(value) for name, value in metrics.items()}
-            for metrics in jax.device_get(self._pending)
-        ]
+        """Everything reported up to now as JSON values, for a checkpoint; waits for the devices.
+
+        Raises:
+            FloatingPointError: a loss since the last record is not finite: the state is not worth
+                keeping.
+        """
+        self._fetch()
+        if self._writes:
+            self._flush()
         return {"records": list(self._records), "pending": list(self._pending)}
 
     def resume_clock(self) -> None:
@@ -118,9 +128,10 @@ class Reporter:
         self._last = (time.perf_counter(), self.steps)
 
     def warn(self, text: str) -> None:
-        """Logs a warning, once, above the progress bar."""
-        if self._writes and text != self._warned:
-            self._warned = text
+        """Logs a warning above the progress bar, once for all that begin alike up to a colon."""
+        subject = text.partition(":")[0]
+        if self._writes and subject not in self._warned:
+            self._warned.add(subject)
             self._bar.clear()
             logging.warning("%s", text)
             self._bar.refresh()
@@ -141,17 +152,24 @@ class Reporter:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        """Ends the progress bar and the event file."""
+        """Writes what is left, ends the progress bar and the event file."""
         if self._writes:
+            self._flush()
             self._bar.close()
             self._events.close()
 
-    def _means(self) -> dict[str, float]:
-        fetched = jax.device_get(self._pending)
-        names = fetched[0].keys()
-        return {
-            name: float(np.mean([m[name] for m in fetched], dtype=np.float64)) for name in names
-        }
+    def _fetch(self) -> None:
+        """Turns the metrics of the steps since the last record into numbers, and checks them."""
+        self._pending = [
+            {name: float(value) for name, value in metrics.items()}
+            for metrics in jax.device_get(self._pending)
+        ]
+        for step, metrics in enumerate(self._pending, self.steps - len(self._pending) + 1):
+            if not math.isfinite(metrics["loss"]):
+                raise FloatingPointError(
+                    f"train: the loss of step {step} is {metrics['loss']}; nothing after the last "
+                    f"checkpoint is kept; lower optimizer.lr or set optimizer.clip_norm"
+                )
 
     def _records_step(self) -> int:
         steps = [r["step"] for r in self._records if any(k.startswith("train/") for k in r)]
@@ -160,4 +178,5 @@ class Reporter:
     def _flush(self) -> None:
         # Written whole: object stores can neither append nor rename. The checkpoint's copy is the
         # one that counts, so a run killed in here loses nothing.
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in self._records))
+        self._path.write_text("".join(self._lines))
+        self._flushed = time.perf_counter()

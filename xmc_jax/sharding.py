@@ -4,7 +4,8 @@ Nothing else knows a mesh axis.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -152,7 +153,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Within jit, pins an activation to logical axes; does nothing where no mesh is set.
+    """Within `under`, pins an activation to logical axes; does nothing elsewhere.
 
     Args:
         x: an array.
@@ -162,6 +163,17 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(logical, x.shape, mesh, "activation"))
+
+
+def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced so that `constrain` within it knows the mesh."""
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def _extent(mesh: Mesh, axes: tuple[str, ...]) -> int:

@@ -115,7 +115,9 @@ def test_equals_dense_evaluation(store, mode, labels, filter_first):
 
 
 def test_fewer_labels_than_predictions_are_padded(store):
-    result = ev.evaluate(TEST, LABELS, store, ev.EvalConfig(augmented=None))
+    result = ev.evaluate(
+        TEST, LABELS, store, ev.EvalConfig(augmented=ev.AugmentedConfig(enabled=False))
+    )
     assert list(result.metrics) == ["plain"]
     assert result.ids["plain"].shape == (M, 100)
     np.testing.assert_array_equal((result.ids["plain"] >= 0).sum(1), allowed().sum(1))

@@ -192,6 +192,24 @@ def test_nothing_is_compiled_after_the_first_step_of_each_phase(fields, tmp_path
     assert epochs[3] == epochs[1] == len(compiled)
 
 
+@pytest.mark.slow
+def test_parameters_may_be_split(fields, monkeypatch):
+    """A step on (2, 2, 2) devices is the step on one."""
+    fields = copy.deepcopy(fields)
+    fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
+    fields["prime"]["heads"] = 2
+    split = make(fields, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    kernel = split.abstract.params["backbone"]["layers"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 32)
+    bank = split.abstract.tables.document_bank
+    assert bank.sharding.shard_shape(bank.shape) == (200, 8)
+    state, metrics = run(split, 2)
+    with monkeypatch.context() as context:
+        one, found = run(make(fields, context, 1), 2)
+    assert_close(metrics, found)
+    assert_close(state.tables.document_bank, one.tables.document_bank)
+
+
 def test_meshes_that_do_not_divide_are_refused(fields):
-    with pytest.raises(ValueError, match="does not divide"):
-        make(fields, train={"batch_size": 20, "n_chunks": 1}).put(np.zeros((20, 3)))
+    with pytest.raises(ValueError, match=r"train\.batch_size \(20,\): .*does not divide"):
+        make(fields, train={"batch_size": 20})

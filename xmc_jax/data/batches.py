@@ -31,13 +31,18 @@ def complete(order: np.ndarray, batch_size: int) -> np.ndarray:
     Departs: the reference ends its epoch with a short batch; a completed one keeps shapes static,
     visits every document, and has as many steps.
     """
-    if len(order) < batch_size:
-        raise ValueError(
-            f"batches: expected at least train.batch_size={batch_size} training documents, got "
-            f"{len(order)}; set --config.train.batch_size={len(order)} or less"
-        )
+    check_batch_size(len(order), batch_size)
     missing = -len(order) % batch_size
     return np.concatenate([order, order[:missing]])
+
+
+def check_batch_size(num_documents: int, batch_size: int) -> None:
+    """Raises a ValueError where a batch would hold a document twice."""
+    if num_documents < batch_size:
+        raise ValueError(
+            f"train.batch_size: expected at most the {num_documents} training documents, got "
+            f"{batch_size}; set --config.train.batch_size={num_documents} or less"
+        )
 
 
 class Sampler:
@@ -76,6 +81,7 @@ class Sampler:
             raise ValueError(
                 f"batches: expected weighting among {', '.join(WEIGHTINGS)}, got {weighting!r}"
             )
+        check_batch_size(store.num_documents, batch_size)
         self._store = store
         self._positives = store.positives("train")
         self._batch_size = batch_size
@@ -83,8 +89,7 @@ class Sampler:
         self._seed = seed
         self._most_positives = int(self._positives.counts().max(initial=1))
         self._all_labels = labels == "all"
-        frequency = np.bincount(self._positives.indices, minlength=store.num_labels)
-        self._frequency = np.append(frequency, 1).astype(np.float32)
+        self._frequency = np.append(store.label_frequency, 1).astype(np.float32)
         uniform = weighting == "uniform"
         self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
 

@@ -108,11 +108,22 @@ class Store:
             raise ValueError(f"{self.folder}: expected filter pairs of test, got {split!r}")
         return self._filter
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the tokenizer knows, added ones included."""
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    @functools.cached_property
+    def label_frequency(self) -> np.ndarray:
+        """i64[L], training documents of each label."""
+        return np.bincount(self.positives("train").indices, minlength=self.num_labels)
+
     @functools.cached_property
     def inverse_propensity(self) -> np.ndarray:
         """f64[L], from the training positives."""
-        frequency = np.bincount(self.positives("train").indices, minlength=self.num_labels)
-        return propensity.inverse_propensity(frequency, self.num_documents, *self.propensity)
+        return propensity.inverse_propensity(
+            self.label_frequency, self.num_documents, *self.propensity
+        )
 
     def texts(self, split: str) -> list[str]:
         """The title of each item, to show; without the content, tokenised or not."""

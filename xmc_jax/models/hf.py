@@ -90,13 +90,14 @@ class Source:
     digest: str
 
 
-def resolve(name: str, revision: str | None = None) -> Source:
+def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
     """Finds a model: a local folder, "minilm-l6-packaged", or a name on the Hugging Face hub.
 
     Args:
         name: of the model. A name on the hub is `organisation/name`, downloaded on first use unless
             HF_HUB_OFFLINE is set.
         revision: branch, tag or commit on the hub.
+        weights: whether there must be weights; without, for a tokenizer, the digest is "".
 
     Raises:
         ValueError: no such folder, nothing on the hub or no network, or no safetensors in it.
@@ -110,12 +111,14 @@ def resolve(name: str, revision: str | None = None) -> Source:
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: expected a folder with a model, found none")
     else:
-        folder = _download(name, revision)
+        folder = _download(name, revision, weights)
         commit = folder.name
     if revision is not None and commit is None:
         raise ValueError(
             f"{name}: expected no revision, got {revision!r}; only names on the hub have one"
         )
+    if not weights:
+        return Source(folder=folder, name=name, revision=commit, digest="")
     digests = [_sha256(path) for path in _weight_files(folder)]
     digest = digests[0] if len(digests) == 1 else _digest_of("\n".join(digests))
     if name == PACKAGED and digest != packaged.MINILM_SHA256:
@@ -270,8 +273,10 @@ def export(
             (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
 
 
-def _download(name: str, revision: str | None) -> pathlib.Path:
-    patterns = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+def _download(name: str, revision: str | None, weights: bool) -> pathlib.Path:
+    patterns = ["config.json", *TOKENIZER_FILES]
+    if weights:
+        patterns += ["model*.safetensors", INDEX]
     try:
         folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except (OSError, huggingface_hub.errors.HFValidationError) as error:

@@ -15,6 +15,7 @@ class AugmentedConfig:
     """How labels and documents are searched and mixed.
 
     Attributes:
+        enabled: whether it is done at all.
         mode: "split" searches labels and documents apart, "joint" searches their union once.
         labels: labels retrieved in split mode; joint mode retrieves `labels + documents` items.
         documents: train documents retrieved in split mode.
@@ -27,6 +28,7 @@ class AugmentedConfig:
             (a document's own entry among the labels, say) take no weight from the others.
     """
 
+    enabled: bool = True
     mode: Literal["split", "joint"] = "split"
     labels: int = 100
     documents: int = 100

@@ -27,10 +27,10 @@ class EvalConfig:
         ks: cut-offs of the metrics.
         k: predictions kept per document, at least the largest cut-off.
         index: "exact" or "scann".
-        augmented: retrieval-augmented inference, or None for none.
+        augmented: retrieval-augmented inference.
         scann: of `index="scann"`.
         compare_scann: with `index="exact"`, also build a ScaNN tree, however small the database,
-            and report its recall and both speeds.
+            and report its recall and both speeds, where scann is installed.
         query_block: documents searched at a time by exact search.
         database_block: labels or documents scored at a time by exact search, per device.
     """
@@ -38,7 +38,7 @@ class EvalConfig:
     ks: tuple[int, ...] = KS
     k: int = 100
     index: str = "exact"
-    augmented: AugmentedConfig | None = dataclasses.field(default_factory=AugmentedConfig)
+    augmented: AugmentedConfig = dataclasses.field(default_factory=AugmentedConfig)
     scann: ScannConfig = dataclasses.field(default_factory=ScannConfig)
     compare_scann: bool = False
     query_block: int = 512
@@ -106,31 +106,32 @@ def evaluate(
                 f"evaluate: expected {expected[name]} {name} embeddings for {store.name}, got "
                 f"{len(x)}"
             )
-    if config.augmented is not None and train is None:
+    if config.augmented.enabled and train is None:
         raise ValueError(
             "evaluate: expected train embeddings for retrieval-augmented inference, got none; pass "
-            "them or set eval.augmented to None"
+            "them, or set --config.eval.augmented.enabled=False"
         )
     pairs = store.filter("test")
     extra = filtered_per_document(pairs)
     index = {}
+    some = test[:: -(-len(test) // _COMPARED)]
 
     def search(name: str, database: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         k = min(k, len(database))
         if config.index == "exact":
-            if config.compare_scann and name == "labels":
+            if config.compare_scann and name == "labels" and scann.available():
                 tree = dataclasses.replace(config.scann, brute_force_below=0)
                 built = scann.ScannIndex.build(database, tree)
-                index[name] = scann.compare(built, database, test, config.k)
+                index[name] = scann.compare(built, database, some, min(config.k, len(database)))
             return exact.search(test, database, k, config.query_block, config.database_block, mesh)
         built = scann.ScannIndex.build(database, config.scann)
-        index[name] = scann.compare(built, database, test[:: -(-len(test) // _COMPARED)], k)
+        index[name] = scann.compare(built, database, some, k)
         return built.search(test, k)
 
-    more = config.augmented.labels if config.augmented is not None else 0
+    more = config.augmented.labels if config.augmented.enabled else 0
     nearest = search("labels", labels, max(config.k, more) + extra)
     found = {"plain": nearest}
-    if config.augmented is not None:
+    if config.augmented.enabled:
         items = _augmented_items(config.augmented, search, nearest, labels, train, pairs, extra)
         found["augmented"] = augmented.augment(
             *items, store.positives("train"), config.augmented, config.k + extra

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -234,13 +235,24 @@ def compare(
     }
 
 
+def available() -> bool:
+    """Whether the scann package is installed."""
+    return importlib.util.find_spec("scann") is not None
+
+
+def require() -> None:
+    """Raises a ValueError with the remedy where scann is not installed."""
+    _import()
+
+
 def _import():
     try:
         import scann
     except ImportError as error:
         raise ValueError(
-            "scann: expected the scann package, got none; it ships for x86-64 Linux only: pip "
-            "install scann there, or search exactly with --config.eval.index=exact"
+            "scann: expected the scann package, got none; it ships for x86-64 Linux and Python "
+            "below 3.14 only: pip install scann there, or search exactly with "
+            "--config.eval.index=exact"
         ) from error
     return scann
 

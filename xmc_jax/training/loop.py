@@ -70,7 +70,9 @@ def train(program: Program, workdir: epath.PathLike) -> Trained:
             logging.info("%s: going on from step %d", workdir, step)
         epoch, total = int(state.boundaries), config.epochs * program.steps_per_epoch
         evaluation = None
-        with report.Reporter(workdir, config.log_every, total, history) as reporter:
+        with report.Reporter(
+            workdir, config.log_every, program.steps_per_epoch, total, history
+        ) as reporter:
             if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
                 found = program.evaluate_zero_shot(state).metrics["plain"]
                 reporter.record(0, _prefixed("zero-shot", found))
@@ -103,7 +105,7 @@ def restore(program: Program, workdir: epath.PathLike) -> tuple[int, TrainState]
     Raises:
         ValueError: there is none, or it does not fit the config.
     """
-    with checkpoint.Checkpoints(workdir) as checkpoints:
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise ValueError(

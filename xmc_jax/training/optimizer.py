@@ -41,6 +41,15 @@ class OptimizerConfig:
     clip_norm: float | None = None
 
     def __post_init__(self):
+        for name in ("lr", "weight_decay", "trainable"):
+            for pattern, _ in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"optimizer.{name}: expected regular expressions, got {pattern!r} "
+                        f"({error}); any text is '.*'"
+                    ) from None
         for name in ("lr", "weight_decay"):
             for pattern, value in getattr(self, name):
                 if not value >= 0:

@@ -1,7 +1,6 @@
 """A config made runnable: the model, its compiled functions, and where every array lives."""
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,8 @@ from flax.core import meta
 
 from xmc_jax import rng, sharding
 from xmc_jax.data import batches, store
-from xmc_jax.models import dual, hf
-from xmc_jax.retrieval import encode, evaluate
+from xmc_jax.models import dual, hf, layers
+from xmc_jax.retrieval import encode, evaluate, scann
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, losses, optimizer, tables
 from xmc_jax.training.step import Step
@@ -62,16 +61,23 @@ class TrainConfig:
     prefetch: int = 2
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "n_chunks", "encode_batch_size"):
+        for name in (
+            *("batch_size", "epochs", "n_chunks", "positives_per_document", "encode_batch_size"),
+            *("checkpoint_every", "log_every", "prefetch"),
+        ):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("checkpoint_every", "log_every"):
-            self._expect(name, getattr(self, name) >= 1, "at least 1 step")
+        self._expect("keep", self.keep >= 2, "at least 2 checkpoints")
+        self._expect("seed", 0 <= self.seed < 2**32, "a number in [0, 2^32)")
+        self._expect(
+            "sampling", self.sampling in batches.WEIGHTINGS, f"one of {batches.WEIGHTINGS}"
+        )
+        self._expect("labels", self.labels in batches.LABELS, f"one of {batches.LABELS}")
         self._expect("eval_every", self.eval_every >= 0, "epochs, or 0 for the end only")
         self._expect("batch_size", self.batch_size % self.n_chunks == 0, "a multiple of n_chunks")
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise ValueError(f"train.{name}: expected {what}, got {getattr(self, name)}")
+            raise ValueError(f"train.{name}: expected {what}, got {getattr(self, name)!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,23 +111,18 @@ def section(kind: type, name: str, config: Mapping[str, Mapping[str, Any]]) -> A
         ValueError: names the field that is unknown or missing.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(config.get(name), Mapping):
+        raise ValueError(f"config: expected a section {name!r}, got {config.get(name)!r}")
     values = {}
     for key, value in config[name].items():
         if key not in fields:
             raise ValueError(f"config: {name}.{key}: no such field; known: {', '.join(fields)}")
-        nested = [
-            kind for kind in _alternatives(fields[key].type) if dataclasses.is_dataclass(kind)
-        ]
-        values[key] = section(nested[0], key, config[name]) if nested and value else value
+        nested = dataclasses.is_dataclass(fields[key].type)
+        values[key] = section(fields[key].type, key, config[name]) if nested else value
     try:
         return kind(**values)
     except TypeError as error:  # a field without a default is missing
         raise ValueError(f"config: {name}: {error}") from None
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union type; of another type, itself."""
-    return typing.get_args(kind) or (kind,)
 
 
 class Program:
@@ -161,12 +162,20 @@ class Program:
                 "label is sampled whose centroid could move, got 'ema'"
             )
         positives = data.positives("train")
-        self._label_frequency = np.bincount(positives.indices, minlength=data.num_labels)
         self._pairs = self._replicate(
             tables.label_pairs(positives.indptr, positives.indices, data.num_labels)
         )
+        if config.eval.index == "scann":
+            scann.require()
+        for name in ("batch_size", "encode_batch_size"):
+            sharding.spec(("batch",), (getattr(train, name),), self.mesh, f"train.{name}")
         self.source = hf.resolve(config.encoder.backbone, config.encoder.revision)
         self.bert = hf.load_config(self.source, config.encoder.layers)
+        if data.vocabulary_size > self.bert.vocab_size:
+            raise ValueError(
+                f"{data.folder}: expected at most the encoder's {self.bert.vocab_size} tokens, got a "
+                f"tokenizer of {data.vocabulary_size}; leave data.tokenizer to the backbone"
+            )
         if config.encoder.dropout is not None:
             rate = config.encoder.dropout
             self.bert = dataclasses.replace(self.bert, dropout=rate, attention_dropout=rate)
@@ -206,12 +215,20 @@ class Program:
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.train_step = jax.jit(
-            self.step.train,
+            sharding.under(self.mesh, self.step.train),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(self.mesh)),
         )
-        self._encode = jax.jit(self.step.encode)
-        self._prototype = jax.jit(self.step.prototype)
+        self._encode = jax.jit(sharding.under(self.mesh, self.step.encode))
+        self._prototype = jax.jit(sharding.under(self.mesh, self.step.prototype))
+
+    def provenance(self) -> dict[str, Any]:
+        """What the config only names, by digest: the backbone's weights, and the data."""
+        source = self.source
+        return {
+            "backbone": {"revision": source.revision, "sha256": source.digest},
+            "data": self.data.digest,
+        }
 
     def put(self, arrays: Any) -> Any:
         """Hands numpy arrays over to the devices, the first axis split over the batch axes."""
@@ -226,13 +243,14 @@ class Program:
         params, _ = self._initial_params()
         bank = self._as_table(self.embed(params, "train"))
         centroids = label_bank = free_vector_of = None
+        label_pooled = self.embed(params, "label", pooled=True)
         if config.train.labels == "all":
-            label_bank = self._as_table(self.embed(params, "label", pooled=True))
+            label_bank = self._as_table(label_pooled)
         if self.model.prime is not None:
-            label_unit = self._as_table(self.embed(params, "label"))
+            label_unit = layers.normalize(jax.device_put(label_pooled, self._whole))
             free_vector_of = tables.free_vector_map(
                 label_unit,
-                self._label_frequency,
+                self.data.label_frequency,
                 config.prime.free_vectors,
                 config.prime.private_vectors,
                 rng.key(seed, rng.Stream.KMEANS, 0),
@@ -281,7 +299,7 @@ class Program:
         if label_bank is not None:
             label_bank = self._as_table(self.embed(state.params, "label", pooled=True))
         cluster_size = curriculum.plan(epoch, config.curriculum).new_cluster_size
-        if cluster_size is not None and not last:
+        if cluster_size is not None:
             leaf_order, _ = curriculum.balanced_kmeans(
                 bank,
                 curriculum.num_leaves(self.data.num_documents, cluster_size),
@@ -363,7 +381,11 @@ class Program:
             self.embed(state.params, "test"),
             self.embed(state.params, "label"),
             self.data,
-            dataclasses.replace(self.config.eval, augmented=None),
+            dataclasses.replace(
+                self.config.eval,
+                augmented=dataclasses.replace(self.config.eval.augmented, enabled=False),
+                compare_scann=False,
+            ),
             mesh=self.mesh,
         )
 

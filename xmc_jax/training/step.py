@@ -143,7 +143,8 @@ class Step:
         """Documents and all labels, U = L, whose texts are as encoded at the last boundary.
 
         A document's own embedding is left out of the centroids of its positives: it would find
-        itself there, most of all for the labels that few documents have.
+        itself there, most of all for the labels that few documents have. (Not so for the documents
+        that complete an epoch's last batch: their rows of the bank are newer than the centroids.)
         """
         encode_key, prototype_key = jax.random.split(key)
         document_unit = in_chunks(
@@ -173,7 +174,9 @@ class Step:
                 prototype_key,
                 others.reshape(-1, width),
             )
-            own = jnp.einsum("bd,bpd->bp", document_unit, unit.reshape(others.shape))
+            own = jnp.einsum(
+                "bd,bpd->bp", document_unit, unit.reshape(others.shape), precision="highest"
+            )
             prototype = prototype.at[rows, batch.positives].set(own, mode="drop")
         return document_unit, raw, prototype, relevance
 
