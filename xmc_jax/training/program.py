@@ -173,8 +173,8 @@ class Program:
         self.bert = hf.load_config(self.source, config.encoder.layers)
         if data.vocabulary_size > self.bert.vocab_size:
             raise ValueError(
-                f"{data.folder}: expected at most the encoder's {self.bert.vocab_size} tokens, got a "
-                f"tokenizer of {data.vocabulary_size}; leave data.tokenizer to the backbone"
+                f"{data.folder}: expected at most the encoder's {self.bert.vocab_size} tokens, "
+                f"got a tokenizer of {data.vocabulary_size}; leave data.tokenizer to the backbone"
             )
         if config.encoder.dropout is not None:
             rate = config.encoder.dropout
