@@ -16,7 +16,8 @@ from xmc_jax import main
 from xmc_jax.data.known import KNOWN
 from xmc_jax.models import dual, hf
 from xmc_jax.training import optimizer
-from xmc_jax.training.program import Program, RunConfig
+from xmc_jax.training.config import RunConfig
+from xmc_jax.training.program import Program
 
 PAIRS = [f"{backbone}/{dataset}" for backbone in vixml.BACKBONES for dataset in vixml.DATASETS]
 VARIANTS = [

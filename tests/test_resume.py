@@ -14,7 +14,8 @@ import pytest
 
 from xmc_jax import checkpoint, main, report, sharding
 from xmc_jax.training import loop
-from xmc_jax.training.program import Program, RunConfig
+from xmc_jax.training.config import RunConfig
+from xmc_jax.training.program import Program
 
 STEPS_PER_EPOCH, STEPS = 5, 15
 
@@ -183,5 +184,7 @@ def test_a_checkpoint_of_another_shape_is_refused(program, fields, tmp_path):
         ValueError, match=r"free_vectors: expected float32\[8, 32\], got float32\[16"
     ):
         loop.restore(other, tmp_path)
-    with pytest.raises(ValueError, match="expected the checkpoint of a run, found none"):
-        loop.restore(other, tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"expected the checkpoint '7', found those of steps \[10"):
+        loop.restore(program, tmp_path, "7")
+    assert loop.restore(program, tmp_path, "10")[0] == 10
+    assert loop.restore(program, tmp_path, "best")[0] in (5, 10, 15)

@@ -137,10 +137,6 @@ class Checkpoints:
         leaves = [restored["state"][name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["history"]
 
-    def wait(self) -> None:
-        """Returns once everything started is committed."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
         """Waits for the writes and releases the threads."""
         self._manager.close()

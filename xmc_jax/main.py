@@ -2,7 +2,7 @@
 
 Modes:
     train     prepare the dataset if needed, train or go on with the run in --workdir, evaluate it.
-    evaluate  evaluate the newest checkpoint of --workdir; --config.eval.* may differ from training.
+    evaluate  evaluate a checkpoint of --workdir; --config.eval.* may differ from training.
     embed     write the embeddings of documents and labels that the checkpoint gives.
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
     export    write its encoder as a folder for Hugging Face and sentence-transformers.
@@ -31,6 +31,9 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "embed", "index", "export"], "What to do."
 )
 
+_STEP = flags.DEFINE_string(
+    "step", "latest", "Checkpoint of the modes other than train: latest, best (by P@1) or a step."
+)
 _ROWS = {"plain": "trained", "augmented": "trained + augmented"}
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
 
@@ -43,7 +46,8 @@ def main(argv: list[str]) -> int:
     from xmc_jax.models import hf
     from xmc_jax.retrieval import evaluate, scann
     from xmc_jax.training import loop
-    from xmc_jax.training.program import Program, RunConfig
+    from xmc_jax.training.config import RunConfig
+    from xmc_jax.training.program import Program
 
     fields = _CONFIG.value.to_dict()
     mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> int:
         _report(workdir, trained.step, rows, trained.evaluation)
         return 0
 
-    step, state = loop.restore(program, workdir)
+    step, state = loop.restore(program, workdir, _STEP.value)
     if mode == "evaluate":
         # Apart from what training left: the settings may be others.
         _report(workdir / "evaluate", step, {}, program.evaluate(state))

@@ -9,7 +9,8 @@ import pytest
 from xmc_jax import main, sharding
 from xmc_jax.data import batches
 from xmc_jax.training import loop
-from xmc_jax.training.program import Program, RunConfig
+from xmc_jax.training.config import RunConfig
+from xmc_jax.training.program import Program
 from xmc_jax.training.step import in_chunks
 
 ALL_LABELS = {

@@ -99,17 +99,26 @@ def train(program: Program, workdir: epath.PathLike) -> Trained:
     return Trained(step, state, evaluation, zero_shot)
 
 
-def restore(program: Program, workdir: epath.PathLike) -> tuple[int, TrainState]:
-    """The newest checkpoint of a run.
+def restore(
+    program: Program, workdir: epath.PathLike, which: str = "latest"
+) -> tuple[int, TrainState]:
+    """A checkpoint of a run: its step and its state.
+
+    Args:
+        program: the run's.
+        workdir: where it lives; nothing is written there.
+        which: "latest", "best" by P@1 of those evaluated, or a step's number.
 
     Raises:
-        ValueError: there is none, or it does not fit the config.
+        ValueError: there is no such checkpoint, or it does not fit the config.
     """
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.latest()
+        steps = checkpoints.steps()
+        named = {"latest": checkpoints.latest(), "best": checkpoints.best()}
+        step = named[which] if which in named else next((s for s in steps if str(s) == which), None)
         if step is None:
             raise ValueError(
-                f"{workdir}: expected the checkpoint of a run, found none; train first"
+                f"{workdir}: expected the checkpoint {which!r}, found those of steps {list(steps)}"
             )
         return step, checkpoints.restore(step, program.abstract)[0]
 

@@ -1,0 +1,115 @@
+"""The typed sections of a config; each but `TrainConfig` is defined beside its consumer."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from xmc_jax import sharding
+from xmc_jax.data import batches
+from xmc_jax.models import dual
+from xmc_jax.retrieval import evaluate
+from xmc_jax.training import curriculum, losses, optimizer, tables
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches, and how often what is written.
+
+    Attributes:
+        batch_size: documents per step over all devices (B).
+        epochs: passes over the training documents.
+        seed: of every random stream.
+        n_chunks: see `step.Step`.
+        positives_per_document: labels sampled per document; a batch has B times as many.
+        sampling: of those labels, "inverse_propensity" (reference) or "uniform".
+        labels: what a document is compared with: "sampled", the labels of the batch, encoded with
+            it (reference); or "all", whose texts are encoded at each boundary and get no gradient.
+            A step of "all" costs O(L D B) on the devices, half the encoding, and needs no luck with
+            negatives; the two fields before have no meaning then.
+        encode_batch_size: rows per call where nothing is differentiated.
+        checkpoint_every: steps between checkpoints within an epoch; every epoch ends with one.
+        log_every: steps per record of metrics.jsonl.
+        eval_every: epochs between evaluations; 0 evaluates after the last epoch only.
+        zero_shot: evaluate the weights that training starts from, too.
+        keep: latest checkpoints kept beside the best.
+        prefetch: batches prepared ahead.
+    """
+
+    batch_size: int
+    epochs: int
+    seed: int = 0
+    n_chunks: int = 1
+    positives_per_document: int = 1
+    sampling: str = "inverse_propensity"
+    labels: str = "sampled"
+    encode_batch_size: int = 512
+    checkpoint_every: int = 1000
+    log_every: int = 10
+    eval_every: int = 0
+    zero_shot: bool = True
+    keep: int = 2
+    prefetch: int = 2
+
+    def __post_init__(self):
+        for name in (
+            *("batch_size", "epochs", "n_chunks", "positives_per_document", "encode_batch_size"),
+            *("checkpoint_every", "log_every", "prefetch"),
+        ):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        self._expect("keep", self.keep >= 2, "at least 2 checkpoints")
+        self._expect("seed", 0 <= self.seed < 2**32, "a number in [0, 2^32)")
+        self._expect(
+            "sampling", self.sampling in batches.WEIGHTINGS, f"one of {batches.WEIGHTINGS}"
+        )
+        self._expect("labels", self.labels in batches.LABELS, f"one of {batches.LABELS}")
+        self._expect("eval_every", self.eval_every >= 0, "epochs, or 0 for the end only")
+        self._expect("batch_size", self.batch_size % self.n_chunks == 0, "a multiple of n_chunks")
+
+    def _expect(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"train.{name}: expected {what}, got {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The typed sections of a config; each is defined beside its consumer."""
+
+    encoder: dual.EncoderConfig
+    prime: dual.PrimeConfig
+    loss: losses.LossConfig
+    optimizer: optimizer.OptimizerConfig
+    curriculum: curriculum.CurriculumConfig
+    tables: tables.TablesConfig
+    mesh: sharding.MeshConfig
+    train: TrainConfig
+    eval: evaluate.EvalConfig
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Mapping[str, Any]]) -> "RunConfig":
+        """Builds every section; the ones that are not a RunConfig's are left out.
+
+        Raises:
+            ValueError: a field is unknown, missing, or has a value it cannot have.
+        """
+        return cls(**{f.name: section(f.type, f.name, config) for f in dataclasses.fields(cls)})
+
+
+def section(kind: type, name: str, config: Mapping[str, Mapping[str, Any]]) -> Any:
+    """One section of a config as the dataclass `kind`; sections within it likewise.
+
+    Raises:
+        ValueError: names the field that is unknown or missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(config.get(name), Mapping):
+        raise ValueError(f"config: expected a section {name!r}, got {config.get(name)!r}")
+    values = {}
+    for key, value in config[name].items():
+        if key not in fields:
+            raise ValueError(f"config: {name}.{key}: no such field; known: {', '.join(fields)}")
+        nested = dataclasses.is_dataclass(fields[key].type)
+        values[key] = section(fields[key].type, key, config[name]) if nested else value
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(f"config: {name}: {error}") from None
