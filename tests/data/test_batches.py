@@ -38,7 +38,8 @@ def test_every_document_once_per_epoch(n, size):
 
 def test_batch_larger_than_the_data():
     with pytest.raises(
-        ValueError, match=r"batch_size=21 .*got 20; set --config\.train\.batch_size=20"
+        ValueError,
+        match=r"at most the 20 training documents, got 21; set --config\.train\.batch_size=20",
     ):
         batches.complete(order_of(20), 21)
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -311,3 +312,16 @@ def test_command_refusals(capsys, flags, status, message):
     assert prepare.main(flags) == status
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and message in printed.err and not printed.out
+
+
+def test_a_tokenizer_is_known_by_its_digest(config, tokenizer_folder, tmp_path):
+    """Prepared by the command or by a training run, from one place or another: the same folder."""
+    folder = prepare.prepare(config)
+    before = snapshot(folder)
+    elsewhere = tmp_path / "snapshots" / "0123abcd"
+    shutil.copytree(tokenizer_folder, elsewhere)
+    again = dataclasses.replace(
+        config, tokenizer=str(elsewhere), tokenizer_name=pathlib.Path(tokenizer_folder).name
+    )
+    assert prepare.prepare(again) == folder
+    assert snapshot(folder) == before

@@ -40,7 +40,7 @@ def test_golden_hidden_states(family):
 
 @pytest.mark.slow
 def test_golden_minilm_embeddings():
-    source = hf.resolve(hf.PACKAGED)
+    source = hf.resolve(packaged.MINILM_NAME)
     config = hf.load_config(source)
     file = np.load(GOLDEN / "minilm.npz")
     params = {"backbone": hf.load_params(source, config)}

@@ -252,7 +252,7 @@ def test_hub_name_is_pinned_to_its_commit(tmp_path, monkeypatch):
 def test_packaged_weights_are_checked(monkeypatch):
     monkeypatch.setattr(packaged, "minilm", lambda: GOLDEN / "bert")
     with pytest.raises(ValueError, match="expected SHA-256 53aa5117"):
-        hf.resolve(hf.PACKAGED)
+        hf.resolve(packaged.MINILM_NAME)
 
 
 def test_export_needs_a_tokenizer(tmp_path):

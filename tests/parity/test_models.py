@@ -67,7 +67,7 @@ def test_exported_folder_is_the_torch_model(family, tmp_path):
 
 @pytest.fixture(scope="module")
 def minilm():
-    source = hf.resolve(hf.PACKAGED)
+    source = hf.resolve(packaged.MINILM_NAME)
     config = hf.load_config(source)
     return config, hf.load_params(source, config)
 

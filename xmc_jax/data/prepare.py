@@ -27,7 +27,6 @@ from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
 from xmc_jax.data.raw_folder import RawDataset
 
-PACKAGED = "minilm-l6-packaged"
 _BLOCK = 1 << 14  # texts tokenised at a time
 
 
@@ -164,7 +163,9 @@ def _parse(arguments: list[str] | None) -> PrepareConfig:
     parser.add_argument("--raw", help="folder of the raw files; a bundled dataset needs none")
     parser.add_argument("--out", dest="data_dir", required=True, help="where dataset folders go")
     parser.add_argument(
-        "--tokenizer", default=PACKAGED, help=f"a folder, a hub name, or {PACKAGED} (default)"
+        "--tokenizer",
+        default=packaged.MINILM_NAME,
+        help=f"a folder, a hub name, or {packaged.MINILM_NAME} (default)",
     )
     parser.add_argument("--revision", help="the tokenizer's revision on the hub")
     parser.add_argument("--max_length", type=int, default=32, help="tokens per text (default 32)")
@@ -184,8 +185,8 @@ def _parse(arguments: list[str] | None) -> PrepareConfig:
     fields = vars(parser.parse_args(arguments))
     if fields["propensity"]:
         fields["propensity"] = tuple(fields["propensity"])
-    if fields["tokenizer"] == PACKAGED:
-        fields |= {"tokenizer": str(packaged.minilm()), "tokenizer_name": PACKAGED}
+    if fields["tokenizer"] == packaged.MINILM_NAME:
+        fields |= {"tokenizer": str(packaged.minilm()), "tokenizer_name": packaged.MINILM_NAME}
     return PrepareConfig(**fields)
 
 
@@ -201,9 +202,9 @@ def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> d
         "format": store.FORMAT,
         "dataset": config.dataset,
         "max_length": config.max_length,
+        # By its digest, and the name that the folder has: a path or revision may differ.
         "tokenizer": {
-            "name": config.tokenizer_name or config.tokenizer,
-            "revision": config.revision,
+            "name": config.tokenizer_name or pathlib.Path(config.tokenizer).name,
             **identity,
         },
         "text": config.text or by_name,
@@ -220,7 +221,8 @@ def _check_same(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
         if recorded.get(field) != value:
             raise ValueError(
                 f"{folder}: expected to have been prepared with {field} {value}, found "
-                f"{recorded.get(field)}; choose another --out, or --overwrite"
+                f"{recorded.get(field)}; choose another folder (--out, --config.data.data_dir), or "
+                "make this one anew with python -m xmc_jax.data.prepare --overwrite"
             )
 
 

@@ -22,7 +22,6 @@ from xmc_jax import packaged
 from xmc_jax.models import bert
 from xmc_jax.models.bert import BertConfig
 
-PACKAGED = "minilm-l6-packaged"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -104,7 +103,7 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
     """
     commit = None
     local = pathlib.Path(name).expanduser()
-    if name == PACKAGED:
+    if name == packaged.MINILM_NAME:
         folder = packaged.minilm()
     elif local.is_dir():
         folder = local
@@ -121,7 +120,7 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
         return Source(folder=folder, name=name, revision=commit, digest="")
     digests = [_sha256(path) for path in _weight_files(folder)]
     digest = digests[0] if len(digests) == 1 else _digest_of("\n".join(digests))
-    if name == PACKAGED and digest != packaged.MINILM_SHA256:
+    if name == packaged.MINILM_NAME and digest != packaged.MINILM_SHA256:
         raise ValueError(
             f"{folder / WEIGHTS}: expected SHA-256 {packaged.MINILM_SHA256}, got {digest}; "
             f"reinstall {packaged.MINILM_DISTRIBUTION}=={packaged.MINILM_VERSION}"
