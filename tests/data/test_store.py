@@ -17,6 +17,8 @@ def test_splits_and_inputs(prepared):
     assert inputs.tokens.dtype == inputs.lengths.dtype == np.int32 and inputs.images is None
     assert type(inputs.tokens) is np.ndarray
     frequency = np.bincount(data.positives("train").indices, minlength=9)
+    np.testing.assert_array_equal(data.label_frequency, frequency)
+    assert data.label_frequency.dtype == np.int64 and data.vocabulary_size == 19
     expected = propensity.inverse_propensity(frequency, 20, *data.propensity)
     np.testing.assert_array_equal(data.inverse_propensity, expected)
     with pytest.raises(ValueError, match="filter pairs of test, got 'train'"):
@@ -36,7 +38,9 @@ def test_expectations(prepared):
     manifest = json.loads((prepared / "manifest.json").read_text())
     digest = manifest["tokenizer"]["digest"]
     store.open(prepared, expect={"tokenizer.digest": digest, "max_length": 5})
-    with pytest.raises(ValueError, match="max_length: expected 32, found 5; prepare"):
+    with pytest.raises(
+        ValueError, match=r"max_length: expected 32, found 5; .*data_dir.*--overwrite"
+    ):
         store.open(prepared, expect={"max_length": 32})
     with pytest.raises(ValueError, match=rf"tokenizer\.digest: expected abc, found {digest}"):
         store.open(prepared, expect={"tokenizer.digest": "abc"})

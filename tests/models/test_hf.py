@@ -226,6 +226,8 @@ def test_resolve_errors(tmp_path, monkeypatch):
     for name in (str(tmp_path / "absent"), "./absent", "a/b/c"):
         with pytest.raises(ValueError, match="expected a folder with a model, found none"):
             hf.resolve(name)
+    with pytest.raises(ValueError, match="expected a folder with a tokenizer, found none"):
+        hf.resolve("./absent", weights=False)
     with pytest.raises(ValueError, match="expected no revision, got 'main'"):
         hf.resolve(str(GOLDEN / "bert"), revision="main")
     # offline (conftest.py), and an empty cache
@@ -247,6 +249,36 @@ def test_hub_name_is_pinned_to_its_commit(tmp_path, monkeypatch):
     assert (source.name, source.revision) == ("org/tiny", commit)
     assert source.digest == hf.resolve(str(GOLDEN / "bert")).digest
     assert hf.resolve("org/tiny", revision=commit) == source
+
+
+def test_a_tokenizer_needs_no_weights(folder, tmp_path, monkeypatch):
+    (folder / hf.WEIGHTS).unlink()
+    assert hf.resolve(str(folder), weights=False) == hf.Source(folder, str(folder), None, "")
+    with pytest.raises(ValueError, match=r"expected model\.safetensors, found none"):
+        hf.resolve(str(folder))
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hf.resolve("org/tiny", weights=False).revision == folder.name
+    assert set(asked.pop()) == {"config.json", *hf.TOKENIZER_FILES}
+
+
+def test_weights_are_hashed_once_per_version(folder, monkeypatch):
+    whole, hashed = hf.hashlib.file_digest, []
+
+    def counted(file, name):
+        hashed.append(file.name)
+        return whole(file, name)
+
+    monkeypatch.setattr(hf.hashlib, "file_digest", counted)
+    first = hf.resolve(str(folder))
+    assert hf.resolve(str(folder)) == first and len(hashed) == 1
+    edit(folder, lambda tensors: tensors.popitem())
+    assert hf.resolve(str(folder)).digest != first.digest and len(hashed) == 2
 
 
 def test_packaged_weights_are_checked(monkeypatch):

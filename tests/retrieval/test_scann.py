@@ -22,7 +22,7 @@ def embeddings(seed, n, width=32):
 
 def test_absence_is_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "scann", None)
-    with pytest.raises(ValueError, match=r"x86-64 Linux only.*--config\.eval\.index=exact"):
+    with pytest.raises(ValueError, match=r"x86-64 Linux and Python.*--config\.eval\.index=exact"):
         ScannIndex.build(embeddings(1, 10), ScannConfig())
 
 

@@ -40,7 +40,8 @@ class PrepareConfig:
         tokenizer: a folder with tokenizer files, or a name on the hub.
         max_length: T, tokens per text, special ones included.
         raw: folder of the raw files; None for a bundled dataset's own.
-        tokenizer_name: what the folder calls the tokenizer; None for the last part of `tokenizer`.
+        tokenizer_name: what the folder and its manifest call the tokenizer; None for the last part
+            of `tokenizer`.
         revision: the tokenizer's revision on the hub.
         encoding: of the raw texts, "utf-8", or "latin-1" as the reference reads them.
         text: "title" or "title_content"; None for the reference's rule, titles alone where the
@@ -82,11 +83,16 @@ class PrepareConfig:
                 )
 
     @property
+    def short_name(self) -> str:
+        """The tokenizer's name, the same for one on the hub and for a folder of that name."""
+        return self.tokenizer_name or pathlib.Path(self.tokenizer).name
+
+    @property
     def folder(self) -> pathlib.Path:
         """The dataset folder."""
-        name = self.tokenizer_name or pathlib.Path(self.tokenizer).name
         held_out = f"-val{100 * self.validation_fraction:g}-seed{self.seed}"
-        name = f"{name}-{self.max_length}" + (held_out if self.validation_fraction else "")
+        name = f"{self.short_name}-{self.max_length}"
+        name += held_out if self.validation_fraction else ""
         return pathlib.Path(self.data_dir) / self.dataset / name
 
 
@@ -204,7 +210,7 @@ def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> d
         "max_length": config.max_length,
         # By its digest, and the name that the folder has: a path or revision may differ.
         "tokenizer": {
-            "name": config.tokenizer_name or pathlib.Path(config.tokenizer).name,
+            "name": config.short_name,
             **identity,
         },
         "text": config.text or by_name,

@@ -227,6 +227,7 @@ def _load(path: pathlib.Path) -> np.ndarray:
 def _compare(what: str, expected: Any, found: Any) -> None:
     if expected != found:
         raise ValueError(
-            f"{what}: expected {expected}, found {found}; prepare the dataset again "
-            "(python -m xmc_jax.data.prepare --overwrite)"
+            f"{what}: expected {expected}, found {found}; choose another folder (--out, "
+            "--config.data.data_dir), or make this one anew with python -m xmc_jax.data.prepare "
+            "--overwrite"
         )

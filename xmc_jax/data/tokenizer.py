@@ -1,4 +1,4 @@
-"""Load, identify and save a tokenizer; texts to fixed-length token ids."""
+"""Load and identify a tokenizer; texts to fixed-length token ids."""
 
 import hashlib
 import json
@@ -49,11 +49,6 @@ def load(name_or_folder: str | pathlib.Path, revision: str | None = None) -> Any
             f"got {type(tokenizer).__name__}"
         )
     return tokenizer
-
-
-def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """`tokens` and `lengths` of `encode_measured`."""
-    return encode_measured(tokenizer, texts, max_length)[:2]
 
 
 def encode_measured(
@@ -116,10 +111,3 @@ def identity(tokenizer: Any) -> dict[str, Any]:
         "vocab_size": len(vocabulary),
         "digest": hashlib.sha256(content.encode()).hexdigest(),
     }
-
-
-def save(tokenizer: Any, folder: pathlib.Path) -> None:
-    """Writes the tokenizer's files into `folder`, for `load`."""
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(str(folder))

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: safetensors and config.json <-> our parameters. No pickles."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -80,7 +81,8 @@ class Source:
         folder: local, with config.json, safetensors and tokenizer files.
         name: as asked for.
         revision: the commit of a Hugging Face repository; None for a folder or a package.
-        digest: SHA-256 of the weights (of the shards' digests, when there are several).
+        digest: SHA-256 of the weights (of the shards' digests, when there are several); "" where
+            no weights were asked for.
     """
 
     folder: pathlib.Path
@@ -108,7 +110,8 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
     elif local.is_dir():
         folder = local
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ValueError(f"{name}: expected a folder with a model, found none")
+        kind = "model" if weights else "tokenizer"
+        raise ValueError(f"{name}: expected a folder with a {kind}, found none")
     else:
         folder = _download(name, revision, weights)
         commit = folder.name
@@ -368,6 +371,14 @@ def _known_unused(name: str, layers_left_out: range) -> bool:
 
 
 def _sha256(path: pathlib.Path) -> str:
+    stat = path.stat()
+    return _sha256_of_version(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256_of_version(path: pathlib.Path, size: int, mtime_ns: int) -> str:
+    # Gigabytes, and a process may resolve a model more than once: a file is read once per version.
+    del size, mtime_ns
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
