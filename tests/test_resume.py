@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_shape_is_refused(program, fields, tmp_path):
         ValueError, match=r"free_vectors: expected float32\[8, 32\], got float32\[16"
     ):
         loop.restore(other, tmp_path)
-    with pytest.raises(ValueError, match=r"expected the checkpoint '7', found those of steps \[10"):
+    with pytest.raises(ValueError, match=r"expected the checkpoint '7', found those of .*15\]"):
         loop.restore(program, tmp_path, "7")
-    assert loop.restore(program, tmp_path, "10")[0] == 10
+    assert loop.restore(program, tmp_path, "14")[0] == 14
     assert loop.restore(program, tmp_path, "best")[0] in (5, 10, 15)

@@ -196,9 +196,9 @@ def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
-    # Libraries log through absl too; of theirs, warnings are enough.
+    # Orbax logs its inner workings through absl too; of other packages, errors are enough.
     logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > py_logging.INFO or "xmc_jax" in record.pathname
+        lambda record: record.levelno > py_logging.WARNING or "xmc_jax" in record.pathname
     )
     try:
         sys.exit(main(argv))
