@@ -85,11 +85,7 @@ def test_index_is_saved_and_found_again(trained):
     folder, _ = trained
     done = command(
         *("--mode=index", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"),
-        *(
-            "--config.eval.k=10",
-            "--config.eval.ks=(1,3)",
-            "--config.eval.scann.brute_force_below=1",
-        ),
+        "--config.eval.scann.brute_force_below=1",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "run" / "index" / "60" / "index.json").exists()

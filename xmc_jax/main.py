@@ -12,6 +12,7 @@ import ctypes
 import difflib
 import logging as py_logging
 import os
+import pathlib
 import re
 import runpy
 import signal
@@ -30,7 +31,6 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "embed", "index", "export"], "What to do."
 )
-
 _STEP = flags.DEFINE_string(
     "step", "latest", "Checkpoint of the modes other than train: latest, best (by P@1) or a step."
 )
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> int:
         labels, folder = program.embed_index(state), workdir / "index" / str(step)
         scann.ScannIndex.build(labels, run.eval.scann).save(folder)
         index = scann.ScannIndex.load(folder, labels)
-        found = scann.compare(index, labels, program.embed(state.params, "test"), run.eval.k)
+        k = min(run.eval.k, len(labels))
+        found = scann.compare(index, labels, program.embed(state.params, "test"), k)
         print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
     elif mode == "export":
         hf.export(
@@ -107,7 +108,7 @@ def open_data(fields: Mapping[str, Any]):
             dataset=data["dataset"],
             data_dir=data["data_dir"],
             tokenizer=str(source.folder),
-            tokenizer_name=source.name.rsplit("/", 1)[-1],
+            tokenizer_name=pathlib.PurePath(source.name).name,
             max_length=data["max_length"],
             raw=None if data["raw_dir"] == "bundled" else data["raw_dir"],
             encoding=data["encoding"],
