@@ -64,7 +64,7 @@ def test_signals(program, straight, tmp_path, monkeypatch, stops):
         with pytest.raises(loop.Interrupted, match=f"SIGTERM: saved at step {stop}") as stopped:
             loop.train(program, tmp_path)
         assert stopped.value.signum == signal.SIGTERM
-        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
             assert checkpoints.latest() == stop
     trained = loop.train(program, tmp_path)
     assert trained.step == straight[0].step == STEPS
@@ -83,7 +83,7 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tm
     assert again.step == straight[0].step
     assert again.evaluation.metrics == straight[0].evaluation.metrics
     assert records(tmp_path) == straight[1]
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.best() in checkpoints.steps()
 
 
@@ -149,7 +149,7 @@ def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
     command = [sys.executable, "-c", CHILD, str(kill_in), f"--config={tmp_path / 'config.py'}"]
     child = subprocess.run([*command, f"--workdir={workdir}"], capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
-    with checkpoint.Checkpoints(workdir) as checkpoints:
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         assert len(checkpoints.steps()) < kill_in
     trained = loop.train(program, workdir)
     assert_identical(trained.state, straight[0].state)
