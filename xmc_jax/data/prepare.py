@@ -36,13 +36,16 @@ class PrepareConfig:
 
     Attributes:
         dataset: its name; published counts of known names are checked.
-        data_dir: where dataset folders go; the result is `<data_dir>/<dataset>/<tokenizer>-<T>`.
+        data_dir: where dataset folders go; the result is `<data_dir>/<dataset>/<tokenizer>-<T>`,
+            with `-bare` behind it without special tokens.
         tokenizer: a folder with tokenizer files, or a name on the hub.
         max_length: T, tokens per text, special ones included.
         raw: folder of the raw files; None for a bundled dataset's own.
         tokenizer_name: what the folder and its manifest call the tokenizer; None for the last part
             of `tokenizer`.
         revision: the tokenizer's revision on the hub.
+        special_tokens: whether texts get the tokenizer's special tokens, as encoders need them; or
+            none, for decoders, which put prompts around them.
         encoding: of the raw texts, "utf-8", or "latin-1" as the reference reads them.
         text: "title" or "title_content"; None for the reference's rule, titles alone where the
             dataset's name says so.
@@ -60,6 +63,7 @@ class PrepareConfig:
     raw: str | pathlib.Path | None = None
     tokenizer_name: str | None = None
     revision: str | None = None
+    special_tokens: bool = True
     encoding: str = "utf-8"
     text: str | None = None
     propensity: tuple[float, float] | None = None
@@ -92,6 +96,7 @@ class PrepareConfig:
         """The dataset folder."""
         held_out = f"-val{100 * self.validation_fraction:g}-seed{self.seed}"
         name = f"{self.short_name}-{self.max_length}"
+        name += "" if self.special_tokens else "-bare"
         name += held_out if self.validation_fraction else ""
         return pathlib.Path(self.data_dir) / self.dataset / name
 
@@ -109,7 +114,8 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
     source = bundled.path(config.dataset) if config.raw is None else pathlib.Path(config.raw)
     files = raw_folder.find(source, train_only=config.validation_fraction > 0)
     tokenizer = tokenizers.load(config.tokenizer, config.revision)
-    inputs = _inputs(config, raw_folder.digests(files), tokenizers.identity(tokenizer))
+    identity = tokenizers.identity(tokenizer, config.special_tokens)
+    inputs = _inputs(config, raw_folder.digests(files), identity)
     folder = config.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
@@ -175,6 +181,12 @@ def _parse(arguments: list[str] | None) -> PrepareConfig:
     )
     parser.add_argument("--revision", help="the tokenizer's revision on the hub")
     parser.add_argument("--max_length", type=int, default=32, help="tokens per text (default 32)")
+    parser.add_argument(
+        "--bare",
+        dest="special_tokens",
+        action="store_false",
+        help="without special tokens, as decoders need texts",
+    )
     parser.add_argument("--encoding", default="utf-8", help="utf-8 (default) or latin-1")
     parser.add_argument("--text", help="title or title_content; by default as the name says")
     parser.add_argument(
@@ -218,12 +230,15 @@ def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> d
         "propensity": list(constants),
         "validation": validation if config.validation_fraction else None,
         "raw": digests,
+        # Absent where true: the manifests of encoders, whose digests checkpoints name, stay the
+        # same byte for byte.
+        **({} if config.special_tokens else {"special_tokens": False}),
     }
 
 
 def _check_same(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
-    recorded = dict(_leaves(store.open(folder).manifest))
-    for field, value in _leaves(inputs):
+    recorded = {"special_tokens": True} | dict(_leaves(store.open(folder).manifest))
+    for field, value in _leaves({"special_tokens": True} | inputs):
         if recorded.get(field) != value:
             raise ValueError(
                 f"{folder}: expected to have been prepared with {field} {value}, found "
@@ -283,7 +298,7 @@ def _write_texts(partial, split: str, items: Items, inputs, tokenizer, bar) -> d
     for start in range(0, len(texts), _BLOCK):
         block = slice(start, start + _BLOCK)
         tokens[block], lengths[block], whole[block] = tokenizers.encode_measured(
-            tokenizer, texts[block], inputs["max_length"]
+            tokenizer, texts[block], inputs["max_length"], inputs.get("special_tokens", True)
         )
         bar.update(len(texts[block]))
     tokens.flush()

@@ -31,7 +31,7 @@ class Split:
 
     Attributes:
         tokens: i32[n, T], memory-mapped.
-        lengths: u16[n], tokens per text.
+        lengths: u16[n], tokens per text; 0 only for an empty text without special tokens.
     """
 
     tokens: np.ndarray
@@ -91,6 +91,11 @@ class Store:
     def max_length(self) -> int:
         """T."""
         return self.manifest["max_length"]
+
+    @property
+    def special_tokens(self) -> bool:
+        """Whether texts carry the tokenizer's special tokens; bare ones are for decoders."""
+        return self.manifest.get("special_tokens", True)
 
     @property
     def propensity(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Load and identify a tokenizer; texts to fixed-length token ids."""
+"""Load, identify and copy a tokenizer; texts to fixed-length token ids."""
 
 import hashlib
 import json
@@ -8,9 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
+"""What a folder of an encoder may hold; only the first must be there."""
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""Tokens with a role."""
 
 # With the vocabulary, these tell tokenizers apart: case, accents, scripts, numbers, punctuation.
-_PROBES = (
+PROBES = (
     "",
     "Hello, World! It's 3.14 o'clock -- e-mail: a_b@c.org",
     "Café naïve ÅNGSTRÖM ﬁn ½ 日本語 Привет \u200b\u00a0 🙂",
@@ -21,6 +33,9 @@ _PROBES = (
 
 def load(name_or_folder: str | pathlib.Path, revision: str | None = None) -> Any:
     """A fast Hugging Face tokenizer; code that comes with a model is never run.
+
+    A byte-pair tokenizer.json, as all decoders have, is taken as it stands: `AutoTokenizer` builds
+    many classes anew from the vocabulary, with rules of its own for splitting words.
 
     Args:
         name_or_folder: a folder with tokenizer files, or a name on the hub.
@@ -34,9 +49,11 @@ def load(name_or_folder: str | pathlib.Path, revision: str | None = None) -> Any
     from transformers import AutoTokenizer  # takes a second, and only preparing needs it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(name_or_folder), revision=revision, trust_remote_code=False
-        )
+        tokenizer = _load_byte_pairs(str(name_or_folder), revision)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(name_or_folder), revision=revision, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
@@ -52,24 +69,27 @@ def load(name_or_folder: str | pathlib.Path, revision: str | None = None) -> Any
 
 
 def encode_measured(
-    tokenizer: Any, texts: Sequence[str], max_length: int
+    tokenizer: Any, texts: Sequence[str], max_length: int, special_tokens: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Texts as token ids with the tokenizer's special tokens, cut and right-padded to T.
+    """Texts as token ids, cut and right-padded to T.
 
     Args:
         tokenizer: see `load`.
         texts: n texts.
         max_length: T, tokens, special ones included.
+        special_tokens: whether the tokenizer puts its special tokens around a text.
 
     Returns:
-        tokens: i32[n, T]; the tokenizer's padding id, or 0, past each length.
-        lengths: i32[n], in [1, T].
+        tokens: i32[n, T]; past each length the tokenizer's padding id, or 0, always so without
+            special tokens (an exported tokenizer may pad with another than its original).
+        lengths: i32[n], in [1, T]; 0 for an empty text without special tokens.
         whole: i32[n], what the lengths would be without the cut.
 
     Raises:
-        ValueError: T has no room for the special tokens and one more, or a text has no tokens.
+        ValueError: T has no room for the special tokens and one more, or a text has no tokens
+            where it should have special ones.
     """
-    special = tokenizer.num_special_tokens_to_add(pair=False)
+    special = tokenizer.num_special_tokens_to_add(pair=False) if special_tokens else 0
     if max_length <= special:
         raise ValueError(
             f"tokenizer: expected max_length above its {special} special tokens, got {max_length}"
@@ -77,15 +97,17 @@ def encode_measured(
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(max_length, direction="right")
-    tokens = np.full((len(texts), max_length), tokenizer.pad_token_id or 0, np.int32)
+    padding = (tokenizer.pad_token_id or 0) if special_tokens else 0
+    tokens = np.full((len(texts), max_length), padding, np.int32)
     lengths = np.zeros(len(texts), np.int32)
     whole = np.zeros(len(texts), np.int32)
-    for row, encoding in enumerate(backend.encode_batch_fast(list(texts))):
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
+    for row, encoding in enumerate(encodings):
         ids = encoding.ids
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
         whole[row] = len(ids) + sum(len(rest.ids) - special for rest in encoding.overflowing)
-    if (lengths == 0).any():
+    if special_tokens and (lengths == 0).any():
         row = int(np.argmin(lengths))
         raise ValueError(
             f"tokenizer: expected at least one token per text, got none for text {row}, "
@@ -94,20 +116,113 @@ def encode_measured(
     return tokens, lengths, whole
 
 
-def identity(tokenizer: Any) -> dict[str, Any]:
+def identity(tokenizer: Any, special_tokens: bool = True) -> dict[str, Any]:
     """What tells a tokenizer from others, the same in every version of the libraries.
+
+    Args:
+        tokenizer: see `load`.
+        special_tokens: whether what it puts around a text counts; without, a tokenizer that was
+            exported with prompts is the one that it was made from.
 
     Returns:
         `vocab_size`, added tokens included, and `digest`: SHA-256 of the vocabulary and of the ids
         of some probe texts.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
     vocabulary = tokenizer.get_vocab()
-    probes = [encoding.ids for encoding in backend.encode_batch_fast(list(_PROBES))]
+    probes = encode(tokenizer, PROBES, special_tokens)
     content = json.dumps([sorted(vocabulary.items()), probes], ensure_ascii=True)
     return {
         "vocab_size": len(vocabulary),
         "digest": hashlib.sha256(content.encode()).hexdigest(),
     }
+
+
+def copy(source: pathlib.Path, folder: epath.PathLike) -> None:
+    """Copies the tokenizer files of an encoder into a model folder.
+
+    Args:
+        source: local.
+        folder: exists; may be remote.
+
+    Raises:
+        ValueError: no tokenizer.json to copy.
+    """
+    check_exportable(source)
+    for name in FILES:
+        if (source / name).is_file():
+            (epath.Path(folder) / name).write_bytes((source / name).read_bytes())
+
+
+def _load_byte_pairs(name: str, revision: str | None) -> Any | None:
+    """The tokenizer.json of a folder or a name on the hub; None if there is none of byte pairs."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    def find(file: str) -> pathlib.Path | None:
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else pathlib.Path(found)
+
+    path = find("tokenizer.json")
+    if path is None:
+        return None
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return None
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise ValueError(f"{path}: {error}") from error
+    named = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path := find(file)) is not None:
+            named |= read_json(path)
+    vocabulary = tokenizer.get_vocab()
+    for key in NAMED:
+        token = named.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in vocabulary:  # otherwise naming it would add it
+            setattr(tokenizer, key, token)
+    return tokenizer
+
+
+def encode(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
+    """Texts as token ids, whole and of any length; with the tokenizer's special tokens or bare."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
+    return [encoding.ids for encoding in encodings]
+
+
+def check_exportable(source: pathlib.Path) -> None:
+    """Raises ValueError if a folder has no tokenizer.json."""
+    if not (source / "tokenizer.json").is_file():
+        raise ValueError(f"{source}: expected a tokenizer.json, found none")
+
+
+def read_json(path: epath.PathLike, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: may be remote.
+        optional: {} where there is no such file.
+
+    Raises:
+        ValueError: something else in it.
+    """
+    path = epath.Path(path)
+    if optional and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
