@@ -7,7 +7,8 @@ trains on the bundled dataset, on a CPU, with nothing to download. The config is
 
 Where numbers come from:
     [V]       the ViXML paper, arXiv 2511.13189v1, with its supplement
-    [script]  the run script of the reference for encoders, LF-AmazonTitles-131K with images
+    [script]  the run scripts of the reference for encoders and, where decoders are meant, for
+              decoders, LF-AmazonTitles-131K with images
     [Debian]  the settings of the reference runs on LF-DebianTitles-3K (docs/reproduce.md)
     [ours]    chosen here; on the Debian sets by validation on held-out source packages
 """
@@ -48,8 +49,22 @@ BASE = {
         "pooling": "mean",  # [V] sec. 3.1
         "dropout": config_dict.placeholder(float),  # None: the model's own, 0.1
         "compute_dtype": "float32",
+        "frozen_dtype": "float32",
         "remat": "none",
         "init": "pretrained",
+        "lora": {
+            "rank": 0,  # none: encoders are trained whole
+            "alpha": 256.0,  # [V] supp. A
+            "dropout": 0.0,  # [V] supp. A
+            "scaling": "rslora",  # [V] supp. A
+            "targets": ("query", "key", "value", "out", "gate", "up", "down"),  # [V] supp. A
+        },
+    },
+    "fusion": {  # of decoders; encoders take no prompts, [V] eq. 3
+        "prefix": "",
+        "image_prefix": "",
+        "suffix": "",
+        "positions": "contiguous",  # [V] supp. A. Departs: in the reference padding takes some
     },
     "prime": {
         "enabled": True,
@@ -147,6 +162,7 @@ BASE = {
         "query_block": 512,
         "database_block": 32_768,
     },
+    "export": {"format": "merged", "dtype": "float32"},
 }
 
 _AMAZON = {"encoder": {"compute_dtype": "bfloat16"}}  # Departs: the reference has fp16 autocast
@@ -170,7 +186,7 @@ DATASETS = {
 }
 
 # Checkpoints and learning rates: [V] Table 9; rate of all other parameters: [V] supp. A.
-BACKBONES = {
+ENCODERS = {
     "minilm_l3": {
         "encoder": {"backbone": "sentence-transformers/paraphrase-MiniLM-L3-v2"},
         "optimizer": {"lr": _lr(5e-4, 5e-4)},
@@ -188,6 +204,69 @@ BACKBONES = {
         "optimizer": {"lr": _lr(1e-4, 5e-4)},
     },
 }
+
+_LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
+
+
+def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16) -> dict:
+    """A decoder LLM with adapters; [V] supp. A and Table 9, and the run script for decoders.
+
+    Args:
+        name: on the hub.
+        suffix: the token that ends a text, as this family calls it.
+        lr: of the adapters.
+        chunks: in which a batch is encoded, so that it fits in 80 GB (docs/models.md); [ours].
+    """
+    return {
+        "encoder": {
+            "backbone": name,
+            "compute_dtype": "bfloat16",
+            "frozen_dtype": "bfloat16",
+            "remat": "nothing_saveable",  # [script]: gradient checkpointing
+            "lora": {"rank": 256},
+        },
+        "fusion": {
+            "prefix": "This product text",
+            "image_prefix": "and its image",
+            "suffix": suffix,
+        },
+        "prime": {"free_vector_init": "cluster_mean"},  # [script]; [V] is silent
+        "optimizer": {
+            "lr": _lr(lr, 5e-4),  # [script]; [V] has 1e-4 for the others
+            "weight_decay": ((".*bias", 0.0), ("free_vectors", 0.0), (".*", 0.01)),
+            "trainable": _LORA_ONLY,
+            "clip_norm": 1.0,  # reference code
+        },
+        "curriculum": {  # [script]
+            "start": 4,
+            "update": 2,
+            "cluster_size": 16,
+            "double_at": (8, 12, 16, 20, 24),
+        },
+        "train": {
+            "epochs": 30,  # [V] supp. A
+            "n_chunks": chunks,
+            "eval_every": 5,  # [script]
+        },
+    }
+
+
+# Instruction-tuned throughout, as in [V]; the sizes that [V] does not train have its settings.
+DECODERS = {
+    "qwen25_0_5b": _decoder("Qwen/Qwen2.5-0.5B-Instruct", "<|endoftext|>", chunks=8),
+    "qwen25_1_5b": _decoder("Qwen/Qwen2.5-1.5B-Instruct", "<|endoftext|>"),
+    "qwen25_3b": _decoder("Qwen/Qwen2.5-3B-Instruct", "<|endoftext|>"),
+    "qwen25_7b": _decoder("Qwen/Qwen2.5-7B-Instruct", "<|endoftext|>")
+    | {"train": {"batch_size": 1024, "epochs": 30, "n_chunks": 16, "eval_every": 5}},  # [V] supp. A
+    "qwen3_0_6b": _decoder("Qwen/Qwen3-0.6B", "<|endoftext|>", chunks=8),
+    "qwen3_4b": _decoder("Qwen/Qwen3-4B", "<|endoftext|>"),
+    "qwen3_embedding_4b": _decoder("Qwen/Qwen3-Embedding-4B", "<|endoftext|>"),
+    "llama32_1b": _decoder("meta-llama/Llama-3.2-1B-Instruct", "<|end_of_text|>"),
+    "llama32_3b": _decoder("meta-llama/Llama-3.2-3B-Instruct", "<|end_of_text|>"),
+    "gemma3_1b": _decoder("google/gemma-3-1b-it", "<eos>"),
+    "gemma3_4b": _decoder("google/gemma-3-4b-it", "<eos>"),
+}
+BACKBONES = ENCODERS | DECODERS
 
 # [Debian]
 _REFERENCE = {
@@ -227,10 +306,28 @@ _DEBIAN = {
 # MiniLM-L3 is here the first three layers of the packaged all-MiniLM-L6-v2: nothing to download.
 _PACKAGED_L3 = {"encoder": {"backbone": "minilm-l6-packaged", "layers": 3}}
 
-# By (family or backbone, dataset); the family's comes first. All backbones here are of one family.
+# [ours], not tuned: the same objective, and what the family needs.
+_DEBIAN_DECODER = _DEBIAN | {
+    "data": {"max_length": 32},
+    "optimizer": {
+        "lr": (("backbone/.*", 1e-4), ("free_vectors", 5e-3)),
+        "weight_decay": (("free_vectors", 0.0), (".*", 0.01)),
+        "warmup_steps": 5,
+    },
+}
+
+# By (family or backbone, dataset); the family's comes first.
 RECIPES = {
     ("encoder", "debian_3k"): _DEBIAN,
     ("encoder", "debian_26k"): _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 2}},
+    ("decoder", "debian_3k"): _DEBIAN_DECODER,
+    ("decoder", "debian_26k"): _DEBIAN_DECODER,
+    # [V] supp. A
+    ("decoder", "amazontitles_1_3m"): {"train": {"epochs": 40}},
+    ("decoder", "amazon_131k"): {
+        "train": {"batch_size": 512},
+        "optimizer": {"lr": _lr(2e-5, 5e-4)},
+    },
     ("minilm_l3", "debian_3k"): _PACKAGED_L3,
     ("minilm_l3", "debian_26k"): _PACKAGED_L3,
     # [V] supp. A: what fits in 80 GB at 128 tokens.
@@ -252,6 +349,8 @@ def _reference(config: Mapping[str, Any]) -> dict:
             f"option reference: expected debian_3k or debian_26k, whose reference runs it repeats, "
             f"got {dataset}; the Amazon recipes are the reference's without it"
         )
+    if config["encoder"]["lora"]["rank"]:
+        raise ValueError("option reference: expected an encoder, as its runs had, got a decoder")
     # Back to BASE first: nothing that our own recipe for the dataset sets may remain.
     sections = ("prime", "loss", "optimizer", "curriculum", "tables", "train", "eval")
     override = {section: copy.deepcopy(BASE[section]) for section in sections}
@@ -264,12 +363,33 @@ def _ngame(config: Mapping[str, Any]) -> dict:
     rates = [
         (path, rate) for path, rate in config["optimizer"]["lr"] if path.startswith("backbone")
     ]
-    decays = [pair for pair in config["optimizer"]["weight_decay"] if pair[0] != "free_vectors"]
+    without = ["free_vectors"]  # and, where only adapters are left to train, without biases
+    without += [".*bias"] if config["encoder"]["lora"]["rank"] else []
+    decays = [pair for pair in config["optimizer"]["weight_decay"] if pair[0] not in without]
     return {
         "prime": {"enabled": False},
         "loss": {"document_to_label": 1.0},  # our own recipe has none, and trains no label text
-        "optimizer": {"lr": tuple(rates), "weight_decay": tuple(decays)},
+        "optimizer": {"lr": tuple(rates), "weight_decay": tuple(decays)} | _without_rest(config),
         "train": {"labels": "sampled"},
+    }
+
+
+def _without_rest(config: Mapping[str, Any]) -> dict:
+    # No parameter is left that is neither the backbone's nor an adapter.
+    trainable = config["optimizer"]["trainable"]
+    return {"trainable": _LORA_ONLY[:-1]} if trainable == _LORA_ONLY else {}
+
+
+def _full(config: Mapping[str, Any]) -> dict:
+    if not config["encoder"]["lora"]["rank"]:
+        raise ValueError("option full: expected a decoder; encoders are trained whole without it")
+    decays = config["optimizer"]["weight_decay"]
+    return {
+        "encoder": {"lora": {"rank": 0}},
+        "optimizer": {
+            "trainable": ((".*", True),),
+            "weight_decay": (("backbone/.*norm.*", 0.0), *decays),
+        },
     }
 
 
@@ -282,6 +402,7 @@ def _ema(config: Mapping[str, Any]) -> dict:
 OPTIONS: dict[str, Callable[[Mapping[str, Any]], dict]] = {
     "text_only": lambda config: {},  # the only mode yet; recipes are already those of text only
     "reference": _reference,  # the settings of the reference runs on the Debian sets
+    "full": _full,  # a decoder without adapters, trained whole; not in the paper
     "ngame": _ngame,  # PRIME off: document-to-label term alone, over sampled labels
     "margin": lambda config: {"loss": {"kind": "margin"}},
     "decoupled_softmax": lambda config: {"loss": {"kind": "decoupled_softmax"}},
@@ -301,6 +422,33 @@ NAMES = {
             "curriculum": {"start": 0, "update": 1},
             "optimizer": {"warmup_steps": 2},
             "train": {"batch_size": 512, "epochs": 2, "log_every": 2},
+        },
+    ),
+    # A minute on a CPU: a random two-layer Qwen2 through all that the paper's decoders go through
+    # (adapters, prompts, chunks, sampled labels, PRIME) but the margin loss, which collapses here.
+    "tiny_decoder": (
+        "qwen25_0_5b/debian_3k",
+        {
+            "data": {"max_length": 24},
+            "encoder": {
+                "backbone": "tiny-qwen2-bundled",
+                "compute_dtype": "float32",
+                "init": "random",
+                "lora": {"rank": 8, "alpha": 8.0},
+            },
+            "prime": {
+                "combiner": "transformer",
+                "free_vector_init": "cluster_mean",
+                "free_vectors": 2048,
+                "ff_dim": 128,
+            },
+            "loss": {"document_to_label": 1.0, "label_to_document": 1.0},
+            "optimizer": {
+                "lr": (("backbone/.*", 5e-3), ("free_vectors", 5e-3), (".*", 2e-3)),
+                "weight_decay": ((".*bias", 0.0), ("free_vectors", 0.0), (".*", 0.01)),
+            },
+            "curriculum": {"start": 0, "update": 1},
+            "train": {"labels": "sampled", "epochs": 4, "n_chunks": 2},
         },
     ),
 }
@@ -327,7 +475,7 @@ def get_config(variant: str = "") -> ConfigDict:
     for override in (
         DATASETS[dataset],
         BACKBONES[backbone],
-        RECIPES.get(("encoder", dataset), {}),
+        RECIPES.get(("decoder" if backbone in DECODERS else "encoder", dataset), {}),
         RECIPES.get((backbone, dataset), {}),
         named,
     ):

@@ -52,20 +52,15 @@ def backbone(tmp_path_factory) -> pathlib.Path:
     from flax.core import meta
 
     from xmc_jax import packaged
-    from xmc_jax.models import dual, hf
+    from xmc_jax.data import tokenizer
+    from xmc_jax.models import dual, hf_export
     from xmc_jax.models.bert import BertConfig
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     config = BertConfig(hidden=32, layers=2, heads=2, ff=64, max_positions=64)
     params = meta.unbox(dual.init_params(dual.DualEncoder(config), 0))["backbone"]
-    hf.export(
-        folder,
-        params,
-        config,
-        tokenizer_folder=packaged.minilm(),
-        pooling="mean",
-        max_length=16,
-    )
+    hf_export.merged(folder, params, config, pooling="mean", max_length=16)
+    tokenizer.copy(packaged.minilm(), folder)
     return folder
 
 

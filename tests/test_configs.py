@@ -12,19 +12,20 @@ from flax.core import meta
 from ml_collections import config_flags
 
 from configs import vixml
-from xmc_jax import main
+from xmc_jax import main, packaged
 from xmc_jax.data.known import KNOWN
 from xmc_jax.models import dual, hf
 from xmc_jax.training import optimizer
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
+from xmc_jax.types import Prompts
 
 PAIRS = [f"{backbone}/{dataset}" for backbone in vixml.BACKBONES for dataset in vixml.DATASETS]
 VARIANTS = [
     "",
     *vixml.NAMES,
     *PAIRS,
-    *(f"{vixml.DEFAULT},{option}" for option in vixml.OPTIONS),
+    *(f"{vixml.DEFAULT},{option}" for option in vixml.OPTIONS if option != "full"),
     *(
         f"{vixml.DEFAULT},{options}"
         for options in ("ngame,margin", "ngame,ema", "margin,ema", "exact,margin")
@@ -34,7 +35,12 @@ VARIANTS = [
         for option in ("ngame", "ema", "decoupled_softmax")
     ),
     "bert/amazon_131k,ngame,exact",
+    *(
+        f"qwen25_3b/amazontitles_131k,{options}"
+        for options in ("full", "ngame", "full,ngame", "decoupled_softmax,exact", "ema,scann")
+    ),
 ]
+
 DATA_FIELDS = {
     "dataset",
     "raw_dir",
@@ -82,10 +88,8 @@ def test_optimizer_groups_fit_the_parameters(variant):
     """Every parameter has a rate and a decay, and every pattern decides one (else build raises)."""
     config = RunConfig.from_dict(vixml.get_config(variant).to_dict())
     encoder, prime = config.encoder, config.prime if config.prime.enabled else None
-    bert = hf.load_config(hf.resolve(encoder.backbone), encoder.layers)
-    model = dual.DualEncoder(
-        bert, encoder.pooling, encoder.compute_dtype, encoder.remat, prime, num_free_vectors=4
-    )
+    sizes = hf.load_config(hf.resolve(encoder.backbone), encoder.layers)
+    model = dual.DualEncoder(sizes, encoder.pooling, prime=prime, num_free_vectors=4)
     params = meta.unbox(jax.eval_shape(lambda: dual.init_params(model, 0)))
     transform = optimizer.build(config.optimizer, params, 10)
     zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params)
@@ -107,8 +111,14 @@ def test_optimizer_groups_fit_the_parameters(variant):
 
 
 @pytest.fixture(scope="module")
-def dataset(fields):
-    return main.open_data(fields)
+def small(fields) -> dict[bool, dict]:
+    """Encoder sections of a small decoder and of a small encoder, and their datasets."""
+    encoder = {"backbone": fields["encoder"]["backbone"], "layers": None}
+    decoder = {"backbone": packaged.TINY_DECODER_NAME, "init": "random"}
+    return {
+        decodes: (section, main.open_data(fields | {"encoder": fields["encoder"] | section}))
+        for decodes, section in ((True, decoder), (False, encoder))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,19 +128,24 @@ def traced() -> set[str]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_can_be_traced(variant, fields, dataset, traced):
-    """The sections of a variant fit each other, up to a step of a small encoder."""
+def test_a_step_can_be_traced(variant, fields, small, traced):
+    """The sections of a variant fit each other, up to a step of a small backbone."""
     config = vixml.get_config(variant).to_dict()
-    config["encoder"] |= {"backbone": fields["encoder"]["backbone"], "layers": None}
+    decodes = variant.split("/")[0] in vixml.DECODERS or variant == "tiny_decoder"
+    section, dataset = small[decodes]
+    config["encoder"] |= section
     config["prime"] |= {"free_vectors": 16, "ff_dim": 64}
-    config["train"] |= {"batch_size": 40, "epochs": 3}
+    chunks = min(config["train"]["n_chunks"], 2)
+    config["train"] |= {"batch_size": 40, "epochs": 3, "n_chunks": chunks}
     config["eval"] = fields["eval"]
-    key = json.dumps(
-        {name: config[name] for name in config if name not in ("data", "eval", "name")}
-    )
+    untraced = ("data", "eval", "export", "fusion", "name")
+    parts = {name: config[name] for name in config if name not in untraced}
+    patterns = [pattern for pattern, _ in config["optimizer"]["lr"]]
+    key = json.dumps(parts | {"optimizer": config["optimizer"] | {"lr": patterns}})
     if key in traced:
         return
-    program = Program(RunConfig.from_dict(config), dataset)
+    prompts = Prompts(head=(1, 2), tail=(3,)) if decodes else Prompts()
+    program = Program(RunConfig.from_dict(config), dataset, prompts)
     batch = program.sampler.build(np.arange(200, dtype=np.int32), 0, 0)
     state, metrics = jax.eval_shape(program.step.train, program.abstract, program.frozen, batch)
     assert jax.tree.structure(state) == jax.tree.structure(program.abstract)
@@ -178,19 +193,43 @@ def test_options_of_sampled_labels(option):
         ("minilm_l3/amazon_131k", 2048, 5e-4, 128),
         ("distilbert/amazon_131k", 1024, 1e-4, 128),
         ("bert/amazon_131k", 512, 5e-5, 128),
+        ("qwen25_0_5b/amazontitles_131k", 2048, 5e-5, 32),
+        ("qwen25_3b/amazontitles_1_3m", 2048, 5e-5, 32),
+        ("qwen25_7b/amazontitles_131k", 1024, 5e-5, 32),
+        ("qwen25_3b/amazon_131k", 512, 2e-5, 128),
+        ("gemma3_4b/mm_amazontitles_300k", 2048, 5e-5, 32),
+        ("llama32_3b/amazontitles_131k", 2048, 5e-5, 32),
     ],
 )
 def test_paper_recipes(variant, batch_size, lr, max_length):
     """ViXML supp. A and Table 9."""
     config = vixml.get_config(variant)
     assert config.train.batch_size == batch_size
-    assert config.train.epochs == 300
+    decodes = variant.split("/")[0] in vixml.DECODERS
+    assert config.train.epochs == ((40 if "1_3m" in variant else 30) if decodes else 300)
     assert config.data.max_length == max_length
     assert dict(config.optimizer.lr) == {
         "backbone/.*": lr,
         "combiner/.*": 5e-4,
         "free_vectors": 5e-4,
     }
+
+
+@pytest.mark.parametrize("backbone", vixml.DECODERS)
+def test_decoder_recipes(backbone):
+    """ViXML supp. A, and the reference's run script for decoders."""
+    config = vixml.get_config(f"{backbone}/amazontitles_131k")
+    lora = config.encoder.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.scaling) == (256, 256, 0, "rslora")
+    assert len(lora.targets) == 7
+    assert config.optimizer.clip_norm == 1.0 and config.optimizer.warmup_steps == 100
+    assert config.encoder.compute_dtype == config.encoder.frozen_dtype == "bfloat16"
+    assert config.prime.free_vector_init == "cluster_mean" and config.prime.heads == 8
+    assert (config.curriculum.start, config.curriculum["update"]) == (4, 2)
+    assert config.curriculum.double_at == (8, 12, 16, 20, 24)
+    assert config.fusion.prefix == "This product text"
+    family = {"qwen": "<|endoftext|>", "llam": "<|end_of_text|>", "gemm": "<eos>"}
+    assert config.fusion.suffix == family[backbone[:4]]
 
 
 @pytest.mark.parametrize(
@@ -228,9 +267,17 @@ def test_unknown_parts_name_the_nearest(variant, nearest):
     assert f"did you mean {nearest!r}" in str(error.value)
 
 
-def test_reference_is_refused_elsewhere():
-    with pytest.raises(ValueError, match="expected debian_3k or debian_26k"):
-        vixml.get_config("bert/amazon_131k,reference")
+@pytest.mark.parametrize(
+    "variant, message",
+    [
+        ("bert/amazon_131k,reference", "expected debian_3k or debian_26k"),
+        ("qwen25_3b/debian_3k,reference", "expected an encoder, as its runs had"),
+        ("bert/amazon_131k,full", "expected a decoder"),
+    ],
+)
+def test_options_are_refused_elsewhere(variant, message):
+    with pytest.raises(ValueError, match=message):
+        vixml.get_config(variant)
 
 
 def parse(monkeypatch, variant: str, *overrides: str) -> dict:

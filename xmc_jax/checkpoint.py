@@ -17,6 +17,7 @@ RESUMABLE = (
     "data.data_dir",
     "data.raw_dir",
     "eval",
+    "export",
     "mesh",
     "train.checkpoint_every",
     "train.eval_every",

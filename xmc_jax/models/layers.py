@@ -1,6 +1,8 @@
-"""Layers shared by the encoders and the combiner: arrays in, arrays out, no configuration."""
+"""Layers shared by the backbones and the combiner: arrays in, arrays out."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -10,37 +12,105 @@ import jax.numpy as jnp
 Initializer = Callable[..., jax.Array]
 
 
+SCALINGS = ("rslora", "classic")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: y = x W + scale * dropout(x) A B, in which A and B are trained.
+
+    Attributes:
+        rank: R; 0 is no adapters, and the backbone itself is trained or not.
+        alpha: numerator of the scale.
+        dropout: fraction of the adapters' input.
+        scaling: "rslora", alpha / sqrt(R), or "classic", alpha / R.
+        targets: names of the layers that get adapters: "query", "key", "value", "out", "up",
+            "down", and in decoders "gate".
+
+    Source: ViXML supp. A (rank 256, alpha 256, rsLoRA, all seven); Hu et al., arXiv 2106.09685;
+    Kalajdzievski, arXiv 2312.03732.
+    """
+
+    rank: int = 0
+    alpha: float = 256.0
+    dropout: float = 0.0
+    scaling: str = "rslora"
+    targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+
+    def __post_init__(self):
+        for name, fits, expected in (
+            ("rank", self.rank >= 0, "at least 0"),
+            ("alpha", self.alpha > 0, "more than 0"),
+            ("dropout", 0 <= self.dropout < 1, "a fraction in [0, 1)"),
+            ("scaling", self.scaling in SCALINGS, f"one of {SCALINGS}"),
+            ("targets", bool(self.targets) or not self.rank, "at least one layer"),
+        ):
+            if not fits:
+                raise ValueError(f"lora.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the adapters is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    def check_targets(self, known: tuple[str, ...]) -> None:
+        """Raises ValueError if a target is not one of a backbone's layers, `known`."""
+        unknown = [name for name in self.targets if name not in known]
+        if self.rank and unknown:
+            raise ValueError(
+                f"lora.targets: expected layers of this backbone, {known}, got {unknown}"
+            )
+
+
+NO_LORA = LoraConfig()
+
+
 class Dense(nn.Module):
-    """x @ kernel + bias over the last axis.
+    """x @ kernel + bias over the last axis, and low-rank adapters if asked.
 
     Attributes:
         features: output width.
         axes: logical names of the kernel's two axes; the bias is split like the second.
         kernel_init: of f32[in, features].
-        bias_init: of f32[features].
-        dtype: what the product is computed in; parameters are float32.
+        bias_init: of f32[features]; None is no bias.
+        dtype: what the products are computed in, whatever the parameters are stored in.
+        lora: adapters `lora_a` f32[in, R], drawn as in `peft`, and `lora_b` f32[R, features], zero
+            at first; none of rank 0.
+        deterministic: no dropout of the adapters' input.
     """
 
     features: int
     axes: tuple[str | None, str | None]
     kernel_init: Initializer
-    bias_init: Initializer = nn.initializers.zeros
+    bias_init: Initializer | None = nn.initializers.zeros
     dtype: jnp.dtype = jnp.float32
+    lora: LoraConfig = NO_LORA
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> dtype[..., features]."""
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
-        )
-        bias = self.param(
-            "bias",
-            nn.with_logical_partitioning(self.bias_init, self.axes[1:]),
-            (self.features,),
-        )
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+        def param(name: str, init: Initializer, axes: tuple[str | None, ...], *shape: int):
+            value = self.param(name, nn.with_logical_partitioning(init, axes), shape)
+            return value.astype(self.dtype)
+
+        x, width = x.astype(self.dtype), x.shape[-1]
+        y = x @ param("kernel", self.kernel_init, self.axes, width, self.features)
+        if self.bias_init is not None:
+            y += param("bias", self.bias_init, self.axes[1:], self.features)
+        if rank := self.lora.rank:
+            a = param("lora_a", _lora_init, (self.axes[0], "rank"), width, rank)
+            b = param("lora_b", nn.initializers.zeros, ("rank", self.axes[1]), rank, self.features)
+            (drop,) = dropouts(self, (self.lora.dropout,), self.deterministic)
+            y += jnp.asarray(self.lora.scale, self.dtype) * ((drop(x) @ a) @ b)
+        return y
+
+
+def _lora_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    # peft's kaiming_uniform_(a=sqrt(5)) of the transposed matrix
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class LayerNorm(nn.Module):
@@ -66,12 +136,52 @@ class LayerNorm(nn.Module):
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """Division by the root mean square over the last axis, in float32 whatever comes in.
+
+    Attributes:
+        eps: added to the mean square.
+        offset: added to the scale as it is stored: 1 for Gemma, whose scales are around 0.
+        axis: logical name of the last axis.
+    """
+
+    eps: float
+    offset: float = 0.0
+    axis: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> the same shape and dtype."""
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), x.shape[-1:])
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (normed * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+
+def rotary_tables(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, f32[..., S, 1, W/2], of i32[..., S] positions and f32[W/2] frequencies."""
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Rotary position embedding, its pairs (i, i + W/2): [n, S, H, W] -> the same shape and dtype.
+
+    Source: Su et al., arXiv 2104.09864; the order of pairs is Hugging Face's.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] = lambda x: x,
+    scale: float | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32.
 
@@ -80,21 +190,23 @@ def attention(
 
     Args:
         query: [n, T, H, W].
-        key: [n, S, H, W].
-        value: [n, S, H, W].
-        mask: bool, broadcastable to [n, H, T, S]; False is not attended to. A row needs one True.
-        dropout: applied to the probabilities f32[n, H, T, S].
+        key: [n, S, G, W]; G divides H, and H / G query heads in a row share one.
+        value: [n, S, G, W].
+        mask: bool, broadcastable to [n, 1, T, S]; False is not attended to. A row needs one True.
+        dropout: applied to the probabilities f32[n, G, H / G, T, S].
+        scale: of the products; None is W^-0.5.
 
     Returns:
         [n, T, H * W], in the dtype of `value`.
     """
-    scores = jnp.einsum("nthw,nshw->nhts", query, key, preferred_element_type=jnp.float32)
-    scores *= query.shape[-1] ** -0.5
+    n, T, H, W = query.shape
+    query = query.reshape(n, T, key.shape[2], -1, W)
+    scores = jnp.einsum("ntgrw,nsgw->ngrts", query, key, preferred_element_type=jnp.float32)
+    scores *= W**-0.5 if scale is None else scale
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = dropout(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
-    out = jnp.einsum("nhts,nshw->nthw", probabilities, value)
-    return out.reshape(*out.shape[:2], -1)
+    return jnp.einsum("ngrts,nsgw->ntgrw", probabilities, value).reshape(n, T, H * W)
 
 
 def dropout(x: jax.Array, rate: float, seed: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 from xmc_jax import sharding
 from xmc_jax.data import batches
-from xmc_jax.models import dual
+from xmc_jax.models import dual, fusion, hf_export
 from xmc_jax.retrieval import evaluate
 from xmc_jax.training import curriculum, losses, optimizer, tables
 
@@ -75,6 +75,7 @@ class RunConfig:
     """The typed sections of a config; each is defined beside its consumer."""
 
     encoder: dual.EncoderConfig
+    fusion: fusion.FusionConfig
     prime: dual.PrimeConfig
     loss: losses.LossConfig
     optimizer: optimizer.OptimizerConfig
@@ -83,6 +84,7 @@ class RunConfig:
     mesh: sharding.MeshConfig
     train: TrainConfig
     eval: evaluate.EvalConfig
+    export: hf_export.ExportConfig
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Mapping[str, Any]]) -> "RunConfig":

@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from flax import traverse_util
 from flax.core import meta
 
 from xmc_jax import rng, sharding
 from xmc_jax.data import batches, store
-from xmc_jax.models import dual, hf, layers
+from xmc_jax.models import backbone, dual, hf, layers
+from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import encode, evaluate, scann
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
-from xmc_jax.types import Tables, TrainState
+from xmc_jax.types import Prompts, Tables, TrainState
 
 
 class Program:
@@ -27,8 +29,11 @@ class Program:
     Args:
         config: see `RunConfig`.
         data: the opened dataset folder.
+        prompts: what stands around every text of a decoder; none for encoders.
 
     Attributes:
+        source: where the backbone comes from.
+        sizes: of the backbone.
         abstract: the TrainState as ShapeDtypeStructs with shardings.
         frozen: parameters that get no gradient, on the devices.
         sampler: builds the batches.
@@ -39,7 +44,7 @@ class Program:
         ValueError: weights, data and config do not fit; says which and how.
     """
 
-    def __init__(self, config: RunConfig, data: store.Store):
+    def __init__(self, config: RunConfig, data: store.Store, prompts: Prompts = NO_PROMPTS):
         train = config.train
         self.config, self.data = config, data
         self.mesh = sharding.make_mesh(config.mesh)
@@ -65,37 +70,40 @@ class Program:
             scann.require()
         for name in ("batch_size", "encode_batch_size"):
             sharding.spec(("batch",), (getattr(train, name),), self.mesh, f"train.{name}")
-        self.source = hf.resolve(config.encoder.backbone, config.encoder.revision)
-        self.bert = hf.load_config(self.source, config.encoder.layers)
-        if data.vocabulary_size > self.bert.vocab_size:
-            raise ValueError(
-                f"{data.folder}: expected at most the encoder's {self.bert.vocab_size} tokens, "
-                f"got a tokenizer of {data.vocabulary_size}; leave data.tokenizer to the backbone"
-            )
+        self.source = hf.resolve(
+            config.encoder.backbone,
+            config.encoder.revision,
+            weights=config.encoder.init == "pretrained",
+        )
+        self.sizes = hf.load_config(self.source, config.encoder.layers)
+        self._check_texts(prompts)
         if config.encoder.dropout is not None:
-            rate = config.encoder.dropout
-            self.bert = dataclasses.replace(self.bert, dropout=rate, attention_dropout=rate)
+            self.sizes = self.sizes.with_dropout(config.encoder.dropout)
         prime = config.prime if config.prime.enabled else None
         if prime is not None:
             self._num_free_vectors = tables.num_free_vectors(
                 data.num_labels, prime.free_vectors, prime.private_vectors
             )
         self.model = dual.DualEncoder(
-            bert=self.bert,
+            sizes=self.sizes,
             pooling=config.encoder.pooling,
             compute_dtype=config.encoder.compute_dtype,
             remat=config.encoder.remat,
+            lora=config.encoder.lora,
+            prompts=prompts,
+            positions=config.fusion.positions,
             prime=prime,
             num_free_vectors=self._num_free_vectors if prime is not None else 0,
         )
 
         boxed = jax.eval_shape(lambda: dual.init_params(self.model, train.seed))
-        self._params = jax.tree.map(
+        params = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
             meta.unbox(boxed),
             sharding.of_params(boxed, self.mesh),
         )
-        trainable, frozen = optimizer.partition(self._params, config.optimizer.trainable)
+        trainable, frozen = optimizer.partition(params, config.optimizer.trainable)
+        frozen = jax.tree.map(lambda leaf: leaf.update(dtype=config.encoder.frozen_dtype), frozen)
         self.step = Step(
             model=self.model,
             transform=optimizer.build(
@@ -107,7 +115,7 @@ class Program:
             seed=train.seed,
         )
         self.abstract = self._abstract_state(trainable)
-        self.frozen = self._initial_params()[1] if frozen else {}
+        self.frozen = self._initial_params(frozen)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.train_step = jax.jit(
@@ -136,7 +144,7 @@ class Program:
         Source: ViXML reference, utils.py, initialize_clusters and initialize_cnt_repr.
         """
         config, seed = self.config, self.config.train.seed
-        params, _ = self._initial_params()
+        params = self._initial_params(self.abstract.params)
         bank = self._as_table(self.embed(params, "train"))
         centroids = label_bank = free_vector_of = None
         label_pooled = self.embed(params, "label", pooled=True)
@@ -285,17 +293,54 @@ class Program:
             mesh=self.mesh,
         )
 
-    def _initial_params(self) -> tuple[Any, Any]:
-        """(trainable, frozen) before the first step: drawn from the seed, the backbone read."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._params)
-        params = jax.jit(
-            lambda: meta.unbox(dual.init_params(self.model, self.config.train.seed)),
-            out_shardings=shardings,
-        )()
+    def _initial_params(self, abstract: Any) -> Any:
+        """The part `abstract` of the parameters before the first step.
+
+        The backbone is read, unless its weights are to be random; what else there is, is drawn from
+        the seed, and only that.
+        """
+        wanted = traverse_util.flatten_dict(abstract, sep="/")
+        stored = {}
         if self.config.encoder.init == "pretrained":
-            loaded = hf.load_params(self.source, self.bert)
-            params["backbone"] = jax.device_put(loaded, shardings["backbone"])
-        return optimizer.partition(params, self.config.optimizer.trainable)
+            stored = {
+                path: leaf
+                for path, leaf in wanted.items()
+                if path.startswith("backbone/") and not path.endswith(("lora_a", "lora_b"))
+            }
+        drawn = {path: leaf for path, leaf in wanted.items() if path not in stored}
+
+        def draw():
+            params = meta.unbox(dual.init_params(self.model, self.config.train.seed))
+            flat = traverse_util.flatten_dict(params, sep="/")
+            return {path: flat[path].astype(leaf.dtype) for path, leaf in drawn.items()}
+
+        flat = jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, drawn))()
+        if stored:
+            tree = traverse_util.unflatten_dict(stored, sep="/")["backbone"]
+            loaded = {"backbone": hf.load_params(self.source, self.sizes, tree)}
+            flat |= traverse_util.flatten_dict(loaded, sep="/")
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    def _check_texts(self, prompts: Prompts) -> None:
+        """Raises ValueError if the dataset's texts are not what the backbone takes."""
+        data, decodes = self.data, backbone.is_decoder(self.sizes)
+        if data.vocabulary_size > self.sizes.vocab_size:
+            raise ValueError(
+                f"{data.folder}: expected at most the encoder's {self.sizes.vocab_size} tokens, "
+                f"got a tokenizer of {data.vocabulary_size}; leave data.tokenizer to the backbone"
+            )
+        if data.special_tokens is decodes:
+            expected = ("with", "without")[decodes]
+            raise ValueError(
+                f"{data.folder}: expected texts {expected} the tokenizer's special tokens, as "
+                f"{self.source.name} ({self.sizes.family}) takes them; prepare it anew"
+            )
+        empty = [s for s in store.SPLITS if not getattr(data, s).lengths.all()]
+        if empty and not prompts.head + prompts.tail:
+            raise ValueError(
+                f"{data.folder}: {empty} have texts without any token; set --config.fusion.prefix "
+                "or --config.fusion.suffix, so that there is something to encode"
+            )
 
     def _abstract_state(self, trainable: Any) -> TrainState:
         def whole(leaf):
@@ -341,7 +386,7 @@ class Program:
         return jax.device_put(tree, self._whole)
 
     def _abstract_table(self, rows: int) -> jax.ShapeDtypeStruct:
-        shape = (rows, self.bert.hidden)
+        shape = (rows, self.sizes.hidden)
         split = sharding.named((None, "table_width"), shape, self.mesh, "table")
         return jax.ShapeDtypeStruct(shape, self.config.tables.dtype, sharding=split)
 

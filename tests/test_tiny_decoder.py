@@ -1,0 +1,102 @@
+"""`:tiny_decoder` on the bundled dataset: it learns, resumes bit for bit, and is exported whole."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from configs import vixml
+from xmc_jax import main, report
+from xmc_jax.models import hf
+from xmc_jax.training import loop
+
+pytestmark = pytest.mark.slow
+STEPS = 64
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory) -> dict:
+    fields = vixml.get_config("tiny_decoder").to_dict()
+    fields["data"]["data_dir"] = str(tmp_path_factory.mktemp("data"))
+    fields["eval"]["compare_scann"] = False
+    return fields
+
+
+@pytest.fixture(scope="module")
+def program(fields):
+    return main.build(fields)
+
+
+@pytest.fixture(scope="module")
+def straight(program, tmp_path_factory):
+    return loop.train(program, tmp_path_factory.mktemp("straight"))
+
+
+def test_beats_its_untrained_self(straight):
+    assert straight.step == STEPS
+    trained = straight.evaluation.metrics["plain"]["P@1"]
+    assert trained >= straight.zero_shot["P@1"] + 0.05
+
+
+def test_trains_adapters_alone(program, straight):
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(straight.state.params["backbone"])
+    }
+    assert {name.rpartition("/")[2] for name in names} == {"lora_a", "lora_b"}
+    assert len(names) == 2 * 7
+    frozen = program.frozen["backbone"]
+    assert "token_embedding" in frozen and "final_norm" in frozen
+
+
+def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, monkeypatch):
+    step, stops = report.Reporter.step, [21, 32]
+
+    def kill_at(self, *arguments):
+        result = step(self, *arguments)
+        if stops and self.steps == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(report.Reporter, "step", kill_at)
+    for stop in (21, 32):
+        with pytest.raises(loop.Interrupted, match=f"saved at step {stop}"):
+            loop.train(program, tmp_path)
+    resumed = loop.train(program, tmp_path)
+    leaves = jax.tree_util.tree_leaves_with_path(resumed.state)
+    for (path, a), b in zip(leaves, jax.tree.leaves(straight.state)):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b), err_msg=str(path))
+    assert resumed.evaluation.metrics == straight.evaluation.metrics
+
+
+def test_goes_on_from_its_export(fields, program, straight, tmp_path):
+    """The exported folder is a backbone like any other: same prompts, same embeddings."""
+    folder = main.export(fields, program, straight.state, tmp_path)
+    again = fields | {
+        "encoder": fields["encoder"]
+        | {
+            "backbone": str(folder),
+            "init": "pretrained",
+            "lora": fields["encoder"]["lora"] | {"rank": 0},
+        },
+        "optimizer": fields["optimizer"]
+        | {"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
+        "export": {"format": "adapter", "dtype": "float32"},
+    }
+    merged = main.build(again)
+    assert merged.model.prompts == program.model.prompts
+    ours = program.embed(straight.state.params, "test")
+    theirs = merged.embed(merged.initial_state().params, "test")
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
+    assert hf.resolve(str(folder)).digest
+    with pytest.raises(ValueError, match=r"export\.format: expected 'merged'"):
+        main.export(again, merged, straight.state, tmp_path)
+    other = again | {"fusion": fields["fusion"] | {"prefix": "Another text"}}
+    with pytest.raises(ValueError, match="prefix there 'This product text', here 'Another text'"):
+        main.build(other)
+    last = again | {"encoder": again["encoder"] | {"pooling": "last"}}
+    with pytest.raises(ValueError, match="expected the pooling it was trained with, 'mean'"):
+        main.build(last)

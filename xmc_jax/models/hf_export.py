@@ -1,0 +1,227 @@
+"""Hugging Face folders out: a model, or its adapters alone, as sentence-transformers opens them.
+
+They hold the backbone, all that documents need: label prototypes are rows of an index. Tokenizer
+files are `data.tokenizer.export`'s.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub
+import jax
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+
+from xmc_jax.models import backbone, hf, hf_names
+from xmc_jax.models.backbone import Sizes
+from xmc_jax.models.layers import NO_LORA, LoraConfig
+
+FORMATS = ("merged", "adapter")
+DTYPES = ("float32", "bfloat16")
+_SHARD = "2GB"  # a shard is in memory twice while it is written
+_ADAPTER = "adapter_model.safetensors"
+_POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What the mode export writes.
+
+    Attributes:
+        format: "merged", a model by itself, adapters added to its weights; or "adapter", a folder
+            for `peft`, which needs the model that training began with.
+        dtype: of the merged weights; in bfloat16 embeddings differ from ours by its rounding.
+    """
+
+    format: str = "merged"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, known in (("format", FORMATS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"export.{name}: expected one of {known}, got {getattr(self, name)!r}"
+                )
+
+
+def merged(
+    folder: epath.PathLike,
+    params: dict[str, Any],
+    sizes: Sizes,
+    *,
+    lora: LoraConfig = NO_LORA,
+    pooling: str,
+    max_length: int,
+    dtype: str = "float32",
+) -> None:
+    """Writes a folder that `transformers` and `SentenceTransformer(folder)` load.
+
+    Args:
+        folder: created if need be, weights in it replaced; may be remote.
+        params: the subtree "backbone", unboxed, adapters included.
+        sizes: of the model.
+        lora: of the adapters.
+        pooling: as trained.
+        max_length: S, tokens of the longest sequence, prompts included.
+        dtype: of the weights.
+    """
+    folder = _emptied(folder)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    stored = {}
+    for path, shape in hf_names.shapes(sizes).items():
+        shape = shape[1:] if hf_names.is_stacked(path) else shape
+        for layer, name in enumerate(hf_names.of_path(path, sizes)):
+            stored[name] = (path, layer, jax.ShapeDtypeStruct(shape, np.dtype(dtype)))
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        {name: leaf for name, (_, _, leaf) in stored.items()},
+        get_storage_size=lambda leaf: leaf.size * leaf.dtype.itemsize,
+        filename_pattern=hf.WEIGHTS.replace(".", "{suffix}."),
+        max_shard_size=_SHARD,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            path, layer, leaf = stored[name]
+            tensor = _merged(flat, path, layer, lora)
+            tensor = tensor.T if hf_names.is_transposed(path) else tensor
+            tensors[name] = np.ascontiguousarray(tensor.astype(leaf.dtype))
+        (folder / file).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / hf.INDEX, index)
+    _write_json(folder / "config.json", backbone.to_hf(sizes) | {"dtype": dtype})
+    _write_sentence_transformers(folder, sizes, pooling, max_length)
+
+
+def adapter(
+    folder: epath.PathLike,
+    params: dict[str, Any],
+    sizes: Sizes,
+    *,
+    lora: LoraConfig,
+    source: hf.Source,
+    pooling: str,
+    max_length: int,
+) -> None:
+    """Writes a folder that `peft` and `SentenceTransformer(folder)` load onto the pretrained model.
+
+    Args:
+        folder: see `merged`.
+        params: see `merged`; only adapters are read.
+        sizes: see `merged`.
+        lora: see `merged`.
+        source: of the pretrained model, whose name, revision or folder is recorded.
+        pooling: see `merged`.
+        max_length: see `merged`.
+
+    Raises:
+        ValueError: there are no adapters, or layers of the model were left out.
+    """
+    if not lora.rank:
+        raise ValueError(
+            "export.format: expected 'merged' for a model without adapters (encoder.lora.rank=0), "
+            "got 'adapter'"
+        )
+    if (whole := hf.load_config(source).layers) != sizes.layers:
+        raise ValueError(
+            f"export.format: expected 'merged' for the first {sizes.layers} of the {whole} layers "
+            f"of {source.name}, got 'adapter'"
+        )
+    folder = _emptied(folder)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    prefix = "base_model.model." + _inner_prefix(source)
+    tensors, modules = {}, set()
+    for path, leaf in flat.items():
+        module, _, kind = path.rpartition("/")
+        if kind not in ("lora_a", "lora_b"):
+            continue
+        for layer, name in enumerate(hf_names.of_path(module + "/kernel", sizes)):
+            name = name.removesuffix(".weight")
+            modules.add(name.rpartition(".")[2])
+            tensor = np.asarray(jax.device_get(leaf[layer]), np.float32).T
+            tensors[f"{prefix}{name}.{kind.replace('_a', '_A').replace('_b', '_B')}.weight"] = (
+                np.ascontiguousarray(tensor)
+            )
+    (folder / _ADAPTER).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    # In a model with images, those of the vision tower have the same names.
+    inner = _inner_prefix(source).replace(".", r"\.")
+    targets = rf".*{inner}layers\..*\.({'|'.join(sorted(modules))})" if inner else sorted(modules)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": source.public_name,
+        "revision": source.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.scaling == "rslora",
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    _write_json(folder / "adapter_config.json", config)
+    _write_sentence_transformers(folder, sizes, pooling, max_length)
+
+
+def _merged(flat: dict[str, Any], path: str, layer: int, lora: LoraConfig) -> np.ndarray:
+    """float32 of one tensor, in our orientation, with its adapters if it has some."""
+
+    def one(path: str) -> np.ndarray:
+        leaf = flat[path][layer] if hf_names.is_stacked(path) else flat[path]
+        return np.asarray(jax.device_get(leaf)).astype(np.float32)
+
+    module, _, kind = path.rpartition("/")
+    if kind == "kernel" and f"{module}/lora_a" in flat:
+        product = one(f"{module}/lora_a") @ one(f"{module}/lora_b")
+        return one(path) + np.float32(lora.scale) * product
+    return one(path)
+
+
+def _inner_prefix(source: hf.Source) -> str:
+    # Where the text tower is in the model that transformers makes of the pretrained folder.
+    kind = hf.read_json(source.folder / "config.json").get("model_type")
+    return "language_model." if kind == "gemma3" else ""
+
+
+def _write_sentence_transformers(
+    folder: epath.Path, sizes: Sizes, pooling: str, max_length: int
+) -> None:
+    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    files = {
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": sizes.hidden,
+            **{f"pooling_mode_{name}": mode == pooling for mode, name in _POOLINGS.items()},
+        },
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds)
+        ],
+    }
+    for path, _ in kinds:
+        (folder / path).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        _write_json(folder / name, content)
+
+
+def _emptied(folder: epath.PathLike) -> epath.Path:
+    """The folder, without the weights that an earlier export may have left there."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in list(_weights(folder)):
+        path.unlink()
+    return folder
+
+
+def _weights(folder: epath.Path) -> Iterator[epath.Path]:
+    for pattern in ("model*.safetensors", hf.INDEX, "config.json", "adapter_*"):
+        yield from folder.glob(pattern)
+
+
+def _write_json(path: epath.Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
