@@ -564,8 +564,8 @@ class Decoder(nn.Module):
         x = table[tokens]
         if not self.is_initializing():
             x = sharding.constrain(x, "batch", None, None)
-        # Gemma's factor is rounded as its weights are: to bfloat16 where they are kept so.
-        first = x = (x * jnp.asarray(c.embedding_scale, table.dtype)).astype(self.dtype)
+        # Gemma's factor is rounded to bfloat16 where that is computed in, as in transformers.
+        first = x = x.astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
 
         positions = jnp.arange(S)[None] if positions is None else positions
         behind = jnp.arange(S)[:, None] - jnp.arange(S)
