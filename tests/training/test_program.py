@@ -1,0 +1,126 @@
+"""What a program begins with: which parameters are read, which drawn, and in which dtype."""
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import vixml
+from xmc_jax import main
+from xmc_jax.models import fusion, hf, hf_export
+from xmc_jax.training.config import RunConfig
+from xmc_jax.training.program import Program
+from xmc_jax.types import Prompts
+
+
+@pytest.fixture(scope="module")
+def decoder_fields(topics, tmp_path_factory) -> dict:
+    fields = vixml.get_config("tiny_decoder").to_dict()
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    fields["data"] |= {"dataset": "Topics-40", "raw_dir": str(topics), "data_dir": data_dir}
+    fields["prime"]["free_vectors"] = 16
+    fields["train"]["batch_size"] = 40
+    return fields
+
+
+@pytest.fixture(scope="module")
+def decoder(decoder_fields):
+    return main.build(decoder_fields)
+
+
+@pytest.fixture(scope="module")
+def initial(decoder):
+    return decoder.initial_state()
+
+
+def paths(tree) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def test_frozen_parameters_have_their_own_dtype(decoder):
+    frozen, trained = paths(decoder.frozen), paths(decoder.abstract.params)
+    assert {str(leaf.dtype) for leaf in frozen.values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in trained.values()} == {"float32"}
+    assert not frozen.keys() & trained.keys()
+    assert sum(path.endswith("lora_b") for path in trained) == 7
+
+
+@pytest.mark.slow
+def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial):
+    """What is drawn does not depend on what is frozen: a run may unfreeze without another start."""
+    whole = copy.deepcopy(decoder_fields)
+    whole["encoder"]["frozen_dtype"] = "float32"
+    whole["optimizer"]["trainable"] = ((".*", True),)
+    whole["optimizer"]["weight_decay"] = ((".*", 0.0),)
+    everything = paths(main.build(whole).initial_state().params)
+    trained, frozen = paths(initial.params), paths(decoder.frozen)
+    assert everything.keys() == trained.keys() | frozen.keys()
+    for path, leaf in trained.items():
+        if path != "free_vectors":  # means of embeddings by rounded weights
+            np.testing.assert_array_equal(leaf, everything[path], err_msg=path)
+    for path, leaf in frozen.items():
+        np.testing.assert_array_equal(leaf, everything[path].astype(jnp.bfloat16), err_msg=path)
+
+
+@pytest.mark.slow
+def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder, initial, tmp_path):
+    fields = copy.deepcopy(decoder_fields)
+    folder = main.export(fields, decoder, initial, tmp_path)
+    fields["encoder"] |= {"backbone": str(folder), "init": "pretrained"}
+    read = main.build(fields)
+    for path, leaf in paths(decoder.frozen).items():
+        np.testing.assert_array_equal(paths(read.frozen)[path], leaf, err_msg=path)
+    again = read.initial_state().params
+    assert paths(again).keys() == paths(initial.params).keys()
+    assert not np.any(again["backbone"]["layers"]["query"]["lora_b"])
+    assert read.provenance()["backbone"]["sha256"] == hf.resolve(str(folder)).digest
+
+
+def test_texts_must_be_as_the_backbone_takes_them(decoder_fields, decoder, fields):
+    encoder_data = main.open_data(fields)
+    config = RunConfig.from_dict(decoder_fields)
+    with pytest.raises(ValueError, match=r"expected texts without the tokenizer's special tokens"):
+        Program(config, dataclasses.replace(encoder_data, manifest=_small(encoder_data)))
+    with pytest.raises(ValueError, match=r"expected texts with the tokenizer's special tokens"):
+        Program(RunConfig.from_dict(fields), decoder.data)
+    with pytest.raises(ValueError, match=r"expected no prefix and no suffix, which only decoders"):
+        Program(RunConfig.from_dict(fields), encoder_data, Prompts(head=(1,)))
+
+
+def _small(data):
+    """The manifest with a vocabulary that the tiny decoder has."""
+    return data.manifest | {"tokenizer": data.manifest["tokenizer"] | {"vocab_size": 9}}
+
+
+def test_empty_texts_need_prompts(decoder_fields, decoder, initial):
+    lengths = np.array(decoder.data.test.lengths)
+    lengths[3] = 0
+    data = dataclasses.replace(
+        decoder.data, test=dataclasses.replace(decoder.data.test, lengths=lengths)
+    )
+    config = RunConfig.from_dict(decoder_fields)
+    with pytest.raises(ValueError, match=r"\['test'\] have texts without any token; set --config"):
+        Program(config, data, fusion.NO_PROMPTS)
+    program = Program(config, data, Prompts(tail=(7,)))
+    assert np.isfinite(program.embed(initial.params, "test")).all()
+
+
+def test_encoders_refuse_prompts_by_name(fields):
+    asked = fields | {"fusion": fields["fusion"] | {"suffix": "</s>"}}
+    with pytest.raises(ValueError, match=r"fusion\.suffix: expected '', encoders take no prompts"):
+        main.build(asked)
+
+
+def test_adapters_need_a_pretrained_model(decoder_fields, decoder, initial, tmp_path):
+    asked = decoder_fields | {"export": {"format": "adapter", "dtype": "float32"}}
+    config = dataclasses.replace(decoder.config, export=hf_export.ExportConfig("adapter"))
+    decoder.config, whole = config, decoder.config
+    try:
+        with pytest.raises(ValueError, match=r"expected 'merged' for a backbone with random weigh"):
+            main.export(asked, decoder, initial, tmp_path)
+    finally:
+        decoder.config = whole
