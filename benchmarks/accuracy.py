@@ -15,18 +15,15 @@ The results go to --output: "variant", the config's "name", "overrides", "split"
 """
 
 import argparse
-import datetime
 import hashlib
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
-from importlib import metadata
 
 import numpy as np
 
+from benchmarks.environment import environment
 from configs import vixml
 from xmc_jax.retrieval.evaluate import format_table
 
@@ -67,26 +64,6 @@ def summary(results: dict[int, dict], row: str) -> dict[str, dict[str, float]]:
     if len(metrics) > 1:
         rows["standard deviation"] = {n: float(np.std(v, ddof=1)) for n, v in values.items()}
     return rows
-
-
-def environment() -> dict:
-    """Where and when: processor, versions, date, commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-    }
-
-
-def _processor() -> str:
-    information = pathlib.Path("/proc/cpuinfo")  # of Linux, where `platform` knows no model
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
 
 
 def _name(variant: str) -> str:
@@ -137,7 +114,7 @@ def main() -> None:
             "overrides": overrides,
             "split": split,
         }
-        content |= environment() | {"results": tables}
+        content |= environment(PACKAGES) | {"results": tables}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 

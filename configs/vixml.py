@@ -222,7 +222,7 @@ def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16) -> dict
             "backbone": name,
             "compute_dtype": "bfloat16",
             "frozen_dtype": "bfloat16",
-            "remat": "nothing_saveable",  # [script]: gradient checkpointing
+            "remat": "projections",  # [ours]: a fifth less to compute than keeping nothing
             "lora": {"rank": 256},
         },
         "fusion": {

@@ -1,18 +1,26 @@
 """Hugging Face folders: round trips, shards, and what every broken one says."""
 
+import itertools
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 
-from xmc_jax import packaged
-from xmc_jax.models import bert, dual, hf
+from xmc_jax import packaged, sharding
+from xmc_jax.models import bert, decoder_config, dual, hf, hf_names
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+FAMILIES = (*bert.FAMILIES, *decoder_config.FAMILIES)
 
 
 @pytest.fixture
@@ -43,36 +51,9 @@ def edit_config(folder, **change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
-@pytest.mark.parametrize("family", bert.FAMILIES)
-def test_import_then_export_gives_identical_tensors(family, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_import_has_the_tree_of_init(family):
     config, params = load(GOLDEN / family)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "vocab.txt").write_text("[PAD]")
-    hf.export(
-        tmp_path / "out",
-        jax.tree.map(jax.numpy.asarray, params),
-        config,
-        tokenizer_folder=tmp_path,
-        pooling="cls",
-        max_length=16,
-    )
-    before = safetensors.numpy.load_file(GOLDEN / family / hf.WEIGHTS)
-    after = safetensors.numpy.load_file(tmp_path / "out" / hf.WEIGHTS)
-    assert set(before) - set(after) <= {"pooler.dense.weight", "pooler.dense.bias"}
-    assert set(after) <= set(before)
-    for name, tensor in after.items():
-        assert tensor.dtype == before[name].dtype
-        np.testing.assert_array_equal(tensor, before[name], err_msg=name)
-    again, reloaded = load(tmp_path / "out")
-    assert again == config
-    jax.tree.map(np.testing.assert_array_equal, reloaded, params)
-    assert (tmp_path / "out" / "vocab.txt").read_text() == "[PAD]"
-    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
-    assert pooling["pooling_mode_cls_token"] and not pooling["pooling_mode_mean_tokens"]
-
-
-def test_import_has_the_tree_of_init():
-    config, params = load(GOLDEN / "distilbert")
     model = dual.DualEncoder(config)
     expected = jax.eval_shape(lambda: dual.init_params(model, 0))["backbone"]
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), params)
@@ -175,7 +156,7 @@ def test_malformed_config(folder, content):
 
 def test_missing_config_and_wrong_architecture(folder):
     edit_config(folder, model_type="roberta", architectures=["RobertaModel"])
-    with pytest.raises(ValueError, match=r"\('bert', 'distilbert'\), got 'roberta'") as error:
+    with pytest.raises(ValueError, match=r"\('bert', .*'gemma3'\), got 'roberta'") as error:
         load(folder)
     assert str(folder) in one_line(error) and "RobertaModel" in str(error.value)
     (folder / "config.json").unlink()
@@ -287,14 +268,252 @@ def test_packaged_weights_are_checked(monkeypatch):
         hf.resolve(packaged.MINILM_NAME)
 
 
-def test_export_needs_a_tokenizer(tmp_path):
-    config, params = load(GOLDEN / "bert")
-    with pytest.raises(ValueError, match=r"expected a tokenizer\.json"):
-        hf.export(
-            tmp_path / "out",
-            params,
-            config,
-            tokenizer_folder=tmp_path,
-            pooling="mean",
-            max_length=8,
+def test_a_long_list_of_what_does_not_fit_is_cut(folder):
+    edit(folder, lambda t: [t.pop(name) for name in list(t) if name.startswith("encoder.layer.1")])
+    with pytest.raises(ValueError, match=r"Missing: \['encoder.layer.1[^]]*'\] and 8 more\.") as e:
+        load(folder)
+    assert one_line(e).count("encoder.layer.1") == 8
+
+
+def wanted(config, mesh, dtype=np.float32):
+    """Of a model, its parameters as they are wanted on a mesh."""
+    boxed = jax.eval_shape(lambda: dual.init_params(dual.DualEncoder(config), 0))["backbone"]
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
+        nn.unbox(boxed),
+        sharding.of_params(boxed, mesh),
+    )
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """What is read of the files from here on: the tensor's name and the part of it."""
+    read, done = hf._slice, []
+
+    def spy(tensor, index):
+        part = read(tensor, index)
+        done.append((tensor[1], part))
+        return part
+
+    monkeypatch.setattr(hf, "_slice", spy)
+    return done
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1), (4, 1, 2), (8, 1, 1)])
+@pytest.mark.parametrize("family", ["bert", "gemma3"])
+def test_each_device_gets_its_part(family, axes, requests):
+    source = hf.resolve(str(GOLDEN / family))
+    config = hf.load_config(source)
+    whole = hf.load_params(source, config)
+    requests.clear()
+    mesh = sharding.make_mesh(sharding.MeshConfig(*axes))
+    abstract = wanted(config, mesh)
+    loaded = hf.load_params(source, config, abstract)
+
+    def check(path, ours, expected, leaf):
+        assert ours.sharding == leaf.sharding and ours.dtype == leaf.dtype
+        np.testing.assert_array_equal(ours, expected, err_msg=str(path))
+        for shard in ours.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected[shard.index])
+
+    jax.tree.map_with_path(check, loaded, whole, abstract)
+    # what several devices hold is read once
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
+    assert sum(part.nbytes for _, part in requests) == total
+    if axes[1] * axes[2] > 1:
+        query = hf_names.of_path("layers/query/kernel", config)[0]
+        parts = [part for name, part in requests if name == query]
+        assert len(parts) == axes[1] * axes[2]
+
+
+def test_the_largest_is_read_first_and_one_at_a_time(requests, monkeypatch):
+    monkeypatch.setattr(hf, "_BLOCK_BYTES", 1000)
+    source = hf.resolve(str(GOLDEN / "qwen2"))
+    config = hf.load_config(source)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    abstract = traverse_util.flatten_dict(wanted(config, mesh), sep="/")
+    of = {name: path for path in abstract for name in hf_names.of_path(path, config)}
+    hf.load_params(source, config, traverse_util.unflatten_dict(abstract, sep="/"))
+
+    bytes_of = {path: leaf.size * leaf.dtype.itemsize for path, leaf in abstract.items()}
+    asked = [(of[name], part.nbytes) for name, part in requests]
+    order = list(dict.fromkeys(path for path, _ in asked))
+    assert set(order) == set(abstract)
+    sizes = [bytes_of[path] for path in order]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    # no going back to one that another followed, and of each no more than it has
+    assert [path for path, _ in itertools.groupby(asked, key=lambda one: one[0])] == order
+    for path in order:
+        parts = [size for other, size in asked if other == path]
+        assert sum(parts) == bytes_of[path]
+        # a layer at a time, a table by blocks of rows
+        limit = 1000 if path == "token_embedding" else bytes_of[path] / config.layers
+        assert max(parts) <= limit or not path.startswith(("layers/", "token_embedding"))
+
+
+def test_only_what_is_asked_for_is_read(requests):
+    source = hf.resolve(str(GOLDEN / "llama"))
+    config = hf.load_config(source)
+    whole = hf.load_params(source, config)
+    requests.clear()
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    layers = wanted(config, mesh)["layers"]
+    loaded = hf.load_params(source, config, {"layers": {"up": layers["up"]}})
+    np.testing.assert_array_equal(
+        loaded["layers"].pop("up")["kernel"], whole["layers"]["up"]["kernel"]
+    )
+    assert loaded == {"layers": {}}
+    assert {name for name, _ in requests} == set(hf_names.of_path("layers/up/kernel", config))
+
+
+def test_parameters_in_bfloat16(requests):
+    source = hf.resolve(str(GOLDEN / "qwen3"))
+    config = hf.load_config(source, layers=2)
+    whole = hf.load_params(source, config)
+    requests.clear()
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    loaded = hf.load_params(source, config, wanted(config, mesh, jnp.bfloat16))
+    for ours, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(whole)):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, expected.astype(jnp.bfloat16))
+    assert not any("layers.2." in name for name, _ in requests)
+
+
+@pytest.mark.parametrize("family", decoder_config.FAMILIES)
+def test_first_layers_of_a_decoder(family, tmp_path):
+    folder = pathlib.Path(shutil.copytree(GOLDEN / family, tmp_path / family))
+    _, all_layers = load(folder)
+    config, first = load(folder, layers=2)
+    assert config.layers == 2
+    jax.tree.map(
+        lambda ours, whole: np.testing.assert_array_equal(ours, whole[:2]),
+        first["layers"],
+        all_layers["layers"],
+    )
+    # layers that are left out need not be there
+    edit(folder, lambda t: [t.pop(name) for name in list(t) if name.startswith("layers.2.")])
+    jax.tree.map(np.testing.assert_array_equal, load(folder, layers=2)[1], first)
+    with pytest.raises(ValueError, match="Missing: "):
+        load(folder)
+
+
+def test_a_decoder_with_a_head_is_read_and_another_prefix_is_not(tmp_path):
+    folder = pathlib.Path(shutil.copytree(GOLDEN / "qwen2", tmp_path / "qwen2"))
+    _, expected = load(folder)
+
+    def prefixed(prefix):
+        def change(tensors):
+            renamed = {prefix + name: tensor for name, tensor in tensors.items()}
+            tensors.clear()
+            tensors.update(renamed)
+
+        return change
+
+    edit(folder, prefixed("model."))
+    edit(folder, lambda t: t.update({"lm_head.weight": np.zeros((60, 16), np.float32)}))
+    jax.tree.map(np.testing.assert_array_equal, load(folder)[1], expected)
+    edit(folder, prefixed("policy."))
+    with pytest.raises(
+        ValueError, match=r"Missing: \['embed_tokens.weight'.*Not known: \['pol"
+    ) as e:
+        load(folder)
+    one_line(e)
+
+
+# Run by itself, with nothing of the tests in memory. Peaks are of this process image: getrusage's
+# begin with what the parent had.
+_MEASURED = """
+import json, resource, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax.core import meta
+from xmc_jax import sharding
+from xmc_jax.models import dual, hf
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
+
+source = hf.resolve(sys.argv[1])
+config = hf.load_config(source)
+model = dual.DualEncoder(config, compute_dtype="bfloat16")
+mesh = sharding.make_mesh(sharding.MeshConfig())
+boxed = jax.eval_shape(lambda: dual.init_params(model, 0))["backbone"]
+abstract = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=where),
+    meta.unbox(boxed),
+    sharding.of_params(boxed, mesh),
+)
+jax.jit(lambda x: x @ x)(jnp.ones((256, 256))).block_until_ready()
+baseline = status("VmRSS:")
+params = jax.block_until_ready(hf.load_params(source, config, abstract))
+peak = status("VmHWM:")
+sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+first = np.asarray(params["layers"]["up"]["kernel"][:, 0, 0], np.float32).tolist()
+report = {"baseline": baseline, "peak": peak, "model": sum(sizes), "largest": max(sizes)}
+print(json.dumps(report | {"devices": jax.device_count(), "first": first}))
+"""
+
+
+def write_large(folder):
+    """A Qwen2 of 390 M bfloat16 weights in four shards, written layer by layer."""
+    folder.mkdir()
+    config = decoder_config.DecoderConfig(
+        family="qwen2",
+        vocab_size=32_000,
+        hidden=1024,
+        layers=24,
+        heads=16,
+        kv_heads=2,
+        head_dim=64,
+        ff=4096,
+        qkv_bias=True,
+    )
+    (folder / "config.json").write_text(json.dumps(decoder_config.to_hf(config)))
+    noise = np.random.default_rng(0).standard_normal(1 << 20).astype(jnp.bfloat16)
+    shapes = {}
+    for path, shape in hf_names.shapes(config).items():
+        for layer, name in enumerate(hf_names.of_path(path, config)):
+            shape_of_one = shape[1:] if hf_names.is_stacked(path) else shape
+            shard = 1 + layer * 4 // config.layers
+            shapes.setdefault(f"model-0000{shard}-of-00004.safetensors", {})[f"model.{name}"] = (
+                shape_of_one[::-1] if hf_names.is_transposed(path) else shape_of_one
+            )
+    weight_map = {}
+    for file, tensors in shapes.items():
+        weights = {}
+        for name, shape in tensors.items():
+            weights[name] = np.resize(noise, shape)
+            if "mlp.up_proj" in name:
+                weights[name][0, 0] = int(name.split(".")[2])
+        safetensors.numpy.save_file(weights, folder / file)
+        weight_map |= dict.fromkeys(weights, file)
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is read there")
+def test_loading_holds_one_parameter_beside_the_model(tmp_path):
+    config = write_large(tmp_path / "large")
+    environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURED, str(tmp_path / "large")],
+            env=environment | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=False,
         )
+    finally:
+        shutil.rmtree(tmp_path / "large")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    beside = report["peak"] - report["baseline"] - report["model"]
+    sizes = {name: report[name] for name in ("baseline", "peak", "model", "largest")}
+    for name, size in (sizes | {"beside the model": beside}).items():
+        print(f"{name}: {size / 1e6:.0f} MB")
+    assert report["devices"] == 1
+    assert report["first"] == list(range(config.layers))
+    assert report["model"] > 7e8
+    assert report["largest"] == config.layers * config.hidden * config.ff * 2
+    assert beside <= report["largest"]

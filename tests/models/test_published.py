@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xmc_jax.models import bert, decoder
+from xmc_jax.models import bert, decoder, decoder_config
 
 FOLDER = pathlib.Path(__file__).parent / "published"
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
@@ -72,7 +72,7 @@ def test_every_file_is_of_a_model_here():
 
 @MODELS
 def test_tower_has_the_published_parameters(name):
-    config = decoder.from_hf(published(name))
+    config = decoder_config.from_hf(published(name))
     tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
     params = jax.eval_shape(
         lambda: decoder.Decoder(config).init(jax.random.key(0), tokens, lengths)
@@ -85,7 +85,7 @@ def test_tower_has_the_published_parameters(name):
 
 @MODELS
 def test_table_of_the_docs(name):
-    config, expected = decoder.from_hf(published(name)), PUBLISHED[name]
+    config, expected = decoder_config.from_hf(published(name)), PUBLISHED[name]
     family, count, width, heads, ff, vocabulary, tower, total, besides, _ = rows()[name]
     assert family == config.family
     assert number(count) == config.layers
@@ -101,20 +101,20 @@ def test_table_of_the_docs(name):
 def test_tables_of_the_docs_are_complete():
     assert {first for first in rows() if "/" in first} == set(PUBLISHED)
     model_types = {first.strip("`") for first in rows() if first.startswith("`")}
-    assert model_types - {"model_type"} == {*bert.FAMILIES, *decoder.MODEL_TYPES}
+    assert model_types - {"model_type"} == {*bert.FAMILIES, *decoder_config.MODEL_TYPES}
 
 
 @MODELS
 def test_to_hf_is_read_back(name):
-    config = decoder.from_hf(published(name))
+    config = decoder_config.from_hf(published(name))
     # as it is written to a file, so that tuples become lists
-    assert decoder.from_hf(json.loads(json.dumps(decoder.to_hf(config)))) == config
+    assert decoder_config.from_hf(json.loads(json.dumps(decoder_config.to_hf(config)))) == config
 
 
 def expected_fields(name: str) -> dict:
     """What a config.json says beyond sizes, by our names, written down by hand."""
     qwen = {"bos_id": 151_643, "eos_id": 151_645, "rope_theta": 1e6, "eps": 1e-6}
-    llama3 = decoder.RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    llama3 = decoder_config.RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
     llama = {
         "bos_id": 128_000,
         "eos_id": (128_001, 128_008, 128_009),
@@ -155,7 +155,7 @@ def expected_fields(name: str) -> dict:
     return gemma | {
         "sliding": tuple(layer not in (5, 11, 17, 23, 29) for layer in range(34)),
         "window": 1024,
-        "rope": decoder.RopeScaling("linear", 8.0),
+        "rope": decoder_config.RopeScaling("linear", 8.0),
         "embedding_scale": math.sqrt(2560),
         "max_positions": 131_072,
         "eos_id": 1,
@@ -164,8 +164,8 @@ def expected_fields(name: str) -> dict:
 
 @MODELS
 def test_every_field_comes_through(name):
-    config = decoder.from_hf(published(name))
+    config = decoder_config.from_hf(published(name))
     sizes = ("family", "vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "ff")
     kept = {field: getattr(config, field) for field in sizes}
     # Sizes are those of the docs; every other field is as stated here, or its default.
-    assert config == decoder.DecoderConfig(**kept, **expected_fields(name))
+    assert config == decoder_config.DecoderConfig(**kept, **expected_fields(name))

@@ -1,8 +1,7 @@
 """Encoders and combiner against torch, on fresh random weights and on the real MiniLM."""
 
 import dataclasses
-import importlib.util
-import pathlib
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,17 +9,19 @@ import numpy as np
 import pytest
 
 from xmc_jax import packaged
-from xmc_jax.models import bert, dual, hf
+from xmc_jax.data import tokenizer
+from xmc_jax.models import bert, dual, hf, hf_export
 from xmc_jax.models.combiner import TransformerCombiner
 from xmc_jax.types import Inputs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+make = pytest.importorskip("tests.golden.make")
 
-_path = pathlib.Path(__file__).parents[1] / "golden" / "make.py"
-_spec = importlib.util.spec_from_file_location("golden_make", _path)
-make = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make)
+
+@functools.partial(jax.jit, static_argnums=0)
+def states_of(config, params, tokens, lengths):
+    return bert.Bert(config).apply({"params": params}, tokens, lengths, True, True)[1]
 
 
 @pytest.mark.parametrize("family", bert.FAMILIES)
@@ -33,7 +34,7 @@ def test_hidden_states_layer_by_layer(family, seed, tmp_path):
     source = hf.resolve(str(tmp_path))
     config = hf.load_config(source)
     params = hf.load_params(source, config)
-    _, states = bert.Bert(config).apply({"params": params}, tokens, lengths, True, True)
+    states = states_of(config, params, tokens, lengths)
     real = (np.arange(20) < lengths[:, None])[..., None]
     assert len(states) == len(expected) == config.layers + 1
     for layer, (ours, theirs) in enumerate(zip(states, expected)):
@@ -48,15 +49,8 @@ def test_exported_folder_is_the_torch_model(family, tmp_path):
     make.tiny(family, 3).save_pretrained(tmp_path)
     source = hf.resolve(str(tmp_path))
     config = hf.load_config(source)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    hf.export(
-        tmp_path / "out",
-        hf.load_params(source, config),
-        config,
-        tokenizer_folder=tmp_path,
-        pooling="mean",
-        max_length=8,
-    )
+    params = hf.load_params(source, config)
+    hf_export.merged(tmp_path / "out", params, config, pooling="mean", max_length=8)
     load = make.transformers.AutoModel.from_pretrained
     theirs, ours = load(tmp_path).state_dict(), load(tmp_path / "out").state_dict()
     assert set(theirs) == set(ours)
@@ -95,14 +89,8 @@ def test_exported_minilm_in_sentence_transformers(minilm, layers, tmp_path):
     params = minilm[1] | {"layers": jax.tree.map(lambda x: x[:layers], minilm[1]["layers"])}
     texts = make.titles(100)
     ours, *_ = embed(config, params, texts, T=16)
-    hf.export(
-        tmp_path,
-        params,
-        config,
-        tokenizer_folder=packaged.minilm(),
-        pooling="mean",
-        max_length=16,
-    )
+    hf_export.merged(tmp_path, params, config, pooling="mean", max_length=16)
+    tokenizer.copy(packaged.minilm(), tmp_path)
     model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     assert model.max_seq_length == 16
     np.testing.assert_allclose(ours, model.encode(texts), rtol=0, atol=1e-5)
@@ -130,7 +118,9 @@ def from_torch(layer):
     return tree
 
 
-@pytest.mark.parametrize(("width", "heads", "ff_dim"), [(16, 4, 40), (384, 8, 1024)])
+@pytest.mark.parametrize(
+    ("width", "heads", "ff_dim"), [(16, 4, 40), pytest.param(384, 8, 1024, marks=pytest.mark.slow)]
+)
 def test_combiner(width, heads, ff_dim):
     torch.manual_seed(0)
     layer = torch_combiner(width, heads, ff_dim).eval()
@@ -140,7 +130,7 @@ def test_combiner(width, heads, ff_dim):
         sequence = torch.randn(7, 3, width)
         expected = torch.nn.functional.normalize(layer(sequence).mean(1), dim=-1).numpy()
     combiner = TransformerCombiner(heads, ff_dim, 0.1)
-    ours = combiner.apply({"params": from_torch(layer)}, *sequence.numpy().swapaxes(0, 1))
+    ours = jax.jit(combiner.apply)({"params": from_torch(layer)}, *sequence.numpy().swapaxes(0, 1))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -149,7 +139,8 @@ def test_combiner_starts_from_the_distribution_of_torch():
     torch.manual_seed(0)
     theirs = [from_torch(torch_combiner(width, 8, ff_dim)) for _ in range(20)]
     combiner, x = TransformerCombiner(8, ff_dim, 0.1), np.zeros((1, width), np.float32)
-    ours = [nn.unbox(combiner.init(jax.random.key(seed), x, x, x))["params"] for seed in range(20)]
+    init = jax.jit(lambda seed: nn.unbox(combiner.init(jax.random.key(seed), x, x, x))["params"])
+    ours = [init(seed) for seed in range(20)]
     assert jax.tree.map(np.shape, ours[0]) == jax.tree.map(np.shape, theirs[0])
 
     def compare(path, ours, theirs):

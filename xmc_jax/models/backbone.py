@@ -5,9 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from xmc_jax.models import bert, decoder
+from xmc_jax.models import bert, decoder, decoder_config
 from xmc_jax.models.bert import Bert, BertConfig
-from xmc_jax.models.decoder import Decoder, DecoderConfig
+from xmc_jax.models.decoder import Decoder
+from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.models.layers import LoraConfig
 
 Sizes = BertConfig | DecoderConfig
@@ -40,19 +41,20 @@ def from_hf(config: Mapping[str, Any]) -> Sizes:
 
     Raises:
         ValueError: an architecture that is not there, naming those that are, or see
-            `decoder.from_hf`.
+            `decoder_config.from_hf`.
     """
     kind = config.get("model_type")
     if kind in bert.FAMILIES:
         return bert.from_hf(config)
-    if kind in decoder.MODEL_TYPES:
-        return decoder.from_hf(config)
+    if kind in decoder_config.MODEL_TYPES:
+        return decoder_config.from_hf(config)
+    known = (*bert.FAMILIES, *decoder_config.MODEL_TYPES)
     raise ValueError(
-        f"config.json: expected model_type to be one of {(*bert.FAMILIES, *decoder.MODEL_TYPES)}, "
-        f"got {kind!r} (architectures {config.get('architectures')})"
+        f"config.json: expected model_type to be one of {known}, got {kind!r} "
+        f"(architectures {config.get('architectures')})"
     )
 
 
 def to_hf(sizes: Sizes) -> dict[str, Any]:
     """The config.json of a backbone; `from_hf` reads it back."""
-    return (decoder if is_decoder(sizes) else bert).to_hf(sizes)
+    return (decoder_config if is_decoder(sizes) else bert).to_hf(sizes)

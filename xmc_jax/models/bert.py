@@ -218,8 +218,7 @@ class Bert(nn.Module):
     Attributes:
         config: see `BertConfig`.
         dtype: of activations and products; norms and softmax are float32.
-        remat: "none" keeps all of a layer for the backward pass; other names are policies of
-            `jax.checkpoint_policies`.
+        remat: what of a layer is kept for the backward pass; see `layers.stack`.
         lora: adapters of the layers `PROJECTIONS`.
     """
 
@@ -272,19 +271,7 @@ class Bert(nn.Module):
         (drop,) = layers.dropouts(self, (c.dropout,), deterministic)
         first = x = drop(x)
 
-        layer = Layer
-        if self.remat != "none":
-            policy = getattr(jax.checkpoint_policies, self.remat)
-            layer = nn.remat(Layer, policy=policy)
-        scanned = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=c.layers,
-            unroll=min(c.layers, UNROLL),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        scanned = layers.stack(Layer, c.layers, self.remat, unroll=UNROLL)
         mask = (jnp.arange(T) < lengths[:, None])[:, None, None]
         x, outputs = scanned(c, self.dtype, self.lora, deterministic, hidden_states, name="layers")(
             x, mask

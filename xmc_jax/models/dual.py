@@ -15,7 +15,6 @@ from xmc_jax.types import EncoderOutput, Inputs, Prompts
 
 POOLINGS = ("mean", "cls", "last")
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 _FREE_VECTOR_INITS = {
     "xavier": nn.initializers.xavier_uniform(),
     "cluster_mean": nn.initializers.zeros,  # set once the labels are encoded
@@ -36,8 +35,7 @@ class EncoderConfig:
         dropout: fraction; replaces the model's own, None keeps them.
         compute_dtype: of activations and products.
         frozen_dtype: of the parameters that are not trained; those that are, are float32.
-        remat: what of a layer is kept for the backward pass: "none" keeps all, other names are
-            policies of `jax.checkpoint_policies`.
+        remat: what of a layer is kept for the backward pass; see `layers.stack`.
         init: "pretrained", or "random" for a model with no weights to load.
         lora: low-rank adapters of the backbone.
     """
@@ -57,7 +55,7 @@ class EncoderConfig:
         _check_choice("encoder.pooling", self.pooling, POOLINGS)
         _check_choice("encoder.compute_dtype", self.compute_dtype, DTYPES)
         _check_choice("encoder.frozen_dtype", self.frozen_dtype, DTYPES)
-        _check_choice("encoder.remat", self.remat, REMAT)
+        _check_choice("encoder.remat", self.remat, layers.REMAT)
         _check_choice("encoder.init", self.init, ("pretrained", "random"))
         _check_fraction("encoder.dropout", self.dropout or 0.0)
         if self.layers is not None and self.layers < 1:

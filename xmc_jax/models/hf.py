@@ -159,7 +159,9 @@ def load_params(source: Source, sizes: Sizes, abstract: Any = None) -> dict[str,
         if abstract is None:
             loaded[path] = read((slice(None),) * len(leaf.shape))
         else:
-            loaded[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+            array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+            # Copied in the background: without waiting, the next is read beside what is copied.
+            loaded[path] = jax.block_until_ready(array)
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 

@@ -4,14 +4,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Initializer = Callable[..., jax.Array]
 
 
+REMAT = (
+    *("none", "nothing_saveable", "projections", "dots_saveable"),
+    "dots_with_no_batch_dims_saveable",
+)
 SCALINGS = ("rslora", "classic")
 
 
@@ -46,7 +52,9 @@ class LoraConfig:
             ("targets", bool(self.targets) or not self.rank, "at least one layer"),
         ):
             if not fits:
-                raise ValueError(f"lora.{name}: expected {expected}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"encoder.lora.{name}: expected {expected}, got {getattr(self, name)!r}"
+                )
 
     @property
     def scale(self) -> float:
@@ -58,7 +66,7 @@ class LoraConfig:
         unknown = [name for name in self.targets if name not in known]
         if self.rank and unknown:
             raise ValueError(
-                f"lora.targets: expected layers of this backbone, {known}, got {unknown}"
+                f"encoder.lora.targets: expected layers of this backbone, {known}, got {unknown}"
             )
 
 
@@ -103,8 +111,10 @@ class Dense(nn.Module):
             a = param("lora_a", _lora_init, (self.axes[0], "rank"), width, rank)
             b = param("lora_b", nn.initializers.zeros, ("rank", self.axes[1]), rank, self.features)
             (drop,) = dropouts(self, (self.lora.dropout,), self.deterministic)
-            y += jnp.asarray(self.lora.scale, self.dtype) * ((drop(x) @ a) @ b)
-        return y
+            # Scaled where it is narrow, so that the second product may be added in place.
+            inner = jnp.asarray(self.lora.scale, self.dtype) * (drop(x) @ a)
+            y += checkpoint_name(inner, "projection") @ b
+        return checkpoint_name(y, "projection")
 
 
 def _lora_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -249,6 +259,42 @@ def dropouts(
         return [lambda x: x for _ in rates]
     seeds = jax.random.bits(module.make_rng("dropout"), (len(rates), 2), jnp.uint32)
     return [functools.partial(dropout, rate=rate, seed=seed) for rate, seed in zip(rates, seeds)]
+
+
+def stack(
+    layer: type[nn.Module],
+    length: int,
+    remat: str,
+    in_axes: tuple[Any, ...] | Any = nn.broadcast,
+    unroll: int = 1,
+) -> Callable[..., nn.Module]:
+    """One layer after the other, parameters stacked [layers, ...]: the body of a scan.
+
+    Args:
+        layer: module of (x, *inputs) -> (x, output).
+        length: number of layers.
+        remat: what of a layer is kept for the backward pass, the rest being computed again: "none",
+            all; "projections", what the `Dense` layers give, of adapters the narrow part; other
+            names of REMAT are policies of `jax.checkpoint_policies`.
+        in_axes: of each of `inputs`, `nn.broadcast` or 0 for one per layer.
+        unroll: layers per iteration.
+    """
+    if remat != "none":
+        if remat == "projections":
+            policy = jax.checkpoint_policies.save_only_these_names("projection")
+        else:
+            policy = getattr(jax.checkpoint_policies, remat)
+        # A loop keeps the two computations of a layer apart; unrolled, XLA might make them one.
+        layer = nn.remat(layer, policy=policy, prevent_cse=unroll > 1)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=min(length, unroll),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def normalize(x: jax.Array) -> jax.Array:

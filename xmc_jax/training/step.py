@@ -210,7 +210,7 @@ def in_chunks(encode: Callable[[Any, jax.Array], Any], items: Any, key: jax.Arra
     if n == 1:
         return encode(items, jax.random.fold_in(key, 0))
     chunks = jax.tree.map(lambda x: x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), items)
-    checkpointed = jax.checkpoint(encode)
+    checkpointed = jax.checkpoint(encode, prevent_cse=False)  # a loop keeps them apart
     output = jax.lax.map(
         lambda part: checkpointed(part[0], jax.random.fold_in(key, part[1])),
         (chunks, jnp.arange(n)),

@@ -1,0 +1,647 @@
+"""One training step of a decoder with LoRA, on random weights: time, memory, share of matmul rate.
+
+python -m benchmarks.decoder_step --model=qwen2.5-3b --batch=2048 --length=32 --chunks=16
+
+The step is that of training: documents and sampled labels through the tower in chunks, prototypes,
+the four-part loss, AdamW over adapters, combiner and free vectors, the write to the document bank.
+Weights, texts and tables are drawn, so that nothing is read and nothing of it means anything.
+
+MFU counts what training needs: 4 FLOPs per token and matmul parameter of the frozen layers
+(forward, and the gradient of activations), 6 per token and LoRA parameter; real tokens, prompts
+included. The embedding table, attention's own products, combiner, similarities, padding and what is
+computed again in the backward pass do not count. It is relative to the rate of a large product that
+is timed in the same process.
+
+--compile_only allocates nothing and prints the memory that the compiled step asks for; with
+--topology=v5p:2x2x1 that of one chip of a TPU, which needs the package libtpu and no TPU.
+
+The results go to --out: "benchmark", "model", "settings", environment ("device", "processor",
+"cores", "python", "versions", "date", "commit") and "results"; bytes, seconds, tokens, TFLOP/s. The
+commit is git's, else that in the environment variable COMMIT.
+
+Needs jax, flax, optax and numpy only.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from flax.core import meta
+
+from benchmarks.environment import environment
+from xmc_jax import rng, sharding
+from xmc_jax.models import decoder_config, dual, layers
+from xmc_jax.models.decoder_config import DecoderConfig, RopeScaling
+from xmc_jax.training import losses, optimizer, tables
+from xmc_jax.training.step import Step
+from xmc_jax.types import Batch, Inputs, Prompts, Tables, TrainState
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+WARM_UP = 2  # steps before those that are timed
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event of a compilation
+
+_LLAMA_ROPE = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+_QWEN = {"rope_theta": 1e6, "bos_id": 151643, "eos_id": 151645}
+_qwen25 = functools.partial(DecoderConfig, "qwen2", qkv_bias=True, **_QWEN)
+_qwen3 = functools.partial(DecoderConfig, "qwen3", max_positions=40960, qk_norm=True, **_QWEN)
+_llama32 = functools.partial(
+    DecoderConfig,
+    "llama",
+    max_positions=131072,
+    eps=1e-5,
+    rope_theta=5e5,
+    rope=_LLAMA_ROPE,
+    bos_id=128000,
+    eos_id=(128001, 128008, 128009),
+)
+
+
+def _gemma3(vocab_size: int, hidden: int, layer_count: int, *sizes: int, **more) -> DecoderConfig:
+    return DecoderConfig(
+        *("gemma3", vocab_size, hidden, layer_count, *sizes),
+        hidden_act="gelu_pytorch_tanh",
+        qk_norm=True,
+        post_norms=True,
+        norm_offset=1.0,
+        embedding_scale=math.sqrt(hidden),
+        query_width=256,
+        rope_theta=1e6,
+        sliding=tuple((layer + 1) % 6 != 0 for layer in range(layer_count)),
+        local_rope_theta=1e4,
+        pad_id=0,
+        bos_id=2,
+        **more,
+    )
+
+
+# The published sizes: V, D, layers, H, G, width of a head, F.
+MODELS = {
+    "tiny": _qwen25(512, 64, 2, 4, 2, 16, 128),
+    "qwen2.5-0.5b": _qwen25(151936, 896, 24, 14, 2, 64, 4864),
+    "qwen2.5-1.5b": _qwen25(151936, 1536, 28, 12, 2, 128, 8960),
+    "qwen2.5-3b": _qwen25(151936, 2048, 36, 16, 2, 128, 11008),
+    "qwen2.5-7b": _qwen25(152064, 3584, 28, 28, 4, 128, 18944, tied=False),
+    "llama3.2-1b": _llama32(128256, 2048, 16, 32, 8, 64, 8192),
+    "llama3.2-3b": _llama32(128256, 3072, 28, 24, 8, 128, 8192),
+    "qwen3-0.6b": _qwen3(151936, 1024, 28, 16, 8, 128, 3072),
+    "qwen3-4b": _qwen3(151936, 2560, 36, 32, 8, 128, 9728),
+    "gemma3-1b": _gemma3(262144, 1152, 26, 4, 1, 256, 6912, window=512, eos_id=(1, 106)),
+    "gemma3-4b": _gemma3(
+        *(262208, 2560, 34, 8, 4, 256, 10240),
+        max_positions=131072,
+        rope=RopeScaling("linear", 8.0),
+        window=1024,
+        eos_id=1,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured; the defaults are LF-AmazonTitles-131K and the decoder script's recipe.
+
+    Attributes:
+        model: a name of `MODELS`, or that of a config.json.
+        batch: B; as many labels are sampled, so that 2 B texts are encoded.
+        length: T, without prompts.
+        prompt_tokens: around every text: the last after it, the others before.
+        chunks: parts in which a batch is encoded.
+        remat: see `dual.EncoderConfig`.
+        dtype: of activations and products; the base is bfloat16, what is trained float32.
+        lora_rank: R; alpha is 256, rsLoRA, on all seven projections.
+        documents: N, rows of the document bank, float32.
+        labels: L, rows of the centroids, float32.
+        free_vectors: C.
+        combiner_heads: of the label prototype network.
+        combiner_ff: of the label prototype network.
+        steps: timed steps.
+        seed: of everything drawn.
+
+    Source: ViXML supp. A; reference code, run script for decoders.
+    """
+
+    model: str
+    batch: int = 2048
+    length: int = 32
+    prompt_tokens: int = 4
+    chunks: int = 16
+    remat: str = "projections"
+    dtype: str = "bfloat16"
+    lora_rank: int = 256
+    documents: int = 294_805
+    labels: int = 131_073
+    free_vectors: int = 65_536
+    combiner_heads: int = 8
+    combiner_ff: int = 1024
+    steps: int = 5
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch", "length", "chunks", "lora_rank", "labels", "free_vectors", "steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {value}")
+        for name, fits, expected in (
+            ("prompt_tokens", self.prompt_tokens >= 0, "at least 0"),
+            ("documents", self.documents >= self.batch, f"at least the batch, {self.batch}"),
+            ("remat", self.remat in layers.REMAT, f"one of {layers.REMAT}"),
+            ("dtype", self.dtype in dual.DTYPES, f"one of {dual.DTYPES}"),
+            ("chunks", self.batch % self.chunks == 0, f"a divisor of the batch, {self.batch}"),
+        ):
+            if not fits:
+                raise ValueError(f"--{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+TINY = {
+    "batch": 64,
+    "chunks": 4,
+    "lora_rank": 8,
+    "documents": 4096,
+    "labels": 2048,
+    "free_vectors": 256,
+    "combiner_ff": 128,
+}
+
+
+class Program:
+    """The training step on one device, as `xmc_jax.training.program` makes it, without a dataset.
+
+    Args:
+        settings: what is measured.
+        sizes: of the decoder.
+        device: where it runs, or is compiled for.
+
+    Attributes:
+        abstract: the TrainState as ShapeDtypeStructs with shardings.
+        frozen: the base likewise.
+    """
+
+    def __init__(self, settings: Settings, sizes: DecoderConfig, device: jax.Device):
+        s = self.settings = settings
+        self.mesh = sharding.make_mesh(sharding.MeshConfig(data=1), [device])
+        prompt = tuple(range(s.prompt_tokens))
+        self.model = dual.DualEncoder(
+            sizes=sizes,
+            compute_dtype=s.dtype,
+            remat=s.remat,
+            lora=layers.LoraConfig(rank=s.lora_rank, alpha=256.0),
+            prompts=Prompts(head=prompt[:-1], tail=prompt[-1:]),
+            prime=dual.PrimeConfig(heads=s.combiner_heads, ff_dim=s.combiner_ff),
+            num_free_vectors=s.free_vectors,
+        )
+        config = optimizer.OptimizerConfig(
+            lr=(("backbone/.*", 5e-5), (".*", 5e-4)),
+            trainable=((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True)),
+            clip_norm=1.0,
+        )
+        boxed = jax.eval_shape(lambda: dual.init_params(self.model, s.seed))
+        params = jax.tree.map(
+            lambda leaf, split: leaf.update(sharding=split),
+            meta.unbox(boxed),
+            sharding.of_params(boxed, self.mesh),
+        )
+        trainable, frozen = optimizer.partition(params, config.trainable)
+        self.frozen = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), frozen)
+        steps_per_epoch = math.ceil(s.documents / s.batch)
+        self.step = Step(
+            model=self.model,
+            transform=optimizer.build(config, trainable, 30 * steps_per_epoch),
+            loss=losses.LossConfig(),
+            tables=tables.TablesConfig(),
+            n_chunks=s.chunks,
+            seed=s.seed,
+        )
+        self.abstract = self._whole(jax.eval_shape(self._state, trainable))
+        self.jitted = jax.jit(
+            sharding.under(self.mesh, self.step.train),
+            donate_argnums=0,
+            out_shardings=(
+                jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
+                sharding.replicated(self.mesh),
+            ),
+        )
+
+    def compile(self) -> tuple[Any, float]:
+        """The compiled step, and the seconds it took to trace and compile."""
+        batch = self._whole(jax.eval_shape(lambda: batch_of(self.settings, self.model.sizes, 0)))
+        start = time.perf_counter()
+        compiled = self.jitted.lower(self.abstract, self.frozen, batch).compile()
+        return compiled, time.perf_counter() - start
+
+    def draw(self) -> tuple[TrainState, Any]:
+        """State and base on the device, each array in its own type from the start."""
+        flat = traverse_util.flatten_dict(self.frozen, sep="/")
+        frozen = {}
+        for i, (path, leaf) in enumerate(flat.items()):
+            key = jax.random.fold_in(rng.key(self.settings.seed, rng.Stream.INIT, 0), i)
+            draw = functools.partial(_draw_frozen, path, leaf, self.model.sizes.norm_offset)
+            frozen[path] = jax.jit(draw, out_shardings=leaf.sharding)(key)
+
+        def state() -> TrainState:
+            params = meta.unbox(dual.init_params(self.model, self.settings.seed))
+            every = traverse_util.flatten_dict(params, sep="/")
+            wanted = traverse_util.flatten_dict(self.abstract.params, sep="/")
+            kept = {path: every[path] for path in wanted}  # XLA draws only these
+            return self._state(traverse_util.unflatten_dict(kept, sep="/"))
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        return (
+            jax.jit(state, out_shardings=shardings)(),
+            traverse_util.unflatten_dict(frozen, sep="/"),
+        )
+
+    def put(self, batch: Batch) -> Batch:
+        """Hands a batch over to the device."""
+        return jax.device_put(batch, sharding.of_batch(batch, self.mesh))
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters by what the step does with them."""
+        frozen = traverse_util.flatten_dict(self.frozen, sep="/")
+        trainable = traverse_util.flatten_dict(self.abstract.params, sep="/")
+
+        def count(params: dict[str, Any], pattern: str) -> int:
+            return sum(leaf.size for path, leaf in params.items() if re.fullmatch(pattern, path))
+
+        return {
+            "frozen": count(frozen, ".*"),
+            "frozen_matmul": count(frozen, "backbone/layers/.*/kernel"),
+            "frozen_embedding": count(frozen, "backbone/token_embedding"),
+            "lora": count(trainable, ".*/lora_[ab]"),
+            "trainable": count(trainable, ".*"),
+        }
+
+    def _state(self, params: Any) -> TrainState:
+        s, width = self.settings, self.model.sizes.hidden
+        centroids = jax.random.normal(rng.key(s.seed, rng.Stream.KMEANS, 0), (s.labels, width))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            boundaries=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.step.transform.init(params),
+            tables=Tables(
+                document_bank=jnp.zeros((s.documents, width)),  # is written to, not read
+                centroids=centroids * width**-0.5,
+                label_bank=None,
+                free_vector_of=jnp.arange(s.labels, dtype=jnp.int32) % s.free_vectors,
+                leaf_order=jnp.arange(s.documents, dtype=jnp.int32),
+            ),
+        )
+
+    def _whole(self, tree: Any) -> Any:
+        # One device holds everything whole.
+        split = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda leaf: leaf.update(sharding=split), tree)
+
+
+def _draw_frozen(
+    path: str, leaf: jax.ShapeDtypeStruct, norm_offset: float, key: jax.Array
+) -> jax.Array:
+    """One array of the base; layer by layer, so that nothing wider than it is ever whole."""
+    shape, dtype = leaf.shape, leaf.dtype
+    if path.endswith("/scale"):
+        return jnp.full(shape, 1 - norm_offset, dtype)
+    if path.endswith("/bias"):
+        return jnp.zeros(shape, dtype)
+
+    def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+
+    if not path.startswith("backbone/layers/"):
+        return normal(key, shape)
+    return jax.lax.map(lambda key: normal(key, shape[1:]), jax.random.split(key, shape[0]))
+
+
+def text_lengths(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
+    """i32[n] in [1, T], as token counts of titles are spread: log-normal, a mean of about 0.6 T.
+
+    Args:
+        generator: of numbers.
+        n: of texts.
+        length: T, where texts are cut.
+    """
+    drawn = np.exp(generator.normal(math.log(0.56 * length), 0.5, n))
+    return np.clip(np.round(drawn), 1, length).astype(np.int32)
+
+
+def batch_of(settings: Settings, sizes: DecoderConfig, step: int) -> Batch:
+    """The batch of a step as numpy arrays: drawn texts, documents and labels.
+
+    Args:
+        settings: what is measured.
+        sizes: of the decoder.
+        step: which.
+    """
+    s, generator = settings, rng.host(settings.seed, rng.Stream.SAMPLE, step)
+
+    def texts() -> Inputs:
+        lengths = text_lengths(generator, s.batch, s.length)
+        tokens = generator.integers(sizes.vocab_size, size=(s.batch, s.length), dtype=np.int32)
+        return Inputs(tokens=tokens, lengths=lengths)
+
+    label_ids = generator.integers(s.labels, size=s.batch, dtype=np.int32)
+    return Batch(
+        document=texts(),
+        document_ids=generator.choice(s.documents, s.batch, replace=False).astype(np.int32),
+        label=texts(),
+        label_ids=label_ids,
+        relevance=label_ids[:, None] == label_ids,
+    )
+
+
+def real_tokens(batch: Batch, prompt_tokens: int) -> int:
+    """Tokens that a step encodes, prompts included, padding not.
+
+    Args:
+        batch: of numpy arrays.
+        prompt_tokens: around every text.
+    """
+    sides = (batch.document.lengths, batch.label.lengths)
+    return sum(int(lengths.sum()) + len(lengths) * prompt_tokens for lengths in sides)
+
+
+def matmul_rate(device: jax.Device, dtype: str) -> float:
+    """TFLOP/s of the product of two square matrices, the best of several.
+
+    Args:
+        device: where.
+        dtype: of the matrices.
+    """
+    size, products = (1024, 4) if device.platform == "cpu" else (8192, 16)
+    a, b = (
+        jax.device_put(jax.random.normal(jax.random.key(i), (size, size), dtype), device)
+        for i in range(2)
+    )
+    b *= jnp.asarray(size**-0.5, dtype)
+
+    @jax.jit
+    def chain(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, products, lambda _, x: x @ b, a)
+
+    jax.block_until_ready(chain(a, b))
+    best = min(_seconds(lambda: jax.block_until_ready(chain(a, b))) for _ in range(6))
+    return products * 2 * size**3 / best / 1e12
+
+
+def mfu(parameters: dict[str, int], tokens: float, seconds: float, tflops: float) -> float:
+    """Share of the matmul rate that a step makes use of; see the module for what counts.
+
+    Args:
+        parameters: of `Program.parameters`.
+        tokens: real ones per step.
+        seconds: per step.
+        tflops: of `matmul_rate`.
+    """
+    flops = (4 * parameters["frozen_matmul"] + 6 * parameters["lora"]) * tokens
+    return flops / seconds / (tflops * 1e12)
+
+
+def memory(compiled: Any, device: jax.Device) -> dict[str, int | None]:
+    """Bytes that a compiled step asks for. Donated outputs are in the arguments' place (aliased).
+
+    Args:
+        compiled: of `Program.compile`.
+        device: what it is compiled for.
+
+    Returns:
+        `total` adds the others up, which on TPU counts some temporary bytes twice; `peak` is XLA's
+        own figure of what is alive at one time, None on CPU, where it leaves temporary bytes out.
+    """
+    analysis = compiled.memory_analysis()
+    found = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+        "temporary": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    beside = found["outputs"] - found["aliased"]
+    found["total"] = found["arguments"] + beside + found["temporary"] + found["code"]
+    return found | {
+        "peak": None if device.platform == "cpu" else analysis.peak_memory_in_bytes or None
+    }
+
+
+def measure(program: Program, device: jax.Device) -> dict[str, Any]:
+    """Compiles, draws, runs and times the step.
+
+    Args:
+        program: what runs.
+        device: where.
+
+    Raises:
+        RuntimeError: a loss is not finite, or something was compiled while steps were timed.
+    """
+    s, sizes = program.settings, program.model.sizes
+    tflops = matmul_rate(device, s.dtype)
+    compiled, compile_seconds = program.compile()
+    state, frozen = program.draw()
+    seconds, reported, tokens = [], [], []
+    with _compilations() as compilations:
+        for step in range(WARM_UP + s.steps):
+            if step == WARM_UP:
+                compilations.clear()
+            host = batch_of(s, sizes, step)
+            batch = jax.block_until_ready(program.put(host))
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
+            seconds.append(time.perf_counter() - start)
+            reported.append({name: float(value) for name, value in metrics.items()})
+            tokens.append(real_tokens(host, s.prompt_tokens))
+            if not math.isfinite(reported[-1]["loss"]):
+                raise RuntimeError(f"step {step}: expected a finite loss, got {reported[-1]}")
+    if compilations:
+        raise RuntimeError(
+            f"expected no compilation after {WARM_UP} steps, got {len(compilations)}; a shape, a "
+            "type or a sharding changes from step to step"
+        )
+    timed, tokens = seconds[WARM_UP:], tokens[WARM_UP:]
+    step_seconds, mean_tokens = statistics.median(timed), statistics.mean(tokens)
+    parameters = program.parameters()
+    return {
+        "parameters": parameters,
+        "compile_seconds": compile_seconds,
+        "step_seconds": step_seconds,
+        "step_seconds_each": timed,
+        "pairs_per_second": s.batch / step_seconds,
+        "tokens_per_step": mean_tokens,
+        "positions_per_step": _positions(s),
+        "matmul_tflops": tflops,
+        "mfu": mfu(parameters, mean_tokens, step_seconds, tflops),
+        "memory": memory(compiled, device),
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "loss_each": [metrics["loss"] for metrics in reported],
+        "metrics": reported[-1],
+    }
+
+
+def plan(program: Program, device: jax.Device) -> dict[str, Any]:
+    """Compiles the step without allocating anything, for the memory it would ask for.
+
+    Args:
+        program: what is compiled.
+        device: for what.
+    """
+    compiled, compile_seconds = program.compile()
+    return {
+        "parameters": program.parameters(),
+        "compile_seconds": compile_seconds,
+        "positions_per_step": _positions(program.settings),
+        "memory": memory(compiled, device),
+    }
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results as they are printed, one figure a line.
+
+    Args:
+        results: of `measure` or `plan`.
+    """
+    found = {f"{name} parameters": f"{n:,}" for name, n in results["parameters"].items()}
+    found["compilation"] = f"{results['compile_seconds']:.1f} s"
+    if "step_seconds" in results:
+        each = " ".join(f"{seconds:.4f}" for seconds in results["step_seconds_each"])
+        found |= {
+            "step": f"{results['step_seconds']:.4f} s, median of {each}",
+            "pairs": f"{results['pairs_per_second']:,.1f} /s",
+            "tokens": f"{results['tokens_per_step']:,.0f} a step, real ones with prompts",
+            "matmul rate": f"{results['matmul_tflops']:.4g} TFLOP/s",
+            "MFU": f"{100 * results['mfu']:.1f} %",
+            "loss": " ".join(f"{loss:.4f}" for loss in results["loss_each"]),
+        }
+    found["positions"] = f"{results['positions_per_step']:,} a step, padding included"
+    sizes = results["memory"] | {"peak in use": results.get("peak_bytes")}
+    found |= {f"memory, {name}": _gigabytes(n) for name, n in sizes.items() if n is not None}
+    return [f"{name:<28}{value}" for name, value in found.items()]
+
+
+@contextlib.contextmanager
+def _compilations() -> Iterator[list[str]]:
+    """A list that grows by one event with everything that is compiled meanwhile."""
+    found: list[str] = []
+
+    def heard(event: str, duration: float, **more) -> None:
+        if event == COMPILED:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def _positions(settings: Settings) -> int:
+    return 2 * settings.batch * (settings.length + settings.prompt_tokens)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3f} GB"
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _device(topology: str | None) -> jax.Device:
+    if topology is None:
+        return jax.devices()[0]
+    from jax.experimental import topologies
+
+    # There is no TPU here to start, nor a cloud machine's metadata to ask for one.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line; exits with a message if it is mistaken."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, help="default: tiny on CPU, else qwen2.5-3b")
+    parser.add_argument("--config_json", type=pathlib.Path, help="sizes of another decoder")
+    for field in dataclasses.fields(Settings)[1:]:
+        shown = f"default {field.default}"
+        if field.name in TINY:
+            shown += f"; tiny: {TINY[field.name]}"
+        if field.name == "dtype":
+            shown += "; on CPU: float32"
+        parser.add_argument(f"--{field.name}", type=type(field.default), help=shown)
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file of the results")
+    parser.add_argument("--compile_only", action="store_true", help="memory, nothing allocated")
+    parser.add_argument("--topology", help="compile for one chip of this TPU, such as v5p:2x2x1")
+    arguments = parser.parse_args(argv)
+    if arguments.model and arguments.config_json:
+        parser.error("expected --model or --config_json, got both")
+    if arguments.topology and not arguments.compile_only:
+        parser.error("--topology: expected with --compile_only: there is no such device here")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs a command line; what it printed, as it is written to --out."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    device = _device(arguments.topology)
+    name = arguments.model or ("tiny" if device.platform == "cpu" else "qwen2.5-3b")
+    try:
+        if arguments.config_json:
+            name = arguments.config_json.stem
+            sizes = decoder_config.from_hf(
+                json.loads(arguments.config_json.read_text(encoding="utf-8"))
+            )
+        else:
+            sizes = MODELS[name]
+        chosen = dict(TINY) if name == "tiny" else {}
+        if device.platform == "cpu":
+            chosen["dtype"] = "float32"
+        chosen |= {
+            field.name: value
+            for field in dataclasses.fields(Settings)[1:]
+            if (value := getattr(arguments, field.name)) is not None
+        }
+        settings = Settings(name, **chosen)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    program = Program(settings, sizes, device)
+    results = (plan if arguments.compile_only else measure)(program, device)
+    content = {
+        "benchmark": "decoder_step",
+        "model": name,
+        "settings": dataclasses.asdict(settings) | {"sizes": dataclasses.asdict(sizes)},
+    }
+    content |= {
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": 1},
+        **environment(PACKAGES),
+        "results": results,
+    }
+    if arguments.topology:
+        content["device"]["topology"] = arguments.topology
+    print(f"\n{name}, {device.device_kind}, {settings}\n")
+    print("\n".join(lines(results)))
+    out = arguments.out
+    if out is None and not arguments.compile_only:
+        kind = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower())
+        out = pathlib.Path(__file__).parent / "results" / f"decoder_step_{name}_{kind}.json"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"\nwritten to {out}")
+    return content
+
+
+if __name__ == "__main__":
+    main()
