@@ -88,7 +88,7 @@ def test_optimizer_groups_fit_the_parameters(variant):
     """Every parameter has a rate and a decay, and every pattern decides one (else build raises)."""
     config = RunConfig.from_dict(vixml.get_config(variant).to_dict())
     encoder, prime = config.encoder, config.prime if config.prime.enabled else None
-    sizes = hf.load_config(hf.resolve(encoder.backbone), encoder.layers)
+    sizes = hf.load_config(hf.resolve(encoder.backbone), layers=1)
     model = dual.DualEncoder(sizes, encoder.pooling, prime=prime, num_free_vectors=4)
     params = meta.unbox(jax.eval_shape(lambda: dual.init_params(model, 0)))
     transform = optimizer.build(config.optimizer, params, 10)

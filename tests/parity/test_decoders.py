@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -204,3 +205,37 @@ def test_shards_give_what_one_file_gives(tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, load(tmp_path / "many")[1], load(tmp_path / "one")[1]
     )
+
+
+def test_export_in_bfloat16_is_what_transformers_computes_in(tmp_path):
+    """The scaled embeddings to the last bit, the last states as closely as torch comes itself."""
+    model = make.tiny("gemma3", 8)
+    model.save_pretrained(tmp_path / "in")
+    config, params = load(tmp_path / "in")
+    out = tmp_path / "out"
+    hf_export.merged(out, params, config, pooling="mean", max_length=8, dtype="bfloat16")
+    theirs = transformers.AutoModel.from_pretrained(out).eval()
+    assert theirs.dtype == torch.bfloat16
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].to(torch.bfloat16)), name
+    tokens, lengths = make.texts(8, n=6, T=9)
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        states = theirs(
+            torch.tensor(tokens).long(), attention_mask=mask, output_hidden_states=True
+        ).hidden_states
+    rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    ours = decoder.Decoder(config, jnp.bfloat16)
+    _, ours = jax.jit(
+        lambda params: ours.apply({"params": params}, tokens, lengths, True, True),
+        compiler_options=QUICK,
+    )(rounded)
+    assert ours.dtype == jnp.bfloat16
+    ours, real = np.asarray(ours, np.float32), mask[..., None].numpy()
+    np.testing.assert_array_equal(ours[0] * real, states[0].float().numpy() * real)
+    # what rounding costs is no more than in torch, beside the same weights in float32
+    exact = make.torch_hidden_states(theirs.float(), tokens, lengths)[-1]
+    cost, expected = (
+        np.abs((last - exact) * real).mean() for last in (ours[-1], states[-1].float().numpy())
+    )
+    assert 0 < cost < 1.5 * expected

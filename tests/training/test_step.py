@@ -81,6 +81,7 @@ def test_chunks_keep_the_order_of_rows():
     np.testing.assert_array_equal(out, 2 * x)
 
 
+@pytest.mark.slow
 def test_documents_meet_all_labels_without_their_own_part_of_the_centroids(fields):
     """Similarities of the step against a loop over (document, label) pairs."""
     sections = copy.deepcopy(ALL_LABELS) | {"encoder": {"dropout": 0.0}}
