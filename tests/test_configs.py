@@ -89,6 +89,7 @@ def test_optimizer_groups_fit_the_parameters(variant):
     config = RunConfig.from_dict(vixml.get_config(variant).to_dict())
     encoder, prime = config.encoder, config.prime if config.prime.enabled else None
     sizes = hf.load_config(hf.resolve(encoder.backbone), layers=1)
+    sizes = dataclasses.replace(sizes, vocab_size=64, max_positions=16)
     model = dual.DualEncoder(sizes, encoder.pooling, prime=prime, num_free_vectors=4)
     params = meta.unbox(jax.eval_shape(lambda: dual.init_params(model, 0)))
     transform = optimizer.build(config.optimizer, params, 10)
@@ -147,7 +148,9 @@ def test_a_step_can_be_traced(variant, fields, small, traced):
     prompts = Prompts(head=(1, 2), tail=(3,)) if decodes else Prompts()
     program = Program(RunConfig.from_dict(config), dataset, prompts)
     batch = program.sampler.build(np.arange(200, dtype=np.int32), 0, 0)
-    state, metrics = jax.eval_shape(program.step.train, program.abstract, program.frozen, batch)
+    state, metrics = jax.eval_shape(
+        program.step.train, program.abstract, program.abstract_frozen, batch
+    )
     assert jax.tree.structure(state) == jax.tree.structure(program.abstract)
     for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
         assert (after.shape, after.dtype) == (before.shape, before.dtype)

@@ -146,10 +146,10 @@ def _steps(
         put=program.put,
         prefetch=config.prefetch,
     )
-    in_flight = collections.deque()
+    in_flight, frozen = collections.deque(), program.frozen  # read here, not within the guard
     for batch in stream:
         with jax.transfer_guard("disallow"):
-            state, metrics = program.train_step(state, program.frozen, batch)
+            state, metrics = program.train_step(state, frozen, batch)
         step += 1
         in_flight.append(metrics["loss"])
         if len(in_flight) > _IN_FLIGHT:

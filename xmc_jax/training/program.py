@@ -1,6 +1,7 @@
 """A config made runnable: the model, its compiled functions, and where every array lives."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class Program:
         source: where the backbone comes from.
         sizes: of the backbone.
         abstract: the TrainState as ShapeDtypeStructs with shardings.
-        frozen: parameters that get no gradient, on the devices.
+        abstract_frozen: `frozen` likewise.
         sampler: builds the batches.
         steps_per_epoch: ceil(N / B); the last batch is completed with the epoch's first documents.
         train_step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
@@ -103,7 +104,9 @@ class Program:
             sharding.of_params(boxed, self.mesh),
         )
         trainable, frozen = optimizer.partition(params, config.optimizer.trainable)
-        frozen = jax.tree.map(lambda leaf: leaf.update(dtype=config.encoder.frozen_dtype), frozen)
+        self.abstract_frozen = jax.tree.map(
+            lambda leaf: leaf.update(dtype=config.encoder.frozen_dtype), frozen
+        )
         self.step = Step(
             model=self.model,
             transform=optimizer.build(
@@ -115,7 +118,6 @@ class Program:
             seed=train.seed,
         )
         self.abstract = self._abstract_state(trainable)
-        self.frozen = self._initial_params(frozen)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.train_step = jax.jit(
@@ -125,6 +127,11 @@ class Program:
         )
         self._encode = jax.jit(sharding.under(self.mesh, self.step.encode))
         self._prototype = jax.jit(sharding.under(self.mesh, self.step.prototype))
+
+    @functools.cached_property
+    def frozen(self) -> Any:
+        """Parameters that get no gradient, on the devices; read or drawn when first asked for."""
+        return self._initial_params(self.abstract_frozen)
 
     def provenance(self) -> dict[str, Any]:
         """What the config only names, by digest: the backbone's weights, and the data."""
