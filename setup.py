@@ -42,7 +42,7 @@ EXTRAS = {
         "scikit-learn>=1.5",
         "setuptools>=77",
     ],
-    "parity": ["sentence-transformers>=5", "torch==2.13.0"],
+    "parity": ["peft>=0.18", "sentence-transformers>=5", "torch==2.13.0"],
 }
 
 setup(
