@@ -455,13 +455,13 @@ print(json.dumps(report | {"devices": jax.device_count(), "first": first}))
 
 
 def write_large(folder):
-    """A Qwen2 of 390 M bfloat16 weights in four shards, written layer by layer."""
+    """A Qwen2 of 511 M bfloat16 weights in four shards, written layer by layer."""
     folder.mkdir()
     config = decoder_config.DecoderConfig(
         family="qwen2",
         vocab_size=32_000,
         hidden=1024,
-        layers=24,
+        layers=32,
         heads=16,
         kv_heads=2,
         head_dim=64,
