@@ -15,11 +15,14 @@ import safetensors
 from flax import traverse_util
 
 from xmc_jax import packaged
-from xmc_jax.models import backbone, hf_names
+from xmc_jax.models import backbone, hf_names, vision
 from xmc_jax.models.backbone import Sizes
+from xmc_jax.models.vision import VisionConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PROJECTION = "image_projection.safetensors"
+"""Of an encoder exported with images; not a file of Hugging Face's."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -126,8 +129,26 @@ def load_config(source: Source, layers: int | None = None) -> Sizes:
     return sizes.first(layers)
 
 
-def load_params(source: Source, sizes: Sizes, abstract: Any = None) -> dict[str, Any]:
-    """The parameters of the backbone, layers stacked; no head, no adapters.
+def load_vision_config(source: Source) -> VisionConfig:
+    """The sizes of an image encoder.
+
+    Args:
+        source: see `resolve`.
+
+    Raises:
+        ValueError: config.json missing, malformed or of another architecture.
+    """
+    raw = read_json(source.folder / "config.json")
+    try:
+        return vision.from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{source.folder}: {error}") from error
+
+
+def load_params(
+    source: Source, sizes: Sizes | VisionConfig, abstract: Any = None
+) -> dict[str, Any]:
+    """The parameters of a backbone or image encoder, layers stacked; no head, no adapters.
 
     With `abstract`, what this process reads is what its devices hold, and beside the arrays made it
     holds one of them at a time, the largest first.
@@ -139,7 +160,7 @@ def load_params(source: Source, sizes: Sizes, abstract: Any = None) -> dict[str,
             they are wanted; None is all, as numpy float32.
 
     Returns:
-        The subtree "backbone", or the part of it that is asked for.
+        The subtree "backbone" (or of an image encoder all), or the part of it that is asked for.
 
     Raises:
         ValueError: unreadable weights; or all tensors missing, not known or of another shape.
@@ -165,7 +186,36 @@ def load_params(source: Source, sizes: Sizes, abstract: Any = None) -> dict[str,
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
-def _homes(source: Source, sizes: Sizes) -> dict[str, tuple[pathlib.Path, str]]:
+def load_projection(source: Source, width: int) -> dict[str, np.ndarray] | None:
+    """The projection of images of an exported folder: "kernel" f32[E, D] and "bias" f32[D].
+
+    Args:
+        source: see `resolve`.
+        width: E of the images at hand.
+
+    Returns:
+        None for a folder without one.
+
+    Raises:
+        ValueError: a damaged file, or one for images of another width.
+    """
+    path = source.folder / PROJECTION
+    if not path.is_file():
+        return None
+    with _open(path) as file:
+        try:
+            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: expected the tensors weight and bias: {error}") from error
+    if weight.shape != (*bias.shape, width):
+        raise ValueError(
+            f"{path}: expected a projection of images {width} wide, found one of "
+            f"{list(weight.shape)}; choose the images it was trained with (--config.data.images)"
+        )
+    return {"kernel": np.ascontiguousarray(weight.T, np.float32), "bias": np.float32(bias)}
+
+
+def _homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, tuple[pathlib.Path, str]]:
     # Name of our table -> file and name there, after all are found to be there and to fit.
     home: dict[str, pathlib.Path] = {}
     found: dict[str, tuple[int, ...]] = {}
@@ -176,10 +226,11 @@ def _homes(source: Source, sizes: Sizes) -> dict[str, tuple[pathlib.Path, str]]:
     prefix = hf_names.prefix_of(set(found), sizes)
     expected = {}
     for path, shape in hf_names.shapes(sizes).items():
-        shape = shape[1:] if hf_names.is_stacked(path) else shape
         for name in hf_names.of_path(path, sizes):
-            expected[prefix + name] = shape[::-1] if hf_names.is_transposed(path) else shape
-    left_out = range(sizes.layers, load_config(source).layers)
+            expected[prefix + name] = hf_names.stored_shape(path, shape, sizes)
+    images = isinstance(sizes, VisionConfig)
+    whole = load_vision_config(source) if images else load_config(source)
+    left_out = range(sizes.layers, whole.layers)
     missing = sorted(set(expected) - set(found))
     unused = sorted(
         name for name in set(found) - set(expected) if not hf_names.may_be_unused(name, left_out)
@@ -225,12 +276,13 @@ def _read(
     A file is open only while a layer is read from it: the pages that reading maps are then dropped.
     """
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    if hf_names.is_stacked(path):
-        within = [slice(*bound) for bound in bounds[1:]]
-        transposed = hf_names.is_transposed(path)
-        for row, layer in enumerate(range(*bounds[0])):
+    stacked, transposed = hf_names.is_stacked(path), hf_names.is_transposed(path)
+    if stacked or transposed:
+        within = [slice(*bound) for bound in (bounds[1:] if stacked else bounds)]
+        rows = out if stacked else out[None]
+        for row, layer in zip(rows, range(*bounds[0]) if stacked else (0,)):
             part = _slice(tensors[layer], tuple(within[::-1] if transposed else within))
-            out[row] = part.T if transposed else part
+            row[...] = part.T if transposed else part
         return out
     rows = max(1, _BLOCK_BYTES // max(1, out[:1].nbytes))
     for start in range(*bounds[0], rows):
@@ -243,13 +295,16 @@ def _read(
 def _slice(tensor: tuple[pathlib.Path, str], index: tuple[slice, ...]) -> np.ndarray:
     path, name = tensor
     with _open(path) as file:
-        return file.get_slice(name)[index]
+        part = file.get_slice(name)
+        if len(shape := part.get_shape()) > len(index):  # a convolution: its last axes are one
+            return part[:].reshape(*shape[: len(index) - 1], -1)[index]
+        return part[index]
 
 
 def _download(name: str, revision: str | None, weights: bool) -> pathlib.Path:
     patterns = ["config.json", *TOKENIZER_FILES]
     if weights:
-        patterns += ["model*.safetensors", INDEX]
+        patterns += ["model*.safetensors", INDEX, "preprocessor_config.json"]
     try:
         folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except (OSError, huggingface_hub.errors.HFValidationError) as error:

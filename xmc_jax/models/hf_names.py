@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from xmc_jax.models import backbone
+from xmc_jax.models import backbone, vision
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA
+from xmc_jax.models.vision import VisionConfig
 
 _DECODER = {
     "token_embedding": "embed_tokens.weight",
@@ -64,6 +65,40 @@ NAMES: dict[str, dict[str, str]] = {
         "layers/mlp_norm": "layers.{}.pre_feedforward_layernorm",
         "layers/mlp_post_norm": "layers.{}.post_feedforward_layernorm",
     },
+    "siglip": {
+        "patch_embedding": "embeddings.patch_embedding",
+        "position_embedding": "embeddings.position_embedding.weight",
+        "layers/attention_norm": "encoder.layers.{}.layer_norm1",
+        "layers/query": "encoder.layers.{}.self_attn.q_proj",
+        "layers/key": "encoder.layers.{}.self_attn.k_proj",
+        "layers/value": "encoder.layers.{}.self_attn.v_proj",
+        "layers/out": "encoder.layers.{}.self_attn.out_proj",
+        "layers/mlp_norm": "encoder.layers.{}.layer_norm2",
+        "layers/up": "encoder.layers.{}.mlp.fc1",
+        "layers/down": "encoder.layers.{}.mlp.fc2",
+        "final_norm": "post_layernorm",
+        "head/probe": "head.probe",
+        "head/in_proj_weight": "head.attention.in_proj_weight",
+        "head/in_proj_bias": "head.attention.in_proj_bias",
+        "head/out": "head.attention.out_proj",
+        "head/norm": "head.layernorm",
+        "head/up": "head.mlp.fc1",
+        "head/down": "head.mlp.fc2",
+    },
+    "vit": {
+        "patch_embedding": "embeddings.patch_embeddings.projection",
+        "class_token": "embeddings.cls_token",
+        "position_embedding": "embeddings.position_embeddings",
+        "layers/attention_norm": "encoder.layer.{}.layernorm_before",
+        "layers/query": "encoder.layer.{}.attention.attention.query",
+        "layers/key": "encoder.layer.{}.attention.attention.key",
+        "layers/value": "encoder.layer.{}.attention.attention.value",
+        "layers/out": "encoder.layer.{}.attention.output.dense",
+        "layers/mlp_norm": "encoder.layer.{}.layernorm_after",
+        "layers/up": "encoder.layer.{}.intermediate.dense",
+        "layers/down": "encoder.layer.{}.output.dense",
+        "final_norm": "layernorm",
+    },
 }
 # What a checkpoint may put before all names, as a model with a head or one with images does.
 PREFIXES = (
@@ -74,26 +109,33 @@ PREFIXES = (
     "language_model.model.",  # Gemma 3 with images, as published
     "model.language_model.",  # as transformers 5 writes it
     "language_model.",
+    "vision_model.",  # SigLIP with its text tower
+    "vit.",
 )
 # What a checkpoint may hold besides: position buffers, poolers, heads, other modalities.
 _UNUSED = re.compile(
-    r"(bert\.|distilbert\.)?(embeddings\.position_ids|pooler\.|cls\.|classifier\.|pre_classifier\.|"
-    r"qa_outputs\.|vocab_(transform|layer_norm|projector)\.)|(language_model\.)?lm_head\.|"
+    r"(bert\.|distilbert\.|vision_model\.|vit\.)?(embeddings\.(position_ids|mask_token)|pooler\.|cls\.|"
+    r"classifier\.|pre_classifier\.|qa_outputs\.|vocab_(transform|layer_norm|projector)\.)|"
+    r"text_model\.|logit_(scale|bias)$|(language_model\.)?lm_head\.|"
     r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.inv_freq$"
 )
 _LAYER = re.compile(r"(?:.*\.)?layers?\.(\d+)\.")
 
 
-def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Our path -> shape, of all parameters of a backbone but adapters."""
-    module = backbone.build(sizes, "float32", "none", NO_LORA)
-    tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, lengths)["params"])
+def shapes(sizes: Sizes | VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Our path -> shape, of all parameters of a backbone or image encoder but adapters."""
+    if isinstance(sizes, VisionConfig):
+        module = vision.Vision(sizes)
+        inputs = [jnp.zeros((1, sizes.image_size, sizes.image_size, 3))]
+    else:
+        module = backbone.build(sizes, "float32", "none", NO_LORA)
+        inputs = [jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)]
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)["params"])
     flat = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def of_path(path: str, sizes: Sizes) -> list[str]:
+def of_path(path: str, sizes: Sizes | VisionConfig) -> list[str]:
     """The tensors that a parameter is made of: one, or one per layer.
 
     Args:
@@ -119,9 +161,18 @@ def is_transposed(path: str) -> bool:
     return path.endswith("/kernel")
 
 
-def prefix_of(names: set[str], sizes: Sizes) -> str:
+def stored_shape(path: str, shape: tuple[int, ...], sizes: Sizes | VisionConfig) -> tuple[int, ...]:
+    """That of each tensor which a parameter of this shape is made of."""
+    shape = shape[1:] if is_stacked(path) else shape
+    if path == "patch_embedding/kernel":  # a convolution, whose last three axes are one of ours
+        return (shape[1], 3, sizes.patch_size, sizes.patch_size)
+    return shape[::-1] if is_transposed(path) else shape
+
+
+def prefix_of(names: set[str], sizes: Sizes | VisionConfig) -> str:
     """What a checkpoint with these tensors puts before the names of this table; "" if unknown."""
-    embedding = NAMES[sizes.family]["token_embedding"]
+    images = isinstance(sizes, VisionConfig)
+    (embedding, *_) = of_path("patch_embedding/kernel" if images else "token_embedding", sizes)
     return next((prefix for prefix in PREFIXES if prefix + embedding in names), "")
 
 
