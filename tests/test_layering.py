@@ -12,6 +12,7 @@ PACKAGE = ROOT / "xmc_jax"
 # From left to right: a part of the package imports only parts to its right, and itself.
 LAYERS = (
     ("main", "plan", "serve"),
+    ("build",),
     ("training",),
     ("retrieval",),
     ("vision",),
@@ -22,15 +23,18 @@ BASE = LAYERS[-1]  # small modules without a folder; they may use one another
 
 # The only files or folders of the package that import a dependency.
 HOMES = {
-    "PIL": ("vision/images.py", "data/synthetic.py"),
+    "PIL": ("vision/images.py", "vision/descriptor.py", "vision/encoders.py", "data/synthetic.py"),
     "grain": ("data/pipeline.py",),
+    "httpcore2": ("vision/download.py",),
+    "httpx2": ("vision/download.py",),
     "huggingface_hub": ("models/hf.py", "models/hf_export.py"),
     "ml_collections": ("main.py",),
     "optax": ("training/",),
     "orbax": ("checkpoint.py",),
-    "pyarrow": ("data/records.py",),
+    "pyarrow": ("data/synthetic.py", "vision/shards.py", "vision/tables.py"),
     "safetensors": ("models/hf.py", "models/hf_export.py"),
     "scann": ("retrieval/scann.py",),
+    "skimage": ("vision/descriptor.py",),
     "tensorboardX": ("report.py",),
     "transformers": ("data/tokenizer.py",),
     # Tests and benchmarks only, or nowhere: a pickle runs code, a packaged model asks for PyTorch.
