@@ -1,0 +1,1 @@
+"""Images to one frozen vector each; used once, before training."""

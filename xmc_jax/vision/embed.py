@@ -1,0 +1,553 @@
+"""Images to an image folder, one vector each: `python -m xmc_jax.vision.embed --help`.
+
+What lies at the source says what is done: embeddings that others have published are imported,
+unless another encoder than the default is named; a table of URLs is fetched first (into
+`<data_dir>/<dataset>/fetched-<name>/`); and whatever else `sources` reads is decoded and encoded.
+The result is `<data_dir>/<dataset>/images-<name>/`, see `xmc_jax.data.images`, and beside its
+arrays
+
+    failures.jsonl    split, item, uid, k and reason of each image that could not be read
+
+Restartable: killed at any moment, the same command goes on where it was, and the result is the same
+byte for byte. A folder made from the same inputs is left as it is.
+"""
+
+import argparse
+import collections
+import dataclasses
+import ipaddress
+import itertools
+import json
+import operator
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from xmc_jax.data import bundled, image_import, raw_folder
+from xmc_jax.data import images as image_folders
+from xmc_jax.data.known import KNOWN
+from xmc_jax.data.store import SPLITS
+from xmc_jax.vision import descriptor, download, encoders, fetch, images, sources, tables
+from xmc_jax.vision.encoders import Encoder
+from xmc_jax.vision.sources import Source
+
+BUNDLED = "bundled"
+"""What --raw calls the raw files that come with the package."""
+
+ENCODER = "google/siglip2-so400m-patch14-384"
+"""What encodes, unless told otherwise; and what published embeddings stand for."""
+
+FAILURES = "failures.jsonl"
+_TABLES = (".parquet", ".jsonl", ".csv")
+_THREADS = 32  # that decode, at most; Pillow lets go of the interpreter meanwhile
+_SMALL_PIXELS = 1 << 22  # images up to here are decoded side by side, larger ones singly
+_AHEAD_BATCHES = 2  # images read before they are due
+_AHEAD_BYTES = 256 << 20  # of those, encoded
+_BATCH_ITEMS = 1 << 12  # most items of a batch; those without images take no room in it
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+    """Which images, and how they become vectors.
+
+    Attributes:
+        dataset: its name.
+        data_dir: where dataset folders go.
+        name: of the image folder; the result is `<data_dir>/<dataset>/images-<name>`.
+        source: what `sources.open` reads, a table of URLs, or a folder of published embeddings.
+        encoder: ENCODER, in whose place published embeddings are taken where the source has some;
+            `descriptor.NAME`, a folder, or another name on the hub.
+        revision: of the encoder on the hub.
+        processor: another preprocessor_config.json than the encoder's, or its folder.
+        per_item: K, the first so many images of an item are encoded.
+        layout: "pad" or "stretch"; see `encoders`.
+        alpha: "white" or "drop"; see `images.decode`.
+        batch_size: images per call, over all devices.
+        dtype: of the encoder's products, "bfloat16" or "float32".
+        by: what image files are named by, "uid" or "index".
+        allow_private: networks that are fetched from although they are not public.
+        overwrite: replace a folder that was made from other inputs or is damaged.
+
+    Source: ViXML supp. A and reference code: siglip2-so400m-patch14-384, three images, padded.
+    """
+
+    dataset: str
+    data_dir: str | pathlib.Path
+    name: str
+    source: str | pathlib.Path
+    encoder: str = ENCODER
+    revision: str | None = None
+    processor: str | None = None
+    per_item: int = 3
+    layout: str = "pad"
+    alpha: str = "white"
+    batch_size: int = 64
+    dtype: str = "bfloat16"
+    by: str = "uid"
+    allow_private: tuple[str, ...] = ()
+    overwrite: bool = False
+
+    def __post_init__(self):
+        for field, fits, expected in (
+            ("per_item", self.per_item >= 1, "1 or more"),
+            ("batch_size", self.batch_size >= self.per_item, f"at least {self.per_item} images"),
+            ("layout", self.layout in encoders.LAYOUTS, f"one of {encoders.LAYOUTS}"),
+            ("alpha", self.alpha in images.ALPHA, f"one of {images.ALPHA}"),
+            ("dtype", self.dtype in encoders.DTYPES, f"one of {encoders.DTYPES}"),
+            ("by", self.by in ("uid", "index"), "uid or index"),
+        ):
+            if not fits:
+                raise ValueError(f"{field}: expected {expected}, got {getattr(self, field)!r}")
+        for network in self.allow_private:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"allow_private: expected networks: {error}") from None
+        image_folders.path(self.data_dir, self.dataset, self.name)
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The image folder."""
+        return image_folders.path(self.data_dir, self.dataset, self.name)
+
+    @property
+    def fetched(self) -> pathlib.Path:
+        """Where images go that are fetched."""
+        return self.folder.with_name(f"fetched-{self.name}")
+
+
+def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Path:
+    """Makes the image folder, or what is left of it to make.
+
+    Args:
+        config: see `ImagesConfig`.
+        uids: "train", "test", "label" -> identifiers of the items, in order.
+
+    Returns:
+        The folder, for `xmc_jax.data.images.open`.
+
+    Raises:
+        ValueError: no images of these items, an encoder that cannot be read, or a folder that was
+            made from other inputs or is damaged.
+        OSError: a file that cannot be read or written.
+    """
+    source = pathlib.Path(config.source).expanduser()
+    published = image_import.published(source)
+    if published.get(config.encoder, 0) >= config.per_item:
+        return image_import.import_published(
+            config.dataset,
+            config.data_dir,
+            config.name,
+            source,
+            config.encoder,
+            uids,
+            config.overwrite,
+        )
+    urls = _url_table(source)
+    if urls is not None:
+        source = _fetch(config, *urls)
+    encoder = encoders.build(
+        config.encoder,
+        config.batch_size,
+        config.revision,
+        config.processor,
+        config.layout,
+        config.dtype,
+    )
+    opened = {split: sources.open(source, split, uids[split], config.by) for split in SPLITS}
+    if not any(found.items_with_images for found in opened.values()):
+        first = next((uid for split in SPLITS for uid in uids[split]), None)
+        remedy = "files named by an item's number in its split need --by=index"
+        if published:
+            there = (f"{name} with {k} images per item" for name, k in sorted(published.items()))
+            remedy = f"the embeddings there are of {', '.join(there)}"
+        raise ValueError(
+            f"{source}: expected images of items such as {first!r}, found none of any item; "
+            f"{remedy}"
+        )
+    counts = {split: len(found) for split, found in opened.items()}
+    inputs = {
+        "uids": image_folders.digests(uids),
+        "images": {split: found.identity for split, found in opened.items()},
+        "per_item": config.per_item,
+        "alpha": config.alpha,
+        "processing": encoder.processing,
+    }
+    with image_folders.Writer(
+        config.folder,
+        counts,
+        encoder.width,
+        config.dataset,
+        encoder.identity,
+        inputs,
+        config.overwrite,
+    ) as writer:
+        if not writer.finished:
+            _embed(writer, encoder, opened, uids, config)
+        return writer.finish()
+
+
+def read_uids(
+    dataset: str, raw: str | pathlib.Path | None, encoding: str = "utf-8"
+) -> dict[str, list[str]]:
+    """The identifiers of a dataset's items, for `make`, from the raw files that `prepare` reads.
+
+    Args:
+        dataset: its name; counts of known ones are checked.
+        raw: folder of the raw files; None for a bundled dataset's own.
+        encoding: of the raw texts, "utf-8" or "latin-1".
+
+    Returns:
+        "train", "test", "label" -> identifiers, in order.
+
+    Raises:
+        ValueError: a file is missing, bad, or does not fit what is published.
+    """
+    folder = bundled.path(dataset) if raw is None else pathlib.Path(raw)
+    found = raw_folder.read(raw_folder.find(folder), dataset, encoding)
+    return {split: found.splits[split].uids for split in SPLITS}
+
+
+def report(config: ImagesConfig) -> str:
+    """A few lines on a finished folder: items, images, shares of items with one, and failures."""
+    lines = [image_folders.report(config.folder)]
+    if (config.fetched / "report.json").is_file():
+        result = json.loads((config.fetched / "report.json").read_bytes())
+        lines.append(fetch.summary(config.fetched, result))
+    failures = config.folder / FAILURES
+    if failures.is_file():
+        with failures.open("rb") as file:
+            count = sum(1 for _ in file)
+        lines.append(f"  could not be read  {count:,} images" + (f": {failures}" if count else ""))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 1 for bad data, 2 for bad flags."""
+    try:
+        config, raw, encoding = _parse(arguments)
+    except ValueError as error:
+        print(f"embed: {error}", file=sys.stderr)
+        return 2
+    try:
+        folder = make(config, read_uids(config.dataset, None if raw == BUNDLED else raw, encoding))
+        print(report(config))
+        image_import.check_shares(config.dataset, image_folders.open(folder).shares)
+    except (ValueError, OSError) as error:
+        print(f"embed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("embed: interrupted; run the same command again", file=sys.stderr)
+        return 130
+    return 0
+
+
+# What lies where
+
+
+def _url_table(path: pathlib.Path) -> tuple[pathlib.Path, str, str] | None:
+    """A table of URLs, not of images, or a folder's only table; its columns of ids and URLs."""
+    if path.is_dir():
+        found = [file for file in path.iterdir() if file.suffix in _TABLES and file.is_file()]
+        path = found[0] if len(found) == 1 else path
+    if path.suffix not in _TABLES or not path.is_file():
+        return None
+    parquet = path.suffix == ".parquet"
+    columns = (tables.ParquetTable if parquet else tables.TextTable)(path).columns
+    held = [name for name, kind in columns.items() if kind.endswith("binary")]
+    held += [name for name in ("bytes", "image", "base64", "path") if name in columns]
+    key = next((name for name in ("uid", "id") if name in columns), None)
+    url = next((name for name in ("url", "urls") if name in columns), None)
+    return (path, key, url) if key and url and not held else None
+
+
+def _fetch(config: ImagesConfig, urls: pathlib.Path, key: str, url: str) -> pathlib.Path:
+    networks = tuple(ipaddress.ip_network(network) for network in config.allow_private)
+    fetch.fetch(
+        fetch.FetchConfig(
+            urls=urls,
+            out=config.fetched,
+            limits=download.Limits(allowed=networks),
+            id_column=key,
+            url_column=url,
+            max_images=config.per_item,
+        )
+    )
+    return config.fetched
+
+
+# From files to vectors: read here, decoded in threads, encoded a batch behind, written in order
+
+
+@dataclasses.dataclass(eq=False)
+class _Batch:
+    """Items in a row whose images are encoded at a time.
+
+    Attributes:
+        first: number of the first item.
+        counts: images of each item that could be read.
+        prepared: those images.
+        failures: item, k and reason of the others.
+    """
+
+    first: int
+    counts: list[int] = dataclasses.field(default_factory=list)
+    prepared: list[np.ndarray] = dataclasses.field(default_factory=list)
+    failures: list[tuple[int, int, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.counts)
+
+
+def _embed(
+    writer: image_folders.Writer,
+    encoder: Encoder,
+    opened: Mapping[str, Source],
+    uids: Mapping[str, Sequence[str]],
+    config: ImagesConfig,
+) -> None:
+    """Appends all items that are missing."""
+    done = writer.done
+    total = sum(len(found) for found in opened.values())
+    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    prepare = _preparation(encoder, config.alpha)
+    try:
+        with (
+            _Failures(writer.folder / FAILURES, done) as failures,
+            _Progress(total, sum(done.values())) as progress,
+        ):
+
+            def write(split: str, batch: _Batch, vectors: Any) -> None:
+                failures.add(split, uids[split], batch.failures)  # before they count as done
+                if vectors is None:
+                    rows = np.empty((0, encoder.width), np.float32)
+                else:
+                    rows = jax.device_get(vectors)[: len(batch.prepared)]
+                writer.extend(split, batch.first, batch.counts, rows)
+                progress.add(len(batch.counts), len(batch.prepared))
+
+            for split, found in opened.items():
+                pending = None
+                read = found.read(config.per_item, done[split])
+                ready = _in_threads(read, prepare, pool, _AHEAD_BATCHES * config.batch_size)
+                for batch in _batches(ready, done[split], len(found), config.batch_size):
+                    vectors = encoder.embed(batch.prepared) if batch.prepared else None
+                    if pending is not None:
+                        write(split, *pending)
+                    pending = batch, vectors
+                if pending is not None:
+                    write(split, *pending)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _preparation(encoder: Encoder, alpha: str) -> Callable[[bytes | str], np.ndarray | str]:
+    """What threads do with an image: decode and prepare it, or say why not; bounded in memory."""
+    small, alone = images.Limits(max_pixels=_SMALL_PIXELS), threading.Lock()
+
+    def prepare(data: bytes | str) -> np.ndarray | str:
+        if isinstance(data, str):
+            return data
+        try:
+            image = images.decode(data, small, alpha)
+        except ValueError:
+            with alone:
+                try:
+                    image = images.decode(data, alpha=alpha)
+                except ValueError as error:
+                    return str(error).removeprefix("image: ")
+                return encoder.prepare(image)
+        return encoder.prepare(image)
+
+    return prepare
+
+
+def _in_threads(
+    found: Iterable[tuple[int, int, bytes | str]],
+    prepare: Callable[[bytes | str], np.ndarray | str],
+    pool: ThreadPoolExecutor,
+    ahead: int,
+) -> Iterator[tuple[int, int, np.ndarray | str]]:
+    """Images prepared, in the order they come in; at most `ahead` are read before they are due."""
+    waiting: collections.deque = collections.deque()
+    held = 0
+    for item, k, data in found:
+        waiting.append((item, k, len(data), pool.submit(prepare, data)))
+        held += len(data)
+        while len(waiting) > ahead or held > _AHEAD_BYTES:
+            item, k, size, future = waiting.popleft()
+            held -= size
+            yield item, k, future.result()
+    for item, k, _, future in waiting:
+        yield item, k, future.result()
+
+
+def _batches(
+    ready: Iterable[tuple[int, int, np.ndarray | str]], first: int, end: int, size: int
+) -> Iterator[_Batch]:
+    """Batches of whole items, from the first item to the end.
+
+    Where a batch ends follows from where it begins. So one that is begun again after a kill is the
+    same, and so are its vectors to the last bit.
+    """
+    batch = _Batch(first)
+    grouped = itertools.groupby(ready, key=operator.itemgetter(0))
+    for item, group in itertools.chain(grouped, [(end, ())]):
+        group = list(group)
+        good = [image for _, _, image in group if not isinstance(image, str)]
+        while item - batch.first >= _BATCH_ITEMS:
+            batch.counts += [0] * (_BATCH_ITEMS - len(batch.counts))
+            yield batch
+            batch = _Batch(batch.end)
+        batch.counts += [0] * (item - batch.end)
+        if len(batch.prepared) + len(good) > size:
+            yield batch
+            batch = _Batch(item)
+        if item < end:
+            batch.counts.append(len(good))
+            batch.prepared += good
+            batch.failures += [(i, k, why) for i, k, why in group if isinstance(why, str)]
+    if batch.counts:
+        yield batch
+
+
+class _Failures:
+    """failures.jsonl: lines of items that are done are kept, those behind them are cut.
+
+    Args:
+        path: the file.
+        done: split -> items that are done.
+    """
+
+    def __init__(self, path: pathlib.Path, done: Mapping[str, int]):
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        kept = 0
+        for line in self._file:
+            try:
+                failure = json.loads(line)
+                if not line.endswith(b"\n") or failure["item"] >= done[failure["split"]]:
+                    break
+            except (ValueError, KeyError, TypeError):  # torn by a kill
+                break
+            kept += len(line)
+        self._file.truncate(kept)
+
+    def __enter__(self) -> "_Failures":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def add(self, split: str, uids: Sequence[str], failures: list[tuple[int, int, str]]) -> None:
+        """Makes the failures of a split's items durable."""
+        if not failures:
+            return
+        for item, k, reason in failures:
+            line = {"split": split, "item": item, "uid": uids[item], "k": k, "reason": reason}
+            self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class _Progress:
+    """A bar of items, with the images per second of this run.
+
+    Args:
+        total: items.
+        done: items that are there already.
+    """
+
+    def __init__(self, total: int, done: int):
+        self._bar = tqdm.tqdm(
+            total=total, initial=done, desc="embedding", unit="item", disable=None
+        )
+        self._start, self._images = time.monotonic(), 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def add(self, items: int, count: int) -> None:
+        """Counts items and images that are written."""
+        self._images += count
+        rate = self._images / max(time.monotonic() - self._start, 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.1f} images/s", refresh=False)
+        self._bar.update(items)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, where argparse prints the usage too
+        raise ValueError(f"{message}; see --help")
+
+
+def _parse(arguments: list[str] | None) -> tuple[ImagesConfig, str, str]:
+    """The config, the folder of the raw files, and their encoding."""
+    parser = _Parser(prog="python -m xmc_jax.vision.embed", allow_abbrev=False)
+    add, defaults = parser.add_argument, ImagesConfig
+    add("--dataset", required=True, help=f"its name; known: {', '.join(KNOWN)}")
+    add("--raw", default=BUNDLED, help=f"folder of the raw files, or {BUNDLED} (default)")
+    add("--encoding", default="utf-8", help="of the raw texts, utf-8 (default) or latin-1")
+    add(
+        "--images",
+        dest="source",
+        required=True,
+        help="a folder of images or of published embeddings; or a .parquet, .jsonl or .csv of "
+        "images or URLs; or a .bin of ViXML",
+    )
+    add("--name", required=True, help="the result is OUT/DATASET/images-NAME")
+    add("--out", dest="data_dir", default="data", help="where dataset folders go (default data)")
+    add(
+        "--encoder",
+        default=defaults.encoder,
+        help=f"a folder, a hub name, or {descriptor.NAME} (default {defaults.encoder})",
+    )
+    add("--revision", help="the encoder's revision on the hub")
+    add("--processor", help=f"another {encoders.PROCESSOR} than the encoder's, or its folder")
+    add(
+        "--max_images",
+        dest="per_item",
+        type=int,
+        default=defaults.per_item,
+        help=f"the first so many of an item (default {defaults.per_item})",
+    )
+    for flag, text in (
+        ("layout", "pad on a white square, as the reference does, or stretch"),
+        ("alpha", "what is transparent: white, or drop, for the colours beneath"),
+        ("batch_size", "images per call, over all devices"),
+        ("dtype", "of products: bfloat16 or float32"),
+        ("by", "what image files are named by: uid or index"),
+    ):
+        default = getattr(defaults, flag)
+        add(f"--{flag}", type=type(default), default=default, help=f"{text} (default {default})")
+    add(
+        "--allow_private",
+        nargs="*",
+        metavar="NETWORK",
+        help="fetch from these networks too, such as 10.0.0.0/8; none named: from any address",
+    )
+    add("--overwrite", action="store_true", help="replace a folder that differs")
+    fields = vars(parser.parse_args(arguments))
+    raw, encoding = fields.pop("raw"), fields.pop("encoding")
+    networks = fields.pop("allow_private")
+    if networks == []:
+        networks = ["0.0.0.0/0", "::/0"]
+    if encoding not in ("utf-8", "latin-1"):
+        raise ValueError(f"--encoding: expected utf-8 or latin-1, got {encoding!r}")
+    return ImagesConfig(**fields, allow_private=tuple(networks or ())), raw, encoding
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,498 @@
+"""Where the images of a split's items come from: bytes of image files, item after item.
+
+A source is one path; what lies there says what it is (see `open`). It lists, for each item, the
+records that hold its images; only the list is kept in memory, and images are read one by one, from
+any item on. Nothing is downloaded here: URLs go through `vision.fetch` first.
+"""
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import itertools
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from xmc_jax.data import image_maps, store
+from xmc_jax.data.csr import Csr
+from xmc_jax.vision import tables
+
+MAX_BYTES = 32 << 20
+"""Bytes of an image's file, unless told otherwise."""
+
+_PREFIXES = {
+    "train": ("train", "trn"),
+    "test": ("test", "tst"),
+    "label": ("label", "labels", "lbl"),
+}
+_TABLES = (".parquet", ".jsonl", ".csv")
+_KEYS = ("uid", "id", "index")
+_COLUMNS = ("bytes", "image", "base64", "path")  # in this order, where there are several
+_URLS = ("url", "urls")
+_NUMBERED = re.compile(r"(.+)_(\d{1,9})")
+_DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
+_SCAN_BYTES = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """The images of one split's items.
+
+    Attributes:
+        identity: what the images follow from, as JSON, to tell another source from this one: kind,
+            and names and sizes of files.
+        listed: records of each of the n items, in order; most records are one image.
+    """
+
+    identity: Mapping[str, Any]
+    listed: Csr
+    _records: "_Records"
+
+    def __len__(self) -> int:
+        return self.listed.rows
+
+    @property
+    def items_with_images(self) -> int:
+        """Items that have a record; whether its image can be read is another matter."""
+        return int((self.listed.counts() > 0).sum())
+
+    def read(self, limit: int, first: int = 0) -> Iterator[tuple[int, int, bytes | str]]:
+        """Reads images in item order.
+
+        Args:
+            limit: K; of each item the first K images listed, those that cannot be read included.
+            first: the item to begin with; what follows does not depend on it.
+
+        Yields:
+            Item; number k of the image among the item's; and the bytes of its file or, as a str,
+            the reason why there are none. Nothing for an item without images.
+        """
+        items = np.arange(first, len(self))
+        starts, ends = self.listed.indptr[items], self.listed.indptr[items + 1]
+        counts = np.minimum(ends - starts, limit)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        fetched = self._records.fetch(self.listed.indices[np.repeat(starts, counts) + within])
+        for item, start, count, end in zip(*(a.tolist() for a in (items, starts, counts, ends))):
+            k = 0
+            for images in itertools.islice(fetched, count):
+                for image in images[: limit - k]:
+                    yield item, k, image
+                    k += 1
+            if k < limit and start + count < end:  # some of those records were empty
+                rest = self._records.fetch(self.listed.indices[start + count : end])
+                for image in itertools.islice(itertools.chain.from_iterable(rest), limit - k):
+                    yield item, k, image
+                    k += 1
+
+
+class _Records(Protocol):
+    """Numbered records of images."""
+
+    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
+        """The images of the records i[n], in that order: bytes, or a reason why not."""
+
+
+def open(
+    path, split: str, uids: Sequence[str], by: str = "uid", max_bytes: int = MAX_BYTES
+) -> Source:
+    """Finds out what lies at a path, and which of it belongs to the items of a split.
+
+    - A Parquet, JSONL or CSV file has one row per image, with a column `uid` (or `id`), or `index`,
+      the number of the item in its split; and one of `bytes`, `image` (bytes, or Hugging Face's
+      struct of bytes and path), `base64`, `path` (from the table's folder on). A cell may hold a
+      list of images, a null none. Rows of other uids are skipped.
+    - A folder of such files: those whose names begin with the split's (train, trn; test, tst;
+      label, labels, lbl) or, if none does, all that do not begin with another split's.
+    - A folder of image files: `<uid>`, `<uid>.<any>`, `<uid>_<k>.<any>`, or `<uid>/<any>`, ordered
+      by k and name; with a subfolder named like the split, there.
+    - ViXML's `{train,test,labels}_imgs_<size>_<K>.bin`, one base64 image per line, each with its
+      `*_map.npy`; the file itself or its folder.
+    - The folder that `vision.fetch` has made; images that it could not get are not listed.
+    - A folder with `images.parquet` and `{trn,tst,lbl}_img_index.npy`, the row of each item or -1.
+
+    Args:
+        path: a file or a folder.
+        split: "train", "test" or "label".
+        uids: identifiers of the split's n items, in order.
+        by: what image files are named by, "uid" or "index".
+        max_bytes: larger image files are not read; that is their reason.
+
+    Raises:
+        ValueError: nothing of these is there, a file is damaged, or a map or an index does not fit
+            the items.
+    """
+    path = pathlib.Path(path)
+    if split not in _PREFIXES or by not in ("uid", "index"):
+        raise ValueError(
+            f"{path}: expected split train, test or label by uid or index, got {split!r} by {by!r}"
+        )
+    if path.is_file():
+        if path.suffix in _TABLES:
+            return _table([path], uids, max_bytes)
+        if path.suffix == ".bin":
+            return _lines(path, uids, max_bytes)
+        raise ValueError(f"{path}: expected .parquet, .jsonl, .csv or .bin, or a folder")
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected a file or folder of images, found none")
+    fetched = any(path.glob("images/*.parquet")) and (path / "inputs.json").is_file()
+    if fetched:
+        if not (path / "report.json").is_file():  # which fetch writes last
+            raise ValueError(
+                f"{path}: expected all images fetched, found an unfinished folder; run the same "
+                "xmc_jax.vision.fetch again"
+            )
+        path = path / "images"
+    with os.scandir(path) as entries:
+        files = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
+    indices = [f"{prefix}_img_index.npy" for prefix in _PREFIXES[split]]
+    index = next((name for name in indices if name in files), None)
+    if index and "images.parquet" in files:
+        return _indexed(path / "images.parquet", path / index, uids, max_bytes)
+    names = "|".join(_PREFIXES[split])
+    binaries = [name for name in files if re.fullmatch(rf"({names})_imgs_\d+_\d+\.bin", name)]
+    if binaries:
+        if len(binaries) > 1:
+            raise ValueError(
+                f"{path}: expected one .bin of {split}, found {', '.join(binaries)}; name one"
+            )
+        return _lines(path / binaries[0], uids, max_bytes)
+    found = [name for name in files if name.endswith(_TABLES)]
+    if found:
+        return _table(_of_split(path, found, split), uids, max_bytes, fetched)
+    for prefix in _PREFIXES[split]:
+        if (path / prefix).is_dir():
+            return _files(path / prefix, uids, by, max_bytes)
+    if any((path / prefix).is_dir() for prefixes in _PREFIXES.values() for prefix in prefixes):
+        raise ValueError(f"{path}: expected a folder {split}, as another split has one, found none")
+    return _files(path, uids, by, max_bytes)
+
+
+def _of_split(folder: pathlib.Path, names: list[str], split: str) -> list[pathlib.Path]:
+    """The tables that are a split's by their names, or else those that are nobody's."""
+    owners = {
+        name: owner
+        for name in names
+        for owner, prefixes in _PREFIXES.items()
+        if re.match(rf"({'|'.join(prefixes)})(?![A-Za-z0-9])", name)
+    }
+    taken = [name for name in names if owners.get(name) == split]
+    taken = taken or [name for name in names if name not in owners]
+    kinds = {pathlib.PurePath(name).suffix for name in taken}
+    if len(taken) != 1 and kinds != {".parquet"}:
+        raise ValueError(
+            f"{folder}: expected one table of {split}, or several Parquet files, found "
+            f"{', '.join(taken or names)}"
+        )
+    return [folder / name for name in taken]
+
+
+# Which records are whose
+
+
+def _owners(uids: Sequence[str]) -> tuple[dict[str, int], np.ndarray]:
+    """A number for each different uid; and i64[n], the number of each item's."""
+    numbers: dict[str, int] = {}
+    return numbers, np.array([numbers.setdefault(uid, len(numbers)) for uid in uids], np.int64)
+
+
+def _grouped(owner: np.ndarray, of_item: np.ndarray) -> Csr:
+    """Records of each item, in their order.
+
+    Args:
+        owner: i64[records], numbers of `_owners`, or -1 for a record of nobody here.
+        of_item: i64[n], the number of each item.
+    """
+    counts = np.bincount(owner[owner >= 0], minlength=int(of_item.max(initial=-1)) + 1)
+    order = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
+    grouped = Csr(np.concatenate([[0], np.cumsum(counts)]), order, None, len(owner))
+    return grouped.take(of_item)
+
+
+def _match(
+    keys: Iterable[Any], key: str, uids: Sequence[str], path: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """i64[records] whose each record is, and i64[n], both as `_grouped` takes them.
+
+    Args:
+        keys: the cells of the key column.
+        key: its name; "index" means numbers of items.
+        uids: of the n items.
+        path: the table, for errors.
+    """
+    by_index = key == "index"
+    numbers, of_item = _owners(list(map(str, range(len(uids)))) if by_index else uids)
+
+    def owners() -> Iterator[int]:
+        for row, found in enumerate(keys):
+            text = str(found) if isinstance(found, str | int) else None
+            if text is None or (by_index and text not in numbers):
+                kind = f"a number below {len(numbers)}" if by_index else "a text or whole number"
+                raise ValueError(
+                    f"{path}: row {row}: expected {kind} in column {key}, found {found!r:.60}"
+                )
+            yield numbers.get(text, -1)
+
+    return np.fromiter(owners(), np.int64), of_item
+
+
+# Folders of files
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FileRecords:
+    folder: pathlib.Path
+    names: list[str]
+    max_bytes: int
+
+    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
+        for number in numbers.tolist():
+            yield [_read_file(self.folder, self.names[number], self.max_bytes)]
+
+
+def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -> Source:
+    numbers, of_item = _owners(uids if by == "uid" else list(map(str, range(len(uids)))))
+    found = []  # (number of the owner, k, name)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                owner = numbers.get(entry.name)
+                if owner is not None:
+                    found += [
+                        (owner, _rank(name), f"{entry.name}/{name}")
+                        for name in os.listdir(entry.path)
+                        if not name.startswith(".")
+                    ]
+                continue
+            stem = pathlib.PurePath(entry.name).stem
+            numbered = _NUMBERED.fullmatch(stem)
+            if entry.name in numbers or stem in numbers:
+                found.append((numbers.get(entry.name, numbers.get(stem)), -1, entry.name))
+            elif numbered and numbered[1] in numbers:
+                found.append((numbers[numbered[1]], int(numbered[2]), entry.name))
+    found.sort()
+    names = [name for _, _, name in found]
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    identity = {"kind": "files", "files": len(names), "digest": digest}
+    owner = np.array([owner for owner, _, _ in found], np.int64)
+    return Source(identity, _grouped(owner, of_item), _FileRecords(folder, names, max_bytes))
+
+
+def _rank(name: str) -> int:
+    """The number that a name ends with, before its suffix."""
+    digits = re.search(r"(\d{1,9})$", pathlib.PurePath(name).stem)
+    return int(digits[1]) if digits else -1
+
+
+def _read_file(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | str:
+    try:
+        found = os.stat(folder / name)
+        if not stat.S_ISREG(found.st_mode):
+            return f"not a file: {name:.200}"
+        if found.st_size > max_bytes:
+            return _too_large(found.st_size, max_bytes)
+        return (folder / name).read_bytes() or f"an empty file: {name:.200}"
+    except OSError as error:
+        return f"{(error.strerror or 'unreadable').lower()}: {name:.200}"
+    except ValueError:  # a null byte
+        return f"not a path: {name!r:.200}"
+
+
+def _too_large(size: int, max_bytes: int) -> str:
+    return f"{size} bytes, more than {max_bytes}"
+
+
+# Text files with one record after another: ViXML's .bin, JSONL, CSV
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TextRecords:
+    """Records between byte offsets i64[n + 1] of a file; `parse` makes images of a record.
+
+    A longer one than `max_record` bytes is not read.
+    """
+
+    path: pathlib.Path
+    offsets: np.ndarray
+    max_record: int
+    parse: Callable[[bytes], list[bytes | str]]
+
+    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
+        with self.path.open("rb") as file:
+            for number in numbers.tolist():
+                start, end = self.offsets[number : number + 2].tolist()
+                if end - start > self.max_record:
+                    yield [f"a line of {_too_large(end - start, self.max_record)}"]
+                    continue
+                file.seek(start)
+                yield self.parse(file.read(end - start))
+
+
+def _lines(path: pathlib.Path, uids: Sequence[str], max_bytes: int) -> Source:
+    """ViXML's base64 lines with their map. Source: ViXML reference, download_amazon_imgs.py."""
+    map_path = path.with_name(f"{path.stem}_map.npy")
+    if not map_path.is_file():
+        raise ValueError(f"{path}: expected {map_path.name} beside it, found none")
+    offsets = _line_offsets(path)
+    listed = image_maps.read(map_path, len(offsets) - 1)
+    _check_items(map_path, listed, uids)
+    identity = {
+        "kind": "base64 lines",
+        "files": {path.name: path.stat().st_size},
+        "map": store.sha256(map_path),
+    }
+
+    def parse(line: bytes) -> list[bytes | str]:
+        return [_decode(line, max_bytes)]
+
+    max_line = 4 * max_bytes // 3 + 1024
+    return Source(identity, listed, _TextRecords(path, offsets, max_line, parse))
+
+
+def _line_offsets(path: pathlib.Path) -> np.ndarray:
+    """i64[lines + 1], where lines begin and the last one ends; reads the file once."""
+    ends = [np.zeros(1, np.int64)]
+    at = 0
+    with path.open("rb") as file:
+        while block := file.read(_SCAN_BYTES):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+            at += len(block)
+    offsets = np.concatenate(ends)
+    return offsets if offsets[-1] == at else np.append(offsets, at)
+
+
+def _decode(text: bytes | str, max_bytes: int) -> bytes | str:
+    if isinstance(text, str):
+        start = _DATA_URL.match(text[:200])
+        text = text[start.end() if start else 0 :].encode("ascii", "replace")
+    text = b"".join(text.split())
+    if len(text) // 4 * 3 > max_bytes + 3:
+        return _too_large(len(text) // 4 * 3, max_bytes)
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        return "not base64"
+    return data or "no bytes"
+
+
+# Tables
+
+
+def _table(
+    paths: list[pathlib.Path], uids: Sequence[str], max_bytes: int, fetched: bool = False
+) -> Source:
+    """A table in one file, or in several Parquet files that are read one after the other.
+
+    Of those that `vision.fetch` has made, rows with an error have no image and are left out.
+    """
+    where, folder = paths[0], paths[0].parent
+    if where.suffix == ".parquet":
+        parts = [tables.ParquetTable(path) for path in paths]
+        key, column = _columns(where, parts[0].columns)
+        for part in parts:
+            part.check(key, column, *(["error"] if fetched else []))
+        owner, of_item = _match((cell for p in parts for cell in p.cells(key)), key, uids, where)
+        if fetched:
+            errors = (cell for part in parts for cell in part.cells("error"))
+            owner[np.fromiter((cell is not None for cell in errors), bool, len(owner))] = -1
+        records: Any = _ParquetRecords(tables.ParquetRows(parts, column), column, folder, max_bytes)
+    else:
+        text = tables.TextTable(where)
+        key, column = _columns(where, text.columns)
+        owner, of_item = _match(text.cells(key), key, uids, where)  # finds the offsets, too
+
+        def parse(record: bytes) -> list[bytes | str]:
+            return _images(text.cell(record, column), column, folder, max_bytes)
+
+        offsets = np.frombuffer(text.offsets, np.int64)
+        records = _TextRecords(where, offsets, 2 * tables.MAX_LINE, parse)
+    identity = {
+        "kind": "table",
+        "files": {path.name: path.stat().st_size for path in paths},
+        "columns": [key, column],
+    }
+    return Source(identity, _grouped(owner, of_item), records)
+
+
+def _indexed(
+    table_path: pathlib.Path, index_path: pathlib.Path, uids: Sequence[str], max_bytes: int
+) -> Source:
+    """Rows of a Parquet file by an index of the items."""
+    table = tables.ParquetTable(table_path)
+    _, column = _columns(table_path, table.columns | {"uid": "string"})
+    listed = image_maps.read(index_path, table.num_rows)
+    _check_items(index_path, listed, uids)
+    identity = {
+        "kind": "indexed table",
+        "files": {table_path.name: table_path.stat().st_size},
+        "index": store.sha256(index_path),
+        "columns": [column],
+    }
+    rows = tables.ParquetRows([table], column)
+    records = _ParquetRecords(rows, column, table_path.parent, max_bytes)
+    return Source(identity, listed, records)
+
+
+def _check_items(path: pathlib.Path, listed: Csr, uids: Sequence[str]) -> None:
+    if listed.rows != len(uids):
+        raise ValueError(f"{path}: expected {len(uids)} items, as the split has, got {listed.rows}")
+
+
+def _columns(path: pathlib.Path, columns: Mapping[str, str]) -> tuple[str, str]:
+    """The columns of keys and of images, of those there are (name -> type or "")."""
+    key = next((name for name in _KEYS if name in columns), None)
+    binary = [name for name, kind in columns.items() if kind.endswith("binary")]
+    image = next((name for name in _COLUMNS if name in columns), None)
+    if image is None and len(binary) == 1:
+        image = binary[0]
+    if image is None and any(name in columns for name in _URLS):
+        raise ValueError(
+            f"{path}: expected images, found their URLs; download them first with python -m "
+            "xmc_jax.vision.fetch and name what that makes"
+        )
+    if key is None or image is None:
+        raise ValueError(
+            f"{path}: expected a column {', '.join(_KEYS)} and one of {', '.join(_COLUMNS)}, found "
+            f"{', '.join(columns) or 'none'}"
+        )
+    return key, image
+
+
+def _images(cell: Any, column: str, folder: pathlib.Path, max_bytes: int) -> list[bytes | str]:
+    """The images of a cell, or reasons."""
+    images = []
+    for one in cell if isinstance(cell, list) else [cell]:
+        kind = column
+        if isinstance(one, dict):  # Hugging Face's Image
+            kind = column if one.get("bytes") else "path"
+            one = one.get("bytes") or one.get("path")
+        if one is not None and one != "":
+            images.append(_image(one, kind, folder, max_bytes))
+    return images
+
+
+def _image(cell: Any, column: str, folder: pathlib.Path, max_bytes: int) -> bytes | str:
+    if isinstance(cell, bytes) and column != "path":
+        if len(cell) > max_bytes:
+            return _too_large(len(cell), max_bytes)
+        return _decode(cell, max_bytes) if column == "base64" else cell or "no bytes"
+    if isinstance(cell, str):
+        return _read_file(folder, cell, max_bytes) if column == "path" else _decode(cell, max_bytes)
+    return f"a cell of type {type(cell).__name__} in column {column}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ParquetRecords:
+    rows: tables.ParquetRows
+    column: str
+    folder: pathlib.Path
+    max_bytes: int
+
+    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
+        for cell in self.rows.fetch(numbers):
+            yield _images(cell, self.column, self.folder, self.max_bytes)
