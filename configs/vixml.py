@@ -1,7 +1,8 @@
 """Recipes: `--config=configs/vixml.py[:variant]`.
 
 A variant is `backbone/dataset[,option...]`, or a name by itself. Without one it is `DEFAULT`, which
-trains on the bundled dataset, on a CPU, with nothing to download. The config is
+trains on the bundled dataset, on a CPU, with nothing to download. Where a dataset has images, they
+are used unless the option `text_only` is given. The config is
 `BASE <- DATASETS[d] <- BACKBONES[b] <- RECIPES <- options`, merged field by field; then flags:
 `--config.train.batch_size=1024`. Sections and fields are the dataclasses of the package.
 
@@ -24,8 +25,12 @@ DEFAULT = "minilm_l6/debian_3k"
 
 
 def _lr(backbone: float, rest: float) -> tuple[tuple[str, float], ...]:
-    """Peak learning rates by parameter path; the first pattern that matches counts."""
-    return (("backbone/.*", backbone), ("combiner/.*", rest), ("free_vectors", rest))
+    """Peak learning rates by parameter path; the first pattern that matches counts.
+
+    That of the projection goes where there are no images.
+    """
+    groups = ("combiner/.*", "free_vectors", "projection/.*")
+    return (("backbone/.*", backbone), *((group, rest) for group in groups))
 
 
 BASE = {
@@ -41,6 +46,17 @@ BASE = {
         "propensity_b": 2.6,
         "validation_fraction": 0.0,  # > 0: held-out training documents instead of the test split
         "validation_seed": 0,
+        "images": {  # see xmc_jax.vision.embed
+            "name": config_dict.placeholder(str),  # folder images-<name>; None: text alone
+            "source": config_dict.placeholder(str),  # where it is made from; None: raw_dir
+            "encoder": "google/siglip2-so400m-patch14-384",  # [V] supp. A
+            "revision": config_dict.placeholder(str),
+            "per_item": 3,  # [V] supp. A: at most
+            "layout": "pad",  # reference code, download_amazon_imgs.py
+            "batch_size": 64,
+            "dtype": "bfloat16",  # Departs: the reference has fp16 autocast
+        },
+        "synthetic": {"documents": 2000, "labels": 1000, "seed": 0},  # if raw_dir is "synthetic"
     },
     "encoder": {
         "backbone": "",
@@ -60,10 +76,11 @@ BASE = {
             "targets": ("query", "key", "value", "out", "gate", "up", "down"),  # [V] supp. A
         },
     },
-    "fusion": {  # of decoders; encoders take no prompts, [V] eq. 3
+    "fusion": {  # encoders take no prompts, and images first, [V] eq. 3
         "prefix": "",
         "image_prefix": "",
         "suffix": "",
+        "order": "image_text",
         "positions": "contiguous",  # [V] supp. A. Departs: in the reference padding takes some
     },
     "prime": {
@@ -163,6 +180,8 @@ BASE = {
         "database_block": 32_768,
     },
     "export": {"format": "merged", "dtype": "float32"},
+    # Another run, trained first and shown beside this one: its name, and the fields that differ.
+    "baseline": {},
 }
 
 _AMAZON = {"encoder": {"compute_dtype": "bfloat16"}}  # Departs: the reference has fp16 autocast
@@ -172,18 +191,27 @@ def _dataset(name: str, raw_dir: str | None = None, **fields) -> dict:
     return {"data": {"dataset": name, "raw_dir": raw_dir or f"data/raw/{name}", **fields}}
 
 
+_SIGLIP2 = {"name": "siglip2"}
+# A frozen descriptor, where no pretrained image encoder is at hand.
+_DESCRIPTOR = {"name": "hog-colour", "encoder": "hog-colour", "layout": "stretch"}
+
 DATASETS = {
     "debian_3k": _dataset("LF-DebianTitles-3K", "bundled"),
     "debian_26k": _dataset("LF-DebianTitles-26K"),
-    "amazontitles_131k": _AMAZON | _dataset("LF-AmazonTitles-131K"),
+    "mm_debian_3k": _dataset("MM-DebianTitles-3K", images=_DESCRIPTOR | {"per_item": 1}),
+    "synthetic": _dataset("Synthetic", "synthetic", images=_DESCRIPTOR),
+    "amazontitles_131k": _AMAZON | _dataset("LF-AmazonTitles-131K", images=_SIGLIP2),
     # [V] supp. A: 128 tokens of title and content.
-    "amazon_131k": _AMAZON | _dataset("LF-Amazon-131K", text="title_content", max_length=128),
+    "amazon_131k": _AMAZON
+    | _dataset("LF-Amazon-131K", text="title_content", max_length=128, images=_SIGLIP2),
     # The bank and the centroids of 1.3M labels take 10.7 GB in float32 at width 768.
     "amazontitles_1_3m": _AMAZON
-    | _dataset("LF-AmazonTitles-1.3M")
+    | _dataset("LF-AmazonTitles-1.3M", images=_SIGLIP2)
     | {"tables": {"dtype": "bfloat16"}},
-    "mm_amazontitles_300k": _AMAZON | _dataset("MM-AmazonTitles-300K"),
+    "mm_amazontitles_300k": _AMAZON | _dataset("MM-AmazonTitles-300K", images=_SIGLIP2),
 }
+
+AMAZON = [name for name, override in DATASETS.items() if "encoder" in override]
 
 # Checkpoints and learning rates: [V] Table 9; rate of all other parameters: [V] supp. A.
 ENCODERS = {
@@ -229,10 +257,11 @@ def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16) -> dict
             "prefix": "This product text",
             "image_prefix": "and its image",
             "suffix": suffix,
+            "order": "text_image",
         },
         "prime": {"free_vector_init": "cluster_mean"},  # [script]; [V] is silent
         "optimizer": {
-            "lr": _lr(lr, 5e-4),  # [script]; [V] has 1e-4 for the others
+            "lr": _lr(lr, 5e-4),  # [script]; [V] has 1e-4 for the others than the adapters
             "weight_decay": ((".*bias", 0.0), ("free_vectors", 0.0), (".*", 0.01)),
             "trainable": _LORA_ONLY,
             "clip_norm": 1.0,  # reference code
@@ -289,7 +318,10 @@ _DEBIAN = {
         "label_to_document": 0.0,
         "regularizer": 0.0,
     },
-    "optimizer": {"lr": (("backbone/.*", 4e-4), ("free_vectors", 5e-3)), "warmup_steps": 5},
+    "optimizer": {
+        "lr": (("backbone/.*", 4e-4), ("free_vectors", 5e-3), ("projection/.*", 5e-3)),
+        "warmup_steps": 5,
+    },
     "curriculum": {"start": config_dict.placeholder(int)},
     "train": {"batch_size": 256, "epochs": 3, "labels": "all", "eval_every": 0, "log_every": 4},
     "eval": {
@@ -310,11 +342,14 @@ _PACKAGED_L3 = {"encoder": {"backbone": "minilm-l6-packaged", "layers": 3}}
 _DEBIAN_DECODER = _DEBIAN | {
     "data": {"max_length": 32},
     "optimizer": {
-        "lr": (("backbone/.*", 1e-4), ("free_vectors", 5e-3)),
+        "lr": (("backbone/.*", 1e-4), ("free_vectors", 5e-3), ("projection/.*", 5e-3)),
         "weight_decay": (("free_vectors", 0.0), (".*", 0.01)),
         "warmup_steps": 5,
     },
 }
+
+# [ours], as _DEBIAN; chosen on data made with another seed.
+_SYNTHETIC = _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 6}}
 
 # By (family or backbone, dataset); the family's comes first.
 RECIPES = {
@@ -322,6 +357,12 @@ RECIPES = {
     ("encoder", "debian_26k"): _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 2}},
     ("decoder", "debian_3k"): _DEBIAN_DECODER,
     ("decoder", "debian_26k"): _DEBIAN_DECODER,
+    ("encoder", "mm_debian_3k"): _DEBIAN,
+    ("decoder", "mm_debian_3k"): _DEBIAN_DECODER,
+    ("encoder", "synthetic"): _SYNTHETIC,
+    ("decoder", "synthetic"): _DEBIAN_DECODER,
+    # [V] supp. A: with images; the option text_only has its own
+    **{("encoder", dataset): {"train": {"epochs": 150}} for dataset in AMAZON},
     # [V] supp. A
     ("decoder", "amazontitles_1_3m"): {"train": {"epochs": 40}},
     ("decoder", "amazon_131k"): {
@@ -330,6 +371,8 @@ RECIPES = {
     },
     ("minilm_l3", "debian_3k"): _PACKAGED_L3,
     ("minilm_l3", "debian_26k"): _PACKAGED_L3,
+    ("minilm_l3", "mm_debian_3k"): _PACKAGED_L3,
+    ("minilm_l3", "synthetic"): _PACKAGED_L3,
     # [V] supp. A: what fits in 80 GB at 128 tokens.
     ("distilbert", "amazon_131k"): {
         "train": {"batch_size": 1024},
@@ -360,24 +403,17 @@ def _reference(config: Mapping[str, Any]) -> dict:
 
 
 def _ngame(config: Mapping[str, Any]) -> dict:
-    rates = [
-        (path, rate) for path, rate in config["optimizer"]["lr"] if path.startswith("backbone")
-    ]
+    kept = ("backbone", "projection")
+    rates = [(path, rate) for path, rate in config["optimizer"]["lr"] if path.startswith(kept)]
     without = ["free_vectors"]  # and, where only adapters are left to train, without biases
     without += [".*bias"] if config["encoder"]["lora"]["rank"] else []
     decays = [pair for pair in config["optimizer"]["weight_decay"] if pair[0] not in without]
     return {
         "prime": {"enabled": False},
         "loss": {"document_to_label": 1.0},  # our own recipe has none, and trains no label text
-        "optimizer": {"lr": tuple(rates), "weight_decay": tuple(decays)} | _without_rest(config),
+        "optimizer": {"lr": tuple(rates), "weight_decay": tuple(decays)},
         "train": {"labels": "sampled"},
     }
-
-
-def _without_rest(config: Mapping[str, Any]) -> dict:
-    # No parameter is left that is neither the backbone's nor an adapter.
-    trainable = config["optimizer"]["trainable"]
-    return {"trainable": _LORA_ONLY[:-1]} if trainable == _LORA_ONLY else {}
 
 
 def _full(config: Mapping[str, Any]) -> dict:
@@ -393,6 +429,67 @@ def _full(config: Mapping[str, Any]) -> dict:
     }
 
 
+def _images(config: Mapping[str, Any], name: str, /, **fields) -> dict:
+    if not _has_images(config):
+        known = [name for name, override in DATASETS.items() if "images" in override["data"]]
+        raise ValueError(
+            f"option {name}: expected a dataset with images, one of {', '.join(known)}, got "
+            f"{config['data']['dataset']}"
+        )
+    return {"data": {"images": fields}}
+
+
+def _text_only(config: Mapping[str, Any]) -> dict:
+    encoder = not config["encoder"]["lora"]["rank"]
+    published = any(
+        DATASETS[name]["data"]["dataset"] == config["data"]["dataset"] for name in AMAZON
+    )
+    epochs = {"epochs": BASE["train"]["epochs"]} if encoder and published else {}
+    return {"data": {"images": {"name": config_dict.placeholder(str)}}, "train": epochs}
+
+
+def _compare(config: Mapping[str, Any]) -> dict:
+    _images(config, "compare")
+    different = _text_only(config)
+    without = copy.deepcopy(dict(config))
+    _merge(without, different)
+    return {"baseline": {"name": "text only", **different, **_groups(without)}}
+
+
+def _image_text(config: Mapping[str, Any]) -> dict:
+    if config["fusion"]["order"] == "image_text":
+        raise ValueError("option image_text: expected a decoder; encoders have images first anyway")
+    # [V] Table 6 has such prompts and does not print them: the words are ours.
+    prompts = {"image_prefix": "This product image", "prefix": "and its text"}
+    prompts = {name: prompt for name, prompt in prompts.items() if config["fusion"][name]}
+    return _images(config, "image_text") | {"fusion": {"order": "image_text", **prompts}}
+
+
+def _has_images(config: Mapping[str, Any]) -> bool:
+    name = config["data"]["images"]["name"]
+    return (name.get() if isinstance(name, config_dict.FieldReference) else name) is not None
+
+
+def _groups(config: Mapping[str, Any]) -> dict:
+    """The optimizer's groups but those of parameters that the model does not have."""
+    groups = config["optimizer"]
+    rates, trainable = groups["lr"], groups["trainable"]
+    if not _has_images(config):
+        rates = tuple(pair for pair in rates if not pair[0].startswith("projection"))
+        if not config["prime"]["enabled"] and trainable == _LORA_ONLY:
+            trainable = _LORA_ONLY[:-1]
+    return {"optimizer": {"lr": rates, "trainable": trainable}}
+
+
+def _no_prompt(*names: str) -> Callable[[Mapping[str, Any]], dict]:
+    def option(config: Mapping[str, Any]) -> dict:
+        if not any(config["fusion"][name] for name in names):
+            raise ValueError(f"option: expected a decoder with fusion.{names[0]}, got none")
+        return {"fusion": dict.fromkeys(names, "")}
+
+    return option
+
+
 def _ema(config: Mapping[str, Any]) -> dict:
     # Only the centroids of sampled labels move.
     return {"tables": {"centroids": "ema"}, "train": {"labels": "sampled"}}
@@ -400,7 +497,18 @@ def _ema(config: Mapping[str, Any]) -> dict:
 
 # An option overrides fields; it is given the config made so far.
 OPTIONS: dict[str, Callable[[Mapping[str, Any]], dict]] = {
-    "text_only": lambda config: {},  # the only mode yet; recipes are already those of text only
+    "text_only": _text_only,  # without images: [V] Table 1
+    "compare": _compare,  # train on text alone first, and show both side by side
+    "images_1": lambda config: _images(config, "images_1", per_item=1),  # [V] Table 10
+    "images_2": lambda config: _images(config, "images_2", per_item=2),
+    "images_5": lambda config: _images(config, "images_5", name="siglip2-5", per_item=5),
+    "vit": lambda config: _images(  # [V] Tables 4, 9: MUFIN's image encoder
+        config, "vit", name="vit", encoder="google/vit-base-patch16-224-in21k"
+    ),
+    "image_text": _image_text,  # images first in decoders: [V] Table 6
+    "no_prefix": _no_prompt("prefix", "image_prefix"),  # [V] Table 6
+    "no_suffix": _no_prompt("suffix"),  # [V] Table 6
+    "last_token": lambda config: {"encoder": {"pooling": "last"}},  # [V] Table 11
     "reference": _reference,  # the settings of the reference runs on the Debian sets
     "full": _full,  # a decoder without adapters, trained whole; not in the paper
     "ngame": _ngame,  # PRIME off: document-to-label term alone, over sampled labels
@@ -451,6 +559,8 @@ NAMES = {
             "train": {"labels": "sampled", "epochs": 4, "n_chunks": 2},
         },
     ),
+    # Text alone and text with images on synthetic products, side by side: minutes on a CPU.
+    "mm": ("minilm_l3/synthetic,compare", {}),
 }
 
 
@@ -468,6 +578,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if "/" not in head:
         _expect(variant, "name or backbone/dataset", head, [*NAMES, *_pairs()])
         head, named = NAMES.get(head, (head, {}))
+    head, *own = head.split(",")
     backbone, _, dataset = head.partition("/")
     _expect(variant, "backbone", backbone, BACKBONES)
     _expect(variant, "dataset", dataset, DATASETS)
@@ -480,9 +591,10 @@ def get_config(variant: str = "") -> ConfigDict:
         named,
     ):
         _merge(config, override)
-    for option in options:
+    for option in sorted((*own, *options), key="compare".__eq__):  # what it compares comes first
         _expect(variant, "option", option, OPTIONS)
         _merge(config, OPTIONS[option](config))
+    _merge(config, _groups(config))
     config["name"] = (variant or DEFAULT).replace("/", "-").replace(",", "-")
     return ConfigDict(config).lock()
 
@@ -499,7 +611,7 @@ def _expect(variant: str, what: str, got: str, known: Iterable[str]) -> None:
 
 def _merge(config: dict, override: Mapping[str, Any]) -> None:
     for key, value in override.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != "baseline":
             _merge(config[key], value)
         else:
             config[key] = copy.deepcopy(value)  # a placeholder holds the value set by a flag

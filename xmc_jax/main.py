@@ -1,7 +1,8 @@
 """The command: `python -m xmc_jax.main --config=configs/vixml.py[:variant] [--config.a.b=value]`.
 
 Modes:
-    train     prepare the dataset if needed, train or go on with the run in --workdir, evaluate it.
+    prepare   make the dataset folder and the image folder of the config, and say what is in them.
+    train     the same if needed; train or go on with the run in --workdir, and evaluate it.
     evaluate  evaluate a checkpoint of --workdir; --config.eval.* may differ from training.
     embed     write the embeddings of documents and labels that the checkpoint gives.
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
@@ -13,7 +14,6 @@ import ctypes
 import difflib
 import logging as py_logging
 import os
-import pathlib
 import re
 import runpy
 import signal
@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives, runs/<config.name> if not given; run again to go on."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "embed", "index", "export"], "What to do."
+    "mode", "train", ["prepare", "train", "evaluate", "embed", "index", "export"], "What to do."
 )
 _STEP = flags.DEFINE_string(
     "step", "latest", "Checkpoint of the modes other than train: latest, best (by P@1) or a step."
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     """Runs the mode that the flags name; returns the exit code."""
     del argv
     # Imported here, so that a mistyped flag is answered at once.
-    from xmc_jax import checkpoint
+    from xmc_jax import build, checkpoint
     from xmc_jax.retrieval import evaluate, scann
     from xmc_jax.training import loop
     from xmc_jax.training.config import RunConfig
@@ -51,25 +51,19 @@ def main(argv: list[str]) -> int:
     fields = _CONFIG.value.to_dict()
     mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
     run = RunConfig.from_dict(fields)
-    if mode != "train":
-        checkpoint.read_config(workdir)  # an absent run is answered before anything is loaded
-    program = build(fields)
-    made_with = fields | {"provenance": program.provenance()}
-    checkpoint.check_config(workdir, made_with, new=mode == "train")
+    if mode == "prepare":
+        return _prepare(fields)
     if mode == "train":
-        try:
-            trained = loop.train(program, workdir)
-        except loop.Interrupted as interrupted:
-            logging.info("%s", interrupted)
-            return _BY_SIGNAL + interrupted.signum
-        rows = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
-        _report(workdir, trained.step, rows, trained.evaluation)
-        return 0
+        return _train(fields, workdir)
 
+    checkpoint.read_config(workdir)  # an absent run is answered before anything is loaded
+    program = build.program(fields)
+    checkpoint.check_config(workdir, fields | {"provenance": program.provenance()}, new=False)
     step, state = loop.restore(program, workdir, _STEP.value)
     if mode == "evaluate":
         # Apart from what training left: the settings may be others.
-        _report(workdir / "evaluate", step, {}, program.evaluate(state))
+        workdir, evaluation = workdir / "evaluate", program.evaluate(state)
+        _show(workdir, step, _write(workdir, step, {}, evaluation), evaluation, program.data)
     elif mode == "embed":
         folder = workdir / "embeddings" / str(step)
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,139 +79,83 @@ def main(argv: list[str]) -> int:
         found = scann.compare(index, labels, program.embed(state.params, "test"), k)
         print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
     elif mode == "export":
-        print(f"wrote {export(fields, program, state, workdir)}")
+        print(f"wrote {build.export(fields, program, state, workdir)}")
     return 0
 
 
-def build(fields: Mapping[str, Any]):
-    """The program of a config, over its dataset folder, which is prepared if it is not there.
+def _prepare(fields: Mapping[str, Any]) -> int:
+    """Prints what is in the folders; of known datasets the shares of items with images must fit."""
+    from xmc_jax import build
+    from xmc_jax.data import image_import, images, prepare
 
-    Args:
-        fields: a config as nested mappings.
-
-    Raises:
-        ValueError: as all that it is made of.
-    """
-    from xmc_jax.training.config import RunConfig
-    from xmc_jax.training.program import Program
-
-    return Program(RunConfig.from_dict(fields), open_data(fields), _prompts(fields))
+    data = build.data(fields)
+    print(prepare.report(data.folder))
+    if data.images is not None:
+        print(images.report(data.images.folder))
+        image_import.check_shares(data.name, data.images.shares)
+    return 0
 
 
-def open_data(fields: Mapping[str, Any]):
-    """The dataset folder of a config, prepared if it is not there."""
-    from xmc_jax.data import prepare, store
+def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
+    """Trains, the baseline of the config first if it has one; reports them side by side."""
+    from xmc_jax import build, checkpoint
+    from xmc_jax.training import loop
 
-    data, source = fields["data"], _tokenizer(fields)
-    folder = prepare.prepare(
-        prepare.PrepareConfig(
-            dataset=data["dataset"],
-            data_dir=data["data_dir"],
-            tokenizer=str(source.folder),
-            tokenizer_name=pathlib.PurePath(source.name).name,
-            max_length=data["max_length"],
-            raw=None if data["raw_dir"] == "bundled" else data["raw_dir"],
-            special_tokens=not _decodes(fields),
-            encoding=data["encoding"],
-            text=data["text"],
-            propensity=(data["propensity_a"], data["propensity_b"]),
-            validation_fraction=data["validation_fraction"],
-            seed=data["validation_seed"],
-        )
-    )
-    return store.open(folder)
-
-
-def _prompts(fields: Mapping[str, Any]):
-    """The prompts of a config as token ids; none for encoders, which take none."""
-    from xmc_jax.data import prompts, tokenizer
-    from xmc_jax.types import Prompts
-
-    texts = {name: fields["fusion"][name] for name in ("prefix", "image_prefix", "suffix")}
-    if not _decodes(fields):
-        given = [name for name, text in texts.items() if text]
-        if given:
-            raise ValueError(f"fusion.{given[0]}: expected '', encoders take no prompts, got text")
-        return Prompts()
-    folder = _tokenizer(fields).folder
-    exported, pooling = prompts.read_settings(folder), fields["encoder"]["pooling"]
-    if exported is not None and exported.pooling != pooling:
-        raise ValueError(
-            f"{folder}: expected the pooling it was trained with, {exported.pooling!r}, got "
-            f"{pooling!r}; set --config.encoder.pooling={exported.pooling}"
-        )
-    return prompts.tokenize(tokenizer.load(folder), folder, **texts)
+    rows: dict[str, Any] = {}
+    runs = [("", workdir, fields)]
+    if fields["baseline"]:
+        name, differing = fields["baseline"]["name"], dict(fields["baseline"])
+        del differing["name"]
+        own = _override(fields, differing) | {"baseline": {}}
+        runs.insert(0, (name, workdir / "baseline", own))
+    for name, folder, own in runs:
+        program = build.program(own)
+        checkpoint.check_config(folder, own | {"provenance": program.provenance()}, new=True)
+        logging.info("%s: %s", folder, name or fields["name"])
+        try:
+            trained = loop.train(program, folder)
+        except loop.Interrupted as interrupted:
+            logging.info("%s", interrupted)
+            return _BY_SIGNAL + interrupted.signum
+        zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
+        found = _write(folder, trained.step, zero_shot, trained.evaluation)
+        if folder == workdir:
+            _show(folder, trained.step, found, trained.evaluation, program.data, rows)
+        rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
+    return 0
 
 
-def _decodes(fields: Mapping[str, Any]) -> bool:
-    from xmc_jax.models import backbone, hf
-
-    encoder = fields["encoder"]
-    source = hf.resolve(encoder["backbone"], encoder["revision"], weights=False)
-    return backbone.is_decoder(hf.load_config(source))
-
-
-def _tokenizer(fields: Mapping[str, Any]):
-    """Where the tokenizer of a config lies: the backbone's own, or that of `data.tokenizer`."""
-    from xmc_jax.models import hf
-
-    name = fields["data"]["tokenizer"]
-    if name is not None:
-        return hf.resolve(name, weights=False)
-    return hf.resolve(fields["encoder"]["backbone"], fields["encoder"]["revision"], weights=False)
+def _override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields with some replaced."""
+    merged = dict(fields)
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and isinstance(fields.get(key), Mapping)
+        merged[key] = _override(fields[key], value) if nested else value
+    return merged
 
 
-def export(fields: Mapping[str, Any], program, state, workdir: epath.Path) -> epath.Path:
-    """Writes the encoder, or its adapters, and its tokenizer.
-
-    Args:
-        fields: the config of the run.
-        program: of the run.
-        state: what to export.
-        workdir: gets `export/`, or `export-adapter/`, which is returned.
-
-    Raises:
-        ValueError: adapters are asked for and there are none, or nothing to load them onto.
-    """
-    from xmc_jax.data import prompts, tokenizer
-    from xmc_jax.models import hf_export
-
-    config, around, T = program.config, program.model.prompts, fields["data"]["max_length"]
-    folder = workdir / ("export-adapter" if config.export.format == "adapter" else "export")
-    common = {
-        "lora": config.encoder.lora,
-        "pooling": config.encoder.pooling,
-        "max_length": len(around.head) + T + len(around.tail),
-    }
-    params = program.backbone(state)
-    if config.export.format == "adapter":
-        if config.encoder.init == "random":
-            raise ValueError(
-                "export.format: expected 'merged' for a backbone with random weights, which nobody "
-                "can load adapters onto, got 'adapter'"
-            )
-        hf_export.adapter(folder, params, program.sizes, source=program.source, **common)
-    else:
-        dtype = config.export.dtype
-        hf_export.merged(folder, params, program.sizes, dtype=dtype, **common)
-    source = _tokenizer(fields).folder
-    if _decodes(fields):
-        texts = {name: fields["fusion"][name] for name in ("prefix", "image_prefix", "suffix")}
-        prompts.export(source, folder, pooling=config.encoder.pooling, max_length=T, **texts)
-    else:
-        tokenizer.copy(source, folder)
-    return folder
-
-
-def _report(workdir: epath.Path, step: int, rows: dict[str, Any], evaluation) -> None:
-    """Writes metrics.json and predictions/<step>.npz; prints the table."""
+def _write(workdir: epath.Path, step: int, rows: dict[str, Any], evaluation) -> dict[str, Any]:
+    """Writes metrics.json and predictions/<step>.npz; returns `rows` and the evaluation's."""
     from xmc_jax.retrieval import evaluate
 
     evaluate.write(
         evaluation, workdir / "metrics.json", workdir / "predictions" / f"{step}.npz", rows
     )
-    rows = rows | {_ROWS[name]: metrics for name, metrics in evaluation.metrics.items()}
-    print(evaluate.format_table(rows))
+    return rows | {_ROWS[kind]: metrics for kind, metrics in evaluation.metrics.items()}
+
+
+def _show(workdir: epath.Path, step: int, rows, evaluation, data, baseline=None) -> None:
+    """Prints which images there are and the tables, the rows of the baseline first."""
+    from xmc_jax.data import images
+    from xmc_jax.retrieval import evaluate
+
+    side_by_side = rows
+    if data.images is not None:
+        print(f"{images.report(data.images.folder)}\n")
+    if baseline:
+        name = f"text + {data.images.encoder}"
+        side_by_side = baseline | {f"{name}: {row}": found for row, found in rows.items()}
+    print(evaluate.format_table(side_by_side))
     print()
     print(evaluate.format_full_table(rows))
     if evaluation.index:

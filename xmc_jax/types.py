@@ -14,6 +14,9 @@ from typing import Any
 import flax.struct
 import jax
 
+ORDERS = ("text_image", "image_text")
+"""Of text and images in a sequence; encoders have images first."""
+
 Array = jax.Array  # or a numpy array: a batch is numpy until it is handed to the devices
 
 
@@ -21,33 +24,37 @@ Array = jax.Array  # or a numpy array: a batch is numpy until it is handed to th
 class Prompts:
     """Token ids that stand around every text of a decoder, documents and labels alike.
 
-    A sequence is head, text, image prefix and images where there may be some, tail. All are empty
-    for encoders, whose texts carry their special tokens with them.
+    A sequence is head, text, middle, images, tail; or, in the order "image_text", head, images,
+    middle, text, tail. All prompts are empty for encoders, whose texts carry their special tokens
+    with them.
 
     Source: ViXML sec. 3.1, eq. 1 and 4. Departs: the reference tokenises each piece with the
     tokenizer's special tokens, so that Llama and Gemma get a BOS before every piece; here once.
 
     Attributes:
-        head: the tokenizer's own first tokens (BOS), if it has some, once; then the prefix.
-        image: before the images of an item that may have some.
+        head: the tokenizer's own first tokens (BOS), if it has some, once; then the prefix of what
+            comes first.
+        middle: the prefix of what comes second, whether the item has images or not; () where no
+            item can have any.
         tail: the closing suffix; without one, the tokenizer's own last tokens (EOS), if any.
     """
 
     head: tuple[int, ...] = ()
-    image: tuple[int, ...] = ()
+    middle: tuple[int, ...] = ()
     tail: tuple[int, ...] = ()
 
 
 @flax.struct.dataclass
 class Inputs:
-    """One side of a batch, or a slice of a split: texts, and later images, of items.
+    """One side of a batch, or a slice of a split: texts, and images where there are some.
 
     Attributes:
         tokens: i32[n, T], right padded; what stands past `lengths` is ignored.
         lengths: i32[n], tokens per text, in [1, T]; from 0 where texts are bare, for a decoder that
             puts its prompts around them. The mask is `arange(T) < length`.
-        images: f32[n, K, E] frozen image embeddings, or None for text only.
-        image_count: i32[n], images per item, or None for text only.
+        images: f[n, K, E] frozen image embeddings (float16 from the image folder), or None for
+            text only; what stands past `image_count` is ignored.
+        image_count: i32[n], images per item, in [0, K]; or None for text only.
     """
 
     tokens: Array

@@ -196,7 +196,7 @@ def test_layers_do_not_share_dropout_masks():
 
 def test_too_long_a_text():
     config, params, _ = golden("bert")
-    with pytest.raises(ValueError, match="at most 24 tokens, got T = 25"):
+    with pytest.raises(ValueError, match="at most 24 tokens, images included, got S = 25"):
         hidden_states(config, params, jnp.ones((1, 25), jnp.int32), jnp.ones(1, jnp.int32))
 
 

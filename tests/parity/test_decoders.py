@@ -173,7 +173,7 @@ def test_prompts_around_texts(variant, positions, tmp_path):
         hidden = model(torch.tensor(sequence), attention_mask=torch.tensor(mask)).last_hidden_state
     weights = torch.tensor(mask)[..., None].float()
     expected = (hidden * weights).sum(1) / weights.sum(1)
-    encoder = dual.DualEncoder(config, prompts=prompts, positions=positions)
+    encoder = dual.DualEncoder(config, prompts=prompts, order="text_image", positions=positions)
     ours = pooled(encoder, params, Inputs(tokens, lengths))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
 

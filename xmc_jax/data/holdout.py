@@ -56,6 +56,7 @@ def hold_out(dataset: RawDataset, fraction: float, seed: int) -> RawDataset:
         if dataset.groups
         else {},
         filter=pairs,
+        raw_rows={split: rows.astype(np.int32) for split, rows in ids.items()},
         merged={"train": dataset.merged["train"], "test": 0},
     )
 

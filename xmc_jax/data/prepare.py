@@ -273,6 +273,8 @@ def _write(partial: pathlib.Path, dataset: RawDataset, inputs: dict[str, Any], t
         }
     for split, groups in dataset.groups.items():
         np.save(partial / f"{split}.groups.npy", groups)
+    for split, rows in dataset.raw_rows.items():
+        np.save(partial / f"{split}.raw_rows.npy", rows)
     np.save(partial / "filter.npy", dataset.filter)
     summary["test"]["filter_pairs"] = len(dataset.filter)
     used = np.unique(dataset.splits["train"].positives.indices)
@@ -304,8 +306,7 @@ def _write_texts(partial, split: str, items: Items, inputs, tokenizer, bar) -> d
     tokens.flush()
     np.save(partial / f"{split}.lengths.npy", lengths.astype(np.uint16))
     for name, column in (("uids", items.uids), ("titles", items.titles)):
-        lines = "".join(store.escape(line) + "\n" for line in column)
-        (partial / f"{split}.{name}.txt").write_bytes(lines.encode("utf-8"))
+        (partial / f"{split}.{name}.txt").write_bytes(store.lines(column))
     return {
         "count": len(texts),
         "tokens_mean": round(float(whole.mean()), 2),

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.types import Prompts
+from xmc_jax.types import ORDERS, Prompts
 
 SETTINGS = "xmc_jax.json"
 """Of an exported decoder; see `Settings`."""
@@ -51,12 +51,18 @@ class Pieces:
     image_prefix: Piece
     suffix: Piece
 
-    @property
-    def prompts(self) -> Prompts:
-        """The same as the model takes them."""
+    def prompts(self, order: str | None = None) -> Prompts:
+        """The same as the model takes them.
+
+        Args:
+            order: of text and images, "text_image" or "image_text"; None without images.
+        """
+        first, second = self.prefix.ids, self.image_prefix.ids
+        if order == "image_text":
+            first, second = second, first
         return Prompts(
-            head=self.own_head + self.prefix.ids,
-            image=self.image_prefix.ids,
+            head=self.own_head + first,
+            middle=() if order is None else second,
             tail=self.suffix.ids if self.suffix.text else self.own_tail,
         )
 
@@ -68,16 +74,23 @@ class Settings:
     Attributes:
         pooling: as trained.
         max_length: T, tokens per text, prompts not counted.
+        order: as trained with images; None without.
         pieces: the prompts.
     """
 
     pooling: str
     max_length: int
+    order: str | None
     pieces: Pieces
 
 
 def tokenize(
-    tokenizer: Any, folder: epath.PathLike, prefix: str, image_prefix: str, suffix: str
+    tokenizer: Any,
+    folder: epath.PathLike,
+    prefix: str,
+    image_prefix: str,
+    suffix: str,
+    order: str | None = None,
 ) -> Prompts:
     """The token ids that stand around every text of a decoder.
 
@@ -90,6 +103,7 @@ def tokenize(
         prefix: before texts; "" for none.
         image_prefix: before images; "" for none.
         suffix: at the end; "" for what the tokenizer itself ends texts with, if anything.
+        order: see `Pieces.prompts`.
 
     Raises:
         ValueError: other prompts than those of an exported folder, a `<token>` that the tokenizer
@@ -97,7 +111,7 @@ def tokenize(
 
     Source: ViXML eq. 1, 4. Departs: see `Prompts`.
     """
-    return _pieces(tokenizer, folder, (prefix, image_prefix, suffix)).prompts
+    return _pieces(tokenizer, folder, (prefix, image_prefix, suffix)).prompts(order)
 
 
 def export(
@@ -109,11 +123,12 @@ def export(
     suffix: str,
     pooling: str,
     max_length: int,
+    order: str | None = None,
 ) -> None:
     """Writes the tokenizer of a decoder into a model folder, with the prompts in it.
 
-    `AutoTokenizer.from_pretrained(folder)(text, truncation=True)` is then head, text cut at T,
-    tail, whatever class it chooses; image prompts are recorded only.
+    `AutoTokenizer.from_pretrained(folder)(text, truncation=True)` is then the sequence of an item
+    without images, its text cut at T, whatever class it chooses.
 
     Args:
         source: local; may itself be an exported folder.
@@ -123,6 +138,7 @@ def export(
         suffix: see `tokenize`.
         pooling: as trained.
         max_length: T, as trained.
+        order: see `Settings`.
 
     Raises:
         ValueError: as `tokenizer.load` and `tokenize` do; no tokenizer.json; no token to pad with.
@@ -130,7 +146,7 @@ def export(
     tokenizers.check_exportable(source)
     tokenizer = tokenizers.load(source)
     pieces = _pieces(tokenizer, source, (prefix, image_prefix, suffix))
-    around = pieces.prompts
+    around = around_text(pieces.prompts(order), order)
     content = tokenizers.read_json(source / "tokenizer.json")
     content |= {
         "truncation": None,
@@ -148,7 +164,7 @@ def export(
         # Not add_bos_token and the like: with them, some versions replace the post-processor.
         or (key.endswith(("_token", "_special_tokens")) and not isinstance(value, bool))
     }
-    settings = Settings(pooling, max_length, pieces)
+    settings = Settings(pooling, max_length, order, pieces)
     files = {
         "tokenizer.json": content,
         "tokenizer_config.json": {
@@ -168,6 +184,14 @@ def export(
         indent = None if name == "tokenizer.json" else 2  # megabytes
         text = json.dumps(tree, ensure_ascii=False, indent=indent)
         (epath.Path(folder) / name).write_bytes(f"{text}\n".encode())
+
+
+def around_text(prompts: Prompts, order: str | None) -> Prompts:
+    """What stands before and behind the text of an item without images: head and tail alone."""
+    head, middle, tail = prompts.head, prompts.middle, prompts.tail
+    if order == "image_text":
+        return Prompts(head=head + middle, tail=tail)
+    return Prompts(head=head, tail=middle + tail)
 
 
 def read_settings(folder: epath.PathLike) -> Settings | None:
@@ -208,6 +232,7 @@ def read_settings(folder: epath.PathLike) -> Settings | None:
     return Settings(
         pooling=text("pooling"),
         max_length=take("max_length", lambda v: type(v) is int and v >= 1, "1 or more"),
+        order=take("order", lambda v: v in (None, *ORDERS), f"one of {(None, *ORDERS)}"),
         pieces=Pieces(
             own_head=ids("own_head"),
             own_tail=ids("own_tail"),
@@ -229,7 +254,7 @@ def _pieces(tokenizer: Any, folder: epath.PathLike, texts: Sequence[str]) -> Pie
     asked = {}
     for name, text in zip(_PIECES, texts):
         ids = _piece_ids(tokenizer, name, text)
-        if head and name == "prefix" and ids[: len(head)] == head:
+        if head and name != "suffix" and ids[: len(head)] == head:
             ids = ids[len(head) :]
         asked[name] = Piece(text, ids)
     differences = []
@@ -334,6 +359,7 @@ def _settings_to_json(settings: Settings) -> dict[str, Any]:
         "format": _FORMAT,
         "pooling": settings.pooling,
         "max_length": settings.max_length,
+        "order": settings.order,
         "own_head": list(pieces.own_head),
         "own_tail": list(pieces.own_tail),
         "prompts": {

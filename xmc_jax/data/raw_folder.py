@@ -36,12 +36,15 @@ class RawDataset:
         groups: "train", "test" -> i32[n], the source of each document; empty where unknown.
         filter: i32[p, 2], (test document, label) pairs to remove from predictions, each once.
         merged: "train", "test" -> duplicate labels that were merged.
+        raw_rows: "train", "test" -> i32[n], rows of the training file, where documents of it are
+            held out; else empty.
     """
 
     splits: dict[str, Items]
     groups: dict[str, np.ndarray]
     filter: np.ndarray
     merged: dict[str, int]
+    raw_rows: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def find(folder: pathlib.Path, train_only: bool = False) -> dict[str, pathlib.Path]:

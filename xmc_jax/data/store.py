@@ -2,7 +2,9 @@
 
 The folder: `{train,test,label}.tokens.npy` i32[n, T] right padded, `.lengths.npy` u16[n],
 `.uids.txt`, `.titles.txt`; `{train,test}.positives.{indptr,indices}.npy`; `{train,test}.groups.npy`
-i32[n] where sources are known; `filter.npy` i32[p, 2]; and `manifest.json`, written last.
+i32[n] where sources are known; `{train,test}.raw_rows.npy` i32[n] where documents are held out;
+`filter.npy` i32[p, 2]; and `manifest.json`, written last. Images have a folder of their own, see
+`images`.
 """
 
 import dataclasses
@@ -11,14 +13,17 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.types import Inputs
+
+if TYPE_CHECKING:
+    from xmc_jax.data.images import ImageRows, ImageStore
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -27,22 +32,33 @@ SPLITS = ("train", "test", "label")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """The texts of train, test or label.
+    """The texts, and perhaps images, of train, test or label.
 
     Attributes:
         tokens: i32[n, T], memory-mapped.
         lengths: u16[n], tokens per text; 0 only for an empty text without special tokens.
+        images: of these items, or of the raw split that they are part of; None for text only.
+        per_item: K, images taken of each item.
+        image_items: i32[n], which of the items of `images` these are; None for all, in order.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    images: "ImageRows | None" = None
+    per_item: int = 0
+    image_items: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def inputs(self, ids: np.ndarray) -> Inputs:
         """The rows `ids` (i[n], in any order, repeated or not), copied."""
-        return Inputs(tokens=self.tokens[ids], lengths=self.lengths[ids].astype(np.int32))
+        texts = Inputs(tokens=self.tokens[ids], lengths=self.lengths[ids].astype(np.int32))
+        if self.images is None:
+            return texts
+        items = ids if self.image_items is None else self.image_items[ids]
+        images, count = self.images.gather(items, self.per_item)
+        return texts.replace(images=images, image_count=count)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +72,7 @@ class Store:
         train: texts of the N training documents.
         test: texts of the M test documents (held-out training documents in a validation split).
         label: texts of the L labels.
+        images: the image folder whose images the splits have; None for text only.
     """
 
     folder: pathlib.Path
@@ -66,6 +83,47 @@ class Store:
     label: Split
     _positives: Mapping[str, Csr]
     _filter: np.ndarray
+    images: "ImageStore | None" = None
+
+    def with_images(self, images: "ImageStore", per_item: int) -> "Store":
+        """The same with images.
+
+        Args:
+            images: of the same raw dataset.
+            per_item: K, at most so many of each item.
+
+        Raises:
+            ValueError: they are not of these items; names both.
+        """
+        if per_item < 1:
+            raise ValueError(f"data.images.per_item: expected at least 1, got {per_item}")
+        held_out = self.manifest["validation"] is not None
+        splits = {}
+        for name in SPLITS:
+            split, source, items = getattr(self, name), name, None
+            if held_out and name != "label":
+                source, file = "train", f"{name}.raw_rows.npy"
+                if file not in self.manifest["files"]:
+                    raise ValueError(
+                        f"{self.folder}: expected {file}, which says whose images are whose, found "
+                        "a folder made before there were images; make it anew with python -m "
+                        "xmc_jax.data.prepare --overwrite"
+                    )
+                items = np.load(self.folder / file, allow_pickle=False)
+            else:
+                uids = self.manifest["files"][f"{name}.uids.txt"]["sha256"]
+                what = f"{images.folder}/manifest.json: source.uids.{name}"
+                _compare(what, uids, images.manifest["source"]["uids"][name])
+            rows = getattr(images, source)
+            splits[name] = dataclasses.replace(
+                split, images=rows, per_item=per_item, image_items=items
+            )
+        return dataclasses.replace(self, images=images, **splits)
+
+    @property
+    def image_width(self) -> int:
+        """E; 0 for text only."""
+        return 0 if self.images is None else self.images.width
 
     @property
     def name(self) -> str:
@@ -214,6 +272,11 @@ def sha256(path: pathlib.Path) -> str:
 def escape(text: str) -> str:
     """One line for any text; `Store.texts` and `Store.uids` undo it."""
     return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def lines(texts: Iterable[str]) -> bytes:
+    """The contents of `{split}.uids.txt` and `{split}.titles.txt`."""
+    return "".join(escape(text) + "\n" for text in texts).encode("utf-8")
 
 
 def _read_lines(path: pathlib.Path) -> list[str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xmc_jax import sharding
-from xmc_jax.models import layers
+from xmc_jax.models import fusion, layers
 
 FAMILIES = ("bert", "distilbert")
 ACTIVATIONS = {
@@ -234,26 +234,30 @@ class Bert(nn.Module):
         lengths: jax.Array,
         deterministic: bool = True,
         hidden_states: bool = False,
+        positions: jax.Array | None = None,
+        images: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Encodes texts; what stands past a text's length does not change its vectors.
 
         Args:
-            tokens: i32[n, T], right padded.
-            lengths: i32[n], in [1, T].
+            tokens: i32[n, S], right padded.
+            lengths: i32[n], in [1, S].
             deterministic: no dropout; otherwise the rng "dropout" is needed.
             hidden_states: return also the input of the first layer and the output of each.
+            positions: i32[n, S]; None is 0, 1, 2, ...
+            images: what stands in the place of some tokens, see `fusion.place`; or None.
 
         Returns:
-            dtype[n, T, D], or that and dtype[layers + 1, n, T, D].
+            dtype[n, S, D], or that and dtype[layers + 1, n, S, D].
 
         Raises:
-            ValueError: T is longer than the model's positions.
+            ValueError: S is longer than the model's positions.
         """
-        c, T = self.config, tokens.shape[1]
-        if c.max_positions < T:
+        c, S = self.config, tokens.shape[1]
+        if c.max_positions < S:
             raise ValueError(
-                f"encoder: expected texts of at most {c.max_positions} tokens, got T = {T}; "
-                f"prepare the data with --max_length={c.max_positions} or less"
+                f"encoder: expected texts of at most {c.max_positions} tokens, images included, "
+                f"got S = {S}; prepare the data with a smaller --config.data.max_length"
             )
 
         def table(name: str, rows: int, axes: tuple[str | None, ...]) -> jax.Array:
@@ -262,7 +266,9 @@ class Bert(nn.Module):
             return jnp.asarray(self.param(name, init, (rows, c.hidden)))
 
         x = table("token_embedding", c.vocab_size, ("vocab", "token_width"))[tokens]
-        x += table("position_embedding", c.max_positions, (None, "embed"))[:T]
+        x = x if images is None else fusion.place(x, *images)
+        placed = table("position_embedding", c.max_positions, (None, "embed"))
+        x += placed[:S] if positions is None else placed[positions]
         if c.type_vocab:
             x += table("type_embedding", c.type_vocab, (None, "embed"))[0]
         if not self.is_initializing():
@@ -272,7 +278,7 @@ class Bert(nn.Module):
         first = x = drop(x)
 
         scanned = layers.stack(Layer, c.layers, self.remat, unroll=UNROLL)
-        mask = (jnp.arange(T) < lengths[:, None])[:, None, None]
+        mask = (jnp.arange(S) < lengths[:, None])[:, None, None]
         x, outputs = scanned(c, self.dtype, self.lora, deterministic, hidden_states, name="layers")(
             x, mask
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xmc_jax import sharding
-from xmc_jax.models import layers
+from xmc_jax.models import fusion, layers
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -124,6 +124,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         hidden_states: bool = False,
         positions: jax.Array | None = None,
+        images: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Encodes texts; what stands past a text's length does not change its vectors.
 
@@ -135,6 +136,7 @@ class Decoder(nn.Module):
             hidden_states: return also the input of the first layer and the output of each, the last
                 normalised (as transformers does).
             positions: i32[n, S], ascending within a text; None is 0, 1, 2, ...
+            images: what stands in the place of some tokens, see `fusion.place`; or None.
 
         Returns:
             dtype[n, S, D], or that and dtype[layers + 1, n, S, D].
@@ -156,7 +158,8 @@ class Decoder(nn.Module):
         if not self.is_initializing():
             x = sharding.constrain(x, "batch", None, None)
         # Gemma's factor is rounded to bfloat16 where that is computed in, as in transformers.
-        first = x = x.astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
+        x = x.astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
+        first = x = x if images is None else fusion.place(x, *images)
 
         positions = jnp.arange(S)[None] if positions is None else positions
         behind = jnp.arange(S)[:, None] - jnp.arange(S)

@@ -107,10 +107,10 @@ class PrimeConfig:
 
 
 class DualEncoder(nn.Module):
-    """Text to embeddings, and label embeddings to prototypes.
+    """Texts and images to embeddings, and label embeddings to prototypes.
 
-    Parameters: {"backbone", "combiner", "free_vectors": f32[C, D]}; the last only with PRIME, the
-    combiner's only where it has some.
+    Parameters: {"backbone", "projection", "combiner", "free_vectors": f32[C, D]}; the projection
+    with images, the last two with PRIME, the combiner's only where it has some.
 
     Attributes:
         sizes: of the backbone, which is a decoder if they are.
@@ -119,7 +119,9 @@ class DualEncoder(nn.Module):
         remat: see `EncoderConfig`.
         lora: see `EncoderConfig`.
         prompts: what stands around every text of a decoder.
+        order: see `fusion.FusionConfig`.
         positions: see `fusion.FusionConfig`.
+        image_width: E; 0 is text only.
         prime: None trains on label text alone.
         num_free_vectors: C, shared and private together; 0 without PRIME.
     """
@@ -130,16 +132,33 @@ class DualEncoder(nn.Module):
     remat: str = "none"
     lora: LoraConfig = NO_LORA
     prompts: Prompts = fusion.NO_PROMPTS
+    order: str = "image_text"
     positions: str = "contiguous"
+    image_width: int = 0
     prime: PrimeConfig | None = None
     num_free_vectors: int = 0
 
     def setup(self):
-        if self.prompts != fusion.NO_PROMPTS and not backbone.is_decoder(self.sizes):
-            raise ValueError(
-                "fusion: expected no prefix and no suffix, which only decoders take, got some"
-            )
+        if not backbone.is_decoder(self.sizes):
+            if self.prompts != fusion.NO_PROMPTS:
+                raise ValueError(
+                    "fusion: expected no prefix and no suffix, which only decoders take, got some"
+                )
+            if self.order != "image_text":
+                raise ValueError(
+                    f"fusion.order: expected 'image_text', as encoders take images, got "
+                    f"{self.order!r}"
+                )
         self.backbone = backbone.build(self.sizes, self.compute_dtype, self.remat, self.lora)
+        if self.image_width:
+            init = layers.uniform(self.image_width**-0.5)  # as the reference draws both
+            self.projection = layers.Dense(
+                self.sizes.hidden,
+                (None, "embed"),
+                kernel_init=init,
+                bias_init=init,
+                dtype=jnp.dtype(self.compute_dtype),
+            )
         if self.prime is not None:
             p = self.prime
             if self.num_free_vectors < 1:
@@ -158,15 +177,23 @@ class DualEncoder(nn.Module):
             )
 
     def encode(self, inputs: Inputs, deterministic: bool = True) -> EncoderOutput:
-        """Embeddings of n texts, documents or labels alike.
+        """Embeddings of n items, documents or labels alike.
 
         Args:
-            inputs: see `Inputs`.
+            inputs: see `Inputs`; with images if the model has them, without if not.
             deterministic: no dropout; otherwise the rng "dropout" is needed.
         """
-        tokens, lengths, positions = fusion.compose(inputs, self.prompts, self.positions)
-        more = {} if positions is None else {"positions": positions}
-        hidden = self.backbone(tokens, lengths, deterministic, **more).astype(jnp.float32)
+        width = 0 if inputs.images is None else inputs.images.shape[-1]
+        if width != self.image_width:
+            raise ValueError(
+                f"images: expected vectors {self.image_width} wide (0 is none), got {width}"
+            )
+        sequence = fusion.compose(inputs, self.prompts, self.order, self.positions)
+        images = (self.projection(inputs.images), sequence.images) if width else None
+        lengths = sequence.lengths
+        hidden = self.backbone(
+            sequence.tokens, lengths, deterministic, positions=sequence.positions, images=images
+        ).astype(jnp.float32)
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         elif self.pooling == "last":
@@ -216,6 +243,10 @@ def init_params(model: DualEncoder, seed: int):
         A dict of `nn.LogicallyPartitioned` leaves; under `jax.eval_shape`, of shapes.
     """
     one = Inputs(tokens=jnp.zeros((1, 1), jnp.int32), lengths=jnp.ones(1, jnp.int32))
+    if model.image_width:
+        one = one.replace(
+            images=jnp.zeros((1, 1, model.image_width)), image_count=jnp.ones(1, jnp.int32)
+        )
     return model.init(rng.key(seed, rng.Stream.INIT, 0), one)["params"]
 
 

@@ -1,11 +1,12 @@
-"""Composes what an item consists of, prompts and text, into one sequence."""
+"""Composes what an item consists of, prompts, text and images, into one sequence."""
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from xmc_jax.types import Inputs, Prompts
+from xmc_jax.types import ORDERS, Inputs, Prompts
 
 POSITIONS = ("contiguous", "padded")
 NO_PROMPTS = Prompts()
@@ -13,61 +14,112 @@ NO_PROMPTS = Prompts()
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """What stands around a text that goes into a decoder; encoders take none of it.
+    """What an item's sequence is made of. Encoders take no prompts, and images first.
 
     Attributes:
         prefix: text before the item's.
-        image_prefix: text before the item's images, where it has some.
+        image_prefix: text before the item's images, in runs with images; also for an item that has
+            none.
         suffix: text at the end; "" is what the tokenizer itself ends texts with, if anything.
-        positions: "contiguous", counted over real tokens; or "padded", where the padding of a text
-            takes positions too, as in the reference code.
+        order: "text_image" or "image_text".
+        positions: "contiguous", counted over what is there; or "padded", where the padding of a
+            text and images that are missing take positions too, as in the reference code.
 
-    Source: ViXML eq. 1, 4, Table 6; reference code, run script for decoders.
+    Source: ViXML eq. 1, 3, 4, Table 6; reference code, run scripts.
     """
 
     prefix: str = ""
     image_prefix: str = ""
     suffix: str = ""
+    order: str = "image_text"
     positions: str = "contiguous"
 
     def __post_init__(self):
-        if self.positions not in POSITIONS:
-            raise ValueError(
-                f"fusion.positions: expected one of {POSITIONS}, got {self.positions!r}"
-            )
+        for name, known in (("order", ORDERS), ("positions", POSITIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"fusion.{name}: expected one of {known}, got {value!r}")
+
+
+@flax.struct.dataclass
+class Sequence:
+    """n composed items without gaps, right padded.
+
+    Attributes:
+        tokens: i32[n, S]; 0 where an image stands.
+        lengths: i32[n].
+        positions: i32[n, S] where the padding counts, else None: 0, 1, 2, ...
+        images: i32[n, S], the number of the image that stands there or -1; None for text only.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    positions: jax.Array | None = None
+    images: jax.Array | None = None
 
 
 def compose(
-    inputs: Inputs, prompts: Prompts, positions: str = "contiguous"
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Head, text and tail of n items, one after the other without gaps.
+    inputs: Inputs, prompts: Prompts, order: str = "image_text", positions: str = "contiguous"
+) -> Sequence:
+    """Prompts, texts and images of n items, one after the other.
+
+    All that may be there is laid out with its padding; what is there moves up over the gaps.
 
     Args:
-        inputs: texts of at most T tokens.
+        inputs: texts of at most T tokens, and at most K images.
         prompts: static token ids.
+        order: see `FusionConfig`; without images it has no meaning.
         positions: see `FusionConfig`.
 
-    Returns:
-        tokens: i32[n, S], S = len(head) + T + len(tail); right padded.
-        lengths: i32[n].
-        positions: i32[n, S] where the padding counts, else None: 0, 1, 2, ...
-
-    Source: ViXML sec. 3.1, supp. A.
+    Source: ViXML sec. 3.1, eq. 3, 4, supp. A.
     """
-    head, tail = prompts.head, prompts.tail
-    if not head and not tail:
-        return inputs.tokens, inputs.lengths, None
+    K = 0 if inputs.images is None else inputs.images.shape[1]
+    if not K and prompts == NO_PROMPTS:
+        return Sequence(inputs.tokens, inputs.lengths)
     tokens = jnp.asarray(inputs.tokens)
     n, T = tokens.shape
-    at = jnp.arange(len(head) + T + len(tail))
-    end = len(head) + inputs.lengths[:, None]  # where the tail begins
-    before = jnp.broadcast_to(jnp.asarray(head, tokens.dtype), (n, len(head)))
-    after = jnp.zeros((n, len(tail)), tokens.dtype)
-    sequence = jnp.concatenate([before, tokens, after], axis=1)
-    if tail:
-        of_tail = jnp.asarray(tail, tokens.dtype)[jnp.clip(at - end, 0, len(tail) - 1)]
-        sequence = jnp.where(at < end, sequence, of_tail)
-    lengths = inputs.lengths + len(head) + len(tail)
-    if positions == "contiguous":
-        return sequence, lengths, None
-    return sequence, lengths, jnp.where(at < end, at, at + (T - inputs.lengths[:, None]))
+
+    def prompt(ids: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        row = jnp.asarray(ids, tokens.dtype)
+        return jnp.broadcast_to(row, (n, len(ids))), jnp.full(n, len(ids))
+
+    count = inputs.image_count if K else jnp.zeros(n, jnp.int32)
+    text, images = (tokens, inputs.lengths), (jnp.zeros((n, K), tokens.dtype), count)
+    first, second = (images, text) if order == "image_text" else (text, images)
+    pieces = (prompt(prompts.head), first, prompt(prompts.middle), second, prompt(prompts.tail))
+    laid_out = jnp.concatenate([piece for piece, _ in pieces], axis=1)
+    S = laid_out.shape[1]
+    source, end = jnp.broadcast_to(jnp.arange(S), (n, S)), 0
+    for piece, length in pieces:
+        end = end + length
+        # What follows moves up over what this one lacks.
+        gap = piece.shape[1] - length
+        source = source + jnp.where(jnp.arange(S) >= end[:, None], gap[:, None], 0)
+    numbers = None
+    if K:
+        before = len(prompts.head)
+        before += 0 if first is images else T + len(prompts.middle)
+        numbers = source - before
+        numbers = jnp.where((numbers >= 0) & (numbers < K), numbers, -1)
+    return Sequence(
+        tokens=jnp.take_along_axis(laid_out, jnp.minimum(source, S - 1), axis=1),
+        lengths=end,
+        positions=source if positions == "padded" else None,
+        images=numbers,
+    )
+
+
+def place(embeddings: jax.Array, images: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Token embeddings with image embeddings in their places.
+
+    Args:
+        embeddings: [n, S, D], of tokens.
+        images: [n, K, D], projected.
+        numbers: see `Sequence.images`.
+
+    Returns:
+        [n, S, D] of the dtype of `embeddings`.
+    """
+    images = images.astype(embeddings.dtype)
+    for k in range(images.shape[1]):  # few; a gather would be a scatter in the backward pass
+        embeddings = jnp.where((numbers == k)[..., None], images[:, k, None], embeddings)
+    return embeddings

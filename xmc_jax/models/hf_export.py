@@ -6,7 +6,7 @@ files are `data.tokenizer.export`'s.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import huggingface_hub
@@ -168,6 +168,21 @@ def adapter(
     _write_sentence_transformers(folder, sizes, pooling, max_length)
 
 
+def projection(folder: epath.PathLike, params: dict[str, Any], encoder: Mapping[str, Any]) -> None:
+    """Writes the projection of images beside a model: `weight` [D, E] and `bias` [D].
+
+    Args:
+        folder: exists.
+        params: the subtree "projection".
+        encoder: of the images, as their folder records it; goes into the file's metadata.
+    """
+    values = {name: np.asarray(jax.device_get(leaf), np.float32) for name, leaf in params.items()}
+    tensors = {"weight": np.ascontiguousarray(values["kernel"].T), "bias": values["bias"]}
+    metadata = {"format": "pt", **{f"encoder.{key}": str(v) for key, v in encoder.items()}}
+    content = safetensors.numpy.save(tensors, metadata=metadata)
+    (epath.Path(folder) / hf.PROJECTION).write_bytes(content)
+
+
 def _merged(flat: dict[str, Any], path: str, layer: int, lora: LoraConfig) -> np.ndarray:
     """float32 of one tensor, in our orientation, with its adapters if it has some."""
 
@@ -219,7 +234,7 @@ def _emptied(folder: epath.PathLike) -> epath.Path:
 
 
 def _weights(folder: epath.Path) -> Iterator[epath.Path]:
-    for pattern in ("model*.safetensors", hf.INDEX, "config.json", "adapter_*"):
+    for pattern in ("model*.safetensors", hf.INDEX, hf.PROJECTION, "config.json", "adapter_*"):
         yield from folder.glob(pattern)
 
 

@@ -108,7 +108,7 @@ class Dense(nn.Module):
         if self.bias_init is not None:
             y += param("bias", self.bias_init, self.axes[1:], self.features)
         if rank := self.lora.rank:
-            a = param("lora_a", _lora_init, (self.axes[0], "rank"), width, rank)
+            a = param("lora_a", uniform(width**-0.5), (self.axes[0], "rank"), width, rank)
             b = param("lora_b", nn.initializers.zeros, ("rank", self.axes[1]), rank, self.features)
             (drop,) = dropouts(self, (self.lora.dropout,), self.deterministic)
             # Scaled where it is narrow, so that the second product may be added in place.
@@ -117,10 +117,13 @@ class Dense(nn.Module):
         return checkpoint_name(y, "projection")
 
 
-def _lora_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    # peft's kaiming_uniform_(a=sqrt(5)) of the transposed matrix
-    bound = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+def uniform(bound: float) -> Initializer:
+    """Draws uniformly from [-bound, bound); PyTorch's of a linear layer has in^-0.5."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 class LayerNorm(nn.Module):

@@ -92,7 +92,9 @@ class Program:
             remat=config.encoder.remat,
             lora=config.encoder.lora,
             prompts=prompts,
+            order=config.fusion.order,
             positions=config.fusion.positions,
+            image_width=data.image_width,
             prime=prime,
             num_free_vectors=self._num_free_vectors if prime is not None else 0,
         )
@@ -135,10 +137,11 @@ class Program:
 
     def provenance(self) -> dict[str, Any]:
         """What the config only names, by digest: the backbone's weights, and the data."""
-        source = self.source
+        source, images = self.source, self.data.images
         return {
             "backbone": {"revision": source.revision, "sha256": source.digest},
             "data": self.data.digest,
+            **({} if images is None else {"images": images.digest}),
         }
 
     def put(self, arrays: Any) -> Any:
@@ -231,11 +234,11 @@ class Program:
     def embed(
         self, params: Any, split: str, pooled: bool = False, out: epath.PathLike | None = None
     ) -> np.ndarray:
-        """f32[n, D], the embeddings of "train", "test" or "label" texts.
+        """f32[n, D], the embeddings of "train", "test" or "label" items.
 
         Args:
             params: trainable parameters.
-            split: which texts.
+            split: which items.
             pooled: before normalisation, instead of unit embeddings.
             out: see `encode.encode_split`.
         """
@@ -267,9 +270,9 @@ class Program:
             out=out,
         )
 
-    def backbone(self, state: TrainState) -> Any:
-        """The parameters of the encoder, trained and frozen ones together."""
-        return optimizer.merge(state.params, self.frozen)["backbone"]
+    def merged(self, state: TrainState) -> Any:
+        """All parameters, trained and frozen ones together."""
+        return optimizer.merge(state.params, self.frozen)
 
     def evaluate(self, state: TrainState) -> Evaluation:
         """Evaluates on the test documents.
@@ -314,7 +317,10 @@ class Program:
                 for path, leaf in wanted.items()
                 if path.startswith("backbone/") and not path.endswith(("lora_a", "lora_b"))
             }
-        drawn = {path: leaf for path, leaf in wanted.items() if path not in stored}
+        projected = {}
+        if self.config.encoder.init == "pretrained" and "projection" in abstract:
+            projected = self._stored_projection(abstract["projection"])
+        drawn = {path: leaf for path, leaf in wanted.items() if path not in stored | projected}
 
         def draw():
             params = meta.unbox(dual.init_params(self.model, self.config.train.seed))
@@ -326,7 +332,18 @@ class Program:
             tree = traverse_util.unflatten_dict(stored, sep="/")["backbone"]
             loaded = {"backbone": hf.load_params(self.source, self.sizes, tree)}
             flat |= traverse_util.flatten_dict(loaded, sep="/")
+        flat |= projected
         return traverse_util.unflatten_dict(flat, sep="/")
+
+    def _stored_projection(self, abstract: Any) -> dict[str, jax.Array]:
+        """That of an exported folder, path -> array; nothing where there is none."""
+        stored = hf.load_projection(self.source, self.data.image_width)
+        if stored is None:
+            return {}
+        return {
+            f"projection/{name}": jax.device_put(stored[name], leaf.sharding)
+            for name, leaf in abstract.items()
+        }
 
     def _check_texts(self, prompts: Prompts) -> None:
         """Raises ValueError if the dataset's texts are not what the backbone takes."""
