@@ -405,9 +405,7 @@ def _reference(config: Mapping[str, Any]) -> dict:
 def _ngame(config: Mapping[str, Any]) -> dict:
     kept = ("backbone", "projection")
     rates = [(path, rate) for path, rate in config["optimizer"]["lr"] if path.startswith(kept)]
-    without = ["free_vectors"]  # and, where only adapters are left to train, without biases
-    without += [".*bias"] if config["encoder"]["lora"]["rank"] else []
-    decays = [pair for pair in config["optimizer"]["weight_decay"] if pair[0] not in without]
+    decays = [pair for pair in config["optimizer"]["weight_decay"] if pair[0] != "free_vectors"]
     return {
         "prime": {"enabled": False},
         "loss": {"document_to_label": 1.0},  # our own recipe has none, and trains no label text
@@ -433,8 +431,8 @@ def _images(config: Mapping[str, Any], name: str, /, **fields) -> dict:
     if not _has_images(config):
         known = [name for name, override in DATASETS.items() if "images" in override["data"]]
         raise ValueError(
-            f"option {name}: expected a dataset with images, one of {', '.join(known)}, got "
-            f"{config['data']['dataset']}"
+            f"option {name}: expected a dataset with images, one of {', '.join(known)}, and no "
+            f"option text_only before it, got {config['data']['dataset']}"
         )
     return {"data": {"images": fields}}
 
@@ -473,21 +471,24 @@ def _has_images(config: Mapping[str, Any]) -> bool:
 def _groups(config: Mapping[str, Any]) -> dict:
     """The optimizer's groups but those of parameters that the model does not have."""
     groups = config["optimizer"]
-    rates, trainable = groups["lr"], groups["trainable"]
+    rates, decays, trainable = groups["lr"], groups["weight_decay"], groups["trainable"]
     if not _has_images(config):
         rates = tuple(pair for pair in rates if not pair[0].startswith("projection"))
-        if not config["prime"]["enabled"] and trainable == _LORA_ONLY:
+        if not config["prime"]["enabled"] and trainable == _LORA_ONLY:  # adapters alone are left
             trainable = _LORA_ONLY[:-1]
-    return {"optimizer": {"lr": rates, "trainable": trainable}}
+            decays = tuple(pair for pair in decays if pair[0] != ".*bias")
+    return {"optimizer": {"lr": rates, "weight_decay": decays, "trainable": trainable}}
 
 
-def _no_prompt(*names: str) -> Callable[[Mapping[str, Any]], dict]:
-    def option(config: Mapping[str, Any]) -> dict:
-        if not any(config["fusion"][name] for name in names):
-            raise ValueError(f"option: expected a decoder with fusion.{names[0]}, got none")
-        return {"fusion": dict.fromkeys(names, "")}
+def _no_prompt(config: Mapping[str, Any], *names: str) -> dict:
+    if not any(config["fusion"][name] for name in names):
+        raise ValueError(f"option no_{names[0]}: expected a decoder that has one, got none")
+    return {"fusion": dict.fromkeys(names, "")}
 
-    return option
+
+def _images_5(config: Mapping[str, Any]) -> dict:
+    name = config["data"]["images"]["name"]  # of a folder of its own: others hold three of each
+    return _images(config, "images_5", name=f"{name}-5", per_item=5)
 
 
 def _ema(config: Mapping[str, Any]) -> dict:
@@ -501,13 +502,13 @@ OPTIONS: dict[str, Callable[[Mapping[str, Any]], dict]] = {
     "compare": _compare,  # train on text alone first, and show both side by side
     "images_1": lambda config: _images(config, "images_1", per_item=1),  # [V] Table 10
     "images_2": lambda config: _images(config, "images_2", per_item=2),
-    "images_5": lambda config: _images(config, "images_5", name="siglip2-5", per_item=5),
+    "images_5": _images_5,
     "vit": lambda config: _images(  # [V] Tables 4, 9: MUFIN's image encoder
         config, "vit", name="vit", encoder="google/vit-base-patch16-224-in21k"
     ),
     "image_text": _image_text,  # images first in decoders: [V] Table 6
-    "no_prefix": _no_prompt("prefix", "image_prefix"),  # [V] Table 6
-    "no_suffix": _no_prompt("suffix"),  # [V] Table 6
+    "no_prefix": lambda config: _no_prompt(config, "prefix", "image_prefix"),  # [V] Table 6
+    "no_suffix": lambda config: _no_prompt(config, "suffix"),  # [V] Table 6
     "last_token": lambda config: {"encoder": {"pooling": "last"}},  # [V] Table 11
     "reference": _reference,  # the settings of the reference runs on the Debian sets
     "full": _full,  # a decoder without adapters, trained whole; not in the paper

@@ -98,3 +98,23 @@ def fields(topics, backbone, tmp_path_factory) -> dict:
     }
     fields["eval"]["compare_scann"] = False
     return fields
+
+
+@pytest.fixture(scope="session")
+def with_random_images():
+    """A function that gives a dataset 0 to 3 random vectors per item, in a folder of their own."""
+    from xmc_jax.data import images
+    from xmc_jax.data.store import SPLITS
+
+    def add(data, folder: pathlib.Path, per_item: int = 2, width: int = 8, seed: int = 0):
+        generator = np.random.default_rng(seed)
+        counts = {split: len(getattr(data, split)) for split in SPLITS}
+        uids = {s: data.manifest["files"][f"{s}.uids.txt"]["sha256"] for s in SPLITS}
+        encoder = {"name": "random", "revision": None, "digest": str(seed)}
+        with images.Writer(folder, counts, width, data.name, encoder, {"uids": uids}) as writer:
+            for split in SPLITS:
+                each = generator.integers(4, size=counts[split])
+                writer.extend(split, 0, each, generator.standard_normal((each.sum(), width)))
+            return data.with_images(images.open(writer.finish()), per_item)
+
+    return add

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -12,20 +14,43 @@ from flax.core import meta
 from ml_collections import config_flags
 
 from configs import vixml
-from xmc_jax import main, packaged
+from xmc_jax import build, main, packaged
 from xmc_jax.data.known import KNOWN
-from xmc_jax.models import dual, hf
+from xmc_jax.data.synthetic import SyntheticConfig
+from xmc_jax.models import dual
+from xmc_jax.models.bert import BertConfig
+from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.training import optimizer
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
 from xmc_jax.types import Prompts
+from xmc_jax.vision.embed import ImagesConfig
 
+SMALL_ENCODER = BertConfig(vocab_size=64, hidden=8, layers=1, heads=2, ff=16, max_positions=16)
+SMALL_DECODER = DecoderConfig(
+    family="qwen2",
+    vocab_size=64,
+    hidden=8,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    ff=16,
+    qkv_bias=True,
+)
 PAIRS = [f"{backbone}/{dataset}" for backbone in vixml.BACKBONES for dataset in vixml.DATASETS]
+ENCODER, DECODER = "minilm_l3/amazontitles_131k", "qwen25_3b/amazontitles_131k"  # with images
+# Where an option can be tried; the others everywhere.
+OF_DECODERS = {"full": DECODER, "image_text": DECODER, "no_prefix": DECODER, "no_suffix": DECODER}
+OF_IMAGES = dict.fromkeys(("compare", "images_1", "images_2", "images_5", "vit"), ENCODER)
 VARIANTS = [
     "",
     *vixml.NAMES,
     *PAIRS,
-    *(f"{vixml.DEFAULT},{option}" for option in vixml.OPTIONS if option != "full"),
+    *(
+        f"{(OF_DECODERS | OF_IMAGES).get(option, vixml.DEFAULT)},{option}"
+        for option in vixml.OPTIONS
+    ),
     *(
         f"{vixml.DEFAULT},{options}"
         for options in ("ngame,margin", "ngame,ema", "margin,ema", "exact,margin")
@@ -36,10 +61,17 @@ VARIANTS = [
     ),
     "bert/amazon_131k,ngame,exact",
     *(
-        f"qwen25_3b/amazontitles_131k,{options}"
-        for options in ("full", "ngame", "full,ngame", "decoupled_softmax,exact", "ema,scann")
+        f"{DECODER},{options}"
+        for options in ("ngame", "full,ngame", "decoupled_softmax,exact", "ema,scann")
     ),
+    *(
+        f"{pair},{options}"
+        for pair in (ENCODER, DECODER)
+        for options in ("text_only", "ngame,compare", "text_only,ngame", "last_token,images_1")
+    ),
+    *(f"{DECODER},{options}" for options in ("full,compare", "image_text,no_prefix,no_suffix")),
 ]
+WITH_IMAGES = {name for name, override in vixml.DATASETS.items() if "images" in override["data"]}
 
 DATA_FIELDS = {
     "dataset",
@@ -53,7 +85,17 @@ DATA_FIELDS = {
     "propensity_b",
     "validation_fraction",
     "validation_seed",
+    "images",
+    "synthetic",
 }
+
+
+def runs(config: dict) -> list[dict]:
+    """What a config trains: itself, and the run that it is compared with."""
+    if not (baseline := config["baseline"]):
+        return [config]
+    differing = {section: fields for section, fields in baseline.items() if section != "name"}
+    return [config, main._override(config, differing)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -64,12 +106,17 @@ def test_sections_build_their_dataclasses(variant):
     for field in dataclasses.fields(RunConfig):
         _check_fields(getattr(built, field.name), config[field.name], field.name)
     sections = {field.name for field in dataclasses.fields(RunConfig)}
-    assert set(config) == sections | {"data", "name"}
+    assert set(config) == sections | {"data", "name", "baseline"}
     assert set(config.data) == DATA_FIELDS
-    assert config.data.dataset in KNOWN
-    known = KNOWN[config.data.dataset]
+    known = KNOWN.get(config.data.dataset, KNOWN["LF-DebianTitles-3K"])
     assert (config.data.propensity_a, config.data.propensity_b) == (known.a, known.b)
     assert "/" not in config.name and "," not in config.name
+    asked = config.data.images.to_dict() | {"name": "x", "source": "x"}
+    ImagesConfig(dataset="x", data_dir="x", **asked)
+    SyntheticConfig(**config.data.synthetic)
+    for run in runs(config.to_dict())[1:]:
+        RunConfig.from_dict(run)
+        assert set(run["data"]) == DATA_FIELDS
 
 
 def _check_fields(section, values, name: str) -> None:
@@ -83,43 +130,80 @@ def _check_fields(section, values, name: str) -> None:
             assert not isinstance(getattr(section, field), dict), f"{name}.{field}"
 
 
-@pytest.mark.parametrize("variant", ["", f"{vixml.DEFAULT},ngame", f"{vixml.DEFAULT},reference"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "",
+        f"{vixml.DEFAULT},ngame",
+        f"{vixml.DEFAULT},reference",
+        "mm",
+        *(f"{pair},compare" for pair in (ENCODER, DECODER)),
+        *(f"{pair},compare,ngame" for pair in (ENCODER, DECODER)),
+        f"{DECODER},compare,full,ngame",
+    ],
+)
 def test_optimizer_groups_fit_the_parameters(variant):
     """Every parameter has a rate and a decay, and every pattern decides one (else build raises)."""
-    config = RunConfig.from_dict(vixml.get_config(variant).to_dict())
+    for run in runs(vixml.get_config(variant).to_dict()):
+        config, images = RunConfig.from_dict(run), run["data"]["images"]["name"] is not None
+        trained, update = first_decay(config, image_width=3 if images else 0)
+        decayed = {path for path, leaf in update.items() if np.any(leaf)}
+        lora = config.encoder.lora.rank > 0
+        assert f"backbone/layers/up/{'lora_a' if lora else 'kernel'}" in decayed
+        kept = {name for name in decayed if name.endswith("bias") or name == "free_vectors"}
+        assert not kept
+        assert not any("norm" in name for name in decayed if name.startswith("backbone"))
+        combines = config.prime.enabled and config.prime.combiner == "transformer"
+        assert ("combiner/norm1/scale" in decayed) == combines  # as in the reference
+        assert ("projection/kernel" in decayed) == ("projection/bias" in trained) == images
+        if lora:
+            backbone = {name for name in trained if name.startswith("backbone")}
+            assert {name.rpartition("/")[2] for name in backbone} == {"lora_a", "lora_b"}
+
+
+def first_decay(config: RunConfig, image_width: int) -> tuple[set[str], dict[str, np.ndarray]]:
+    """What is trained of a small model, and its update without a gradient: decay alone."""
     encoder, prime = config.encoder, config.prime if config.prime.enabled else None
-    sizes = hf.load_config(hf.resolve(encoder.backbone), layers=1)
-    sizes = dataclasses.replace(sizes, vocab_size=64, max_positions=16)
-    model = dual.DualEncoder(sizes, encoder.pooling, prime=prime, num_free_vectors=4)
+    sizes = SMALL_DECODER if encoder.lora.rank or config.fusion.prefix else SMALL_ENCODER
+    model = dual.DualEncoder(
+        sizes,
+        encoder.pooling,
+        lora=dataclasses.replace(encoder.lora, rank=min(encoder.lora.rank, 2)),
+        order=config.fusion.order,
+        prime=prime and dataclasses.replace(prime, heads=2, ff_dim=8),
+        num_free_vectors=4 if prime else 0,
+        image_width=image_width,
+    )
     params = meta.unbox(jax.eval_shape(lambda: dual.init_params(model, 0)))
+    params, _ = optimizer.partition(params, config.optimizer.trainable)
     transform = optimizer.build(config.optimizer, params, 10)
-    zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params)
-    ones = jax.tree.map(np.ones_like, zeros)
-    # With no gradient the update is the weight decay alone; the schedule is past its first step.
-    update = transform.update(zeros, transform.update(zeros, transform.init(ones), ones)[1], ones)[
-        0
-    ]
-    decayed = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(update)
-        if np.any(leaf)
+
+    @jax.jit
+    def update():
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+        ones = jax.tree.map(jnp.ones_like, zeros)
+        # The schedule is past its first step, whose rate is 0.
+        _, state = transform.update(zeros, transform.init(ones), ones)
+        return transform.update(zeros, state, ones)[0]
+
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(update())
     }
-    assert "backbone/layers/up/kernel" in decayed
-    assert not any(name.endswith("bias") or name == "free_vectors" for name in decayed)
-    assert not any("norm" in name for name in decayed if name.startswith("backbone"))
-    transformer = prime is not None and prime.combiner == "transformer"
-    assert ("combiner/norm1/scale" in decayed) == transformer  # as in the reference
+    return set(leaves), leaves
 
 
 @pytest.fixture(scope="module")
-def small(fields) -> dict[bool, dict]:
-    """Encoder sections of a small decoder and of a small encoder, and their datasets."""
+def small(fields, with_random_images, tmp_path_factory) -> dict[bool, tuple]:
+    """Of a small decoder and of a small encoder the section, the dataset, and that with images."""
     encoder = {"backbone": fields["encoder"]["backbone"], "layers": None}
     decoder = {"backbone": packaged.TINY_DECODER_NAME, "init": "random"}
-    return {
-        decodes: (section, main.open_data(fields | {"encoder": fields["encoder"] | section}))
-        for decodes, section in ((True, decoder), (False, encoder))
-    }
+    found = {}
+    for decodes, section in ((True, decoder), (False, encoder)):
+        data = build.data(fields | {"encoder": fields["encoder"] | section})
+        folder = tmp_path_factory.mktemp("images") / "images-random"
+        found[decodes] = (section, data, with_random_images(data, folder))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -131,21 +215,26 @@ def traced() -> set[str]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_can_be_traced(variant, fields, small, traced):
     """The sections of a variant fit each other, up to a step of a small backbone."""
-    config = vixml.get_config(variant).to_dict()
     decodes = variant.split("/")[0] in vixml.DECODERS or variant == "tiny_decoder"
-    section, dataset = small[decodes]
-    config["encoder"] |= section
-    config["prime"] |= {"free_vectors": 16, "ff_dim": 64}
-    chunks = min(config["train"]["n_chunks"], 2)
-    config["train"] |= {"batch_size": 40, "epochs": 3, "n_chunks": chunks}
-    config["eval"] = fields["eval"]
-    untraced = ("data", "eval", "export", "fusion", "name")
-    parts = {name: config[name] for name in config if name not in untraced}
-    patterns = [pattern for pattern, _ in config["optimizer"]["lr"]]
-    key = json.dumps(parts | {"optimizer": config["optimizer"] | {"lr": patterns}})
-    if key in traced:
-        return
-    prompts = Prompts(head=(1, 2), tail=(3,)) if decodes else Prompts()
+    section, texts, images = small[decodes]
+    for config in runs(vixml.get_config(variant).to_dict()):
+        config["encoder"] |= section
+        config["prime"] |= {"free_vectors": 16, "ff_dim": 64}
+        chunks = min(config["train"]["n_chunks"], 2)
+        config["train"] |= {"batch_size": 40, "epochs": 3, "n_chunks": chunks}
+        config["eval"] = fields["eval"]
+        dataset = texts if config["data"]["images"]["name"] is None else images
+        untraced = ("data", "eval", "export", "fusion", "name", "baseline")
+        parts = {name: config[name] for name in config if name not in untraced}
+        patterns = [pattern for pattern, _ in config["optimizer"]["lr"]]
+        parts["optimizer"] = config["optimizer"] | {"lr": patterns}
+        key = json.dumps([parts, dataset is images, config["fusion"]["order"]])
+        if key not in traced:
+            trace(config, dataset, Prompts((1, 2), (4,), (3,)) if decodes else Prompts())
+            traced.add(key)
+
+
+def trace(config: dict, dataset, prompts: Prompts) -> None:
     program = Program(RunConfig.from_dict(config), dataset, prompts)
     batch = program.sampler.build(np.arange(200, dtype=np.int32), 0, 0)
     state, metrics = jax.eval_shape(
@@ -155,12 +244,90 @@ def test_a_step_can_be_traced(variant, fields, small, traced):
     for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
         assert (after.shape, after.dtype) == (before.shape, before.dtype)
     assert metrics["loss"].shape == ()
-    traced.add(key)
+    assert ("projection" in state.params) == (dataset.image_width > 0)
 
 
 def test_names_of_runs_differ():
-    names = [vixml.get_config(variant).name for variant in VARIANTS[1:]]
-    assert len(set(names)) == len(names)
+    variants = set(VARIANTS) - {""}
+    assert len({vixml.get_config(variant).name for variant in variants}) == len(variants)
+
+
+def test_datasets_have_images_or_not():
+    assert len(WITH_IMAGES) == len(vixml.DATASETS) - 2
+    for pair in PAIRS:
+        config = vixml.get_config(pair)
+        has = pair.split("/")[1] in WITH_IMAGES
+        assert (config.data.images.name is not None) == has
+        assert any(path == "projection/.*" for path, _ in config.optimizer.lr) == has
+    for dataset in ("mm_debian_3k", "synthetic"):  # nothing to download
+        images = vixml.get_config(f"minilm_l3/{dataset}").data.images
+        assert (images.name, images.encoder, images.layout) == ("hog-colour",) * 2 + ("stretch",)
+
+
+def differences(variant: str, option: str) -> dict[str, object]:
+    """Fields that an option changes, by their paths; not the name, and the baseline as a whole."""
+    before, after = (
+        dict(leaves(vixml.get_config(v).to_dict())) for v in (variant, f"{variant},{option}")
+    )
+    assert before.keys() == after.keys()
+    return {path: value for path, value in after.items() if value != before[path]}
+
+
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and name != "baseline":
+            yield from leaves(value, f"{prefix}{name}.")
+        elif prefix or name != "name":
+            yield prefix + name, value
+
+
+@pytest.mark.parametrize("pair", [ENCODER, DECODER])
+def test_options_of_images_change_these_fields_alone(pair):
+    images = "data.images."
+    assert differences(pair, "images_1") == {f"{images}per_item": 1}
+    assert differences(pair, "images_2") == {f"{images}per_item": 2}
+    five = {f"{images}per_item": 5, f"{images}name": "siglip2-5"}
+    assert differences(pair, "images_5") == five
+    vit = {f"{images}name": "vit", f"{images}encoder": "google/vit-base-patch16-224-in21k"}
+    assert differences(pair, "vit") == vit
+    assert differences(pair, "last_token") == {"encoder.pooling": "last"}
+
+
+def test_options_of_prompts_change_these_fields_alone():
+    order = {
+        "fusion.order": "image_text",
+        "fusion.image_prefix": "This product image",
+        "fusion.prefix": "and its text",
+    }
+    assert differences(DECODER, "image_text") == order
+    no_prefix = {"fusion.prefix": "", "fusion.image_prefix": ""}
+    assert differences(DECODER, "no_prefix") == no_prefix
+    assert differences(DECODER, "no_suffix") == {"fusion.suffix": ""}
+    for options in ("image_text,no_prefix", "no_prefix,image_text"):
+        assert differences(DECODER, options) == no_prefix | {"fusion.order": "image_text"}
+
+
+@pytest.mark.parametrize("pair", [ENCODER, DECODER, "minilm_l3/synthetic", "bert/mm_debian_3k"])
+def test_compare_adds_the_run_of_text_alone(pair):
+    assert list(differences(pair, "compare")) == ["baseline"]
+    expected = dict(leaves(vixml.get_config(f"{pair},text_only").to_dict()))
+    config, baseline = runs(vixml.get_config(f"{pair},compare").to_dict())
+    assert config["baseline"]["name"] == "text only"
+    assert dict(leaves(baseline | {"baseline": {}})) == expected
+
+
+def test_compare_comes_last_wherever_it_stands():
+    others = ("ngame", "images_1", "last_token", "decoupled_softmax")
+    for pair in (ENCODER, DECODER):
+        configs = []
+        for place in range(len(others) + 1):
+            options = (*others[:place], "compare", *others[place:])
+            config = vixml.get_config(",".join((pair, *options))).to_dict()
+            configs.append({name: config[name] for name in config if name != "name"})
+        assert all(config == configs[0] for config in configs[1:])
+        assert not any("free" in path for path, _ in configs[0]["baseline"]["optimizer"]["lr"])
+    mm = vixml.get_config("mm,ngame").to_dict()["baseline"]
+    assert mm == vixml.get_config("minilm_l3/synthetic,ngame,compare").to_dict()["baseline"]
 
 
 def test_the_default_needs_no_download():
@@ -209,13 +376,21 @@ def test_paper_recipes(variant, batch_size, lr, max_length):
     config = vixml.get_config(variant)
     assert config.train.batch_size == batch_size
     decodes = variant.split("/")[0] in vixml.DECODERS
-    assert config.train.epochs == ((40 if "1_3m" in variant else 30) if decodes else 300)
+    assert config.train.epochs == ((40 if "1_3m" in variant else 30) if decodes else 150)
     assert config.data.max_length == max_length
-    assert dict(config.optimizer.lr) == {
-        "backbone/.*": lr,
-        "combiner/.*": 5e-4,
-        "free_vectors": 5e-4,
-    }
+    rates = {"backbone/.*": lr, "combiner/.*": 5e-4, "free_vectors": 5e-4}
+    assert dict(config.optimizer.lr) == rates | {"projection/.*": 5e-4}
+    images = config.data.images
+    assert (images.name, images.per_item, images.layout) == ("siglip2", 3, "pad")
+    assert images.encoder == "google/siglip2-so400m-patch14-384"
+    assert config.fusion.order == ("text_image" if decodes else "image_text")
+    without = vixml.get_config(f"{variant},text_only")
+    assert without.train.epochs == (config.train.epochs if decodes else 300)
+    assert without.data.images.name is None and dict(without.optimizer.lr) == rates
+    fields = config.to_dict()
+    for name, fields_without in without.to_dict().items():
+        if name not in ("name", "data", "train", "optimizer"):
+            assert fields_without == fields[name], name
 
 
 @pytest.mark.parametrize("backbone", vixml.DECODERS)
@@ -231,6 +406,7 @@ def test_decoder_recipes(backbone):
     assert (config.curriculum.start, config.curriculum["update"]) == (4, 2)
     assert config.curriculum.double_at == (8, 12, 16, 20, 24)
     assert config.fusion.prefix == "This product text"
+    assert config.fusion.image_prefix == "and its image" and config.fusion.order == "text_image"
     family = {"qwen": "<|endoftext|>", "llam": "<|end_of_text|>", "gemm": "<eos>"}
     assert config.fusion.suffix == family[backbone[:4]]
 
@@ -259,7 +435,8 @@ def test_reference_keeps_nothing_of_our_recipe(variant):
         ("minilm_3/debian_3k", "minilm_l3"),
         ("bert/debian_3", "debian_3k"),
         ("bert/debian_3k,ngam", "ngame"),
-        ("bert", "bert/debian_3k"),
+        ("bert", "bert/synthetic"),
+        ("bert/amazon_131k,image_1", "images_1"),
         ("bert/debian_3k/x", "debian_3k"),
     ],
 )
@@ -276,6 +453,12 @@ def test_unknown_parts_name_the_nearest(variant, nearest):
         ("bert/amazon_131k,reference", "expected debian_3k or debian_26k"),
         ("qwen25_3b/debian_3k,reference", "expected an encoder, as its runs had"),
         ("bert/amazon_131k,full", "expected a decoder"),
+        *((f"bert/debian_3k,{option}", "a dataset with images, one of") for option in OF_IMAGES),
+        ("qwen25_3b/debian_26k,image_text", "a dataset with images, one of mm_debian_3k, synth"),
+        (f"{DECODER},image_text,image_text", "expected a decoder"),
+        ("bert/amazon_131k,text_only,compare", "option compare: expected a dataset with images"),
+        *((f"{ENCODER},{option}", "expected a decoder") for option in OF_DECODERS),
+        (f"{DECODER},no_suffix,no_suffix", "option no_suffix: expected a decoder that has one"),
     ],
 )
 def test_options_are_refused_elsewhere(variant, message):

@@ -133,6 +133,7 @@ def test_embed_and_export_agree(trained, topics):
         (("--config=configs/vixml.py", "--mode=fly"), "fly", 2),
         (("--config=configs/absent.py",), "absent.py", 2),
         (("--config=configs/vixml.py", "positional"), "positional", 2),
+        (("--config=configs/vixml.py:bert/debian_3k,compare",), "a dataset with images, one of", 2),
         (("--config=configs/vixml.py", "--mode=evaluate"), "config.json: expected the config", 1),
         (
             ("--config=configs/vixml.py", "--config.train.batch_size=0"),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import checkpoint, main, report, sharding
+from xmc_jax import build, checkpoint, report, sharding
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
@@ -22,7 +22,7 @@ STEPS_PER_EPOCH, STEPS = 5, 15
 
 @pytest.fixture(scope="module")
 def program(fields) -> Program:
-    return Program(RunConfig.from_dict(fields), main.open_data(fields))
+    return Program(RunConfig.from_dict(fields), build.data(fields))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
     fields["train"] |= {"labels": "all", "epochs": 2}
     fields["prime"] |= {"combiner": "sum", "free_vector_init": "zero"}
     fields["loss"] |= {"kind": "decoupled_softmax", "label_to_document": 0.0}
-    program = Program(RunConfig.from_dict(fields), main.open_data(fields))
+    program = Program(RunConfig.from_dict(fields), build.data(fields))
     straight = loop.train(program, tmp_path / "straight")
     step = report.Reporter.step
 

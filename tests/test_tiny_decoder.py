@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import main, report
+from xmc_jax import build, report
 from xmc_jax.models import hf
 from xmc_jax.training import loop
 
@@ -26,7 +26,7 @@ def fields(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def program(fields):
-    return main.build(fields)
+    return build.program(fields)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, 
 
 def test_goes_on_from_its_export(fields, program, straight, tmp_path):
     """The exported folder is a backbone like any other: same prompts, same embeddings."""
-    folder = main.export(fields, program, straight.state, tmp_path)
+    folder = build.export(fields, program, straight.state, tmp_path)
     again = fields | {
         "encoder": fields["encoder"]
         | {
@@ -87,17 +87,17 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
         | {"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
         "export": {"format": "adapter", "dtype": "float32"},
     }
-    merged = main.build(again)
+    merged = build.program(again)
     assert merged.model.prompts == program.model.prompts
     ours = program.embed(straight.state.params, "test")
     theirs = merged.embed(merged.initial_state().params, "test")
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
     assert hf.resolve(str(folder)).digest
     with pytest.raises(ValueError, match=r"export\.format: expected 'merged'"):
-        main.export(again, merged, straight.state, tmp_path)
+        build.export(again, merged, straight.state, tmp_path)
     other = again | {"fusion": fields["fusion"] | {"prefix": "Another text"}}
     with pytest.raises(ValueError, match="prefix there 'This product text', here 'Another text'"):
-        main.build(other)
+        build.program(other)
     last = again | {"encoder": again["encoder"] | {"pooling": "last"}}
-    with pytest.raises(ValueError, match="expected the pooling it was trained with, 'mean'"):
-        main.build(last)
+    with pytest.raises(ValueError, match="expected encoder.pooling as it was trained with, 'mean'"):
+        build.program(last)

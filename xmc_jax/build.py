@@ -176,13 +176,19 @@ def _prompts(fields: Mapping[str, Any]) -> Prompts:
             raise ValueError(f"fusion.{given[0]}: expected '', encoders take no prompts, got text")
         return Prompts()
     folder = _tokenizer(fields).folder
-    exported, pooling = prompts.read_settings(folder), fields["encoder"]["pooling"]
-    if exported is not None and exported.pooling != pooling:
-        raise ValueError(
-            f"{folder}: expected the pooling it was trained with, {exported.pooling!r}, got "
-            f"{pooling!r}; set --config.encoder.pooling={exported.pooling}"
-        )
-    return prompts.tokenize(tokenizer.load(folder), folder, **texts, order=_order(fields))
+    exported, order = prompts.read_settings(folder), _order(fields)
+    if exported is not None:
+        for field, trained, asked in (
+            ("encoder.pooling", exported.pooling, fields["encoder"]["pooling"]),
+            # Images may be new to it, or left out.
+            ("fusion.order", exported.order, order or exported.order),
+        ):
+            if trained not in (None, asked):
+                raise ValueError(
+                    f"{folder}: expected {field} as it was trained with, {trained!r}, got "
+                    f"{asked!r}; set --config.{field}={trained}"
+                )
+    return prompts.tokenize(tokenizer.load(folder), folder, **texts, order=order)
 
 
 def _decodes(fields: Mapping[str, Any]) -> bool:

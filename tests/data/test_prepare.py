@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import main
+from xmc_jax import build
 from xmc_jax.data import bundled, known, prepare, prompts, raw, store
 from xmc_jax.data import raw_folder as raw_folders
 from xmc_jax.data import tokenizer as tokenizers
@@ -65,6 +65,7 @@ def test_contents(config, raw_folder, tokenizer_folder):
     np.testing.assert_array_equal(data.groups("train"), np.arange(20) // 2)
     np.testing.assert_array_equal(data.groups("test"), 10 + np.arange(6) // 2)
     assert data.propensity == (0.55, 1.5) and data.manifest["text"] == "title"
+    assert not any("raw_rows" in name for name in data.manifest["files"])  # nothing is held out
     counts = data.manifest["report"]["label"]
     assert counts["count"] == 9 and counts["tokens_p100"] == 9
     assert counts["truncated"] == round(4 / 9, 4)  # titles of 4 to 7 words
@@ -222,6 +223,10 @@ def test_validation_split(config, raw_folder):
     train = [int(uid.removeprefix("trn")) for uid in data.uids("train")]
     test = [int(uid.removeprefix("trn")) for uid in data.uids("test")]
     assert sorted(train + test) == list(range(20)) and train == sorted(train)
+    for split, rows in (("train", train), ("test", test)):
+        recorded = np.load(data.folder / f"{split}.raw_rows.npy")
+        assert recorded.tolist() == rows and recorded.dtype == np.int32
+        assert f"{split}.raw_rows.npy" in data.manifest["files"]
     assert len(test) == 6  # whole groups of two, at least a quarter of 20
     assert not set(data.groups("train")) & set(data.groups("test"))
     assert data.filter("test").tolist() == [[row, i % 9] for row, i in enumerate(test)]
@@ -361,7 +366,7 @@ def test_hub_tokenizer_of_the_command_and_of_training(
             "tokenizer": "org/small",
             "max_length": 5,
         }
-        return main.open_data(fields).folder
+        return build.data(fields).folder
 
     one, other = (command, training) if first == "command" else (training, command)
     folder = one()

@@ -1,5 +1,6 @@
 """Prompts as token ids, and in exported tokenizers."""
 
+import itertools
 import json
 import shutil
 
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, processors
 
 from xmc_jax.data import prompts
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.types import Prompts
+from xmc_jax.types import ORDERS, Prompts
 
 TEXTS = ["red lamp", "", "Red GREEN blue small large", "unheard of", "red"]
 
@@ -53,16 +54,34 @@ def test_prompts_have_what_the_tokenizer_itself_adds_once(family, llm_folder):
     assert found == Prompts(*(tuple(map(tokenizer.get_vocab().get, t)) for t in (head, [], tail)))
     plain = Tokenizer.from_file(str(llm_folder / "tokenizer.json"))
     pieces = [plain.encode(text, add_special_tokens=False).ids for text in PROMPTS.values()]
-    assert prompts.tokenize(tokenizer, llm_folder, *PROMPTS.values(), "") == Prompts(
-        (*found.head, *pieces[0]), tuple(pieces[1]), found.tail
-    )
+    of_text, of_images = map(tuple, pieces)
+    for order, middle in ((None, ()), ("text_image", of_images)):
+        assert prompts.tokenize(
+            tokenizer, llm_folder, *PROMPTS.values(), "", order=order
+        ) == Prompts((*found.head, *of_text), middle, found.tail)
+    assert prompts.tokenize(
+        tokenizer, llm_folder, *PROMPTS.values(), "", order="image_text"
+    ) == Prompts((*found.head, *of_images), of_text, found.tail)
 
 
-def test_a_prefix_that_spells_out_bos_does_not_double_it(family, llm_folder):
+@pytest.mark.parametrize("order", [None, *ORDERS])
+def test_a_prefix_that_spells_out_bos_does_not_double_it(family, llm_folder, order):
     tokenizer, bos = tokenizers.load(llm_folder), "".join(LLM[family][1])
-    found = prompts.tokenize(tokenizer, llm_folder, bos + "This product", "", "")
-    assert found == prompts.tokenize(tokenizer, llm_folder, "This product", "", "")
+    pieces = ("This product", "its image")
+    spelled = [bos + piece for piece in pieces]
+    found = prompts.tokenize(tokenizer, llm_folder, *spelled, "", order=order)
+    assert found == prompts.tokenize(tokenizer, llm_folder, *pieces, "", order=order)
     assert found.head.count(tokenizer.bos_token_id) == len(LLM[family][1])
+    assert tokenizer.bos_token_id not in found.middle
+
+
+@pytest.mark.parametrize(
+    ("order", "before", "behind"),
+    [(None, (1, 2), (4,)), ("text_image", (1, 2), (3, 4)), ("image_text", (1, 2, 3), (4,))],
+)
+def test_around_the_text_of_an_item_without_images(order, before, behind):
+    three = Prompts((1, 2), () if order is None else (3,), (4,))
+    assert prompts.around_text(three, order) == Prompts(head=before, tail=behind)
 
 
 def test_a_suffix_stands_in_for_what_the_tokenizer_ends_texts_with(family, llm_folder):
@@ -105,25 +124,36 @@ def test_a_tokenizer_that_drops_texts_has_no_prompts(llm_folders):
         prompts.tokenize(tokenizer, llm_folders["qwen2"], "", "", "")
 
 
-@pytest.mark.parametrize("with_config", [False, True])
-@pytest.mark.parametrize("ending", [False, True])
-@pytest.mark.parametrize("prefix", ["", "This product text"])
+@pytest.mark.parametrize(
+    ("prefix", "ending", "with_config", "order"),
+    [
+        *itertools.product(["", "This product text"], [False, True], [False, True], [None]),
+        *itertools.product(["This product text"], [True], [False, True], ORDERS),
+        *itertools.product([""], [False], [True], ORDERS),
+    ],
+)
 def test_exported_tokenizer_is_head_text_tail(
-    family, llm_folder, tmp_path, prefix, ending, with_config
+    family, llm_folder, tmp_path, prefix, ending, with_config, order
 ):
+    """With images it is the sequence of an item that has none."""
     from transformers import AutoTokenizer
 
     model_type, _, _, end = LLM[family]
     suffix = end if ending else ""
-    folder = exported(llm_folder, tmp_path / "out", prefix=prefix, suffix=suffix)
+    folder = exported(llm_folder, tmp_path / "out", prefix=prefix, suffix=suffix, order=order)
     if with_config:  # AutoTokenizer chooses its class by it
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     source = tokenizers.load(llm_folder)
-    around = prompts.tokenize(source, llm_folder, prefix, PROMPTS["image_prefix"], suffix)
+    asked = (prefix, PROMPTS["image_prefix"], suffix)
+    around = prompts.tokenize(source, llm_folder, *asked, order=order)
+    assert bool(around.middle) == (order == "text_image" or (order is not None and bool(prefix)))
+    before, behind = around.head, around.middle + around.tail
+    if order == "image_text":
+        before, behind = around.head + around.middle, around.tail
     tokens, lengths, _ = tokenizers.encode_measured(source, LLM_TEXTS, T, False)
     assert lengths.tolist()[:3] == [T, 0, T]
-    expected = [[*around.head, *row[:n].tolist(), *around.tail] for row, n in zip(tokens, lengths)]
-    S = len(around.head) + T + len(around.tail)
+    expected = [[*before, *row[:n].tolist(), *behind] for row, n in zip(tokens, lengths)]
+    S = len(before) + T + len(behind)
     auto = AutoTokenizer.from_pretrained(folder)
     assert auto.model_max_length == S and auto.padding_side == auto.truncation_side == "right"
     assert auto(LLM_TEXTS, truncation=True, max_length=S)["input_ids"] == expected
@@ -149,9 +179,9 @@ def test_exported_tokenizer_is_known_as_the_original(family, llm_folder, tmp_pat
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("ending", [False, True])
-def test_an_export_of_an_export_is_the_same(family, llm_folder, tmp_path, ending):
-    asked = PROMPTS | {"suffix": LLM[family][3] if ending else ""}
+@pytest.mark.parametrize(("ending", "order"), [(False, None), (True, None), *zip((0, 1), ORDERS)])
+def test_an_export_of_an_export_is_the_same(family, llm_folder, tmp_path, ending, order):
+    asked = PROMPTS | {"suffix": LLM[family][3] if ending else "", "order": order}
     first = exported(llm_folder, tmp_path / "first", **asked)
     second = exported(first, tmp_path / "second", **asked)
     for name in ("tokenizer.json", "tokenizer_config.json", "xmc_jax.json"):
@@ -166,14 +196,23 @@ def test_settings_of_an_export(llm_folders, tmp_path):
     assert prompts.read_settings(source) is None
     folder = exported(source, tmp_path / "out", suffix="<eos>", pooling="last", max_length=9)
     settings = prompts.read_settings(folder)
-    assert (settings.pooling, settings.max_length) == ("last", 9)
+    assert (settings.pooling, settings.max_length, settings.order) == ("last", 9, None)
     assert settings.pieces.own_head == (2,) and settings.pieces.own_tail == ()
     assert settings.pieces.suffix == prompts.Piece("<eos>", (1,))
     assert settings.pieces.prefix.text == "This product text"
     tokenizer = tokenizers.load(source)
-    assert settings.pieces.prompts == prompts.tokenize(
-        tokenizer, source, *PROMPTS.values(), "<eos>"
-    )
+    for order in (None, *ORDERS):
+        assert settings.pieces.prompts(order) == prompts.tokenize(
+            tokenizer, source, *PROMPTS.values(), "<eos>", order
+        )
+
+
+@pytest.mark.parametrize("order", [None, *ORDERS])
+def test_settings_keep_the_order(llm_folders, tmp_path, order):
+    folder = exported(llm_folders["llama"], tmp_path / "out", order=order)
+    assert prompts.read_settings(folder).order == order
+    edit_json(folder / "xmc_jax.json", lambda settings: settings.pop("order"))
+    assert prompts.read_settings(folder).order is None  # as exported before there were images
 
 
 def test_other_prompts_than_an_exported_model_has_are_refused(llm_folders, tmp_path):
@@ -205,6 +244,10 @@ def test_other_prompts_than_an_exported_model_has_are_refused(llm_folders, tmp_p
         (lambda s: s.update(format=2), "format: expected 1, got 2"),
         (lambda s: s.pop("pooling"), "pooling: expected a text, got None"),
         (lambda s: s.update(max_length=True), "max_length: expected 1 or more, got True"),
+        (
+            lambda s: s.update(order="images"),
+            r"order: expected one of \(None, 'text_image', 'image",
+        ),
         (lambda s: s.update(own_head=3), "own_head: expected a list of token ids, got 3"),
         (
             lambda s: s.update(own_tail=["a"]),

@@ -1,11 +1,12 @@
 """Opening a dataset folder: what is checked, and what comes back."""
 
+import gzip
 import json
 
 import numpy as np
 import pytest
 
-from xmc_jax.data import propensity, store
+from xmc_jax.data import prepare, propensity, store
 
 
 def test_splits_and_inputs(prepared):
@@ -23,6 +24,80 @@ def test_splits_and_inputs(prepared):
     np.testing.assert_array_equal(data.inverse_propensity, expected)
     with pytest.raises(ValueError, match="filter pairs of test, got 'train'"):
         data.filter("train")
+
+
+@pytest.mark.parametrize("per_item", [1, 2, 5])
+def test_images_of_items_in_any_order(prepared, with_random_images, tmp_path, per_item):
+    texts = store.open(prepared)
+    data = with_random_images(texts, tmp_path / "images-x", per_item)
+    assert texts.images is None and texts.image_width == 0
+    assert data.image_width == 8 and data.images.folder == tmp_path / "images-x"
+    assert (data.digest, data.num_documents) == (texts.digest, 20)
+    for name in store.SPLITS:
+        split, rows = getattr(data, name), getattr(data.images, name)
+        ids = np.array([4, 4, 0, len(split) - 1])
+        inputs = split.inputs(ids)
+        np.testing.assert_array_equal(inputs.tokens, getattr(texts, name).inputs(ids).tokens)
+        assert inputs.images.shape == (4, per_item, 8) and inputs.images.dtype == np.float16
+        assert inputs.image_count.dtype == np.int32
+        for row, item in enumerate(ids):
+            own = rows.rows[rows.indptr[item] : rows.indptr[item + 1]][:per_item]
+            assert inputs.image_count[row] == len(own)
+            np.testing.assert_array_equal(inputs.images[row, : len(own)], own)
+            assert not inputs.images[row, len(own) :].any()
+
+
+def test_images_of_held_out_documents_are_those_of_the_training_file(
+    prepared, raw_folder, tokenizer_folder, with_random_images, tmp_path
+):
+    whole = with_random_images(store.open(prepared), tmp_path / "images-x")
+    config = prepare.PrepareConfig(
+        *("ToyTitles", tmp_path / "data", str(tokenizer_folder), 5, raw_folder),
+        validation_fraction=0.25,
+    )
+    data = store.open(prepare.prepare(config)).with_images(whole.images, 2)
+    assert (len(data.train), len(data.test), len(data.label)) == (14, 6, 9)
+    for name in store.SPLITS:
+        uids = data.uids(name)
+        source = "label" if name == "label" else "train"
+        rows = [whole.uids(source).index(uid) for uid in uids]
+        ours = getattr(data, name).inputs(np.arange(len(uids))[::-1])
+        expected = getattr(whole, source).inputs(np.array(rows)[::-1])
+        for field in ("tokens", "images", "image_count"):
+            np.testing.assert_array_equal(getattr(ours, field), getattr(expected, field))
+    path = data.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["test.raw_rows.npy"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"expected test\.raw_rows\.npy, .*--overwrite"):
+        store.open(data.folder).with_images(whole.images, 2)
+
+
+def test_images_of_other_items_are_refused(
+    prepared, raw_folder, tokenizer_folder, with_random_images, tmp_path
+):
+    data = with_random_images(store.open(prepared), tmp_path / "images-x")
+    with pytest.raises(ValueError, match=r"images\.per_item: expected at least 1, got 0"):
+        data.with_images(data.images, 0)
+    for name, change in (("lbl", "lbl3"), ("tst", "tst5")):
+        with gzip.open(raw_folder / f"{name}.json.gz", "rt", encoding="utf-8") as file:
+            items = file.read()
+        with gzip.open(raw_folder / f"{name}.json.gz", "wt", encoding="utf-8") as file:
+            file.write(items.replace(f'"{change}"', '"other"'))
+        (raw_folder / "groups.tsv.gz").unlink(missing_ok=True)
+        folder = prepare.prepare(
+            prepare.PrepareConfig("Toy", tmp_path / name, str(tokenizer_folder), 5, raw_folder)
+        )
+        split = {"lbl": "label", "tst": "test"}[name]
+        found = data.images.manifest["source"]["uids"][split]
+        message = (
+            rf"images-x/manifest\.json: source\.uids\.{split}: expected \w{{64}}, found {found}"
+        )
+        with pytest.raises(ValueError, match=message) as refused:
+            store.open(folder).with_images(data.images, 2)
+        assert "\n" not in str(refused.value)
+        with gzip.open(raw_folder / f"{name}.json.gz", "wt", encoding="utf-8") as file:
+            file.write(items)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +176,6 @@ def test_manifest_refusals(prepared, content):
 
 
 def test_no_filter_pairs(raw_folder, tokenizer_folder, tmp_path):
-    from xmc_jax.data import prepare
-
     (raw_folder / "filter_labels_test.txt").write_text("")
     folder = prepare.prepare(
         prepare.PrepareConfig("Toy", tmp_path / "d", str(tokenizer_folder), 5, raw_folder)

@@ -197,6 +197,65 @@ def test_shards_and_nothing_of_an_earlier_export(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, load(folder)[2], params)
 
 
+def projection(width=5, hidden=3, seed=0):
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal((width, hidden)).astype(np.float32)
+    return {"kernel": jnp.asarray(kernel), "bias": jnp.arange(hidden, dtype=jnp.bfloat16)}
+
+
+def test_projection_of_images_is_read_back(tmp_path):
+    _, config, params = golden("bert")
+    merged(tmp_path, params, config)
+    source = hf.resolve(str(tmp_path))
+    assert hf.load_projection(source, 5) is None
+    ours = projection()
+    hf_export.projection(tmp_path, ours, {"name": "some/encoder", "revision": None, "E": 5})
+    found = hf.load_projection(source, 5)
+    assert {name: leaf.dtype for name, leaf in found.items()} == dict.fromkeys(ours, np.float32)
+    jax.tree.map(np.testing.assert_array_equal, found, ours)
+    path = tmp_path / hf.PROJECTION
+    with safetensors.safe_open(path, "np") as file:
+        assert set(file.keys()) == {"weight", "bias"}
+        assert file.get_tensor("weight").shape == (3, 5)  # [out, in], as PyTorch has it
+        assert file.metadata() == {
+            "format": "pt",
+            "encoder.name": "some/encoder",
+            "encoder.revision": "None",
+            "encoder.E": "5",
+        }
+    # it is no tensor of the backbone, and goes with the model it was trained with
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[2], params)
+    merged(tmp_path, params, config)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not safetensors", r"image_projection\.safetensors: expected "),
+        ({"weight": np.zeros((3, 5), np.float32)}, "expected the tensors weight and bias: "),
+        (
+            {"weight": np.zeros((3, 6), np.float32), "bias": np.zeros(3, np.float32)},
+            r"projection of images 5 wide, found one of \[3, 6\]; choose the images it was train",
+        ),
+        (
+            {"weight": np.zeros((3, 5), np.float32), "bias": np.zeros(4, np.float32)},
+            r"projection of images 5 wide, found one of \[3, 5\]",
+        ),
+    ],
+)
+def test_a_projection_that_does_not_fit_is_refused(content, message, tmp_path):
+    _, config, params = golden("bert")
+    merged(tmp_path, params, config)
+    source = hf.resolve(str(tmp_path))
+    if isinstance(content, dict):
+        content = safetensors.numpy.save(content)
+    (tmp_path / hf.PROJECTION).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        hf.load_projection(source, 5)
+    assert "\n" not in str(error.value)
+
+
 def exported_adapter(folder, source, config, params, lora):
     ours = with_adapters(config, params, lora)
     hf_export.adapter(folder, ours, config, lora=lora, source=source, pooling="last", max_length=16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import main, packaged
+from xmc_jax import build, packaged
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -60,7 +60,7 @@ def program_of(backbone, suffix, pooling, topics, tmp_path):
     fields["fusion"]["suffix"] = suffix
     fields["prime"]["free_vectors"] = 16
     fields["train"]["batch_size"] = 40
-    program = main.build(fields)
+    program = build.program(fields)
     state = program.initial_state()
     noise = np.random.default_rng(0)
 
@@ -92,8 +92,8 @@ def test_decoders(family, pooling, topics, tmp_path):
     assert np.abs(ours - program.embed(program.initial_state().params, "train")[:100]).max() > 1e-2
     for kind in ("merged", "adapter"):
         asked = copy.deepcopy(fields) | {"export": {"format": kind, "dtype": "float32"}}
-        program = main.build(asked)
-        folder = main.export(asked, program, state, tmp_path / "run")
+        program = build.program(asked)
+        folder = build.export(asked, program, state, tmp_path / "run")
         model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
         theirs = model.encode(titles(topics), batch_size=16)
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5, err_msg=kind)
@@ -103,9 +103,9 @@ def test_an_encoder(fields, topics, tmp_path):
     fields = copy.deepcopy(fields)
     fields["encoder"] |= {"backbone": packaged.MINILM_NAME, "layers": 3}
     fields["data"]["max_length"] = 8
-    program = main.build(fields)
+    program = build.program(fields)
     state = program.initial_state()
-    folder = main.export(fields, program, state, tmp_path)
+    folder = build.export(fields, program, state, tmp_path)
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     ours = program.embed(state.params, "train")[:100]
     np.testing.assert_allclose(model.encode(titles(topics)), ours, rtol=0, atol=1e-5)

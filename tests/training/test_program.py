@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import main
+from xmc_jax import build
 from xmc_jax.models import fusion, hf, hf_export
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
@@ -28,7 +28,7 @@ def decoder_fields(topics, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def decoder(decoder_fields):
-    return main.build(decoder_fields)
+    return build.program(decoder_fields)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
     whole["encoder"]["frozen_dtype"] = "float32"
     whole["optimizer"]["trainable"] = ((".*", True),)
     whole["optimizer"]["weight_decay"] = ((".*", 0.0),)
-    everything = paths(main.build(whole).initial_state().params)
+    everything = paths(build.program(whole).initial_state().params)
     trained, frozen = paths(initial.params), paths(decoder.frozen)
     assert everything.keys() == trained.keys() | frozen.keys()
     for path, leaf in trained.items():
@@ -69,9 +69,9 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
 @pytest.mark.slow
 def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder, initial, tmp_path):
     fields = copy.deepcopy(decoder_fields)
-    folder = main.export(fields, decoder, initial, tmp_path)
+    folder = build.export(fields, decoder, initial, tmp_path)
     fields["encoder"] |= {"backbone": str(folder), "init": "pretrained"}
-    read = main.build(fields)
+    read = build.program(fields)
     for path, leaf in paths(decoder.frozen).items():
         np.testing.assert_array_equal(paths(read.frozen)[path], leaf, err_msg=path)
     again = read.initial_state().params
@@ -81,7 +81,7 @@ def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder,
 
 
 def test_texts_must_be_as_the_backbone_takes_them(decoder_fields, decoder, fields):
-    encoder_data = main.open_data(fields)
+    encoder_data = build.data(fields)
     config = RunConfig.from_dict(decoder_fields)
     with pytest.raises(ValueError, match=r"expected texts without the tokenizer's special tokens"):
         Program(config, dataclasses.replace(encoder_data, manifest=_small(encoder_data)))
@@ -111,7 +111,10 @@ def test_empty_texts_need_prompts(decoder_fields, decoder):
 def test_encoders_refuse_prompts_by_name(fields):
     asked = fields | {"fusion": fields["fusion"] | {"suffix": "</s>"}}
     with pytest.raises(ValueError, match=r"fusion\.suffix: expected '', encoders take no prompts"):
-        main.build(asked)
+        build.program(asked)
+    asked = fields | {"fusion": fields["fusion"] | {"order": "text_image"}}
+    with pytest.raises(ValueError, match=r"fusion\.order: expected 'image_text', as encoders take"):
+        build.program(asked)
 
 
 def test_adapters_need_a_pretrained_model(decoder_fields, decoder, tmp_path):
@@ -120,6 +123,6 @@ def test_adapters_need_a_pretrained_model(decoder_fields, decoder, tmp_path):
     decoder.config, whole = config, decoder.config
     try:
         with pytest.raises(ValueError, match=r"expected 'merged' for a backbone with random weigh"):
-            main.export(asked, decoder, decoder.abstract, tmp_path)
+            build.export(asked, decoder, decoder.abstract, tmp_path)
     finally:
         decoder.config = whole

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import main, sharding
+from xmc_jax import build, sharding
 from xmc_jax.data import batches
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
@@ -28,7 +28,7 @@ def make(fields, monkeypatch=None, devices=None, **sections) -> Program:
     if devices is not None:
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
         monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
-    return Program(RunConfig.from_dict(fields), main.open_data(fields))
+    return Program(RunConfig.from_dict(fields), build.data(fields))
 
 
 def run(program: Program, steps: int):

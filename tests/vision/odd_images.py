@@ -116,7 +116,6 @@ def _images() -> dict[str, bytes]:
         "bmp of 8 bits": encoded(grey, "BMP"),
         "tiff": encoded(rgb, "TIFF", compression="tiff_lzw"),
         "tiff, CMYK": encoded(rgb.convert("CMYK"), "TIFF"),
-        "avif": encoded(rgb, "AVIF"),
     }
 
 

@@ -110,6 +110,8 @@ class Store:
                         "xmc_jax.data.prepare --overwrite"
                     )
                 items = np.load(self.folder / file, allow_pickle=False)
+                what = f"{images.folder}/manifest.json: train items"
+                _compare(what, len(self.train) + len(self.test), len(images.train))
             else:
                 uids = self.manifest["files"][f"{name}.uids.txt"]["sha256"]
                 what = f"{images.folder}/manifest.json: source.uids.{name}"

@@ -8,8 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-# What is decoded, and nothing else: Pillow knows formats that run other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# What is decoded, and nothing else: Pillow knows formats that run other programs. Not AVIF, whose
+# decoder allots what the picture inside says, which may be a thousandfold of the size stated.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# A JPEG may ask for a pass over all its pixels per scan; encoders make about ten. The two bytes of
+# a scan's marker may also turn up by chance, outside of the picture.
+_SCAN, _FREE_SCANS, _BYTES_PER_SCAN = b"\xff\xda", 100, 1 << 15
+# Likewise an object per segment; the bytes of these markers (APP0 to APP15, COM) turn up by chance
+# once in 4 KB.
+_SEGMENTS = tuple(bytes((0xFF, code)) for code in (*range(0xE0, 0xF0), 0xFE))
+_FREE_SEGMENTS, _BYTES_PER_SEGMENT = 1000, 1 << 9
+_GIF_PIECES = 1 << 16  # of comments and the like; a comment in whole pieces may have 16 MB
 ALPHA = ("white", "drop")
 RESAMPLING = {filter.name.lower(): filter for filter in Image.Resampling}
 # What undoes each EXIF orientation.
@@ -67,12 +76,14 @@ def decode(data: bytes, limits: Limits = Limits(), alpha: str = "white") -> Imag
         An image of mode RGB.
 
     Raises:
-        ValueError: in one line: not one of FORMATS, over a limit, truncated or broken.
+        ValueError: in one line: not one of FORMATS, over a limit, made to be slow, truncated or
+            broken.
     """
     if alpha not in ALPHA:
         raise ValueError(f"alpha: expected one of {ALPHA}, got {alpha!r}")
     if len(data) > limits.max_bytes:
         raise ValueError(f"image: expected at most {limits.max_bytes} bytes, got {len(data)}")
+    _check_work(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, limits)
@@ -102,6 +113,37 @@ class _Refused(ValueError):
 
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _check_work(data: bytes) -> None:
+    """Refuses files that cost far more to decode than their bytes and pixels say."""
+    found = ""
+    if data.startswith(b"\xff\xd8"):
+        if data.count(_SCAN) > _FREE_SCANS + len(data) // _BYTES_PER_SCAN:
+            found = "a JPEG of more scans"
+        elif sum(map(data.count, _SEGMENTS)) > _FREE_SEGMENTS + len(data) // _BYTES_PER_SEGMENT:
+            found = "a JPEG of more segments"
+    elif data.startswith(b"GIF8") and _gif_pieces(data) > _GIF_PIECES:
+        found = "a GIF of more pieces"
+    if found:
+        raise ValueError(f"image: expected what encoders make, got {found} than they do")
+
+
+def _gif_pieces(data: bytes) -> int:
+    """Steps that it takes to get to the first picture of a GIF; stops at one too many."""
+    colours = data[10] if len(data) > 10 else 0
+    at, steps = 13 + (3 << (colours & 7) + 1 if colours & 128 else 0), 0
+    while steps <= _GIF_PIECES and at < len(data) and data[at] not in b",;":
+        steps += 1
+        if data[at] != ord("!"):
+            at += 1
+            continue
+        at += 2
+        while steps <= _GIF_PIECES and at < len(data) and data[at]:
+            steps += 1
+            at += 1 + data[at]
+        at += 1
+    return steps
 
 
 def _check_size(image: Image.Image, limits: Limits) -> None:

@@ -1,0 +1,337 @@
+"""Training with images, on a small synthetic dataset and the descriptor of its pictures."""
+
+import copy
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+
+from configs import vixml
+from xmc_jax import build, checkpoint, report, sharding
+from xmc_jax.data import batches, synthetic
+from xmc_jax.models import hf
+from xmc_jax.training import loop
+from xmc_jax.training.config import RunConfig
+from xmc_jax.training.program import Program
+from xmc_jax.types import ORDERS
+from xmc_jax.vision import descriptor
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS_PER_EPOCH, STEPS = 3, 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """Models are small here: compiling them quickly saves most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("raw") / "Products"
+    config = synthetic.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
+    synthetic.generate(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_images(fields, raw, tmp_path_factory) -> dict:
+    """The config of a run of a small encoder with images; copy before changing."""
+    fields = copy.deepcopy(fields)
+    fields["data"] |= {
+        "dataset": "Products",
+        "raw_dir": str(raw),
+        "data_dir": str(tmp_path_factory.mktemp("data")),
+        "images": vixml.get_config("mm").to_dict()["data"]["images"] | {"per_item": 2},
+    }
+    fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
+    fields["prime"]["enabled"] = False
+    fields["optimizer"]["weight_decay"] = ((".*", 0.01),)
+    fields["train"] |= {"batch_size": 48, "epochs": 2, "eval_every": 0, "zero_shot": False}
+    return fields
+
+
+@pytest.fixture(scope="module")
+def in_full(with_images, fields) -> dict:
+    """The same with PRIME."""
+    decays = fields["optimizer"]["weight_decay"]
+    return changed(with_images, prime={"enabled": True}, optimizer={"weight_decay": decays})
+
+
+@pytest.fixture(scope="module")
+def decoder_fields(with_images) -> dict:
+    fields = vixml.get_config("tiny_decoder").to_dict()
+    fields["data"] |= {
+        name: with_images["data"][name] for name in ("dataset", "raw_dir", "data_dir", "images")
+    }
+    fields["prime"] |= {"free_vectors": 16, "dropout": 0.0}
+    fields["train"] |= {"batch_size": 48, "n_chunks": 1}
+    return fields
+
+
+@pytest.fixture(scope="module")
+def program(with_images) -> Program:
+    return build.program(with_images)
+
+
+@pytest.fixture(scope="module")
+def stepped(program):
+    return run(program)
+
+
+def run(program: Program, steps: int = 2):
+    """The state before and after some steps in order of the documents, and the last metrics."""
+    state = program.initial_state()
+    before = jax.device_get(state)
+    order = batches.complete(
+        np.arange(program.data.num_documents, dtype=np.int32), program.config.train.batch_size
+    )
+    for i in range(steps):
+        batch = program.put(program.sampler.build(order, i, i))
+        state, metrics = program.train_step(state, program.frozen, batch)
+    return before, state, jax.device_get(metrics)
+
+
+def changed(fields: dict, **sections) -> dict:
+    return fields | {name: fields[name] | values for name, values in sections.items()}
+
+
+def text_only(fields: dict) -> dict:
+    return changed(fields, data={"images": fields["data"]["images"] | {"name": None}})
+
+
+def test_the_dataset_has_the_pictures_of_its_items(program, raw):
+    data = program.data
+    assert data.image_width == descriptor.WIDTH
+    assert data.images.manifest["encoder"]["name"] == "hog-colour"
+    shop = synthetic.Shop(
+        synthetic.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
+    )
+    for split in ("train", "test", "label"):
+        items = list(shop.items(split))
+        inputs = getattr(data, split).inputs(np.arange(len(items)))
+        assert inputs.image_count.tolist() == [min(item.images, 2) for item in items]
+
+
+def test_a_step_trains_the_projection(stepped):
+    before, after, metrics = stepped
+    assert np.isfinite(metrics["loss"])
+    ours, theirs = before.params["projection"], jax.device_get(after.params["projection"])
+    assert ours["kernel"].shape == (descriptor.WIDTH, 32) and ours["bias"].shape == (32,)
+    for name in ours:
+        assert np.isfinite(theirs[name]).all() and (theirs[name] != ours[name]).mean() > 0.9
+
+
+def test_images_change_the_embeddings_of_items_that_have_some(program, with_images, stepped):
+    """And of no others: an item without images is its text."""
+    _, state, _ = stepped
+    texts = Program(RunConfig.from_dict(text_only(with_images)), build.data(text_only(with_images)))
+    alone = {name: leaf for name, leaf in state.params.items() if name != "projection"}
+    for split in ("test", "label"):
+        ours, theirs = program.embed(state.params, split), texts.embed(alone, split)
+        count = getattr(program.data, split).inputs(np.arange(len(ours))).image_count
+        difference = np.abs(ours - theirs).max(axis=1)
+        assert difference[count == 0].max() < 1e-6 and difference[count > 0].min() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["encoder", *ORDERS])
+def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, monkeypatch, tower):
+    if tower == "encoder":
+        fields, others = in_full, ((2, 2), (1, 1))
+    else:
+        fields, others = changed(decoder_fields, fusion={"order": tower}), ((1, 2),)
+    _, whole, metrics = run(build.program(fields))
+    bank = jax.device_get(whole.tables.document_bank)
+    for devices, n_chunks in others:
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
+        with monkeypatch.context() as context:
+            context.setattr(sharding, "make_mesh", lambda config, mesh=mesh: mesh)
+            _, other, found = run(build.program(changed(fields, train={"n_chunks": n_chunks})))
+        np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
+        found = jax.device_get(other.tables.document_bank)
+        np.testing.assert_allclose(found, bank, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, monkeypatch):
+    program = build.program(in_full)
+    straight = loop.train(program, tmp_path / "straight")
+    assert straight.step == STEPS
+    step, stops = report.Reporter.step, [2, STEPS_PER_EPOCH]
+
+    def kill_at(self, *arguments):
+        result = step(self, *arguments)
+        if stops and self.steps == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(report.Reporter, "step", kill_at)
+    for stop in (2, STEPS_PER_EPOCH):
+        with pytest.raises(loop.Interrupted, match=f"saved at step {stop}"):
+            loop.train(program, tmp_path / "stopped")
+    resumed = loop.train(program, tmp_path / "stopped")
+    leaves = jax.tree_util.tree_leaves_with_path(resumed.state)
+    for (path, a), b in zip(leaves, jax.tree.leaves(straight.state)):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b), err_msg=str(path))
+    assert "projection" in resumed.state.params
+    assert resumed.evaluation.metrics == straight.evaluation.metrics
+
+
+@pytest.mark.slow
+def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
+    """The exported folder is a backbone like any other, with its projection or without."""
+    _, state, _ = stepped
+    folder = build.export(with_images, program, state, tmp_path)
+    with safetensors.safe_open(folder / hf.PROJECTION, "np") as file:
+        projection = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert file.metadata()["encoder.name"] == "hog-colour"
+    again = changed(with_images, encoder={"backbone": str(folder)})
+    reopened = build.program(again)
+    params = reopened.initial_state().params
+    np.testing.assert_array_equal(params["projection"]["kernel"], projection["weight"].T)
+    np.testing.assert_array_equal(params["projection"]["bias"], projection["bias"])
+    ours = program.embed(state.params, "test")
+    np.testing.assert_allclose(reopened.embed(params, "test"), ours, rtol=0, atol=1e-5)
+    drawn = changed(again, encoder={"init": "random"})
+    other = build.program(drawn).abstract.params["projection"]["kernel"]
+    assert other.shape == projection["weight"].T.shape
+
+    texts = build.program(text_only(again))
+    params = texts.initial_state().params
+    assert "projection" not in params
+    assert "images" in reopened.provenance() and "images" not in texts.provenance()
+    alone = texts.embed(params, "test")
+    without = program.data.test.inputs(np.arange(len(ours))).image_count == 0
+    np.testing.assert_allclose(alone[without], ours[without], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
+    fields = changed(decoder_fields, fusion={"order": order})
+    program = build.program(fields)
+    _, state, _ = run(program)
+    folder = build.export(fields, program, state, tmp_path)
+    again = changed(
+        fields,
+        encoder={
+            "backbone": str(folder),
+            "init": "pretrained",
+            "frozen_dtype": "float32",  # merged weights are not bfloat16's any more
+            "lora": fields["encoder"]["lora"] | {"rank": 0},
+        },
+        optimizer={"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
+    )
+    reopened = build.program(again)
+    assert reopened.model.prompts == program.model.prompts and program.model.prompts.middle
+    ours = program.embed(state.params, "test")
+    theirs = reopened.embed(reopened.initial_state().params, "test")
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_a_projection_of_other_images_is_refused(
+    with_images, program, stepped, with_random_images, tmp_path
+):
+    folder = build.export(with_images, program, stepped[1], tmp_path)
+    data = with_random_images(program.data, tmp_path / "images-x")
+    again = changed(with_images, encoder={"backbone": str(folder)})
+    with pytest.raises(ValueError, match=r"of images 8 wide, found one of \[32, 452\]") as refused:
+        Program(RunConfig.from_dict(again), data).initial_state()
+    assert "\n" not in str(refused.value)
+
+
+def test_an_image_folder_that_was_made_otherwise_is_refused(with_images, program):
+    def ask(**fields):
+        images = with_images["data"]["images"] | fields
+        return build.data(changed(with_images, data={"images": images}))
+
+    for field, value, made in (("per_item", 3, "2"), ("encoder", "some/encoder", "hog-colour")):
+        with pytest.raises(
+            ValueError, match=rf"data\.images\.{field} = {value}, found .* with {made}; set that"
+        ) as refused:
+            ask(**{field: value})
+        assert "\n" not in str(refused.value)
+    fewer = ask(per_item=1).test.inputs(np.arange(40)).image_count
+    expected = program.data.test.inputs(np.arange(40)).image_count
+    np.testing.assert_array_equal(fewer, np.minimum(expected, 1))
+
+
+def test_other_images_under_a_run_are_refused(with_images, program, with_random_images, tmp_path):
+    config = with_images | {"provenance": program.provenance()}
+    checkpoint.check_config(tmp_path, config)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    checkpoint.check_config(tmp_path, config)
+    data = with_random_images(program.data, tmp_path / "images-hog-colour")
+    other = Program(RunConfig.from_dict(with_images), data).provenance()
+    there, here = program.provenance()["images"], other["images"]
+    assert there == program.data.images.digest and here != there
+    with pytest.raises(
+        ValueError, match=rf"\(provenance\.images: '{there}' there, '{here}' here\); choose anoth"
+    ) as refused:
+        checkpoint.check_config(tmp_path, with_images | {"provenance": other})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_text_and_images_side_by_side_in_one_command(tmp_path):
+    def command(*flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "xmc_jax.main", "--config=configs/vixml.py:mm"),
+                f"--config.data.data_dir={tmp_path / 'data'}",
+                "--config.data.synthetic.documents=160",
+                "--config.data.synthetic.labels=60",
+                "--config.encoder.layers=1",
+                "--config.train.batch_size=80",
+                "--config.train.epochs=2",
+                "--config.eval.compare_scann=False",
+                *flags,
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+
+    prepared = command("--mode=prepare")
+    assert prepared.returncode == 0, prepared.stderr[-3000:]
+    name = "Synthetic-160x60-seed0"
+    lines = prepared.stdout.splitlines()
+    assert len(lines) == 8 and lines[0] == f"{name} in {tmp_path}/data/{name}/minilm-l6-packaged-24"
+    assert lines[4] == f"{name} in {tmp_path}/data/{name}/images-hog-colour: hog-colour, 452 wide"
+    assert all("items" in line and "with an image" in line for line in lines[5:])
+
+    workdir = tmp_path / "run"
+    first = command(f"--workdir={workdir}")
+    assert first.returncode == 0, first.stderr[-3000:]
+    tables = first.stdout.splitlines()
+    assert lines[4] in tables and "Synthetic" in lines[4]
+    kinds = ("zero-shot", "trained", "trained + augmented")
+    for row in (f"{run}: {kind}" for run in ("text only", "text + hog-colour") for kind in kinds):
+        assert any(line.startswith(f"{row}  ") for line in tables), row
+    found = {
+        folder: json.loads((folder / "metrics.json").read_text())
+        for folder in (workdir, workdir / "baseline")
+    }
+    assert all(set(rows) == {"zero-shot", "plain", "augmented"} for rows in found.values())
+    assert found[workdir]["plain"] != found[workdir / "baseline"]["plain"]
+    for folder, images in ((workdir, "hog-colour"), (workdir / "baseline", None)):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["data"]["images"]["name"] == images
+        assert ("images" in config["provenance"]) == (images is not None)
+    again = command(f"--workdir={workdir}")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout == first.stdout and "hog-colour" in again.stdout
+    for folder, rows in found.items():
+        assert json.loads((folder / "metrics.json").read_text()) == rows
