@@ -99,5 +99,5 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
     with pytest.raises(ValueError, match="prefix there 'This product text', here 'Another text'"):
         build.program(other)
     last = again | {"encoder": again["encoder"] | {"pooling": "last"}}
-    with pytest.raises(ValueError, match=r"expected encoder\.pooling as it was trained with, 'mean'"):
+    with pytest.raises(ValueError, match=r"expected encoder\.pooling as .*, 'mean'"):
         build.program(last)
