@@ -23,7 +23,13 @@ BASE = LAYERS[-1]  # small modules without a folder; they may use one another
 
 # The only files or folders of the package that import a dependency.
 HOMES = {
-    "PIL": ("vision/images.py", "vision/descriptor.py", "vision/encoders.py", "data/synthetic.py"),
+    "PIL": (
+        "vision/images.py",
+        "vision/descriptor.py",
+        "vision/encoders.py",
+        "data/synthetic.py",
+        "data/pictures.py",
+    ),
     "grain": ("data/pipeline.py",),
     "httpcore2": ("vision/download.py",),
     "httpx2": ("vision/download.py",),

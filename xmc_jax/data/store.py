@@ -14,16 +14,14 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
+from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.types import Inputs
-
-if TYPE_CHECKING:
-    from xmc_jax.data.images import ImageRows, ImageStore
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -44,7 +42,7 @@ class Split:
 
     tokens: np.ndarray
     lengths: np.ndarray
-    images: "ImageRows | None" = None
+    images: ImageRows | None = None
     per_item: int = 0
     image_items: np.ndarray | None = None
 
@@ -83,9 +81,9 @@ class Store:
     label: Split
     _positives: Mapping[str, Csr]
     _filter: np.ndarray
-    images: "ImageStore | None" = None
+    images: ImageStore | None = None
 
-    def with_images(self, images: "ImageStore", per_item: int) -> "Store":
+    def with_images(self, images: ImageStore, per_item: int) -> "Store":
         """The same with images.
 
         Args:

@@ -1,0 +1,78 @@
+"""An opened image folder: frozen vectors of items, gathered by item; see `images` for the files."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageRows:
+    """The images of train, test or label.
+
+    Attributes:
+        rows: f16[images, E], memory-mapped.
+        indptr: i64[n + 1], memory-mapped; item i has the rows `indptr[i]:indptr[i + 1]`.
+    """
+
+    rows: np.ndarray
+    indptr: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def gather(self, ids: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first images of some items; reads and makes no more than it returns.
+
+        Args:
+            ids: i[n], items in any order, repeated or not.
+            limit: K, images per item.
+
+        Returns:
+            f16[n, K, E], zero where an item has fewer; and i32[n], how many it has, at most K.
+        """
+        ids = np.asarray(ids)
+        first = self.indptr[ids]
+        count = np.minimum(self.indptr[ids + 1] - first, limit)
+        images = np.zeros((len(ids), limit, self.rows.shape[1]), np.float16)
+        there = np.arange(limit) < count[:, None]
+        images[there] = self.rows[(first[:, None] + np.arange(limit))[there]]
+        return images, count.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageStore:
+    """An image folder; see the module.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what the writer recorded.
+        digest: SHA-256 of manifest.json; equal on two hosts when their images are.
+        train: images of the N training documents.
+        test: images of the M test documents.
+        label: images of the L labels.
+    """
+
+    folder: pathlib.Path
+    manifest: Mapping[str, Any]
+    digest: str
+    train: ImageRows
+    test: ImageRows
+    label: ImageRows
+
+    @property
+    def width(self) -> int:
+        """E."""
+        return self.manifest["encoder"]["E"]
+
+    @property
+    def encoder(self) -> str:
+        """The name of what made the vectors."""
+        return self.manifest["encoder"]["name"]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Percent of each split's items that have an image."""
+        return {split: 100 * share for split, share in self.manifest["with_image"].items()}
