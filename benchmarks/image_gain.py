@@ -1,11 +1,11 @@
 """What images add: text alone, text with images, and text with other items' images, over seeds.
 
 python -m benchmarks.image_gain --variant=minilm_l3/synthetic
-python -m benchmarks.image_gain --variant=minilm_l3/mm_debian_3k
+python -m benchmarks.image_gain --variant=minilm_l3/mm_debian_3k --no_shuffled
 
 Three runs per seed, of the variant with the option text_only, of the variant, and of the variant
 with the images of each split dealt out anew to its items: those have as many images and say nothing
-of the items. Where the dataset is synthetic, beside them what predictors reach that know the shop
+of the items; --no_shuffled leaves them out. Where the dataset is synthetic, beside them what predictors reach that know the shop
 and all its labels and see the attributes (the ceiling), the title, or title and pictures. A gain is
 that of a run over the text-only run of its seed. A finished run is not repeated (`accuracy`).
 
@@ -31,7 +31,6 @@ from xmc_jax.data import images
 from xmc_jax.data.store import SPLITS, Store
 from xmc_jax.retrieval.evaluate import format_table
 
-RUNS = ("text only", "text + images", "text + shuffled images")
 SHOWN = ("P@1", "P@5", "nDCG@5", "PSP@1", "R@100")
 
 
@@ -92,6 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", default="minilm_l3/synthetic", help="of configs/vixml.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--no_shuffled", action="store_true", help="without shuffled images")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/image_gain"))
     parser.add_argument("--output", type=pathlib.Path, help="JSON file of the results")
     return parser.parse_args(argv)
@@ -107,11 +107,12 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if data.images is None:
         sys.exit(f"error: --variant: expected a dataset with images, got {variant}")
-    other = f"--config.data.images.name={shuffled(data.images)}"
+    runs = {"text only": (f"{variant},text_only", []), "text + images": (variant, [])}
+    if not arguments.no_shuffled:
+        other = f"--config.data.images.name={shuffled(data.images)}"
+        runs["text + shuffled images"] = variant, [other]
     found: dict[str, dict[int, dict]] = {}
-    for run, of, overrides in zip(
-        RUNS, (f"{variant},text_only", variant, variant), ([], [], [other])
-    ):
+    for run, (of, overrides) in runs.items():
         workdir = arguments.workdir / accuracy.run_folder(of, overrides)
         found[run] = {s: accuracy.run(of, s, workdir, overrides) for s in arguments.seeds}
     known = oracles(data, fields)
