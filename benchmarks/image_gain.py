@@ -5,9 +5,10 @@ python -m benchmarks.image_gain --variant=minilm_l3/mm_debian_3k --no_shuffled
 
 Three runs per seed, of the variant with the option text_only, of the variant, and of the variant
 with the images of each split dealt out anew to its items: those have as many images and say nothing
-of the items; --no_shuffled leaves them out. Where the dataset is synthetic, beside them what predictors reach that know the shop
-and all its labels and see the attributes (the ceiling), the title, or title and pictures. A gain is
-that of a run over the text-only run of its seed. A finished run is not repeated (`accuracy`).
+of the items; --no_shuffled leaves them out. A gain is that of a run over the text-only run of its
+seed. Where the dataset is synthetic, beside them what predictors reach that know the shop and all
+its labels and see the attributes (the ceiling), the title, or title and pictures. A finished run is
+not repeated (`accuracy`).
 
 The results go to --output: "variant", "images" (their encoder, and the percent of items that have
 one), environment ("processor", "cores", "python", "versions", "date", "commit"), "oracles" and
