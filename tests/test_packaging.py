@@ -66,24 +66,27 @@ def test_metadata(metadata):
     assert {"cuda12", "cuda13", "tpu", "tensorboard", "dev", "parity"} <= extras
 
 
+# What imports the extra `vision`: there at the top, elsewhere within functions.
+PICTURES = ("vision/", "data/pictures.py", "data/synthetic.py")
+
+
 @pytest.mark.slow
 def test_everything_imported_is_required(metadata):
     """No import relies on a dependency of a dependency."""
-    required = {
-        canonicalize_name(Requirement(line).name)
-        for line in metadata.get_all("Requires-Dist")
-        if "extra ==" not in line
-    }
+    required: dict[str, set[str]] = {"": set(), "vision": set()}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        for extra, names in required.items():
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                names.add(canonicalize_name(requirement.name))
     distributions = importlib.metadata.packages_distributions()
-    imported = {
-        name.partition(".")[0]
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        for name in _absolute_imports(node)
-    } - set(sys.stdlib_module_names)
-    for name in sorted(imported - {"xmc_jax"}):
-        found = {canonicalize_name(d) for d in distributions.get(name, [name])}
-        assert found & required, f"{name} is imported, and not in install_requires"
+    for path in PACKAGE.rglob("*.py"):
+        file = path.relative_to(PACKAGE).as_posix()
+        allowed = required["vision" if file.startswith(PICTURES) else ""]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {n.partition(".")[0] for node in ast.walk(tree) for n in _absolute_imports(node)}
+        for name in sorted(names - {"xmc_jax", *sys.stdlib_module_names}):
+            found = {canonicalize_name(d) for d in distributions.get(name, [name])}
+            assert found & allowed, f"{file}: {name} is imported, and not required"
 
 
 def _absolute_imports(node: ast.AST) -> list[str]:
@@ -104,13 +107,15 @@ def test_the_wheel_works_without_the_repository(wheel, tmp_path):
 import importlib, pathlib, pkgutil, sys
 sys.path.insert(0, {str(site)!r})
 # As where only the package and what it requires is installed, without ScaNN's wheel.
-for name in ("torch", "sklearn", "sentence_transformers", "peft", "tensorflow", "scann"):
+tests = ("torch", "sklearn", "sentence_transformers", "peft", "tensorflow")
+for name in (*tests, "scann", "PIL", "pyarrow", "skimage"):
     sys.modules[name] = None
 import xmc_jax
 from xmc_jax.data import bundled, raw
 assert pathlib.Path(xmc_jax.__file__).is_relative_to({str(site)!r}), xmc_jax.__file__
 for module in pkgutil.walk_packages(xmc_jax.__path__, "xmc_jax."):
-    importlib.import_module(module.name)
+    if not module.name.startswith("xmc_jax.vision."):  # these need the extra
+        importlib.import_module(module.name)
 folder = bundled.path("LF-DebianTitles-3K")
 assert folder.is_relative_to({str(site)!r}), folder
 assert len(raw.read_items(folder / "tst.json.gz").titles) == 677
@@ -141,7 +146,7 @@ def test_pins_are_exact_and_allowed():
     """requirements.txt pins what the package and the tests need, within setup.py's bounds."""
     pins = {canonicalize_name(pin.name): pin for pin in _pins()}
     core, extras = _declared()
-    for requirement in [*core, *extras["quickstart"], *extras["dev"]]:
+    for requirement in [*core, *extras["quickstart"], *extras["vision"], *extras["dev"]]:
         pin = pins[canonicalize_name(requirement.name)]
         (version,) = re.findall(r"^==([\w.+]+)$", str(pin.specifier))
         assert requirement.specifier.contains(version), f"{pin} against {requirement}"
