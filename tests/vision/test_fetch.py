@@ -619,9 +619,22 @@ def command(listed: pathlib.Path, out: pathlib.Path, *flags: str) -> list[str]:
     return [*module, "--urls", str(listed), "--out", str(out), *QUICK, *allowed, *flags]
 
 
-def start(*arguments, **options) -> subprocess.Popen:
+# Where tests run in the background, SIGINT is ignored, and so it would be by what they start.
+STARTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from xmc_jax.vision import fetch
+sys.exit(fetch.main())
+"""
+
+
+def start(*arguments) -> subprocess.Popen:
     return subprocess.Popen(
-        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", STARTED, *command(*arguments)[3:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
