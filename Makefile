@@ -35,7 +35,7 @@ multimodal: $(VENV)/.vision
 	$(BIN)/python -m xmc_jax.main --config=configs/vixml.py:mm
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not reliability" --numprocesses=2 --dist=loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not reliability" $(PYTEST_FLAGS)
 
 reliability: $(VENV)/.dev
 	$(BIN)/python -m pytest -m reliability $(PYTEST_FLAGS)

@@ -143,7 +143,7 @@ def run(sizes, params, vectors, positions):
 def test_towers_by_a_composition_in_numpy(name, positions):
     """0 to 3 images; each item by itself, unpadded, its embeddings composed in numpy."""
     sizes, prompts, order = TOWERS[name]
-    inputs, weights = items(), params(sizes)
+    inputs, weights = items(n=8), params(sizes)  # a program is compiled for each length
     table, projection = weights["backbone"]["token_embedding"], weights["projection"]
     projected = inputs.images.astype(np.float32) @ projection["kernel"] + projection["bias"]
     rows = []
