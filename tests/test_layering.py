@@ -17,7 +17,7 @@ LAYERS = (
     ("retrieval",),
     ("vision",),
     ("models", "data"),
-    ("checkpoint", "packaged", "report", "rng", "sharding", "types"),
+    ("checkpoint", "command", "packaged", "report", "rng", "sharding", "types"),
 )
 BASE = LAYERS[-1]  # small modules without a folder; they may use one another
 

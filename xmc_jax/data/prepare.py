@@ -6,7 +6,6 @@ are merged, and documents without positives are kept, as the reference keeps the
 are paired with a random label, a negative); the report counts all three.
 """
 
-import argparse
 import dataclasses
 import fcntl
 import json
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from xmc_jax import packaged
+from xmc_jax import command, packaged
 from xmc_jax.data import bundled, holdout, raw_folder, store
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.known import KNOWN
@@ -146,30 +145,14 @@ def report(folder: pathlib.Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for bad data, 2 for bad flags."""
-    try:
-        config = _parse(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
-        print(report(prepare(config)))
-    except (ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare: interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, where argparse prints the usage too
-        raise ValueError(f"prepare: {message}; see --help")
+    """The command; returns the exit status, see `command.run`."""
+    return command.run(
+        "prepare", lambda: _parse(arguments), lambda config: print(report(prepare(config)))
+    )
 
 
 def _parse(arguments: list[str] | None) -> PrepareConfig:
-    parser = _Parser(prog="python -m xmc_jax.data.prepare", allow_abbrev=False)
+    parser = command.Parser(prog="python -m xmc_jax.data.prepare", allow_abbrev=False)
     known = ", ".join(KNOWN)
     parser.add_argument("--dataset", required=True, help=f"its name; known: {known}")
     parser.add_argument("--raw", help="folder of the raw files; a bundled dataset needs none")

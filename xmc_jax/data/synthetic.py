@@ -14,7 +14,6 @@ Every product, item and picture is drawn by a generator of its own, keyed by (se
 any of them can be made alone, and more documents leave the first ones as they were.
 """
 
-import argparse
 import dataclasses
 import enum
 import functools
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from xmc_jax import command
 from xmc_jax.data import pictures
 
 FORMAT = 1
@@ -442,30 +442,16 @@ def generate(config: SyntheticConfig, folder: str | pathlib.Path) -> dict[str, A
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for a folder that is taken, 2 for bad flags."""
-    try:
-        folder, config = _parse(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
-        print(json.dumps(generate(config, folder), indent=1))
-    except (ValueError, OSError) as error:
-        print(f"synthetic: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("synthetic: interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, where argparse prints the usage too
-        raise ValueError(f"synthetic: {message}; see --help")
+    """The command; returns the exit status, see `command.run`."""
+    return command.run(
+        "synthetic",
+        lambda: _parse(arguments),
+        lambda asked: print(json.dumps(generate(asked[1], asked[0]), indent=1)),
+    )
 
 
 def _parse(arguments: list[str] | None) -> tuple[str, SyntheticConfig]:
-    parser = _Parser(prog="python -m xmc_jax.data.synthetic", allow_abbrev=False)
+    parser = command.Parser(prog="python -m xmc_jax.data.synthetic", allow_abbrev=False)
     parser.add_argument("--out", required=True, help="the raw folder to make")
     described = (SyntheticConfig.__doc__ or "").split("Attributes:")[1]
     for field in dataclasses.fields(SyntheticConfig):

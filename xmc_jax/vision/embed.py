@@ -12,7 +12,6 @@ Restartable: killed at any moment, the same command goes on where it was, and th
 byte for byte. A folder made from the same inputs is left as it is.
 """
 
-import argparse
 import collections
 import dataclasses
 import ipaddress
@@ -32,6 +31,7 @@ import jax
 import numpy as np
 import tqdm
 
+from xmc_jax import command
 from xmc_jax.data import bundled, image_import, raw_folder
 from xmc_jax.data import images as image_folders
 from xmc_jax.data.known import KNOWN
@@ -232,23 +232,16 @@ def report(config: ImagesConfig) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for bad data, 2 for bad flags."""
-    try:
-        config, raw, encoding = _parse(arguments)
-    except ValueError as error:
-        print(f"embed: {error}", file=sys.stderr)
-        return 2
-    try:
-        folder = make(config, read_uids(config.dataset, None if raw == BUNDLED else raw, encoding))
-        print(report(config))
-        image_import.check_shares(config.dataset, image_folders.open(folder).shares)
-    except (ValueError, OSError) as error:
-        print(f"embed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("embed: interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    """The command; returns the exit status, see `command.run`."""
+    return command.run("embed", lambda: _parse(arguments), _embed_and_check)
+
+
+def _embed_and_check(asked: tuple[ImagesConfig, str, str]) -> None:
+    config, raw, encoding = asked
+    uids = read_uids(config.dataset, None if raw == BUNDLED else raw, encoding)
+    folder = make(config, uids)
+    print(report(config))
+    image_import.check_shares(config.dataset, image_folders.open(folder).shares)
 
 
 # What lies where
@@ -488,14 +481,9 @@ class _Progress:
         self._bar.update(items)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, where argparse prints the usage too
-        raise ValueError(f"{message}; see --help")
-
-
 def _parse(arguments: list[str] | None) -> tuple[ImagesConfig, str, str]:
     """The config, the folder of the raw files, and their encoding."""
-    parser = _Parser(prog="python -m xmc_jax.vision.embed", allow_abbrev=False)
+    parser = command.Parser(prog="python -m xmc_jax.vision.embed", allow_abbrev=False)
     add, defaults = parser.add_argument, ImagesConfig
     add("--dataset", required=True, help=f"its name; known: {', '.join(KNOWN)}")
     add("--raw", default=BUNDLED, help=f"folder of the raw files, or {BUNDLED} (default)")

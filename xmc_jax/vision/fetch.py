@@ -15,7 +15,6 @@ Outcomes wait in `.partial/`, one file per open shard, until the shard is whole.
 after its retries is recorded and not asked for again, except with --retry_failed.
 """
 
-import argparse
 import array
 import asyncio
 import collections
@@ -39,6 +38,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import tqdm
 
+from xmc_jax import command
 from xmc_jax.vision import images, shards, tables
 from xmc_jax.vision.download import Downloader, Failure, Limits
 
@@ -154,30 +154,16 @@ def summary(out: str | pathlib.Path, result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for bad data, 2 for bad flags."""
-    try:
-        config = _parse(arguments)
-    except ValueError as error:
-        print(f"fetch: {error}", file=sys.stderr)
-        return 2
-    try:
-        print(summary(config.out, fetch(config)))
-    except (ValueError, OSError) as error:
-        print(f"fetch: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fetch: interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, where argparse prints the usage too
-        raise ValueError(f"{message}; see --help")
+    """The command; returns the exit status, see `command.run`."""
+    return command.run(
+        "fetch",
+        lambda: _parse(arguments),
+        lambda config: print(summary(config.out, fetch(config))),
+    )
 
 
 def _parse(arguments: list[str] | None) -> FetchConfig:
-    parser = _Parser(prog="python -m xmc_jax.vision.fetch", allow_abbrev=False)
+    parser = command.Parser(prog="python -m xmc_jax.vision.fetch", allow_abbrev=False)
     add = parser.add_argument
     add("--urls", required=True, help="a .parquet, .jsonl or .csv file of ids and image URLs")
     add("--out", required=True, help="the folder to write, or to go on with")
