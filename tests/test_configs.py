@@ -22,7 +22,7 @@ from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.training import optimizer
 from xmc_jax.training.config import RunConfig
-from xmc_jax.training.program import Program
+from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
 from xmc_jax.vision.embed import ImagesConfig
 
@@ -235,7 +235,7 @@ def test_a_step_can_be_traced(variant, fields, small, traced):
 
 
 def trace(config: dict, dataset, prompts: Prompts) -> None:
-    program = Program(RunConfig.from_dict(config), dataset, prompts)
+    program = Run(RunConfig.from_dict(config), dataset, prompts)
     batch = program.sampler.build(np.arange(200, dtype=np.int32), 0, 0)
     state, metrics = jax.eval_shape(
         program.step.train, program.abstract, program.abstract_frozen, batch

@@ -19,7 +19,7 @@ from xmc_jax.data import batches, synthetic
 from xmc_jax.models import hf
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
-from xmc_jax.training.program import Program
+from xmc_jax.training.run import Run
 from xmc_jax.types import ORDERS
 from xmc_jax.vision import descriptor
 
@@ -80,8 +80,8 @@ def decoder_fields(with_images) -> dict:
 
 
 @pytest.fixture(scope="module")
-def program(with_images) -> Program:
-    return build.program(with_images)
+def program(with_images) -> Run:
+    return build.run(with_images)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def stepped(program):
     return run(program)
 
 
-def run(program: Program, steps: int = 2):
+def run(program: Run, steps: int = 2):
     """The state before and after some steps in order of the documents, and the last metrics."""
     state = program.initial_state()
     before = jax.device_get(state)
@@ -135,7 +135,7 @@ def test_a_step_trains_the_projection(stepped):
 def test_images_change_the_embeddings_of_items_that_have_some(program, with_images, stepped):
     """And of no others: an item without images is its text."""
     _, state, _ = stepped
-    texts = Program(RunConfig.from_dict(text_only(with_images)), build.data(text_only(with_images)))
+    texts = Run(RunConfig.from_dict(text_only(with_images)), build.data(text_only(with_images)))
     alone = {name: leaf for name, leaf in state.params.items() if name != "projection"}
     for split in ("test", "label"):
         ours, theirs = program.embed(state.params, split), texts.embed(alone, split)
@@ -151,13 +151,13 @@ def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, monkey
         fields, others = in_full, ((2, 2), (1, 1))
     else:
         fields, others = changed(decoder_fields, fusion={"order": tower}), ((1, 2),)
-    _, whole, metrics = run(build.program(fields))
+    _, whole, metrics = run(build.run(fields))
     bank = jax.device_get(whole.tables.document_bank)
     for devices, n_chunks in others:
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
         with monkeypatch.context() as context:
             context.setattr(sharding, "make_mesh", lambda config, mesh=mesh: mesh)
-            _, other, found = run(build.program(changed(fields, train={"n_chunks": n_chunks})))
+            _, other, found = run(build.run(changed(fields, train={"n_chunks": n_chunks})))
         np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
         found = jax.device_get(other.tables.document_bank)
         np.testing.assert_allclose(found, bank, rtol=0, atol=1e-5)
@@ -165,7 +165,7 @@ def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, monkey
 
 @pytest.mark.slow
 def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, monkeypatch):
-    program = build.program(in_full)
+    program = build.run(in_full)
     straight = loop.train(program, tmp_path / "straight")
     assert straight.step == STEPS
     step, stops = report.Reporter.step, [2, STEPS_PER_EPOCH]
@@ -198,17 +198,17 @@ def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
         projection = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata()["encoder.name"] == "hog-colour"
     again = changed(with_images, encoder={"backbone": str(folder)})
-    reopened = build.program(again)
+    reopened = build.run(again)
     params = reopened.initial_state().params
     np.testing.assert_array_equal(params["projection"]["kernel"], projection["weight"].T)
     np.testing.assert_array_equal(params["projection"]["bias"], projection["bias"])
     ours = program.embed(state.params, "test")
     np.testing.assert_allclose(reopened.embed(params, "test"), ours, rtol=0, atol=1e-5)
     drawn = changed(again, encoder={"init": "random"})
-    other = build.program(drawn).abstract.params["projection"]["kernel"]
+    other = build.run(drawn).abstract.params["projection"]["kernel"]
     assert other.shape == projection["weight"].T.shape
 
-    texts = build.program(text_only(again))
+    texts = build.run(text_only(again))
     params = texts.initial_state().params
     assert "projection" not in params
     assert "images" in reopened.provenance() and "images" not in texts.provenance()
@@ -221,7 +221,7 @@ def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
     fields = changed(decoder_fields, fusion={"order": order})
-    program = build.program(fields)
+    program = build.run(fields)
     _, state, _ = run(program)
     folder = build.export(fields, program, state, tmp_path)
     again = changed(
@@ -234,7 +234,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
         },
         optimizer={"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
     )
-    reopened = build.program(again)
+    reopened = build.run(again)
     assert reopened.model.prompts == program.model.prompts and program.model.prompts.middle
     ours = program.embed(state.params, "test")
     theirs = reopened.embed(reopened.initial_state().params, "test")
@@ -248,7 +248,7 @@ def test_a_projection_of_other_images_is_refused(
     data = with_random_images(program.data, tmp_path / "images-x")
     again = changed(with_images, encoder={"backbone": str(folder)})
     with pytest.raises(ValueError, match=r"of images 8 wide, found one of \[32, 452\]") as refused:
-        Program(RunConfig.from_dict(again), data).initial_state()
+        Run(RunConfig.from_dict(again), data).initial_state()
     assert "\n" not in str(refused.value)
 
 
@@ -274,7 +274,7 @@ def test_other_images_under_a_run_are_refused(with_images, program, with_random_
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     checkpoint.check_config(tmp_path, config)
     data = with_random_images(program.data, tmp_path / "images-hog-colour")
-    other = Program(RunConfig.from_dict(with_images), data).provenance()
+    other = Run(RunConfig.from_dict(with_images), data).provenance()
     there, here = program.provenance()["images"], other["images"]
     assert there == program.data.images.digest and here != there
     with pytest.raises(

@@ -15,14 +15,14 @@ import pytest
 from xmc_jax import build, checkpoint, report, sharding
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
-from xmc_jax.training.program import Program
+from xmc_jax.training.run import Run
 
 STEPS_PER_EPOCH, STEPS = 5, 15
 
 
 @pytest.fixture(scope="module")
-def program(fields) -> Program:
-    return Program(RunConfig.from_dict(fields), build.data(fields))
+def program(fields) -> Run:
+    return Run(RunConfig.from_dict(fields), build.data(fields))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
     fields["train"] |= {"labels": "all", "epochs": 2}
     fields["prime"] |= {"combiner": "sum", "free_vector_init": "zero"}
     fields["loss"] |= {"kind": "decoupled_softmax", "label_to_document": 0.0}
-    program = Program(RunConfig.from_dict(fields), build.data(fields))
+    program = Run(RunConfig.from_dict(fields), build.data(fields))
     straight = loop.train(program, tmp_path / "straight")
     step = report.Reporter.step
 
@@ -112,7 +112,7 @@ def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
     assert records(tmp_path / "stopped") == records(tmp_path / "straight")
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda config: one)
-    alone = Program(RunConfig.from_dict(fields), program.data)
+    alone = Run(RunConfig.from_dict(fields), program.data)
     _, restored = loop.restore(alone, tmp_path / "straight")
     assert restored.params["free_vectors"].sharding.device_set == {jax.devices()[0]}
     assert_identical(restored, straight.state)
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_shape_is_refused(program, fields, tmp_path):
     loop.train(program, tmp_path)
     changed = copy.deepcopy(fields)
     changed["prime"]["free_vectors"] = 8
-    other = Program(RunConfig.from_dict(changed), program.data)
+    other = Run(RunConfig.from_dict(changed), program.data)
     with pytest.raises(
         ValueError, match=r"free_vectors: expected float32\[8, 32\], got float32\[16"
     ):

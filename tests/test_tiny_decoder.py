@@ -26,7 +26,7 @@ def fields(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def program(fields):
-    return build.program(fields)
+    return build.run(fields)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
         | {"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
         "export": {"format": "adapter", "dtype": "float32"},
     }
-    merged = build.program(again)
+    merged = build.run(again)
     assert merged.model.prompts == program.model.prompts
     ours = program.embed(straight.state.params, "test")
     theirs = merged.embed(merged.initial_state().params, "test")
@@ -97,7 +97,7 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
         build.export(again, merged, straight.state, tmp_path)
     other = again | {"fusion": fields["fusion"] | {"prefix": "Another text"}}
     with pytest.raises(ValueError, match="prefix there 'This product text', here 'Another text'"):
-        build.program(other)
+        build.run(other)
     last = again | {"encoder": again["encoder"] | {"pooling": "last"}}
     with pytest.raises(ValueError, match=r"expected encoder\.pooling as .*, 'mean'"):
-        build.program(last)
+        build.run(last)

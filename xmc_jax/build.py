@@ -1,4 +1,4 @@
-"""What a config names, found and opened: data, images, prompts, the program over them, exports."""
+"""What a config names, found and opened: data, images, prompts, the run over them, exports."""
 
 import pathlib
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from xmc_jax.data import bundled, prepare, prompts, store, synthetic, tokenizer
 from xmc_jax.data import images as image_folders
 from xmc_jax.models import backbone, hf, hf_export
 from xmc_jax.training.config import RunConfig
-from xmc_jax.training.program import Program
+from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts, TrainState
 
 BUNDLED, SYNTHETIC = "bundled", "synthetic"  # values of data.raw_dir that are no folders
 
 
-def program(fields: Mapping[str, Any]) -> Program:
-    """The program of a config, over its data, which is prepared if it is not there.
+def run(fields: Mapping[str, Any]) -> Run:
+    """The run of a config, over its data, which is prepared if it is not there.
 
     Args:
         fields: a config as nested mappings.
@@ -25,7 +25,7 @@ def program(fields: Mapping[str, Any]) -> Program:
     Raises:
         ValueError: as all that it is made of.
     """
-    return Program(RunConfig.from_dict(fields), data(fields), _prompts(fields))
+    return Run(RunConfig.from_dict(fields), data(fields), _prompts(fields))
 
 
 def data(fields: Mapping[str, Any]) -> store.Store:
@@ -55,28 +55,28 @@ def data(fields: Mapping[str, Any]) -> store.Store:
 
 
 def export(
-    fields: Mapping[str, Any], program: Program, state: TrainState, workdir: epath.Path
+    fields: Mapping[str, Any], run: Run, state: TrainState, workdir: epath.Path
 ) -> epath.Path:
     """Writes the encoder, or its adapters, its projection of images, and its tokenizer.
 
     Args:
         fields: the config of the run.
-        program: of the run.
+        run: see `Run`.
         state: what to export.
         workdir: gets `export/`, or `export-adapter/`, which is returned.
 
     Raises:
         ValueError: adapters are asked for and there are none, or nothing to load them onto.
     """
-    config, T = program.config, fields["data"]["max_length"]
-    around = prompts.around_text(program.model.prompts, _order(fields))
+    config, T = run.config, fields["data"]["max_length"]
+    around = prompts.around_text(run.model.prompts, _order(fields))
     folder = workdir / ("export-adapter" if config.export.format == "adapter" else "export")
     common = {
         "lora": config.encoder.lora,
         "pooling": config.encoder.pooling,
         "max_length": len(around.head) + T + len(around.tail),
     }
-    params = program.merged(state)
+    params = run.merged(state)
     if config.export.format == "adapter":
         if config.encoder.init == "random":
             raise ValueError(
@@ -84,13 +84,13 @@ def export(
                 "can load adapters onto, got 'adapter'"
             )
         hf_export.adapter(
-            folder, params["backbone"], program.sizes, source=program.source, **common
+            folder, params["backbone"], run.sizes, source=run.source, **common
         )
     else:
         dtype = config.export.dtype
-        hf_export.merged(folder, params["backbone"], program.sizes, dtype=dtype, **common)
+        hf_export.merged(folder, params["backbone"], run.sizes, dtype=dtype, **common)
     if "projection" in params:
-        encoder = program.data.images.manifest["encoder"]
+        encoder = run.data.images.manifest["encoder"]
         hf_export.projection(folder, params["projection"], encoder)
     source = _tokenizer(fields).folder
     if _decodes(fields):

@@ -153,6 +153,64 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def num_shards(logical: str, mesh: Mesh) -> int:
+    """Into how many parts the mesh splits an axis of `RULES`."""
+    return _extent(mesh, RULES[logical])
+
+
+def local_rows(size: int, mesh: Mesh) -> np.ndarray:
+    """i64[n], which rows of a batch the devices of this process hold, ascending.
+
+    Args:
+        size: rows of the global batch.
+        mesh: see `make_mesh`.
+
+    Raises:
+        ValueError: the batch does not divide over the devices.
+    """
+    split = named(("batch",), (size,), mesh, "batch")
+    parts = {index[0].indices(size) for index in split.addressable_devices_indices_map((size,)).values()}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
+def put_batch(local: Any, size: int, mesh: Mesh) -> Any:
+    """Numpy arrays of this process's rows -> arrays of the whole batch, split over the batch axes.
+
+    Args:
+        local: pytree of arrays whose first axis has the rows `local_rows(size, mesh)`.
+        size: rows of the global batch.
+        mesh: see `make_mesh`.
+    """
+
+    def one(x):
+        shape = (size, *x.shape[1:])
+        split = named(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
+        return jax.make_array_from_process_local_data(split, x, shape)
+
+    return jax.tree.map(one, local)
+
+
+def put_whole(tree: Any, mesh: Mesh) -> Any:
+    """Numpy arrays, the same in all processes, as arrays that every device holds whole."""
+    return jax.tree.map(lambda x: put(np.asarray(x), replicated(mesh)), tree)
+
+
+def put(x: np.ndarray, split: NamedSharding) -> jax.Array:
+    """A numpy array, whole and the same in all processes, split as asked."""
+    return jax.make_array_from_process_local_data(split, x, x.shape)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """A global array as numpy, in every process; all processes must call it."""
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+        x = _gathered(x, replicated(x.sharding.mesh))
+    return jax.device_get(x)
+
+
+def _gathered(x: jax.Array, whole: NamedSharding) -> jax.Array:
+    return jax.jit(lambda x: x, out_shardings=whole)(x)
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Within `under`, pins an activation to logical axes; does nothing elsewhere.
 

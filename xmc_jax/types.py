@@ -44,6 +44,31 @@ class Prompts:
     tail: tuple[int, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class DataShape:
+    """Counts of a dataset: all that the shapes of a run's arrays depend on.
+
+    Attributes:
+        documents: N.
+        test: M.
+        labels: L.
+        length: T.
+        pairs: (document, label) pairs of the training set.
+        positives: P, the most labels of a training document.
+        image_width: E; 0 for text only.
+        images_per_item: K; 0 for text only.
+    """
+
+    documents: int
+    test: int
+    labels: int
+    length: int
+    pairs: int
+    positives: int
+    image_width: int = 0
+    images_per_item: int = 0
+
+
 @flax.struct.dataclass
 class Inputs:
     """One side of a batch, or a slice of a split: texts, and images where there are some.

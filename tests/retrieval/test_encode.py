@@ -1,12 +1,16 @@
-"""Encoding a split: order, padding, fixed shapes, files."""
+"""Encoding a split: order, padding, fixed shapes; to the host, a file, a table, a database."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax.retrieval.encode import encode_split
+from xmc_jax import sharding
+from xmc_jax.retrieval import encode, exact
 from xmc_jax.types import Inputs
+
+ONE = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
+EIGHT = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
 
 
 class Texts:
@@ -30,37 +34,59 @@ def encoder():
     @jax.jit
     def encode(inputs, ids):
         shapes.append(inputs.tokens.shape)
-        return jnp.stack([inputs.tokens.sum(1), inputs.lengths, ids], 1).astype(jnp.bfloat16)
+        columns = [inputs.tokens.sum(1), inputs.lengths, ids, 0 * ids]
+        return jnp.stack(columns, 1).astype(jnp.bfloat16)
 
     return encode, shapes
 
 
 def expected(ids):
     ids = np.asarray(ids)
-    return np.stack([3 * ids, np.full(len(ids), 2), ids], axis=1).astype(np.float32)
+    return np.stack([3 * ids, np.full(len(ids), 2), ids, 0 * ids], axis=1).astype(np.float32)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (3, 4), (1, 1)])
 def test_all_items_in_order_with_one_shape(count, batch_size):
-    encode, shapes = encoder()
+    one, shapes = encoder()
     with jax.transfer_guard("disallow"):
-        rows = encode_split(encode, Texts(count), batch_size, jax.device_put)
+        rows = encode.to_host(one, Texts(count), batch_size, ONE)
     np.testing.assert_array_equal(rows, expected(range(count)))
     assert rows.dtype == np.float32
     assert shapes == [(batch_size, 3)]
 
 
-def test_chosen_items_streamed_to_a_file(tmp_path):
-    encode, _ = encoder()
+def test_chosen_items():
+    ids = [5, 0, 7, 7, 2]
+    rows = encode.to_host(encoder()[0], Texts(9), 2, ONE, ids)
+    np.testing.assert_array_equal(rows, expected(ids))
+
+
+def test_streamed_to_a_file(tmp_path):
     out = tmp_path / "rows.npy"
     out.write_bytes(b"older")
-    ids = [5, 0, 7, 7, 2]
-    rows = encode_split(encode, Texts(9), 2, jax.device_put, ids=ids, out=out)
-    np.testing.assert_array_equal(rows, expected(ids))
-    np.testing.assert_array_equal(np.load(out, allow_pickle=False), expected(ids))
+    encode.to_file(encoder()[0], Texts(9), 4, EIGHT, out)
+    np.testing.assert_array_equal(np.load(out, allow_pickle=False), expected(range(9)))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
+
+
+@pytest.mark.parametrize("count", [3, 8, 21, 40])
+@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
+def test_tables_and_databases_hold_every_item_once(count, mesh):
+    one, shapes = encoder()
+    split = sharding.named((None, "table_width"), (count, 4), mesh, "table")
+    abstract = jax.ShapeDtypeStruct((count, 4), jnp.float32, sharding=split)
+    with jax.transfer_guard("disallow"):
+        table = encode.to_table(one, Texts(count), 8, mesh, abstract)
+        database = encode.to_database(one, Texts(count), 8, mesh, limit=3)
+    assert table.sharding == split and table.dtype == np.float32
+    np.testing.assert_array_equal(table, expected(range(count)))
+    np.testing.assert_array_equal(exact.to_host(database), expected(range(count)))
+    again = exact.from_table(table, mesh, 3)
+    assert again.rows.sharding.is_equivalent_to(database.rows.sharding, 2)
+    np.testing.assert_array_equal(exact.to_host(again), expected(range(count)))
+    assert set(shapes) == {(8, 3)}
 
 
 def test_nothing_to_encode_is_an_error():
     with pytest.raises(ValueError, match="got 0 items"):
-        encode_split(encoder()[0], Texts(0), 4, jax.device_put)
+        encode.to_host(encoder()[0], Texts(0), 4, ONE)

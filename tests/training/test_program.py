@@ -12,7 +12,7 @@ from configs import vixml
 from xmc_jax import build
 from xmc_jax.models import fusion, hf, hf_export
 from xmc_jax.training.config import RunConfig
-from xmc_jax.training.program import Program
+from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
 
 
@@ -28,7 +28,7 @@ def decoder_fields(topics, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def decoder(decoder_fields):
-    return build.program(decoder_fields)
+    return build.run(decoder_fields)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
     whole["encoder"]["frozen_dtype"] = "float32"
     whole["optimizer"]["trainable"] = ((".*", True),)
     whole["optimizer"]["weight_decay"] = ((".*", 0.0),)
-    everything = paths(build.program(whole).initial_state().params)
+    everything = paths(build.run(whole).initial_state().params)
     trained, frozen = paths(initial.params), paths(decoder.frozen)
     assert everything.keys() == trained.keys() | frozen.keys()
     for path, leaf in trained.items():
@@ -71,7 +71,7 @@ def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder,
     fields = copy.deepcopy(decoder_fields)
     folder = build.export(fields, decoder, initial, tmp_path)
     fields["encoder"] |= {"backbone": str(folder), "init": "pretrained"}
-    read = build.program(fields)
+    read = build.run(fields)
     for path, leaf in paths(decoder.frozen).items():
         np.testing.assert_array_equal(paths(read.frozen)[path], leaf, err_msg=path)
     again = read.initial_state().params
@@ -84,11 +84,11 @@ def test_texts_must_be_as_the_backbone_takes_them(decoder_fields, decoder, field
     encoder_data = build.data(fields)
     config = RunConfig.from_dict(decoder_fields)
     with pytest.raises(ValueError, match=r"expected texts without the tokenizer's special tokens"):
-        Program(config, dataclasses.replace(encoder_data, manifest=_small(encoder_data)))
+        Run(config, dataclasses.replace(encoder_data, manifest=_small(encoder_data)))
     with pytest.raises(ValueError, match=r"expected texts with the tokenizer's special tokens"):
-        Program(RunConfig.from_dict(fields), decoder.data)
+        Run(RunConfig.from_dict(fields), decoder.data)
     with pytest.raises(ValueError, match=r"expected no prefix and no suffix, which only decoders"):
-        Program(RunConfig.from_dict(fields), encoder_data, Prompts(head=(1,)))
+        Run(RunConfig.from_dict(fields), encoder_data, Prompts(head=(1,)))
 
 
 def _small(data):
@@ -104,17 +104,17 @@ def test_empty_texts_need_prompts(decoder_fields, decoder):
     )
     config = RunConfig.from_dict(decoder_fields)
     with pytest.raises(ValueError, match=r"\['test'\] have texts without any token; set --config"):
-        Program(config, data, fusion.NO_PROMPTS)
-    assert Program(config, data, Prompts(tail=(7,))).model.prompts.tail == (7,)
+        Run(config, data, fusion.NO_PROMPTS)
+    assert Run(config, data, Prompts(tail=(7,))).model.prompts.tail == (7,)
 
 
 def test_encoders_refuse_prompts_by_name(fields):
     asked = fields | {"fusion": fields["fusion"] | {"suffix": "</s>"}}
     with pytest.raises(ValueError, match=r"fusion\.suffix: expected '', encoders take no prompts"):
-        build.program(asked)
+        build.run(asked)
     asked = fields | {"fusion": fields["fusion"] | {"order": "text_image"}}
     with pytest.raises(ValueError, match=r"fusion\.order: expected 'image_text', as encoders take"):
-        build.program(asked)
+        build.run(asked)
 
 
 def test_adapters_need_a_pretrained_model(decoder_fields, decoder, tmp_path):

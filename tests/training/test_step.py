@@ -10,7 +10,7 @@ from xmc_jax import build, sharding
 from xmc_jax.data import batches
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
-from xmc_jax.training.program import Program
+from xmc_jax.training.run import Run
 from xmc_jax.training.step import in_chunks
 
 ALL_LABELS = {
@@ -20,7 +20,7 @@ ALL_LABELS = {
 }
 
 
-def make(fields, monkeypatch=None, devices=None, **sections) -> Program:
+def make(fields, monkeypatch=None, devices=None, **sections) -> Run:
     """A program of `fields` with sections changed, on some of the devices."""
     fields = copy.deepcopy(fields)
     for name, values in sections.items():
@@ -28,10 +28,10 @@ def make(fields, monkeypatch=None, devices=None, **sections) -> Program:
     if devices is not None:
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
         monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
-    return Program(RunConfig.from_dict(fields), build.data(fields))
+    return Run(RunConfig.from_dict(fields), build.data(fields))
 
 
-def run(program: Program, steps: int):
+def run(program: Run, steps: int):
     """The state after some steps in order of the documents, and the last metrics."""
     state = program.initial_state()
     order = batches.complete(

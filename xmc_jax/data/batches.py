@@ -94,7 +94,11 @@ class Sampler:
         self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
 
     def build(
-        self, order: np.ndarray, step_in_epoch: int, global_step: int, rows: slice = slice(None)
+        self,
+        order: np.ndarray,
+        step_in_epoch: int,
+        global_step: int,
+        rows: np.ndarray | slice = slice(None),
     ) -> Batch:
         """One process's rows of the batch of a step; a function of the arguments alone.
 
@@ -102,7 +106,8 @@ class Sampler:
             order: i32[steps * B], see `complete`.
             step_in_epoch: which B documents of `order`.
             global_step: steps since the start of training; numbers the random draw.
-            rows: this process's documents among the B; the columns sampled for them are its labels.
+            rows: i[n], this process's documents among the B; the labels sampled for them are its
+                own, too.
 
         Returns:
             A Batch of numpy arrays: n of the B documents and the n * positives_per_document labels
@@ -121,9 +126,8 @@ class Sampler:
             )
         generator = rng.host(self._seed, rng.Stream.SAMPLE, global_step)
         label_ids = sample(self._positives.take(batch), self._weights, per_document, generator)
-        start, stop, _ = rows.indices(size)
-        document_ids = batch[start:stop].astype(np.int32)
-        local_labels = label_ids[start * per_document : stop * per_document]
+        document_ids = batch[rows].astype(np.int32)
+        local_labels = label_ids.reshape(size, per_document)[rows].ravel()
         return Batch(
             document=self._store.train.inputs(document_ids),
             label=self._store.label.inputs(local_labels),

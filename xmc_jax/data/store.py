@@ -21,7 +21,7 @@ import numpy as np
 from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
-from xmc_jax.types import Inputs
+from xmc_jax.types import DataShape, Inputs
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -121,9 +121,19 @@ class Store:
         return dataclasses.replace(self, images=images, **splits)
 
     @property
-    def image_width(self) -> int:
-        """E; 0 for text only."""
-        return 0 if self.images is None else self.images.width
+    def shape(self) -> DataShape:
+        """What the shapes of a run's arrays depend on."""
+        positives = self.positives("train")
+        return DataShape(
+            documents=self.num_documents,
+            test=self.num_test,
+            labels=self.num_labels,
+            length=self.max_length,
+            pairs=len(positives.indices),
+            positives=int(positives.counts().max(initial=1)),
+            image_width=0 if self.images is None else self.images.width,
+            images_per_item=self.train.per_item,
+        )
 
     @property
     def name(self) -> str:

@@ -1,81 +1,201 @@
-"""Encode a split: fixed shapes, one block in flight, optionally streamed to disk."""
+"""Encode a split: fixed shapes, one block in flight; to the host, a file, a table or a database.
+
+Each process reads the rows of a block that its devices hold. Tables and databases never leave the
+devices, so nothing of the size of a split is on a host unless it is asked for.
+"""
 
 import os
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, PartitionSpec
 
+from xmc_jax import distributed, sharding
 from xmc_jax.data.store import Split
+from xmc_jax.retrieval import exact
 from xmc_jax.types import Inputs
 
+Encode = Callable[[Inputs, jax.Array], jax.Array]
+"""Jitted (inputs, ids i32[b]) -> [b, D]; ids are for what a model keeps per item."""
 
-def encode_split(
-    encode_fn: Callable[[Inputs, jax.Array], jax.Array],
-    split: Split,
-    batch_size: int,
-    put: Callable[[Any], Any],
-    ids: np.ndarray | None = None,
-    out: epath.PathLike | None = None,
+
+def to_host(
+    encode: Encode, split: Split, batch_size: int, mesh: Mesh, ids: np.ndarray | None = None
 ) -> np.ndarray:
-    """Embeddings of a split's items, in the order of `ids`.
-
-    Every call has `batch_size` rows: the last one is completed with the first item and cut. A
-    block is fetched while the next one is computed.
+    """f32[n, D] in every process: embeddings of a split's items, in the order of `ids`.
 
     Args:
-        encode_fn: jitted (inputs, ids i32[b]) -> [b, D]; ids are for what a model keeps per item.
+        encode: see `Encode`.
         split: the items.
-        batch_size: rows per call.
-        put: (inputs, ids), numpy -> the same on the devices.
+        batch_size: rows per call; the last one is completed with the first item and cut.
+        mesh: see `sharding.make_mesh`.
         ids: i32[n] item numbers; all of them by default.
-        out: .npy file to write, local or remote. The rows then go through a file in the folder for
-            temporary files, and the returned array is mapped from it instead of held in memory.
-
-    Returns:
-        f32[n, D].
 
     Raises:
         ValueError: there is nothing to encode.
     """
     ids = np.arange(len(split), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
-    if not len(ids) or batch_size < 1:
-        raise ValueError(
-            f"encode: expected at least one item and one row per call, got {len(ids)} items and "
-            f"batch_size {batch_size}"
-        )
-    if out is None:
-        return _fill(encode_fn, split, batch_size, put, ids, np.empty)
-    # The mapping outlives its deleted file.
+    rows = None
+    for start, block in _on_host(encode, split, batch_size, mesh, ids):
+        if rows is None:
+            rows = np.empty((len(ids), block.shape[1]), np.float32)
+        rows[start : start + len(block)] = block
+    return rows
+
+
+def to_file(
+    encode: Encode, split: Split, batch_size: int, mesh: Mesh, out: epath.PathLike
+) -> None:
+    """Writes f32[n, D], the embeddings of all items, as .npy; the first process does.
+
+    Args:
+        encode: see `Encode`.
+        split: the items.
+        batch_size: rows per call.
+        mesh: see `sharding.make_mesh`.
+        out: local or remote. The rows go through a file in the folder for temporary files.
+
+    Raises:
+        ValueError: there is nothing to encode.
+    """
+    ids = np.arange(len(split), dtype=np.int32)
+    blocks = _on_host(encode, split, batch_size, mesh, ids)
+    if not distributed.is_first():
+        for _ in blocks:  # all processes encode
+            pass
+        return
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "rows.npy")
-
-        def create(shape, dtype):
-            return np.lib.format.open_memmap(local, mode="w+", shape=shape, dtype=dtype)
-
-        rows = _fill(encode_fn, split, batch_size, put, ids, create)
+        rows = None
+        for start, block in blocks:
+            if rows is None:
+                shape = (len(ids), block.shape[1])
+                rows = np.lib.format.open_memmap(local, "w+", np.float32, shape)
+            rows[start : start + len(block)] = block
         rows.flush()
         epath.Path(local).copy(epath.Path(out), overwrite=True)
+
+
+def to_table(
+    encode: Encode, split: Split, batch_size: int, mesh: Mesh, table: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """The embeddings of all items as a table that stays on the devices.
+
+    Args:
+        encode: see `Encode`.
+        split: the n items.
+        batch_size: rows per call.
+        mesh: see `sharding.make_mesh`.
+        table: [n, D] with its sharding; rows are cast to its dtype.
+
+    Raises:
+        ValueError: there is nothing to encode.
+    """
+    count = len(split)
+    starts = _starts(count, batch_size)
+    ids = (np.minimum(s + np.arange(batch_size), count - 1) for s in starts)
+    rows = jax.jit(_zeros, static_argnums=(0, 1), out_shardings=table.sharding)(
+        table.shape, table.dtype
+    )
+    write = jax.jit(_write, donate_argnums=0, out_shardings=table.sharding)
+    for start, block in zip(starts, _blocks(encode, split, ids, batch_size, mesh)):
+        rows = write(rows, block, sharding.put_whole(np.int32(start), mesh))
     return rows
 
 
-def _fill(encode_fn, split, batch_size, put, ids, create) -> np.ndarray:
-    rows, pending = None, None
-    for start in range(0, len(ids), batch_size):
-        part = ids[start : start + batch_size]
-        full = np.concatenate([part, np.full(batch_size - len(part), ids[0], np.int32)])
-        block = encode_fn(*put((split.inputs(full), full)))
+def to_database(
+    encode: Encode, split: Split, batch_size: int, mesh: Mesh, limit: int
+) -> exact.Database:
+    """The embeddings of all items as a database for `exact.search`, float32.
+
+    Each device encodes its own rows of the database, so that none moves.
+
+    Args:
+        encode: see `Encode`.
+        split: the n items.
+        batch_size: rows per call, over all devices.
+        mesh: see `sharding.make_mesh`.
+        limit: rows that a search scores at a time on a device, at most.
+
+    Raises:
+        ValueError: there is nothing to encode.
+    """
+    count = len(split)
+    shards = sharding.num_shards("batch", mesh)
+    (total, _), searched, by_rows = exact.layout(count, 1, mesh, limit)
+    per_shard, rows_per_shard = batch_size // shards, total // shards
+    starts = _starts(rows_per_shard, per_shard)
+    first = rows_per_shard * np.arange(shards)[:, None]
+    # What stands past the rows of a shard or of the database is written over, or never searched.
+    ids = (
+        np.minimum(first + np.minimum(s + np.arange(per_shard), rows_per_shard - 1), count - 1)
+        .astype(np.int32)
+        .ravel()
+        for s in starts
+    )
+    write = jax.jit(
+        jax.shard_map(
+            _write,
+            mesh=mesh,
+            in_specs=(by_rows.spec, by_rows.spec, PartitionSpec()),
+            out_specs=by_rows.spec,
+        ),
+        donate_argnums=0,
+    )
+    rows = None
+    for start, block in zip(starts, _blocks(encode, split, ids, batch_size, mesh)):
         if rows is None:
-            rows = create((len(ids), block.shape[1]), np.float32)
+            zeros = jax.jit(_zeros, static_argnums=(0, 1), out_shardings=by_rows)
+            rows = zeros((total, block.shape[1]), np.dtype(np.float32))
+        rows = write(rows, block, sharding.put_whole(np.int32(start), mesh))
+    return exact.Database(rows, count, searched)
+
+
+def _starts(count: int, size: int) -> list[int]:
+    """Where blocks of `size` rows begin that cover `count`; the last may overlap the one before."""
+    last = max(count - size, 0)
+    return [min(start, last) for start in range(0, count, max(size, 1))]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jax.numpy.zeros(shape, dtype)
+
+
+def _write(table: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+    rows = block[: len(table)].astype(table.dtype)
+    return jax.lax.dynamic_update_slice(table, rows, (start, 0))
+
+
+def _on_host(encode, split, batch_size, mesh, ids) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, f[m, D]) of one block after another; a block is fetched while the next is computed."""
+    starts = range(0, len(ids), max(batch_size, 1))
+    padding = -len(ids) % max(batch_size, 1)
+    padded = np.concatenate([ids, np.full(padding, ids[0], np.int32)]) if len(ids) else ids
+    blocks = _blocks(
+        encode, split, (padded[s : s + batch_size] for s in starts), batch_size, mesh
+    )
+    for start, block in zip(starts, blocks):
+        yield start, sharding.fetch(block)[: len(ids) - start]
+
+
+def _blocks(
+    encode: Encode, split: Split, ids: Iterable[np.ndarray], batch_size: int, mesh: Mesh
+) -> Iterator[jax.Array]:
+    """`encode` of one block of ids after another, the next one under way when one is given."""
+    if not len(split) or batch_size < 1:
+        raise ValueError(
+            f"encode: expected at least one item and one row per call, got {len(split)} items and "
+            f"batch_size {batch_size}"
+        )
+    mine, pending = sharding.local_rows(batch_size, mesh), None
+    for block in ids:
+        rows = block[mine].astype(np.int32)
+        inputs = sharding.put_batch((split.inputs(rows), rows), batch_size, mesh)
+        encoded = encode(*inputs)
         if pending is not None:
-            _write(rows, *pending)
-        pending = block, start, len(part)
-    _write(rows, *pending)
-    return rows
-
-
-def _write(rows: np.ndarray, block: jax.Array, start: int, count: int) -> None:
-    rows[start : start + count] = jax.device_get(block)[:count]
+            yield pending.block_until_ready()
+        pending = encoded
+    yield pending

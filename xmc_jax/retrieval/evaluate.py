@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from xmc_jax import distributed
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.augmented import AugmentedConfig
@@ -78,15 +79,16 @@ class Evaluation:
 
 def evaluate(
     test: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | exact.Database,
     store: Store,
     config: EvalConfig,
-    train: np.ndarray | None = None,
+    train: np.ndarray | exact.Database | None = None,
     mesh: Mesh | None = None,
 ) -> Evaluation:
     """Ranks the labels for every test document and measures the ranking.
 
-    Every search asks for as many labels more as the filter takes from any one document.
+    Every search asks for as many labels more as the filter takes from any one document. All
+    processes search; the first one makes rankings and metrics of what was found.
 
     Args:
         test: f32[M, D], unit embeddings of the test documents.
@@ -106,61 +108,100 @@ def evaluate(
                 f"evaluate: expected {expected[name]} {name} embeddings for {store.name}, got "
                 f"{len(x)}"
             )
-    if config.augmented.enabled and train is None:
+    mix = config.augmented if config.augmented.enabled else None
+    if mix is not None and train is None:
         raise ValueError(
             "evaluate: expected train embeddings for retrieval-augmented inference, got none; pass "
             "them, or set --config.eval.augmented.enabled=False"
         )
     pairs = store.filter("test")
     extra = filtered_per_document(pairs)
-    index = {}
-    some = test[:: -(-len(test) // _COMPARED)]
+    search = _Search(test, config, mesh)
+    nearest = search("labels", labels, max(config.k, mix.labels if mix else 0) + extra)
+    retrieved = None
+    if mix is not None and mix.mode == "split":
+        retrieved = search("documents", train, mix.documents)
+    elif mix is not None:
+        wanted = mix.labels + mix.documents + (extra if mix.filter_first else 0)
+        retrieved = search.union("labels and documents", labels, train, wanted)
 
-    def search(name: str, database: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        k = min(k, len(database))
-        if config.index == "exact":
-            if config.compare_scann and name == "labels" and scann.available():
-                tree = dataclasses.replace(config.scann, brute_force_below=0)
-                built = scann.ScannIndex.build(database, tree)
-                index[name] = scann.compare(built, database, some, min(config.k, len(database)))
-            return exact.search(test, database, k, config.query_block, config.database_block, mesh)
-        built = scann.ScannIndex.build(database, config.scann)
-        index[name] = scann.compare(built, database, some, k)
-        return built.search(test, k)
-
-    more = config.augmented.labels if config.augmented.enabled else 0
-    nearest = search("labels", labels, max(config.k, more) + extra)
     found = {"plain": nearest}
-    if config.augmented.enabled:
-        items = _augmented_items(config.augmented, search, nearest, labels, train, pairs, extra)
-        found["augmented"] = augmented.augment(
-            *items, store.positives("train"), config.augmented, config.k + extra
-        )
-    found = {row: drop_filtered(*best, pairs, config.k) for row, best in found.items()}
-    truth = store.positives("test")
-    return Evaluation(
-        metrics={
+    if distributed.is_first():
+        if mix is not None:
+            items = _augmented_items(mix, nearest, retrieved, pairs, extra, len(labels))
+            found["augmented"] = augmented.augment(
+                *items, store.positives("train"), mix, config.k + extra
+            )
+        found = {row: drop_filtered(*best, pairs, config.k) for row, best in found.items()}
+    truth, measured = store.positives("test"), None
+    if distributed.is_first():
+        measured = {
             row: metrics(ids, truth.indptr, truth.indices, store.inverse_propensity, config.ks)
             for row, (_, ids) in found.items()
-        },
+        }
+    else:
+        found = {}
+    measured, index = distributed.broadcast("evaluation", [measured, search.index])
+    return Evaluation(
+        metrics=measured,
         scores={row: scores for row, (scores, _) in found.items()},
         ids={row: ids for row, (_, ids) in found.items()},
         index=index,
     )
 
 
-def _augmented_items(config, search, nearest, labels, train, pairs, extra):
-    """(scores, ids) of labels and documents to mix; `nearest` are the labels already searched."""
-    margin = extra if config.filter_first else 0
+class _Search:
+    """Searches databases for the test documents; notes what ScaNN's indexes are worth in `index`.
+
+    With ScaNN, only the first process finds anything.
+    """
+
+    def __init__(self, test: np.ndarray, config: EvalConfig, mesh: Mesh | None):
+        self.index: dict[str, dict[str, float]] = {}
+        self._test, self._config, self._mesh = test, config, mesh
+        self._some = test[:: -(-len(test) // _COMPARED)]
+
+    def __call__(self, name: str, database, k: int) -> tuple[np.ndarray, np.ndarray]:
+        config, k = self._config, min(k, len(database))
+        if config.index == "scann":
+            return self._approximate(name, exact.to_host(database), config.scann, k)
+        if config.compare_scann and name == "labels" and scann.available():
+            tree = dataclasses.replace(config.scann, brute_force_below=0)
+            rows = exact.to_host(database)
+            if distributed.is_first():
+                built = scann.ScannIndex.build(rows, tree)
+                k_compared = min(config.k, len(rows))
+                self.index[name] = scann.compare(built, rows, self._some, k_compared)
+        blocks = config.query_block, config.database_block
+        return exact.search(self._test, database, k, *blocks, self._mesh)
+
+    def union(self, name: str, labels, train, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of labels and documents together; document d has the id L + d."""
+        if self._config.index == "scann":
+            rows = np.concatenate([exact.to_host(labels), exact.to_host(train)])
+            return self(name, rows, k)
+        both = augmented.union(*self(name, labels, k), *self(name, train, k), len(labels))
+        best = np.argsort(-both[0], axis=1, kind="stable")[:, :k]
+        return tuple(np.take_along_axis(x, best, axis=1) for x in both)
+
+    def _approximate(self, name, rows, config, k):
+        if not distributed.is_first():
+            return None
+        built = scann.ScannIndex.build(rows, config)
+        self.index[name] = scann.compare(built, rows, self._some, k)
+        return built.search(self._test, k)
+
+
+def _augmented_items(config, nearest, retrieved, pairs, extra, num_labels):
+    """(scores, ids) of labels and documents to mix, of what was found."""
     if config.mode == "joint":
         wanted = config.labels + config.documents
-        items = np.concatenate([labels, train])
-        scores, ids = search("labels and documents", items, wanted + margin)
-        return drop_filtered(scores, ids, pairs, wanted) if config.filter_first else (scores, ids)
+        return drop_filtered(*retrieved, pairs, wanted) if config.filter_first else retrieved
+    margin = extra if config.filter_first else 0
     scores, ids = (x[:, : config.labels + margin] for x in nearest)
     if config.filter_first:
         scores, ids = drop_filtered(scores, ids, pairs, config.labels)
-    return augmented.union(scores, ids, *search("documents", train, config.documents), len(labels))
+    return augmented.union(scores, ids, *retrieved, num_labels)
 
 
 def write(

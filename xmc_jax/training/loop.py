@@ -14,7 +14,7 @@ from xmc_jax import checkpoint, report
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, losses
-from xmc_jax.training.program import Program
+from xmc_jax.training.run import Run
 from xmc_jax.types import TrainState
 
 _IN_FLIGHT = 2  # steps the host may be ahead of the devices; more would delay a signal's save
@@ -48,11 +48,11 @@ class Trained:
     zero_shot: Mapping[str, float]
 
 
-def train(program: Program, workdir: epath.PathLike) -> Trained:
+def train(run: Run, workdir: epath.PathLike) -> Trained:
     """Trains a run to its end, or goes on with the one that is in `workdir`.
 
     Args:
-        program: the compiled run.
+        run: see `Run`.
         workdir: local folder or any path that `epath` knows.
 
     Raises:
@@ -60,32 +60,32 @@ def train(program: Program, workdir: epath.PathLike) -> Trained:
         FloatingPointError: the loss is not finite.
         Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint.
     """
-    config = program.config.train
+    config = run.config.train
     with checkpoint.Checkpoints(workdir, config.keep) as checkpoints, _Signals() as signals:
         step = checkpoints.latest()
         if step is None:
-            state, history, step = program.initial_state(), None, 0
+            state, history, step = run.initial_state(), None, 0
         else:
-            state, history = checkpoints.restore(step, program.abstract)
+            state, history = checkpoints.restore(step, run.abstract)
             logging.info("%s: going on from step %d", workdir, step)
-        epoch, total = int(state.boundaries), config.epochs * program.steps_per_epoch
+        epoch, total = int(state.boundaries), config.epochs * run.steps_per_epoch
         evaluation = None
         with report.Reporter(
-            workdir, config.log_every, program.steps_per_epoch, total, history
+            workdir, config.log_every, run.steps_per_epoch, total, history
         ) as reporter:
             if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
-                found = program.evaluate_zero_shot(state).metrics["plain"]
+                found = run.evaluate_zero_shot(state).metrics["plain"]
                 reporter.record(0, _prefixed("zero-shot", found))
             while epoch < config.epochs:
-                state, step = _steps(program, state, epoch, step, reporter, checkpoints, signals)
+                state, step = _steps(run, state, epoch, step, reporter, checkpoints, signals)
                 started = time.perf_counter()
-                state = jax.block_until_ready(program.boundary(state, epoch))
+                state = jax.block_until_ready(run.boundary(state, epoch))
                 epoch += 1
                 reporter.record(step, {"time/boundary": time.perf_counter() - started})
                 evaluation = None
                 due = config.eval_every and epoch % config.eval_every == 0
                 if due or epoch == config.epochs:
-                    evaluation = _evaluate(program, state, step, reporter)
+                    evaluation = _evaluate(run, state, step, reporter)
                 checkpoints.save(
                     step, state, reporter.history(), evaluation and evaluation.metrics["plain"]
                 )
@@ -95,17 +95,17 @@ def train(program: Program, workdir: epath.PathLike) -> Trained:
             zero_shot = reporter.latest(_PREFIX["zero-shot"])
     if evaluation is None:
         logging.info("%s: the run is complete; evaluating it again", workdir)
-        evaluation = program.evaluate(state)
+        evaluation = run.evaluate(state)
     return Trained(step, state, evaluation, zero_shot)
 
 
 def restore(
-    program: Program, workdir: epath.PathLike, which: str = "latest"
+    run: Run, workdir: epath.PathLike, which: str = "latest"
 ) -> tuple[int, TrainState]:
     """A checkpoint of a run: its step and its state.
 
     Args:
-        program: the run's.
+        run: see `Run`.
         workdir: where it lives; nothing is written there.
         which: "latest", "best" by P@1 of those evaluated, or a step's number.
 
@@ -120,11 +120,11 @@ def restore(
             raise ValueError(
                 f"{workdir}: expected the checkpoint {which!r}, found those of steps {list(steps)}"
             )
-        return step, checkpoints.restore(step, program.abstract)[0]
+        return step, checkpoints.restore(step, run.abstract)[0]
 
 
 def _steps(
-    program: Program,
+    run: Run,
     state: TrainState,
     epoch: int,
     step: int,
@@ -133,32 +133,32 @@ def _steps(
     signals: "_Signals",
 ) -> tuple[TrainState, int]:
     """The steps that are left of an epoch, none if only its boundary is."""
-    config, before = program.config.train, epoch * program.steps_per_epoch
-    plan = curriculum.plan(epoch, program.config.curriculum)
+    config, before = run.config.train, epoch * run.steps_per_epoch
+    plan = curriculum.plan(epoch, run.config.curriculum)
     leaf_order = jax.device_get(state.tables.leaf_order)
     order = batches.complete(
         curriculum.order(plan, leaf_order, config.seed, epoch), config.batch_size
     )
     stream = pipeline.open(
-        lambda i: program.sampler.build(order, i, before + i),
+        lambda i: run.sampler.build(order, i, before + i, run.rows),
         first=step - before,
-        steps=program.steps_per_epoch,
-        put=program.put,
+        steps=run.steps_per_epoch,
+        put=run.put,
         prefetch=config.prefetch,
     )
-    in_flight, frozen = collections.deque(), program.frozen  # read here, not within the guard
+    in_flight, frozen = collections.deque(), run.frozen  # read here, not within the guard
     for batch in stream:
         with jax.transfer_guard("disallow"):
-            state, metrics = program.train_step(state, frozen, batch)
+            state, metrics = run.train_step(state, frozen, batch)
         step += 1
         in_flight.append(metrics["loss"])
         if len(in_flight) > _IN_FLIGHT:
             in_flight.popleft().block_until_ready()
         means = reporter.step(metrics, config.batch_size)
-        if means is not None and (seen := losses.collapse(means, program.config.loss)):
+        if means is not None and (seen := losses.collapse(means, run.config.loss)):
             reporter.warn(seen)
         # The last step of an epoch is saved after the boundary, unless there is no time for it.
-        within = step < before + program.steps_per_epoch
+        within = step < before + run.steps_per_epoch
         if signals.number or (within and step % config.checkpoint_every == 0):
             checkpoints.save(step, state, reporter.history())
         if signals.number:
@@ -167,10 +167,10 @@ def _steps(
 
 
 def _evaluate(
-    program: Program, state: TrainState, step: int, reporter: report.Reporter
+    run: Run, state: TrainState, step: int, reporter: report.Reporter
 ) -> Evaluation:
     started = time.perf_counter()
-    evaluation = program.evaluate(state)
+    evaluation = run.evaluate(state)
     record = {"time/eval": time.perf_counter() - started}
     for row, metrics in evaluation.metrics.items():
         record |= _prefixed(row, metrics)

@@ -1,0 +1,145 @@
+"""Real processes as one run: same batches, same training, checkpoints for any number of them."""
+
+import copy
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import processes
+import pytest
+
+pytestmark = pytest.mark.slow
+
+_TRAIN = """
+import ast, pathlib
+from xmc_jax import build, sharding
+from xmc_jax.data import batches
+from xmc_jax.training import curriculum, loop
+
+fields, workdir, out = ast.literal_eval(pathlib.Path(sys.argv[1]).read_text()), *sys.argv[2:4]
+run = build.run(fields)
+if len(sys.argv) > 4:  # batches alone
+    order = np.random.default_rng(0).permutation(run.data.num_documents).astype(np.int32)
+    order = batches.complete(order, fields["train"]["batch_size"])
+    local = [run.sampler.build(order, step, 7 + step, run.rows) for step in range(2)]
+    arrays = {"rows": run.rows} | {
+        f"{step}/{jax.tree_util.keystr(path)}": leaf
+        for step, batch in enumerate(local)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    }
+    np.savez(f"{out}-{jax.process_index()}.npz", **arrays)
+else:
+    trained = loop.train(run, workdir)
+    arrays = {
+        jax.tree_util.keystr(path): sharding.fetch(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trained.state)
+    }
+    if distributed.is_first():
+        np.savez(out, **arrays)
+        print(json.dumps(trained.evaluation.metrics))
+"""
+
+
+@pytest.fixture(scope="module")
+def small(fields, tmp_path_factory) -> dict:
+    """PRIME over two epochs with a re-clustering between them; no dropout."""
+    small = copy.deepcopy(fields)
+    small["encoder"]["dropout"] = 0.0
+    small["prime"]["dropout"] = 0.0
+    small["train"] |= {"epochs": 2, "batch_size": 40, "checkpoint_every": 3, "log_every": 1}
+    small["eval"]["augmented"] |= {"enabled": True}
+    return small
+
+
+def written(fields: dict, folder: pathlib.Path, name: str = "fields") -> str:
+    path = folder / f"{name}.txt"
+    path.write_text(repr(fields))
+    return str(path)
+
+
+def records(workdir) -> dict[int, dict]:
+    """step -> what was recorded of it, but for times."""
+    found: dict[int, dict] = {}
+    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        values = {k: v for k, v in record.items() if k != "step" and not k.startswith("time/")}
+        found.setdefault(record["step"], {}).update(values)
+    return found
+
+
+def train(count, fields, folder, name, workdir=None, devices=1):
+    """Trains in `count` processes: (final state by path, records, metrics)."""
+    workdir = workdir or folder / name
+    out = folder / f"{name}.npz"
+    path = written(fields, folder, name)
+    done = processes.script(count, _TRAIN, path, str(workdir), str(out), devices=devices)
+    with np.load(out, allow_pickle=False) as arrays:
+        return dict(arrays), records(workdir), done[0].json()
+
+
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory):
+    return train(1, small, tmp_path_factory.mktemp("alone"), "alone")
+
+
+def assert_same_run(found, expected, rows=None):
+    """Losses to 1e-5, parameters to 1e-3 of what they were updated by, order and metrics alike."""
+    (state, seen, metrics), (want, wanted, best) = found, expected
+    assert seen.keys() == wanted.keys()
+    for step in seen:
+        losses = {k: v for k, v in seen[step].items() if k.startswith("train/loss")}
+        for name, value in losses.items():
+            assert value == pytest.approx(wanted[step][name], rel=1e-5), (step, name)
+    np.testing.assert_array_equal(state[".tables.leaf_order"], want[".tables.leaf_order"])
+    params = [path for path in want if path.startswith(".params")]
+    for path in params:
+        scale = 1e-3 * 2e-3 * np.sqrt(want[path].size) * len(seen)  # Adam moves each by about lr
+        assert np.linalg.norm(state[path] - want[path]) <= scale, path
+    for row, values in best.items():
+        assert metrics[row]["P@5"] == pytest.approx(values["P@5"], abs=0.01)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_build_the_same_global_batches(small, tmp_path, count):
+    whole, parts = [], []
+    for n, found in ((1, whole), (count, parts)):
+        out = tmp_path / f"of{n}"
+        processes.script(n, _TRAIN, written(small, tmp_path), "", str(out), "batches")
+        for i in range(n):
+            with np.load(f"{out}-{i}.npz", allow_pickle=False) as arrays:
+                found.append(dict(arrays))
+    rows = np.concatenate([part["rows"] for part in parts])
+    np.testing.assert_array_equal(np.sort(rows), whole[0]["rows"])
+    for name, array in whole[0].items():
+        joined = np.concatenate([part[name] for part in parts])
+        assert len(joined) == len(array) and len(parts[0][name]) < len(array), name
+        if name != "rows":
+            np.testing.assert_array_equal(joined, array, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_as_one_does(small, alone, tmp_path, count):
+    assert_same_run(train(count, small, tmp_path, "several"), alone)
+
+
+def test_a_mesh_may_span_processes(small, alone, tmp_path):
+    """Parameters split over processes, and a tensor axis across them."""
+    fields = copy.deepcopy(small)
+    fields["mesh"] = {"data": 1, "fsdp": 2, "tensor": 2}
+    assert_same_run(train(2, fields, tmp_path, "mesh", devices=2), alone)
+
+
+def test_checkpoints_of_four_are_read_by_one_and_two(small, alone, tmp_path):
+    first = copy.deepcopy(small)
+    first["train"]["epochs"] = 1
+    workdir = tmp_path / "run"
+    train(4, first, tmp_path, "four", workdir)
+    kept = {}
+    for count in (1, 2):
+        copied = tmp_path / f"copy{count}"
+        shutil.copytree(workdir, copied)
+        kept[count] = train(count, small, tmp_path, f"of{count}", copied)
+    # Epochs may grow; the learning rate's decay is then another than that of the straight run.
+    assert_same_run(kept[2], kept[1])
+    assert kept[1][1].keys() == alone[1].keys()
