@@ -134,7 +134,7 @@ if [[ $action == up || $action == render ]]; then
         [NAME]=$(json "$name") [NAMESPACE]=$(json "$namespace") [IMAGE]=$(json "$image")
         [SERVICE_ACCOUNT]=$(json "$account") [ACCELERATOR]=$(json "$accelerator") [TOPOLOGY]=$(json "$topology")
         [CHIPS]=$chips [HOSTS]=$((all / chips)) [RESTARTS]=$restarts [DATA]=$(json "$data") [SECRET]=$(json "$name")
-        [ARGUMENTS]=$(list --distributed=auto "$@")
+        [ARGUMENTS]=$(list --distributed=auto --compilation_cache="$workdir/compiled" "$@")
     )
 fi
 

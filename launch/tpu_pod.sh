@@ -344,7 +344,7 @@ halt_or_recreate() {
 
 fetch() { # fetch FROM TO
     run mkdir -p -- "$2"
-    insist "$install_timeout" storage rsync --recursive --exclude='(^|.*/)checkpoints/.*' "$1" "$2"
+    insist "$install_timeout" storage rsync --recursive --exclude='(^|.*/)(checkpoints|compiled)/.*' "$1" "$2"
 }
 
 finish() { # finish CODE

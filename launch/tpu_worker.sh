@@ -62,16 +62,19 @@ case $1 in
         exit 1
         ;;
     supervise)
-        commit=$2 secrets='' child='' here=$PWD
+        commit=$2 secrets='' child='' workdir='' here=$PWD
         echo $$ >pid.new && mv pid.new pid
         if [[ -f secrets ]]; then secrets=$here/secrets; fi
         mapfile -d '' -t arguments <arguments
+        for argument in "${arguments[@]}"; do
+            case $argument in --workdir=*) workdir=${argument#*=} ;; esac
+        done
         trap '[[ ! $child ]] || kill -TERM "$child"' TERM
         trap '' HUP
         echo "# $(date -u +%FT%TZ) run $(<run)"
         cd "source-$commit"
         bash launch/with_secrets.sh "$secrets" "$here/venv-$commit/bin/python" -m xmc_jax.main \
-            --distributed=auto "${arguments[@]}" &
+            --distributed=auto --compilation_cache="$workdir/compiled" "${arguments[@]}" &
         child=$!
         wait "$child" || true
         while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends `wait`

@@ -13,27 +13,30 @@ import jaxlib
 from absl import logging
 from etils import epath
 
+from xmc_jax import distributed
+
 OFF = "off"
 _MAX_BYTES = 5 * 2**30  # the programs used longest ago go first
 _MIN_FREE_BYTES = 2**28  # a full disk is said once, here, not by JAX for each program
 _MIN_SECONDS = 0.1  # to compile; below it, reading a program is no quicker
 
 
-def keep(folder: str | None, workdir: epath.PathLike) -> None:
-    """Has JAX keep compiled programs; without them if the folder cannot be written.
+def keep(folder: str | None) -> None:
+    """Has JAX keep compiled programs; goes on without if the folder cannot be written.
+
+    Programs are code: who can write to the folder can have this process do anything.
 
     Args:
-        folder: local, or any that `epath` knows; "off" for none. By default the user's cache
-            folder, or `<workdir>/compiled` if the workdir is remote: it outlives the machines.
-        workdir: of the run.
+        folder: local, or any that `epath` knows; "off" for none; None for the user's own.
     """
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    path = epath.Path(folder or _default(workdir)) / _machine()
+    path = epath.Path(folder or _default()) / _machine()
+    writes = distributed.number() == 0  # the others only read
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not _is_remote(path):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if writes and not _is_remote(path):
             _tidy(pathlib.Path(path))
     except (OSError, filelock.Timeout) as error:
         logging.warning(
@@ -44,18 +47,16 @@ def keep(folder: str | None, workdir: epath.PathLike) -> None:
         "jax_compilation_cache_dir": str(path),
         "jax_persistent_cache_min_compile_time_secs": _MIN_SECONDS,
         "jax_persistent_cache_min_entry_size_bytes": 0,
-        # The lock that removing needs is a local file.
-        "jax_compilation_cache_max_size": -1 if _is_remote(path) else _MAX_BYTES,
+        # With a bound JAX locks the folder to read too: not where many do, nor at a remote one.
+        "jax_compilation_cache_max_size": _MAX_BYTES if writes and not _is_remote(path) else -1,
     }
     for name, value in settings.items():
         jax.config.update(name, value)
 
 
-def _default(workdir: epath.PathLike) -> epath.Path:
-    if _is_remote(workdir):
-        return epath.Path(workdir) / "compiled"
+def _default() -> pathlib.Path:
     caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return epath.Path(caches) / "xmc_jax" / "compiled"
+    return pathlib.Path(caches, "xmc_jax", "compiled")
 
 
 def _is_remote(path: epath.PathLike) -> bool:

@@ -51,8 +51,7 @@ _DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Folder that keeps compiled programs, or off; in the user's cache folder if not given, or in "
-    "the workdir if that is remote.",
+    "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
 _ROWS = {"plain": "trained", "augmented": "trained + augmented"}
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
@@ -67,7 +66,8 @@ def main(argv: list[str]) -> int:
     from xmc_jax.training import loop
     from xmc_jax.training.config import RunConfig
 
-    fields, mode, workdir = _CONFIG.value.to_dict(), _MODE.value, _workdir()
+    fields = _CONFIG.value.to_dict()
+    mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
     run = RunConfig.from_dict(fields)
     distributed.agree("--mode", [mode, str(workdir), _STEP.value])
     distributed.agree("config", fields)
@@ -236,10 +236,6 @@ def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}{name}.")
 
 
-def _workdir() -> epath.Path:
-    return epath.Path(_WORKDIR.value or f"runs/{_CONFIG.value.name}")
-
-
 def _start() -> None:
     """Makes this process one of a run's; only process 0 prints, the others' logs have a number."""
     from xmc_jax import compilation, distributed
@@ -250,7 +246,7 @@ def _start() -> None:
     if not distributed.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, as long as the process
         logging.get_absl_handler().setFormatter(_Numbered())
-    compilation.keep(_COMPILATION_CACHE.value, _workdir())
+    compilation.keep(_COMPILATION_CACHE.value)
     distributed.agree("package versions", _versions())
 
 

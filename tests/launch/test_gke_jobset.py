@@ -76,7 +76,12 @@ def test_arguments_arrive_unharmed(cluster):
     assert done.returncode == 0, done.stderr
     (container,) = _pod(done.stdout)["containers"]
     arguments = [_expanded(argument) for argument in container["args"]]
-    assert arguments == ["--distributed=auto", *RUN, *HOSTILE]
+    assert arguments == [
+        "--distributed=auto",
+        "--compilation_cache=gs://bucket/run/compiled",
+        *RUN,
+        *HOSTILE,
+    ]
 
 
 @pytest.mark.parametrize(

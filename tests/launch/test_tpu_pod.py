@@ -179,7 +179,14 @@ def test_a_run_from_nothing_to_its_results(cloud):
     done = cloud(arguments=[*RUN, *HOSTILE])
     assert done.returncode == 0, done.stderr
     words = (cloud.folder / "words").read_text().split("\0")[:-1]
-    assert words == ["-m", "xmc_jax.main", "--distributed=auto", *RUN, *HOSTILE]
+    assert words == [
+        "-m",
+        "xmc_jax.main",
+        "--distributed=auto",
+        "--compilation_cache=gs://bucket/run/compiled",
+        *RUN,
+        *HOSTILE,
+    ]
     assert len(cloud.lines("runs")) == 2  # workers
     assert (cloud.results / "metrics.json").exists()
     assert "a line of the log" in (cloud.results / "workers.log").read_text()
