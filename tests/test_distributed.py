@@ -162,3 +162,64 @@ def test_the_failure_of_one_ends_all(failing):
     assert "ValueError: no such thing" in other.stderr
     assert "Traceback" not in other.stderr
     assert other.seconds - done[failing].seconds < 5
+
+
+# Whoever is killed cannot say so: the coordinator's end is seen at once, another's by its silence.
+SILENT = """
+import os, signal, sys
+from xmc_jax import distributed
+distributed._HEARTBEAT_TIMEOUT = 4
+address, killed, own = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+distributed.initialize("auto", address, 2, own)
+distributed.barrier("up")
+if own == killed:
+    os.kill(os.getpid(), signal.SIGKILL)
+distributed.barrier("never")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_all(killed):
+    address = f"127.0.0.1:{processes.free_port()}"
+    words = [["-c", SILENT, address, str(killed), own] for own in "01"]
+    with processes.started(2, words) as group:
+        done = group.wait(60)
+    other = done[1 - killed]
+    assert other.returncode != 0
+    assert other.seconds - done[killed].seconds < 12
+    assert "another task died" in other.stderr or "error: " in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
+def test_another_number_of_processes_is_an_error(counts):
+    source = (
+        "import sys; from xmc_jax import distributed; "
+        "distributed.initialize('auto', sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timeout=5)"
+    )
+    address = f"127.0.0.1:{processes.free_port()}"
+    words = [["-c", source, address, str(count), str(own)] for own, count in enumerate(counts)]
+    with processes.started(2, words) as group:
+        done = group.wait(60)
+    assert all(one.returncode for one in done)
+    said = "not all came" if counts == (3, 2) else "expected 2 as on process 0, got 3"
+    assert said in done[1].stderr
+
+
+STOPS = """
+import os, signal, time
+step = 0
+while not distributed.stop_requested(step):
+    step += 1
+    if step == 3 and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    distributed.barrier("step")  # as collectives do, keeps the processes together
+print(json.dumps(step))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_after_the_same_step():
+    first, second = processes.script(2, STOPS, timeout=60)
+    assert first.json() == second.json() > 3

@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 _HEARTBEAT_TIMEOUT = 60
 _GOODBYE = 5  # seconds that process 0, which holds the store, waits for others to see a failure
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds
+_COUNT = "xmc_jax/count"
 _END = "xmc_jax/end"  # "" or what failed; written once
 _calls = itertools.count()  # keys of the store are written once, so each call has a number
 
@@ -66,6 +67,11 @@ def initialize(
     if mode == "off" or num_processes == 1 or (not explicit and _is_lone_task()):
         return
     jax.config.update("jax_enable_preemption_service", preemption)
+    flags = _flags(coordinator_address, num_processes, process_id)
+    # JAX aborts with a stack trace when its own time is over, so it gets more.
+    clock = threading.Timer(timeout, _give_up, (flags, timeout))
+    clock.daemon = True
+    clock.start()
     try:
         with warnings.catch_warnings():
             # JAX says that it could ask Kubernetes if it had a package for it.
@@ -75,17 +81,20 @@ def initialize(
                 num_processes,
                 process_id,
                 cluster_detection_method="deactivate" if explicit else None,
-                initialization_timeout=timeout,
+                initialization_timeout=timeout + 60,
                 heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             )
     except (ValueError, RuntimeError) as error:
         if str(error).startswith("coordinator_address should be defined"):
             return  # no cluster
-        flags = _flags(coordinator_address, num_processes, process_id)
-        raise ValueError(_explain(error, flags, timeout)) from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"distributed: {said[:300]} ({_shown(flags)})") from error
+    finally:
+        clock.cancel()
     if not _alone():
         sys.excepthook = _fail_by
         threading.Thread(target=_watch, name="end of the run", daemon=True).start()
+        _check_count()
 
 
 def is_first() -> bool:
@@ -257,6 +266,15 @@ def check(
         )
 
 
+def _check_count() -> None:
+    """Raises a ValueError if process 0 counts otherwise: JAX would go on, and hang some time."""
+    count = jax_distributed.global_state.num_processes
+    if number() == 0:
+        _store().key_value_set(_COUNT, str(count))
+    elif (first := int(_wait_for(_COUNT))) != count:
+        raise ValueError(f"--num_processes: expected {first} as on process 0, got {count}")
+
+
 def _flags(address: str | None, count: int | None, own: int | None) -> dict[str, Any]:
     return {"--coordinator_address": address, "--num_processes": count, "--process_id": own}
 
@@ -269,16 +287,20 @@ def _is_lone_task() -> bool:
     return os.environ.get("SLURM_NTASKS") == "1" and "OMPI_MCA_orte_hnp_uri" not in os.environ
 
 
-def _explain(error: Exception, given: Mapping[str, Any], timeout: int) -> str:
-    """One line for why the processes did not come together."""
-    said = " ".join(str(error).split())
-    flags = " ".join(f"{flag}={value}" for flag, value in given.items() if value is not None)
-    if "DEADLINE_EXCEEDED" in said or "UNAVAILABLE" in said:
-        said = (
-            f"expected all processes within {timeout} s, not all came; see that every one runs and "
-            f"reaches the address of process 0"
-        )
-    return f"distributed: {said[:300]} ({flags or 'as JAX found them'})"
+def _give_up(flags: Mapping[str, Any], timeout: int) -> None:
+    """In a thread: ends a process that waits for others within JAX."""
+    print(
+        f"error: distributed: expected all processes within {timeout} s, not all came "
+        f"({_shown(flags)}); see that every one runs and reaches the address of process 0",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _shown(flags: Mapping[str, Any]) -> str:
+    given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+    return " ".join(given) or "as JAX found them"
 
 
 def _fields(name: str, value: Any) -> dict[str, Any]:
@@ -323,7 +345,7 @@ def _watch() -> None:
     except jax.errors.JaxRuntimeError:
         return
     if reason:
-        print(f"error: ended with {reason}", file=sys.stderr)
+        print(f"error: ended with {reason}", file=sys.stderr, flush=True)
         _leave(1)
 
 
@@ -343,6 +365,7 @@ def _leave(code: int) -> None:
             for other in range(1, jax_distributed.global_state.num_processes):
                 left = max(until - time.monotonic(), 0)
                 _store().blocking_key_value_get(f"{_END}/{other}", int(1000 * left))
+            time.sleep(0.5)  # they are about to go
     except jax.errors.JaxRuntimeError:
         pass  # they are gone already
     sys.stdout.flush()
