@@ -22,7 +22,7 @@ help:
 	@echo "make multimodal  set up; train on text alone and on text with images, on synthetic products, and compare"
 	@echo "make test        set up; run all tests          make test-fast  those not marked slow"
 	@echo "make reliability set up; kills and hostile input at length"
-	@echo "make lint        ruff format --check, ruff check"
+	@echo "make lint        ruff format --check, ruff check, shellcheck"
 	@echo "make parity      set up with PyTorch; compare with transformers and sentence-transformers"
 	@echo "make wheel       build dist/*.whl               make clean      remove what was built ($(VENV) and runs/ stay)"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKDIR=$(WORKDIR) PYTEST_FLAGS=$(PYTEST_FLAGS)"
@@ -46,6 +46,7 @@ test-fast: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)

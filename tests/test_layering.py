@@ -17,7 +17,17 @@ LAYERS = (
     ("retrieval",),
     ("vision",),
     ("models", "data"),
-    ("checkpoint", "command", "packaged", "report", "rng", "sharding", "types"),
+    (
+        "checkpoint",
+        "command",
+        "compilation",
+        "distributed",
+        "packaged",
+        "report",
+        "rng",
+        "sharding",
+        "types",
+    ),
 )
 BASE = LAYERS[-1]  # small modules without a folder; they may use one another
 
@@ -30,6 +40,7 @@ HOMES = {
         "data/synthetic.py",
         "data/pictures.py",
     ),
+    "filelock": ("compilation.py",),
     "grain": ("data/pipeline.py",),
     "httpcore2": ("vision/download.py",),
     "httpx2": ("vision/download.py",),

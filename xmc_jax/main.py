@@ -12,8 +12,10 @@ Modes:
 
 import ctypes
 import difflib
+import importlib.metadata
 import logging as py_logging
 import os
+import platform
 import re
 import runpy
 import signal
@@ -35,6 +37,22 @@ _MODE = flags.DEFINE_enum(
 _STEP = flags.DEFINE_string(
     "step", "latest", "Checkpoint of the modes other than train: latest, best (by P@1) or a step."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", ["auto", "off"], "auto: the processes of a cluster; off: this one alone."
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where JAX does not find the processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address; from 0.")
+_DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
+    "distributed_timeout", 300, "Seconds until all processes must have started.", lower_bound=1
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
+)
 _ROWS = {"plain": "trained", "augmented": "trained + augmented"}
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
 
@@ -43,7 +61,7 @@ def main(argv: list[str]) -> int:
     """Runs the mode that the flags name; returns the exit code."""
     del argv
     # Imported here, so that a mistyped flag is answered at once.
-    from xmc_jax import build, checkpoint
+    from xmc_jax import build, checkpoint, distributed
     from xmc_jax.retrieval import evaluate, scann
     from xmc_jax.training import loop
     from xmc_jax.training.config import RunConfig
@@ -51,6 +69,8 @@ def main(argv: list[str]) -> int:
     fields = _CONFIG.value.to_dict()
     mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
     run = RunConfig.from_dict(fields)
+    distributed.agree("--mode", [mode, str(workdir), _STEP.value])
+    distributed.agree("config", fields)
     if mode == "prepare":
         return _prepare(fields)
     if mode == "train":
@@ -58,6 +78,7 @@ def main(argv: list[str]) -> int:
 
     checkpoint.read_config(workdir)  # an absent run is answered before anything is loaded
     program = build.program(fields)
+    distributed.agree("provenance", program.provenance())
     checkpoint.check_config(workdir, fields | {"provenance": program.provenance()}, new=False)
     step, state = loop.restore(program, workdir, _STEP.value)
     if mode == "evaluate":
@@ -73,11 +94,12 @@ def main(argv: list[str]) -> int:
         print(f"wrote test.npy, train.npy and label.npy to {folder}")
     elif mode == "index":
         labels, folder = program.embed_index(state), workdir / "index" / str(step)
-        scann.ScannIndex.build(labels, run.eval.scann).save(folder)
-        index = scann.ScannIndex.load(folder, labels)
-        k = min(run.eval.k, len(labels))
-        found = scann.compare(index, labels, program.embed(state.params, "test"), k)
-        print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
+        documents = program.embed(state.params, "test")
+        if distributed.is_first():
+            scann.ScannIndex.build(labels, run.eval.scann).save(folder)
+            index = scann.ScannIndex.load(folder, labels)
+            found = scann.compare(index, labels, documents, min(run.eval.k, len(labels)))
+            print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
     elif mode == "export":
         print(f"wrote {build.export(fields, program, state, workdir)}")
     return 0
@@ -98,7 +120,7 @@ def _prepare(fields: Mapping[str, Any]) -> int:
 
 def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
     """Trains, the baseline of the config first if it has one; reports them side by side."""
-    from xmc_jax import build, checkpoint
+    from xmc_jax import build, checkpoint, distributed
     from xmc_jax.training import loop
 
     rows: dict[str, Any] = {}
@@ -110,6 +132,7 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
         runs.insert(0, (name, workdir / "baseline", own))
     for name, folder, own in runs:
         program = build.program(own)
+        distributed.agree("provenance", program.provenance())
         checkpoint.check_config(folder, own | {"provenance": program.provenance()}, new=True)
         logging.info("%s: %s", folder, name or fields["name"])
         try:
@@ -136,11 +159,13 @@ def _override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 def _write(workdir: epath.Path, step: int, rows: dict[str, Any], evaluation) -> dict[str, Any]:
     """Writes metrics.json and predictions/<step>.npz; returns `rows` and the evaluation's."""
+    from xmc_jax import distributed
     from xmc_jax.retrieval import evaluate
 
-    evaluate.write(
-        evaluation, workdir / "metrics.json", workdir / "predictions" / f"{step}.npz", rows
-    )
+    if distributed.is_first():
+        evaluate.write(
+            evaluation, workdir / "metrics.json", workdir / "predictions" / f"{step}.npz", rows
+        )
     return rows | {_ROWS[kind]: metrics for kind, metrics in evaluation.metrics.items()}
 
 
@@ -211,20 +236,71 @@ def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}{name}.")
 
 
+def _start() -> None:
+    """Makes this process one of a run's; only process 0 prints, the others' logs have a number."""
+    from xmc_jax import compilation, distributed
+
+    distributed.initialize(
+        **_cluster(), timeout=_DISTRIBUTED_TIMEOUT.value, preemption=_MODE.value == "train"
+    )
+    if not distributed.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, as long as the process
+        logging.get_absl_handler().setFormatter(_Numbered())
+    compilation.keep(_COMPILATION_CACHE.value)
+    distributed.agree("package versions", _versions())
+
+
+def _cluster() -> dict[str, Any]:
+    return {
+        "mode": _DISTRIBUTED.value,
+        "coordinator_address": _COORDINATOR_ADDRESS.value,
+        "num_processes": _NUM_PROCESSES.value,
+        "process_id": _PROCESS_ID.value,
+    }
+
+
+def _versions() -> dict[str, str]:
+    """What a program depends on: processes with other versions may not fit together."""
+    packages = ("flax", "jax", "jaxlib", "ml_dtypes", "numpy", "optax", "orbax-checkpoint")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return found | {"python": platform.python_version()}
+
+
+class _Numbered(logging.PythonFormatter):
+    """Log lines that begin with the number of the process."""
+
+    def format(self, record: py_logging.LogRecord) -> str:
+        from xmc_jax import distributed
+
+        return f"[process {distributed.number()}] {super().format(record)}"
+
+
 def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     # Orbax logs its inner workings through absl too; of other packages, errors are enough.
     logging.get_absl_handler().addFilter(
         lambda record: record.levelno > py_logging.WARNING or "xmc_jax" in record.pathname
     )
+    from xmc_jax import distributed
+
     try:
-        sys.exit(main(argv))
-    except (ValueError, FloatingPointError, OSError) as error:
+        distributed.check(**_cluster())
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(_FAILED)
+        sys.exit(_USAGE)
+    try:
+        _start()
+        code = main(argv)
+    except (ValueError, FloatingPointError, OSError) as error:
+        code, said = _FAILED, str(error)
     except KeyboardInterrupt:
-        print("error: interrupted; run the same command again", file=sys.stderr)
-        sys.exit(_BY_SIGNAL + signal.SIGINT)
+        code, said = _BY_SIGNAL + signal.SIGINT, "interrupted; run the same command again"
+    else:
+        distributed.finish()
+        sys.exit(code)
+    print(f"error: {said}", file=sys.stderr)
+    distributed.fail(said, code)
+    sys.exit(code)
 
 
 def _keep_freed_memory() -> None:
