@@ -1,6 +1,7 @@
 """Exact search against a sort of all inner products: ties, padding, blocks and meshes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -63,6 +64,49 @@ def test_one_compilation_for_all_blocks_and_calls_and_no_implicit_transfer():
         exact.search(queries, database, 4, 8, 16)
         exact.search(queries[:3], database, 4, 8, 16)
     assert exact._search_block._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_a_mapped_file_is_placed_in_order_and_searched(sizes, tmp_path):
+    rows, queries = integers(6, 101, 6), integers(7, 5, 6)
+    np.save(tmp_path / "rows.npy", rows.astype(np.float16))
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
+    for dtype in ("float32", "bfloat16"):
+        database = exact.place(mapped, mesh, 7, dtype)
+        assert database.block <= 7 and database.count == 101 and database.rows.dtype == dtype
+        placed = np.asarray(database.rows, np.float32)
+        np.testing.assert_array_equal(placed[:101], rows)  # of shard s, position p: in order
+        assert not placed[101:].any()
+        found = exact.search(queries, database, 20)
+        for got, want in zip(found, exact.search(queries, rows, 20)):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_a_database_written_on_the_devices_is_searched():
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    shape, block, by_rows = exact.layout(101, 6, mesh, 5)
+    rows, queries = integers(8, 101, 6), integers(9, 5, 6)
+    padded = np.ones(shape, np.float32)  # padding is never returned, whatever it holds
+    padded[:101] = rows
+    database = exact.Database(jax.device_put(padded, by_rows), 101, block)
+    for got, want in zip(exact.search(queries, database, 101), exact.search(queries, rows, 101)):
+        np.testing.assert_array_equal(got, want)
+    assert shape[0] % (8 * block) == 0 and block <= 5
+
+
+def test_what_is_not_finite_on_the_devices_is_named():
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    rows = np.ones((20, 4), np.float32)
+    rows[13, 1] = np.inf
+    with pytest.raises(ValueError, match="row 13 of database"):
+        exact.search(rows[:3], exact.place(rows, mesh, dtype="bfloat16"), 2)
+    with pytest.raises(ValueError, match="row 1 of queries"):
+        exact.search(rows[12:14], exact.place(rows[:5], mesh), 2)
+    padded = exact.place(rows[:13], mesh)
+    padded = exact.Database(padded.rows.at[13:].set(jnp.nan), 13, padded.block)
+    assert exact.search(rows[:3], padded, 2)[1].shape == (3, 2)
 
 
 def test_bad_input_is_named():

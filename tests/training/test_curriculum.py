@@ -1,5 +1,7 @@
 """The plan, the order, and balanced 2-means against a direct recursion."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +124,7 @@ def numpy_kmeans(x, leaves, key, iterations):
                 centers = np.stack([y[half].mean(0) for half in split])
                 centers /= np.linalg.norm(centers, axis=1, keepdims=True)
             split = np.array_split(np.argsort(y @ (centers[1] - centers[0]), kind="stable"), 2)
-            halves += [members[half] for half in split]
+            halves += [np.sort(members[half]) for half in split]
         clusters = halves
     return np.concatenate(clusters)
 
@@ -152,25 +154,96 @@ def test_well_separated_blobs_are_found():
 def test_same_key_same_leaves_and_fewer_leaves_compile_nothing():
     x, key = jnp.asarray(points(128, d=16)), jax.random.key(0)
     first = curriculum.balanced_kmeans(x, 16, key)
-    compiled = curriculum._split._cache_size()
+    compiled = curriculum.split._cache_size()
     again = curriculum.balanced_kmeans(x, 16, key)
     for one, two in zip(first, again):
         assert np.array_equal(one, two)
     curriculum.balanced_kmeans(x, 8, jax.random.key(1))
-    assert curriculum._split._cache_size() == compiled
+    assert curriculum.split._cache_size() == compiled
     other, _ = curriculum.balanced_kmeans(x, 16, jax.random.key(1))
     assert not np.array_equal(first[0], other)
 
 
-def test_a_bank_split_by_width_gives_the_same_leaves():
-    x, key = points(128, d=16), jax.random.key(0)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    width = sharding.named((None, "table_width"), x.shape, mesh, "bank")
-    split = jax.device_put(x, width)
-    one, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key)
-    assert len(split.sharding.device_set) == 8 and not split.sharding.is_fully_replicated
-    eight, _ = curriculum.balanced_kmeans(split, 8, key)
-    assert np.array_equal(one, eight)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_lowest_are_those_of_a_stable_sort(dtype):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        scores = rng.integers(-2, 3, (40, 13)).astype(dtype) * rng.choice([1, 1e-40, 1e30], (40, 1))
+        scores = np.where(scores == 0, rng.choice([0.0, -0.0], scores.shape), scores).astype(dtype)
+        scores[:, 10:] = np.inf  # padding
+        count = rng.integers(1, 11, 40).astype(np.int32)
+        found = jax.jit(curriculum._lowest)(jnp.asarray(scores), jnp.asarray(count))
+        rank = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
+        assert np.array_equal(found, rank < count[:, None])
+
+
+def width_split(x, sizes=(8, 1, 1)):
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    return jax.device_put(x, sharding.named((None, "table_width"), x.shape, mesh, "bank"))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
+    with jax.enable_x64(True):
+        x, key = points(203, d=16, dtype=np.float64), jax.random.key(0)
+        one = curriculum.balanced_kmeans(jnp.asarray(x), 16, key)
+        many = width_split(x, sizes)
+        assert not many.sharding.is_fully_replicated
+        for a, b in zip(one, curriculum.balanced_kmeans(many, 16, key)):
+            assert np.array_equal(a, b)
+            assert b.sharding.is_fully_replicated and len(b.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("block", [1, 5 * 16, 40 * 16])  # in points: 1, 5, 40 of 203
+def test_blocks_change_nothing(block):
+    with jax.enable_x64(True):
+        x, key = jnp.asarray(points(203, d=16, dtype=np.float64)), jax.random.key(0)
+        whole, _ = curriculum.balanced_kmeans(x, 16, key)
+        blocks, _ = curriculum.balanced_kmeans(x, 16, key, block=block)
+        assert np.array_equal(whole, blocks)
+
+
+def test_some_rows_alone_are_clustered_as_a_table_of_their_own():
+    with jax.enable_x64(True):
+        x, key = points(90, dtype=np.float64), jax.random.key(2)
+        rows = np.sort(np.random.default_rng(1).choice(90, 50, replace=False))
+        order, leaf_of = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, rows=rows)
+        alone, leaf_alone = curriculum.balanced_kmeans(jnp.asarray(x[rows]), 8, key)
+        assert np.array_equal(order, rows[alone])
+        assert np.array_equal(np.asarray(leaf_of)[rows], leaf_alone)
+        assert np.all(np.delete(leaf_of, rows) == -1)
+
+
+def test_a_table_in_bfloat16_is_clustered_in_float32():
+    x, key = jnp.asarray(points(128, d=16), jnp.bfloat16), jax.random.key(0)
+    half, _ = curriculum.balanced_kmeans(x, 8, key)
+    full, _ = curriculum.balanced_kmeans(x.astype(jnp.float32), 8, key)
+    assert np.array_equal(half, full)
+
+
+@pytest.mark.parametrize("block", [1 << 26, 64 * 2])  # whole clusters; tiles of 64 points
+def test_devices_exchange_a_number_per_point_and_never_rows(block):
+    n, d = 512, 16
+    table = width_split(points(n, d=d))
+    lowered = curriculum.split.lower(
+        table,
+        jax.ShapeDtypeStruct((n + 1,), jnp.float32),
+        jax.ShapeDtypeStruct((2, n // 2), jnp.int32),
+        jax.ShapeDtypeStruct((2, 2), jnp.float32),
+        iterations=3,
+        block=block,
+        mesh=table.sharding.mesh,
+    )
+    found = re.findall(
+        r"= (.*?) (all-\w+|reduce-\w+|collective-\w+)\(", lowered.compile().as_text()
+    )
+    assert {kind for _, kind in found} == {"all-reduce"}
+    numbers = [
+        int(np.prod([int(i) for i in shape.split(",") if i]))
+        for result, _ in found
+        for shape in re.findall(r"\[([\d,]*)\]", result)
+    ]
+    assert max(numbers) <= n
 
 
 @pytest.mark.parametrize("leaves", [0, 3, 12])

@@ -34,6 +34,44 @@ def test_centroids_are_means_over_the_documents_of_a_label(block):
     assert not np.any(centroids[24])
 
 
+def test_pairs_are_those_of_a_stable_sort_by_label():
+    rng = np.random.default_rng(7)
+    indptr, indices, _ = csr(rng, 200, 30)
+    pairs = tables.label_pairs(indptr, indices, 30, 64)
+    by_label = np.argsort(indices, kind="stable")
+    documents = np.repeat(np.arange(200), np.diff(indptr))[by_label]
+    assert pairs.documents.dtype == pairs.labels.dtype == np.int32
+    assert pairs.documents.shape == pairs.labels.shape == (-(-len(indices) // 64), 64)
+    assert np.array_equal(pairs.documents.ravel()[: len(indices)], documents)
+    assert np.array_equal(pairs.labels.ravel()[: len(indices)], indices[by_label])
+    assert np.all(pairs.labels.ravel()[len(indices) :] == 30)  # padding is no label
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_centroids_of_a_bank_split_by_width_stay_split(sizes):
+    rng = np.random.default_rng(8)
+    indptr, indices, _ = csr(rng, 60, 25)
+    bank = rng.normal(size=(60, 16)).astype(np.float32)
+    pairs = tables.label_pairs(indptr, indices, 25, 16)
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    by_width = sharding.named((None, "table_width"), bank.shape, mesh, "bank")
+    split = tables.centroids_of(jax.device_put(bank, by_width), pairs)
+    assert split.sharding.is_equivalent_to(by_width, 2)
+    assert np.array_equal(split, tables.centroids_of(jnp.asarray(bank), pairs))
+
+
+def test_adding_a_block_of_pairs_is_local_to_each_device():
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    by_width = sharding.named((None, "table_width"), (60, 16), mesh, "bank")
+    bank = jax.ShapeDtypeStruct((60, 16), jnp.bfloat16, sharding=by_width)
+    sums = jax.ShapeDtypeStruct((25, 16), jnp.float32, sharding=by_width)
+    block = jax.ShapeDtypeStruct((8,), jnp.int32)
+    compiled = tables._add.lower(sums, bank, block, block, mesh=mesh).compile()
+    text = compiled.as_text()
+    assert not any(kind in text for kind in ("all-", "reduce-scatter", "collective-"))
+    assert compiled.memory_analysis().alias_size_in_bytes == 25 * 2 * 4  # the sums are donated
+
+
 def test_centroids_sum_in_float32_and_keep_the_dtype_of_the_bank():
     # 400 ones: a bfloat16 sum would stop at 256.
     indptr, indices = np.arange(401), np.zeros(400, np.int32)
@@ -137,7 +175,7 @@ def test_shared_free_vectors_are_balanced_clusters():
     blob = rng.permutation(np.repeat(np.arange(4), 10))
     labels = jnp.asarray(centers[blob] + 0.05 * rng.normal(size=(40, 6)), jnp.float32)
     vector = tables.free_vector_map(labels, np.ones(40, int), 4, 0, jax.random.key(0))
-    assert vector.dtype == jnp.int32
+    assert vector.dtype == np.int32
     assert len({(int(v), int(b)) for v, b in zip(vector, blob)}) == 4
     means = tables.cluster_means(labels, vector, 4)
     for v in range(4):
@@ -154,9 +192,32 @@ def test_frequent_labels_have_private_vectors():
     shared = np.delete(vector, [2, 7, 11])
     assert sorted(set(shared)) == list(range(3, 11))
     assert np.ptp(np.bincount(shared)[3:]) <= 1
-    means = tables.cluster_means(labels, jnp.asarray(vector), 12)
+    means = tables.cluster_means(labels, vector, 12)
     np.testing.assert_allclose(means[:3], labels[np.array([11, 2, 7])], rtol=1e-6)
     assert not np.any(means[11])  # a vector that no label uses
+
+
+def test_free_vectors_of_labels_split_by_width_are_those_of_one_device():
+    with jax.enable_x64(True):
+        labels = np.random.default_rng(9).normal(size=(101, 16))
+        frequency, key = np.arange(101), jax.random.key(1)
+        mesh = sharding.make_mesh(sharding.MeshConfig())
+        by_width = sharding.named((None, "table_width"), labels.shape, mesh, "labels")
+        split = jax.device_put(labels, by_width)
+        one = tables.free_vector_map(jnp.asarray(labels), frequency, 8, 3, key)
+        many = tables.free_vector_map(split, frequency, 8, 3, key)
+        assert isinstance(many, np.ndarray) and np.array_equal(one, many)
+        means = tables.cluster_means(split, many, 11)
+        assert means.sharding.is_equivalent_to(by_width, 2)
+        for vector in range(11):
+            expected = labels[one == vector].mean(axis=0)
+            np.testing.assert_allclose(means[vector], expected, atol=1e-12)
+
+
+def test_cluster_means_of_bfloat16_are_float32():
+    labels = jnp.ones((300, 2), jnp.bfloat16)  # a bfloat16 sum would stop at 256
+    means = tables.cluster_means(labels, np.zeros(300, np.int32), 1)
+    assert means.dtype == jnp.float32 and np.array_equal(means, [[1, 1]])
 
 
 @pytest.mark.parametrize(("shared", "private"), [(20, 0), (65_536, 0), (18, 2), (100, 5), (1, 19)])

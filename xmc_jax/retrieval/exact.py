@@ -1,5 +1,6 @@
 """Exact maximum-inner-product search on device: the judge of every index."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,9 +13,82 @@ from xmc_jax import sharding
 _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would else multiply in bfloat16 or TF32
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Database:
+    """What is searched, on the devices, split by rows over the batch axes of the mesh.
+
+    Of S shards, each has the same number of blocks. Shard s holds at its position p the row
+    `s * blocks * block + p` of the database: the rows lie in order, and what is past `count` is
+    padding, of any finite values.
+
+    Attributes:
+        rows: [S * blocks * block, D], float32 or bfloat16, with the sharding of `layout`.
+        count: L, rows that are searched.
+        block: rows scored at a time on a device.
+    """
+
+    rows: jax.Array
+    count: int
+    block: int
+
+
+def layout(
+    count: int, width: int, mesh: Mesh, limit: int
+) -> tuple[tuple[int, int], int, NamedSharding]:
+    """How a database lies on the devices.
+
+    Args:
+        count: L.
+        width: D.
+        mesh: see `sharding.make_mesh`.
+        limit: at most this many rows are scored at a time on a device.
+
+    Returns:
+        Shape and sharding of `Database.rows`, and between them its `block`.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in sharding.RULES["batch"]]))
+    rows = -(-count // shards)
+    blocks = -(-rows // limit)
+    block = -(-rows // blocks)
+    by_rows = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
+    return (shards * blocks * block, width), block, by_rows
+
+
+def place(
+    database: np.ndarray, mesh: Mesh, limit: int = 32_768, dtype: str = "float32"
+) -> Database:
+    """Hands a database over to the devices, block by block; the host copies no more than a block.
+
+    Each process reads the rows of its own devices.
+
+    Args:
+        database: [L, D] on the host, perhaps memory-mapped; of any float type.
+        mesh: see `sharding.make_mesh`.
+        limit: see `layout`.
+        dtype: of the rows on the devices, "float32" or "bfloat16".
+    """
+    count, width = database.shape
+    shape, block, by_rows = layout(count, width, mesh, limit)
+    parts = []
+    # Not make_array_from_callback: its transfers count as implicit ones.
+    for device, index in by_rows.addressable_devices_indices_map(shape).items():
+        first, end, _ = index[0].indices(shape[0])
+        on_device = jax.sharding.SingleDeviceSharding(device)
+        part = _zeros((end - first, width), dtype, on_device)
+        for start in range(first, min(end, count), block):
+            rows = np.zeros((block, width), part.dtype)
+            found = database[start : min(start + block, count)]
+            rows[: len(found)] = found
+            part = _write(part, *jax.device_put((rows, np.int32(start - first)), device))
+            part.block_until_ready()  # else the host would hold all blocks
+        parts.append(part)
+    rows = jax.make_array_from_single_device_arrays(shape, by_rows, parts)
+    return Database(rows, count, block)
+
+
 def search(
     queries: np.ndarray,
-    database: np.ndarray,
+    database: np.ndarray | Database,
     k: int,
     query_block: int = 512,
     database_block: int = 32_768,
@@ -22,16 +96,17 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of the database with the highest inner product, for each query.
 
-    The database is split by rows over the batch axes of the mesh. Each device scans its rows in
-    blocks, keeping its best k; one merge ends it. No more than a block of scores exists at a time.
+    Each device scans its rows in blocks, keeping its best k; one merge ends it. No more than a
+    block of scores exists at a time. All processes call it with the same queries, and get the same.
 
     Args:
         queries: f32[Q, D].
-        database: f32[L, D].
+        database: [L, D] on the host, which is placed as float32; or on the devices already.
         k: how many, in [1, L].
         query_block: queries per call; one program is compiled for this many, the last is padded.
         database_block: at most this many rows of the database are scored at a time on a device.
-        mesh: see `sharding.make_mesh`; the first device alone by default.
+        mesh: see `sharding.make_mesh`; the first device alone by default. Like `database_block`,
+            not for a database that is on the devices.
 
     Returns:
         f32[Q, k] inner products, descending, and i32[Q, k] row numbers; ties go to the lower one.
@@ -39,51 +114,66 @@ def search(
     Raises:
         ValueError: k is not in [1, L], widths differ, or an embedding is not finite.
     """
-    queries, database = np.asarray(queries, np.float32), np.asarray(database, np.float32)
-    count, width = database.shape
+    queries = np.asarray(queries, np.float32)
+    placed = isinstance(database, Database)
+    count, width = (database.count, database.rows.shape[1]) if placed else database.shape
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"search: expected queries [Q, {width}], got shape {queries.shape}")
     if not 1 <= k <= count:
         raise ValueError(f"search: expected k in [1, {count}], the rows to search, got {k}")
-    for name, x in (("queries", queries), ("database", database)):
-        if not np.isfinite(x).all():
-            row = int(np.argmin(np.isfinite(x).all(axis=1)))
-            raise ValueError(f"search: expected finite embeddings, got row {row} of {name} not so")
-    if mesh is None:
-        mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-    placed, block = _place(database, database_block, mesh)
-    replicated = sharding.replicated(mesh)
+    if not placed:
+        if mesh is None:
+            mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+        database = place(database, mesh, database_block)
+    mesh = database.rows.sharding.mesh
+    bad = [("queries", row) for row in np.flatnonzero(~np.isfinite(queries).all(axis=1))]
+    row = int(jax.device_get(_first_not_finite(database.rows)))
+    bad += [("database", row)] if row < count else []
+    if bad:
+        name, row = bad[0]
+        raise ValueError(f"search: expected finite embeddings, got row {row} of {name} not so")
     scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int32)
     for start in range(0, len(queries), query_block):
         rows = np.zeros((query_block, width), np.float32)
         part = queries[start : start + query_block]
         rows[: len(part)] = part
         best = _search_block(
-            jax.device_put(rows, replicated), placed, k=k, count=count, block=block, mesh=mesh
+            _everywhere(rows, mesh),
+            database.rows,
+            k=k,
+            count=count,
+            block=database.block,
+            mesh=mesh,
         )
         for out, values in zip((scores, ids), jax.device_get(best)):
             out[start : start + len(part)] = values[: len(part)]
     return scores, ids
 
 
-def _place(database: np.ndarray, limit: int, mesh: Mesh) -> tuple[jax.Array, int]:
-    """The database on the devices, padded to `shards * blocks * block` rows; and `block`."""
-    count, width = database.shape
-    shards = int(np.prod([mesh.shape[axis] for axis in sharding.RULES["batch"]]))
-    rows = -(-count // shards)
-    blocks = -(-rows // limit)
-    block = -(-rows // blocks)
-    shape = (shards * blocks * block, width)
+def _everywhere(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that is the same in all processes, on all devices."""
+    whole = sharding.replicated(mesh)
+    # Not device_put to all: between processes, it compares what they hand over each time.
+    parts = [jax.device_put(x, device) for device in whole.addressable_devices]
+    return jax.make_array_from_single_device_arrays(x.shape, whole, parts)
 
-    def put(device, index):
-        start, stop, _ = index[0].indices(shape[0])
-        part = database[start:stop]
-        return jax.device_put(np.pad(part, ((0, stop - start - len(part)), (0, 0))), device)
 
-    placed = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
-    # Not make_array_from_callback: its transfers count as implicit ones.
-    parts = [put(*item) for item in placed.addressable_devices_indices_map(shape).items()]
-    return jax.make_array_from_single_device_arrays(shape, placed, parts), block
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape, dtype, device):
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), device)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(rows, block, start):
+    return jax.lax.dynamic_update_slice(rows, block, (start, jnp.zeros_like(start)))
+
+
+@jax.jit
+def _first_not_finite(rows: jax.Array) -> jax.Array:
+    """i32[]: the first row that has a NaN or an infinity; as many as there are rows if none has."""
+    finite = jnp.isfinite(rows).all(axis=1)
+    number = jnp.arange(len(rows), dtype=jnp.int32)
+    return jnp.min(jnp.where(finite, len(rows), number))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "count", "block", "mesh"))
@@ -96,6 +186,7 @@ def _search_block(queries, database, *, k: int, count: int, block: int, mesh: Me
 
         def step(best, part):
             number, vectors = part
+            vectors = vectors.astype(queries.dtype)
             scores = jnp.einsum("qd,ld->ql", queries, vectors, precision=_HIGHEST)
             ids = first + number * block + jnp.arange(block)
             scores = jnp.where(ids < count, scores, -jnp.inf)

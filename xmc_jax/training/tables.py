@@ -12,9 +12,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
+from xmc_jax import sharding
 from xmc_jax.training import curriculum
 from xmc_jax.types import Tables
+
+_IN_FLIGHT = 32  # blocks of pairs on the devices, or on their way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +52,25 @@ class TablesConfig:
 class Pairs:
     """The (document, label) pairs of the training set, by label, in blocks of one size.
 
+    They stay on the host: 8 bytes per pair.
+
     Attributes:
-        documents: i32[blocks, size].
+        documents: i32[blocks, size], ascending within a label.
         labels: i32[blocks, size], ascending; L in the padding of the last block.
         counts: f32[L], documents of each label, 1 for a label without any.
     """
 
-    documents: jax.Array
-    labels: jax.Array
-    counts: jax.Array
+    documents: np.ndarray
+    labels: np.ndarray
+    counts: np.ndarray
 
 
 def label_pairs(
     indptr: np.ndarray, indices: np.ndarray, num_labels: int, block: int = 16384
 ) -> Pairs:
-    """The pairs of a CSR of positives, as numpy arrays to put on the device once.
+    """The pairs of a CSR of positives.
+
+    50M pairs take a few seconds and, for their duration, 1 GB.
 
     Args:
         indptr: i64[N + 1].
@@ -70,43 +78,81 @@ def label_pairs(
         num_labels: L.
         block: pairs per block, which bounds what `centroids_of` holds at a time.
     """
-    documents = np.repeat(np.arange(len(indptr) - 1, dtype=np.int32), np.diff(indptr))
-    by_label = np.argsort(indices, kind="stable")
-    block = max(min(block, len(indices)), 1)
-    padding = (0, -len(indices) % block)
+    # Sorted as one number, label before document: several times as fast as an argsort of labels.
+    keys = np.asarray(indices).astype(np.uint64) << np.uint64(32)
+    keys |= np.repeat(np.arange(len(indptr) - 1, dtype=np.uint32), np.diff(indptr))
+    keys.sort()
+    block = max(min(block, len(keys)), 1)
+    blocks = -(-len(keys) // block)
+    documents, labels = np.zeros((2, blocks * block), np.int32)
+    documents[: len(keys)] = keys & np.uint64(0xFFFFFFFF)
+    labels[: len(keys)] = keys >> np.uint64(32)
+    labels[len(keys) :] = num_labels
     counts = np.bincount(indices, minlength=num_labels).astype(np.float32)
     return Pairs(
-        documents=np.pad(documents[by_label], padding).reshape(-1, block),
-        labels=np.pad(indices[by_label], padding, constant_values=num_labels)
-        .astype(np.int32)
-        .reshape(-1, block),
+        documents=documents.reshape(blocks, block),
+        labels=labels.reshape(blocks, block),
         counts=np.maximum(counts, 1),
     )
 
 
-@jax.jit
 def centroids_of(bank: jax.Array, pairs: Pairs) -> jax.Array:
     """The mean embedding of each label's training documents, not normalised again.
 
+    The pairs are handed over block by block; sums and bank stay split by width, so that adding a
+    block is local to each device. Beside the bank, a device holds its part of the sums in float32.
+
     Args:
         bank: [N, D], unit embeddings of the training documents.
-        pairs: of `label_pairs`.
+        pairs: of `label_pairs`, on the host; the same on all processes.
 
     Returns:
-        [L, D] of the bank's dtype, summed in float32; 0 for a label without training documents.
+        [L, D] of the bank's dtype, split as the bank, summed in float32; 0 for a label without
+        training documents.
 
     Source: PRIME; ViXML reference, utils.py, train (pyxclib, compute_centroid).
     """
+    return _means(bank, pairs).astype(bank.dtype)
+
+
+def _means(bank: jax.Array, pairs: Pairs) -> jax.Array:
+    """`centroids_of`, float32 (or more, as the bank)."""
+    mesh = curriculum.mesh_of(bank)
     dtype = jnp.promote_types(bank.dtype, jnp.float32)
+    sums = _zeros((len(pairs.counts), bank.shape[1]), dtype, mesh)
+    for i, (documents, labels) in enumerate(zip(pairs.documents, pairs.labels)):
+        if i % _IN_FLIGHT == 0:
+            sums.block_until_ready()  # else all blocks would wait on the devices
+        sums = _add(sums, bank, documents, labels, mesh=mesh)
+    return _divide(sums, pairs.counts)
 
-    def add(sums, block):
-        documents, labels = block
-        rows = bank[documents].astype(dtype)
-        return sums.at[labels].add(rows, mode="drop", indices_are_sorted=True), None
 
-    sums = jnp.zeros((len(pairs.counts), bank.shape[1]), dtype)
-    sums, _ = jax.lax.scan(add, sums, (pairs.documents, pairs.labels))
-    return (sums / pairs.counts[:, None]).astype(bank.dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, int], dtype: jnp.dtype, mesh: Mesh) -> jax.Array:
+    by_width = sharding.named((None, "table_width"), shape, mesh, "sums")
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), by_width)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
+def _add(
+    sums: jax.Array, bank: jax.Array, documents: jax.Array, labels: jax.Array, *, mesh: Mesh
+) -> jax.Array:
+    """Adds rows of the bank to the sums of their labels, which ascend; L and more is dropped."""
+
+    def local(sums, bank, documents, labels):
+        rows = bank.at[documents].get(mode="promise_in_bounds").astype(sums.dtype)
+        return sums.at[labels].add(rows, mode="drop", indices_are_sorted=True)
+
+    table = sharding.spec((None, "table_width"), bank.shape, mesh, "bank")
+    whole = PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=(table, table, whole, whole), out_specs=table)(
+        sums, bank, documents, labels
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _divide(sums: jax.Array, counts: jax.Array) -> jax.Array:
+    return sums / counts[:, None]
 
 
 def leave_one_out(
@@ -219,7 +265,7 @@ def num_free_vectors(num_labels: int, shared: int, private: int) -> int:
 
 def free_vector_map(
     label_unit: jax.Array, frequency: np.ndarray, shared: int, private: int, key: jax.Array
-) -> jax.Array:
+) -> np.ndarray:
     """Which free vector each label uses, for the whole run.
 
     Rows 0 to `private` - 1 belong to the most frequent labels, one each, in order of falling
@@ -227,14 +273,16 @@ def free_vector_map(
     clusters of their embeddings; where there are as many rows as labels, each has its own.
 
     Args:
-        label_unit: f32[L, D], embeddings of the label texts by the untrained model.
+        label_unit: [L, D], embeddings of the label texts by the untrained model, float32 or
+            bfloat16; a table, whole or split by width.
         frequency: i64[L] on the host, training documents of each label.
         shared: see `num_free_vectors`.
         private: see `num_free_vectors`.
         key: device key, of the KMEANS stream.
 
     Returns:
-        i32[L], in [0, num_free_vectors(L, shared, private)).
+        i32[L] on the host, the same on all processes, in
+        [0, num_free_vectors(L, shared, private)).
 
     Raises:
         ValueError: see `num_free_vectors`.
@@ -249,29 +297,28 @@ def free_vector_map(
     by_frequency = np.argsort(-np.asarray(frequency, np.int64), kind="stable")
     head, tail = by_frequency[:private], np.sort(by_frequency[private:])
     if rows == num_labels:
-        of_tail = jnp.arange(len(tail), dtype=jnp.int32)
+        of_tail = np.arange(len(tail))
     else:
-        members = jnp.take(label_unit, jax.device_put(tail), axis=0)
-        _, of_tail = curriculum.balanced_kmeans(members, shared, key)
-    labels = jax.device_put(np.concatenate([head, tail]).astype(np.int32))
-    vectors = jnp.concatenate([jnp.arange(private, dtype=jnp.int32), private + of_tail])
-    return jnp.zeros(num_labels, jnp.int32).at[labels].set(vectors, unique_indices=True)
+        _, leaf_of = curriculum.balanced_kmeans(label_unit, shared, key, rows=tail)
+        of_tail = jax.device_get(leaf_of)[tail]
+    vector_of = np.empty(num_labels, np.int32)
+    vector_of[head] = np.arange(private)
+    vector_of[tail] = private + of_tail
+    return vector_of
 
 
-@functools.partial(jax.jit, static_argnames="num_rows")
-def cluster_means(label_unit: jax.Array, free_vector_of: jax.Array, num_rows: int) -> jax.Array:
+def cluster_means(label_unit: jax.Array, free_vector_of: np.ndarray, num_rows: int) -> jax.Array:
     """Initial free vectors: the mean embedding of the labels that use each.
 
     Args:
-        label_unit: f32[L, D], unit embeddings of the label texts by the untrained model.
+        label_unit: [L, D], as in `free_vector_map`.
         free_vector_of: i32[L], of `free_vector_map`.
         num_rows: C.
 
     Returns:
-        f32[C, D]; 0 for a vector that no label uses.
+        f32[C, D], split by width as `label_unit`; 0 for a vector that no label uses.
 
     Source: ViXML reference, utils.py, initialize_clusters (`--init_fv_w_embeddings`).
     """
-    sums = jax.ops.segment_sum(label_unit, free_vector_of, num_rows)
-    counts = jnp.bincount(free_vector_of, length=num_rows)
-    return sums / jnp.maximum(counts, 1)[:, None]
+    one_each = np.arange(len(free_vector_of) + 1)
+    return _means(label_unit, label_pairs(one_each, np.asarray(free_vector_of), num_rows))

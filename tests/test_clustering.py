@@ -1,0 +1,40 @@
+"""benchmarks/clustering.py: the reference's algorithm in numpy, and ours beside it."""
+
+import numpy as np
+import pytest
+
+from benchmarks import clustering
+from xmc_jax.training import curriculum
+
+
+def blobs(n: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors around points of a hierarchy, as texts lie: topics within topics."""
+    rng = np.random.default_rng(seed)
+    x = sum(
+        rng.standard_normal((count, 24), np.float32)[rng.integers(count, size=n)] * weight
+        for count, weight in ((6, 1.0), (40, 0.7), (n, 0.5))
+    )
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_cosine_is_that_of_points_to_their_leafs_mean():
+    unit, order = blobs(11), np.random.default_rng(1).permutation(11)
+    total = 0
+    for leaf in np.split(order, np.cumsum(curriculum.leaf_sizes(11, 4))[:-1]):
+        mean = unit[leaf].mean(0)
+        total += (unit[leaf] @ mean / np.linalg.norm(mean)).sum()
+    assert clustering.cosine(unit, order, 4) == pytest.approx(total / 11, rel=1e-5)
+
+
+def test_the_reference_makes_balanced_leaves_of_likes():
+    unit = blobs(203)
+    order = clustering.reference(unit, 8, np.random.default_rng(0))
+    assert sorted(order) == list(range(203))
+    shuffled = np.random.default_rng(1).permutation(203)
+    assert clustering.cosine(unit, order, 8) > clustering.cosine(unit, shuffled, 8) + 0.2
+
+
+def test_leaves_are_at_least_as_alike_as_the_references():
+    found = clustering.compare(blobs(2000), 128, seeds=3)
+    assert found["ours"].shape == found["reference"].shape == (3, 2)
+    assert found["ours"][:, 0].mean() >= found["reference"][:, 0].mean()
