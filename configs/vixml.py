@@ -136,7 +136,7 @@ BASE = {
         "ema_decay": 0.95,  # [script]
         "dtype": "float32",
     },
-    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "replicate": ()},
     "train": {
         "batch_size": 2048,  # [V] supp. A
         "epochs": 300,  # [V] supp. A: encoders, text only; 150 with images

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from xmc_jax import distributed
 from xmc_jax.data import bundled, prepare, prompts, store, synthetic, tokenizer
 from xmc_jax.data import images as image_folders
 from xmc_jax.models import backbone, hf, hf_export
@@ -30,28 +31,7 @@ def run(fields: Mapping[str, Any]) -> Run:
 
 def data(fields: Mapping[str, Any]) -> store.Store:
     """The dataset folder of a config, with its image folder; what is not there is made."""
-    section, source = fields["data"], _tokenizer(fields)
-    opened = store.open(
-        prepare.prepare(
-            prepare.PrepareConfig(
-                dataset=_dataset(section),
-                data_dir=section["data_dir"],
-                tokenizer=str(source.folder),
-                tokenizer_name=pathlib.PurePath(source.name).name,
-                max_length=section["max_length"],
-                raw=_raw(section),
-                special_tokens=not _decodes(fields),
-                encoding=section["encoding"],
-                text=section["text"],
-                propensity=(section["propensity_a"], section["propensity_b"]),
-                validation_fraction=section["validation_fraction"],
-                seed=section["validation_seed"],
-            )
-        )
-    )
-    if section["images"]["name"] is None:
-        return opened
-    return opened.with_images(_images(section), section["images"]["per_item"])
+    return distributed.first_then_others("data", lambda: _data(fields))
 
 
 def export(
@@ -83,9 +63,7 @@ def export(
                 "export.format: expected 'merged' for a backbone with random weights, which nobody "
                 "can load adapters onto, got 'adapter'"
             )
-        hf_export.adapter(
-            folder, params["backbone"], run.sizes, source=run.source, **common
-        )
+        hf_export.adapter(folder, params["backbone"], run.sizes, source=run.source, **common)
     else:
         dtype = config.export.dtype
         hf_export.merged(folder, params["backbone"], run.sizes, dtype=dtype, **common)
@@ -105,6 +83,31 @@ def export(
     else:
         tokenizer.copy(source, folder)
     return folder
+
+
+def _data(fields: Mapping[str, Any]) -> store.Store:
+    section, source = fields["data"], _tokenizer(fields)
+    opened = store.open(
+        prepare.prepare(
+            prepare.PrepareConfig(
+                dataset=_dataset(section),
+                data_dir=section["data_dir"],
+                tokenizer=str(source.folder),
+                tokenizer_name=pathlib.PurePath(source.name).name,
+                max_length=section["max_length"],
+                raw=_raw(section),
+                special_tokens=not _decodes(fields),
+                encoding=section["encoding"],
+                text=section["text"],
+                propensity=(section["propensity_a"], section["propensity_b"]),
+                validation_fraction=section["validation_fraction"],
+                seed=section["validation_seed"],
+            )
+        )
+    )
+    if section["images"]["name"] is None:
+        return opened
+    return opened.with_images(_images(section), section["images"]["per_item"])
 
 
 def _dataset(section: Mapping[str, Any]) -> str:

@@ -62,13 +62,13 @@ def main(argv: list[str]) -> int:
     del argv
     # Imported here, so that a mistyped flag is answered at once.
     from xmc_jax import build, checkpoint, distributed
-    from xmc_jax.retrieval import evaluate, scann
+    from xmc_jax.retrieval import evaluate, exact, scann
     from xmc_jax.training import loop
     from xmc_jax.training.config import RunConfig
 
     fields = _CONFIG.value.to_dict()
     mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
-    run = RunConfig.from_dict(fields)
+    config = RunConfig.from_dict(fields)
     distributed.agree("--mode", [mode, str(workdir), _STEP.value])
     distributed.agree("config", fields)
     if mode == "prepare":
@@ -77,31 +77,31 @@ def main(argv: list[str]) -> int:
         return _train(fields, workdir)
 
     checkpoint.read_config(workdir)  # an absent run is answered before anything is loaded
-    program = build.program(fields)
-    distributed.agree("provenance", program.provenance())
-    checkpoint.check_config(workdir, fields | {"provenance": program.provenance()}, new=False)
-    step, state = loop.restore(program, workdir, _STEP.value)
+    run = build.run(fields)
+    distributed.agree("provenance", run.provenance())
+    checkpoint.check_config(workdir, fields | {"provenance": run.provenance()}, new=False)
+    step, state = loop.restore(run, workdir, _STEP.value)
     if mode == "evaluate":
         # Apart from what training left: the settings may be others.
-        workdir, evaluation = workdir / "evaluate", program.evaluate(state)
-        _show(workdir, step, _write(workdir, step, {}, evaluation), evaluation, program.data)
+        workdir, evaluation = workdir / "evaluate", run.evaluate(state)
+        _show(workdir, step, _write(workdir, step, {}, evaluation), evaluation, run.data)
     elif mode == "embed":
         folder = workdir / "embeddings" / str(step)
         folder.mkdir(parents=True, exist_ok=True)
         for split in ("test", "train"):
-            program.embed(state.params, split, out=folder / f"{split}.npy")
-        program.embed_index(state, out=folder / "label.npy")
+            run.embed_to(state.params, split, folder / f"{split}.npy")
+        run.embed_index_to(state, folder / "label.npy")
         print(f"wrote test.npy, train.npy and label.npy to {folder}")
     elif mode == "index":
-        labels, folder = program.embed_index(state), workdir / "index" / str(step)
-        documents = program.embed(state.params, "test")
+        labels, folder = exact.to_host(run.embed_index(state)), workdir / "index" / str(step)
+        documents = run.embed(state.params, "test")
         if distributed.is_first():
-            scann.ScannIndex.build(labels, run.eval.scann).save(folder)
+            scann.ScannIndex.build(labels, config.eval.scann).save(folder)
             index = scann.ScannIndex.load(folder, labels)
-            found = scann.compare(index, labels, documents, min(run.eval.k, len(labels)))
+            found = scann.compare(index, labels, documents, min(config.eval.k, len(labels)))
             print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
     elif mode == "export":
-        print(f"wrote {build.export(fields, program, state, workdir)}")
+        print(f"wrote {build.export(fields, run, state, workdir)}")
     return 0
 
 
@@ -131,19 +131,19 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
         own = _override(fields, differing) | {"baseline": {}}
         runs.insert(0, (name, workdir / "baseline", own))
     for name, folder, own in runs:
-        program = build.program(own)
-        distributed.agree("provenance", program.provenance())
-        checkpoint.check_config(folder, own | {"provenance": program.provenance()}, new=True)
+        run = build.run(own)
+        distributed.agree("provenance", run.provenance())
+        checkpoint.check_config(folder, own | {"provenance": run.provenance()}, new=True)
         logging.info("%s: %s", folder, name or fields["name"])
         try:
-            trained = loop.train(program, folder)
+            trained = loop.train(run, folder)
         except loop.Interrupted as interrupted:
             logging.info("%s", interrupted)
             return _BY_SIGNAL + interrupted.signum
         zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
         found = _write(folder, trained.step, zero_shot, trained.evaluation)
         if folder == workdir:
-            _show(folder, trained.step, found, trained.evaluation, program.data, rows)
+            _show(folder, trained.step, found, trained.evaluation, run.data, rows)
         rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
     return 0
 

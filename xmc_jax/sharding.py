@@ -15,6 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
+Axis = str | tuple[str, int] | None
+"""Logical name of an array's axis. ("kv", 2) is an axis of two heads, none of which is split."""
+
 # Logical axis -> mesh axes that split it. `token_width` (embedding tables) is split by width over
 # both parameter axes: split as (vocab, embed), XLA replicates the gathered activations.
 RULES: dict[str, tuple[str, ...]] = {
@@ -29,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": (),
     "rank": (),
 }
+SPLIT = tuple(name for name, axes in RULES.items() if axes and name != "batch")
 # Tables are split by width, so that writing and reading rows is local; by rows, every write gathers
 # the batch.
 TABLE_WIDTH = (("data", "fsdp"), ("data",), ("fsdp",))
@@ -42,11 +46,19 @@ class MeshConfig:
         data: copies of the parameters; -1 takes every device the other axes leave.
         fsdp: shards of parameters, gathered where they are used.
         tensor: shards of heads and feed-forward width.
+        replicate: logical axes of parameters that are not split after all, such as ("kv",) where
+            there are fewer key-value heads than `tensor`.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    replicate: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        unknown = [name for name in self.replicate if name not in SPLIT]
+        if unknown:
+            raise ValueError(f"mesh.replicate: expected names of {SPLIT}, got {unknown}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -77,7 +89,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def spec(
-    logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str
+    logical: tuple[Axis, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    name: str | None,
+    replicate: Sequence[str] = (),
 ) -> PartitionSpec:
     """The mesh axes of an array from the logical names of its axes.
 
@@ -85,48 +101,58 @@ def spec(
         logical: one name of `RULES`, "table_width" or None for each axis.
         shape: the array's shape.
         mesh: see `make_mesh`.
-        name: what to call the array in an error.
+        name: what to call the array in an error; None if it may be padded.
+        replicate: see `MeshConfig`.
 
     Raises:
         ValueError: a mesh axis does not divide the array's axis.
     """
     parts = []
     for axis, size in zip(logical, shape, strict=True):
+        axis, units = axis if isinstance(axis, tuple) else (axis, size)
         if axis == "table_width":
             fitting = [c for c in TABLE_WIDTH if size % _extent(mesh, c) == 0]
             mesh_axes = max(fitting, key=lambda c: _extent(mesh, c), default=())
         else:
-            mesh_axes = () if axis is None else RULES[axis]
+            mesh_axes = () if axis is None or axis in replicate else RULES[axis]
         extent = _extent(mesh, mesh_axes)
-        if size % extent:
+        if units % extent and name is not None:
+            what = f"size {size}" if units == size else f"{units} heads"
+            remedy = f", or --config.mesh.replicate=\"('{axis}',)\"" if axis in SPLIT else ""
             raise ValueError(
-                f"sharding: {name} {shape}: axis {axis!r} of size {size} does not divide into "
-                f"the {extent} shards of mesh axes {mesh_axes}; choose a mesh whose sizes divide it"
+                f"sharding: {name} {shape}: axis {axis!r} of {what} does not divide into the "
+                f"{extent} shards of mesh axes {mesh_axes}; choose a mesh whose sizes divide it"
+                + remedy
             )
         parts.append(mesh_axes if extent > 1 else None)
     return PartitionSpec(*parts)
 
 
 def named(
-    logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str
+    logical: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh, name: str
 ) -> NamedSharding:
     """`spec` as a NamedSharding on `mesh`."""
     return NamedSharding(mesh, spec(logical, shape, mesh, name))
 
 
-def of_params(boxed: Any, mesh: Mesh) -> Any:
+def of_params(boxed: Any, mesh: Mesh, replicate: Sequence[str] = ()) -> Any:
     """NamedShardings of a parameter tree as `Module.init` gives it, boxed with logical names.
 
     Args:
         boxed: tree (abstract or not) whose leaves are `nn.LogicallyPartitioned`, or plain arrays,
             which are replicated.
         mesh: see `make_mesh`.
+        replicate: see `MeshConfig`.
+
+    Raises:
+        ValueError: an axis does not divide; names the parameter.
     """
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if isinstance(leaf, nn.Partitioned):
-            return named(leaf.names, leaf.value.shape, mesh, name)
+            parts = spec(leaf.names, leaf.value.shape, mesh, name, replicate)
+            return NamedSharding(mesh, parts)
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(
@@ -169,7 +195,9 @@ def local_rows(size: int, mesh: Mesh) -> np.ndarray:
         ValueError: the batch does not divide over the devices.
     """
     split = named(("batch",), (size,), mesh, "batch")
-    parts = {index[0].indices(size) for index in split.addressable_devices_indices_map((size,)).values()}
+    parts = {
+        index[0].indices(size) for index in split.addressable_devices_indices_map((size,)).values()
+    }
     return np.concatenate([np.arange(*part) for part in sorted(parts)])
 
 
@@ -211,17 +239,34 @@ def _gathered(x: jax.Array, whole: NamedSharding) -> jax.Array:
     return jax.jit(lambda x: x, out_shardings=whole)(x)
 
 
-def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+def constrain(x: jax.Array, *logical: Axis, name: str | None = None) -> jax.Array:
     """Within `under`, pins an activation to logical axes; does nothing elsewhere.
 
     Args:
         x: an array.
-        *logical: one name of `RULES` or None for each axis of x.
+        *logical: as of `spec`; axes after those named are not split.
+        name: as of `spec`.
+
+    Raises:
+        ValueError: it has a name, and a mesh axis does not divide one of its axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(logical, x.shape, mesh, "activation"))
+    logical += (None,) * (x.ndim - len(logical))
+    return jax.lax.with_sharding_constraint(x, spec(logical, x.shape, mesh, name))
+
+
+def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """`table[ids]`, split like a batch.
+
+    Args:
+        table: [n, D], split by width: rows are read where they lie, and one all-to-all of what is
+            read follows; neither the table nor the result is ever whole on a device.
+        ids: i32[m, ...].
+    """
+    by_width = constrain(table[ids], *(None,) * ids.ndim, "table_width")
+    return constrain(by_width, "batch")
 
 
 def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from xmc_jax import sharding
 from xmc_jax.models import fusion, layers
+from xmc_jax.sharding import Axis
 
 FAMILIES = ("bert", "distilbert")
 ACTIVATIONS = {
@@ -185,7 +186,7 @@ class Layer(nn.Module):
             self, (c.attention_dropout, c.dropout, c.dropout), self.deterministic
         )
 
-        def dense(name: str, features: int, axes: tuple[str, str], x: jax.Array) -> jax.Array:
+        def dense(name: str, features: int, axes: tuple[Axis, Axis], x: jax.Array) -> jax.Array:
             return layers.Dense(
                 features,
                 axes,
@@ -198,11 +199,11 @@ class Layer(nn.Module):
 
         def heads(name: str) -> jax.Array:
             # Three products: one of [D, 3D] saves 1 % on CPU and would blur mapping and sharding.
-            y = dense(name, c.hidden, ("embed", "heads"), x)
+            y = dense(name, c.hidden, ("embed", ("heads", c.heads)), x)
             return y.reshape(*y.shape[:2], c.heads, -1)
 
         y = layers.attention(heads("query"), heads("key"), heads("value"), mask, drop_probabilities)
-        y = dense("out", c.hidden, ("heads", "embed"), y)
+        y = dense("out", c.hidden, (("heads", c.heads), "embed"), y)
         x = layers.LayerNorm(c.eps, name="attention_norm")(x + drop_attention(y))
         y = dense("up", c.ff, ("embed", "mlp"), x)
         # Recomputed in the backward pass: a quarter less memory at no cost in time.
@@ -217,7 +218,7 @@ class Bert(nn.Module):
 
     Attributes:
         config: see `BertConfig`.
-        dtype: of activations and products; norms and softmax are float32.
+        dtype: of activations and products; norms and softmax are float32 at least.
         remat: what of a layer is kept for the backward pass; see `layers.stack`.
         lora: adapters of the layers `PROJECTIONS`.
     """

@@ -53,9 +53,11 @@ class TransformerCombiner(nn.Module):
             raise ValueError(f"prime.heads: expected a divisor of D = {D}, got {self.heads}")
         drops = layers.dropouts(self, (self.dropout,) * 4, deterministic)
         drop_probabilities, drop_attention, drop_activations, drop_output = drops
+        x = layers.wide(jnp.stack([pooled, free, centroid], axis=1))
+        dense = functools.partial(layers.Dense, dtype=x.dtype)
         # torch draws in_proj as one [3D, D] matrix: fan_in + fan_out = 4D.
         project = functools.partial(
-            layers.Dense, D, ("embed", "heads"), kernel_init=_uniform(math.sqrt(6 / (4 * D)))
+            dense, D, ("embed", ("heads", self.heads)), _uniform(math.sqrt(6 / (4 * D)))
         )
         by_width, by_ff_dim = _uniform(D**-0.5), _uniform(self.ff_dim**-0.5)
 
@@ -63,15 +65,14 @@ class TransformerCombiner(nn.Module):
             y = project(name=name)(x)
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        x = jnp.stack([pooled, free, centroid], axis=1).astype(jnp.float32)
         y = layers.attention(
             heads("query"), heads("key"), heads("value"), dropout=drop_probabilities
         )
-        y = layers.Dense(D, ("heads", "embed"), by_width, name="out")(y)
+        y = dense(D, (("heads", self.heads), "embed"), by_width, name="out")(y)
         x = layers.LayerNorm(1e-5, name="norm1")(x + drop_attention(y))
-        y = layers.Dense(self.ff_dim, ("embed", "mlp"), by_width, by_width, name="up")(x)
+        y = dense(self.ff_dim, ("embed", "mlp"), by_width, by_width, name="up")(x)
         y = drop_activations(jax.nn.gelu(y, approximate=False))
-        y = layers.Dense(D, ("mlp", "embed"), by_ff_dim, by_ff_dim, name="down")(y)
+        y = dense(D, ("mlp", "embed"), by_ff_dim, by_ff_dim, name="down")(y)
         x = layers.LayerNorm(1e-5, name="norm2")(x + drop_output(y))
         return layers.normalize(x.mean(axis=1))
 

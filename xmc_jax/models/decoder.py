@@ -10,6 +10,7 @@ import numpy as np
 from xmc_jax import sharding
 from xmc_jax.models import fusion, layers
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
+from xmc_jax.sharding import Axis
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 
@@ -63,7 +64,7 @@ class Layer(nn.Module):
             )
         (drop,) = layers.dropouts(self, (c.attention_dropout,), self.deterministic)
 
-        def dense(name: str, features: int, axes: tuple[str, str], x: jax.Array, bias=False):
+        def dense(name: str, features: int, axes: tuple[Axis, Axis], x: jax.Array, bias=False):
             return layers.Dense(
                 features,
                 axes,
@@ -79,7 +80,7 @@ class Layer(nn.Module):
             return layers.RMSNorm(c.eps, c.norm_offset, axis, name=name)(x)
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
-            y = dense(name, count * c.head_dim, ("embed", axis), normed, c.qkv_bias)
+            y = dense(name, count * c.head_dim, ("embed", (axis, count)), normed, c.qkv_bias)
             return y.reshape(*y.shape[:2], count, c.head_dim)
 
         normed = norm("attention_norm", x)
@@ -90,7 +91,7 @@ class Layer(nn.Module):
         value = heads("value", c.kv_heads, "kv")
         scale = (c.query_width or c.head_dim) ** -0.5
         y = layers.attention(query, key, value, masks, drop, scale)
-        y = dense("out", c.hidden, ("heads", "embed"), y, c.out_bias)
+        y = dense("out", c.hidden, (("heads", c.heads), "embed"), y, c.out_bias)
         x += norm("attention_post_norm", y) if c.post_norms else y
 
         normed = norm("mlp_norm", x)
@@ -164,11 +165,11 @@ class Decoder(nn.Module):
         positions = jnp.arange(S)[None] if positions is None else positions
         behind = jnp.arange(S)[:, None] - jnp.arange(S)
         causal = (behind >= 0)[None, None]
-        rotary, mask, sliding = _rotary(positions, c, c.rope_theta, c.rope), causal, None
+        rotary, mask, sliding = self._rotary(positions, c.rope_theta, c.rope), causal, None
         if c.sliding:
             local = rotary
             if c.local_rope_theta is not None:
-                local = _rotary(positions, c, c.local_rope_theta, RopeScaling())
+                local = self._rotary(positions, c.local_rope_theta, RopeScaling())
             apart = positions[:, :, None] - positions[:, None]
             rotary = (rotary, local)
             mask = (causal, causal & (apart < c.window)[:, None])
@@ -183,6 +184,7 @@ class Decoder(nn.Module):
         x = layers.RMSNorm(c.eps, c.norm_offset, name="final_norm")(x)
         return (x, jnp.concatenate([first[None], outputs[:-1], x[None]])) if hidden_states else x
 
-
-def _rotary(positions: jax.Array, c: DecoderConfig, theta: float, rope: RopeScaling):
-    return layers.rotary_tables(positions, rotary_frequencies(theta, c.head_dim, rope))
+    def _rotary(self, positions: jax.Array, theta: float, rope: RopeScaling):
+        frequencies = rotary_frequencies(theta, self.config.head_dim, rope)
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        return layers.rotary_tables(positions, frequencies.astype(dtype))

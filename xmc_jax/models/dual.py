@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xmc_jax import rng
+from xmc_jax import rng, sharding
 from xmc_jax.models import backbone, fusion, layers
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
@@ -191,9 +191,11 @@ class DualEncoder(nn.Module):
         sequence = fusion.compose(inputs, self.prompts, self.order, self.positions)
         images = (self.projection(inputs.images), sequence.images) if width else None
         lengths = sequence.lengths
-        hidden = self.backbone(
-            sequence.tokens, lengths, deterministic, positions=sequence.positions, images=images
-        ).astype(jnp.float32)
+        hidden = layers.wide(
+            self.backbone(
+                sequence.tokens, lengths, deterministic, positions=sequence.positions, images=images
+            )
+        )
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         elif self.pooling == "last":
@@ -221,7 +223,7 @@ class DualEncoder(nn.Module):
         Returns:
             unit f32[n, D].
         """
-        free = self.free_vectors[free_vector_ids]
+        free = sharding.rows(self.free_vectors, free_vector_ids)
         return self.combiner(pooled, free, centroids, deterministic)
 
     def __call__(self, inputs: Inputs) -> EncoderOutput:

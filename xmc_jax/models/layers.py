@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xmc_jax.sharding import Axis
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -88,7 +90,7 @@ class Dense(nn.Module):
     """
 
     features: int
-    axes: tuple[str | None, str | None]
+    axes: tuple[Axis, Axis]
     kernel_init: Initializer
     bias_init: Initializer | None = nn.initializers.zeros
     dtype: jnp.dtype = jnp.float32
@@ -99,7 +101,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> dtype[..., features]."""
 
-        def param(name: str, init: Initializer, axes: tuple[str | None, ...], *shape: int):
+        def param(name: str, init: Initializer, axes: tuple[Axis, ...], *shape: int):
             value = self.param(name, nn.with_logical_partitioning(init, axes), shape)
             return value.astype(self.dtype)
 
@@ -127,7 +129,7 @@ def uniform(bound: float) -> Initializer:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, in float32 whatever comes in.
+    """Layer normalisation over the last axis, `wide` whatever comes in.
 
     Attributes:
         eps: added to the variance.
@@ -143,14 +145,14 @@ class LayerNorm(nn.Module):
             return self.param(name, nn.with_logical_partitioning(init, ("embed",)), x.shape[-1:])
 
         scale, bias = param("scale", nn.initializers.ones), param("bias", nn.initializers.zeros)
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
+        y = wide(x)
+        centred = y - y.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square over the last axis, in float32 whatever comes in.
+    """Division by the root mean square over the last axis, `wide` whatever comes in.
 
     Attributes:
         eps: added to the mean square.
@@ -167,14 +169,14 @@ class RMSNorm(nn.Module):
         """[..., D] -> the same shape and dtype."""
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), x.shape[-1:])
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return (normed * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+        y = wide(x)
+        normed = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (normed * (wide(scale) + self.offset)).astype(x.dtype)
 
 
 def rotary_tables(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, f32[..., S, 1, W/2], of i32[..., S] positions and f32[W/2] frequencies."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    """Cosine and sine, f[..., S, 1, W/2], of i32[..., S] positions and f[W/2] frequencies."""
+    angles = positions[..., None, None].astype(frequencies.dtype) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -183,7 +185,7 @@ def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
 
     Source: Su et al., arXiv 2104.09864; the order of pairs is Hugging Face's.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(wide(x), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
@@ -196,7 +198,7 @@ def attention(
     dropout: Callable[[jax.Array], jax.Array] = lambda x: x,
     scale: float | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32.
+    """Scaled dot-product attention, softmax in float32 or wider.
 
     Written out because `jax.nn.dot_product_attention` cannot drop probabilities; it compiles to the
     same program on CPU, and sequences are too short (T <= 256) for a fused kernel to gain.
@@ -214,10 +216,11 @@ def attention(
     """
     n, T, H, W = query.shape
     query = query.reshape(n, T, key.shape[2], -1, W)
-    scores = jnp.einsum("ntgrw,nsgw->ngrts", query, key, preferred_element_type=jnp.float32)
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("ntgrw,nsgw->ngrts", query, key, preferred_element_type=dtype)
     scores *= W**-0.5 if scale is None else scale
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(dtype).min)
     probabilities = dropout(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
     return jnp.einsum("ngrts,nsgw->ntgrw", probabilities, value).reshape(n, T, H * W)
 
@@ -300,7 +303,12 @@ def stack(
     )
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """x in float32, or as it is where it is wider: what norms and losses are computed in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def normalize(x: jax.Array) -> jax.Array:
     """[..., D] -> f32[..., D] of length one; a zero vector stays zero, with a finite gradient."""
-    x = x.astype(jnp.float32)
+    x = wide(x)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

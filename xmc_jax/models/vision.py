@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from xmc_jax import sharding
 from xmc_jax.models import layers
+from xmc_jax.sharding import Axis
 
 FAMILIES = ("siglip", "vit")
 ACTIVATIONS = {
@@ -172,7 +173,7 @@ class Layer(nn.Module):
         """f32[n, T, D] -> f32[n, T, D], and that again as a scanned output if asked."""
         c = self.config
 
-        def dense(name: str, features: int, axes: tuple[str, str], x: jax.Array, bias=True):
+        def dense(name: str, features: int, axes: tuple[Axis, Axis], x: jax.Array, bias=True):
             return layers.Dense(
                 features,
                 axes,
@@ -183,12 +184,12 @@ class Layer(nn.Module):
             )(x)
 
         def heads(name: str) -> jax.Array:
-            y = dense(name, c.hidden, ("embed", "heads"), normed, c.qkv_bias)
+            y = dense(name, c.hidden, ("embed", ("heads", c.heads)), normed, c.qkv_bias)
             return y.reshape(*y.shape[:2], c.heads, -1)
 
         normed = layers.LayerNorm(c.eps, name="attention_norm")(x)
         y = _attention(heads("query"), heads("key"), heads("value"))
-        x += dense("out", c.hidden, ("heads", "embed"), y)
+        x += dense("out", c.hidden, (("heads", c.heads), "embed"), y)
 
         normed = layers.LayerNorm(c.eps, name="mlp_norm")(x)
         y = ACTIVATIONS[c.hidden_act](dense("up", c.ff, ("embed", "mlp"), normed))
@@ -237,7 +238,7 @@ class Head(nn.Module):
             value = self.param(name, nn.with_logical_partitioning(init, axes), shape)
             return jnp.asarray(value, self.dtype)
 
-        def dense(name: str, features: int, axes: tuple[str, str], x: jax.Array) -> jax.Array:
+        def dense(name: str, features: int, axes: tuple[Axis, Axis], x: jax.Array) -> jax.Array:
             return layers.Dense(features, axes, kernel_init=_normal, dtype=self.dtype, name=name)(x)
 
         def heads(y: jax.Array) -> jax.Array:
@@ -250,7 +251,7 @@ class Head(nn.Module):
         query = jnp.broadcast_to(probe @ weight[:D].T + bias[:D], (len(x), 1, D))
         key, value = jnp.split(x.astype(self.dtype) @ weight[D:].T + bias[D:], 2, axis=-1)
         x = layers.attention(heads(query), heads(key), heads(value))
-        x = dense("out", D, ("heads", "embed"), x).astype(jnp.float32)
+        x = dense("out", D, (("heads", c.heads), "embed"), x).astype(jnp.float32)
 
         y = layers.LayerNorm(c.eps, name="norm")(x)
         y = ACTIVATIONS[c.hidden_act](dense("up", c.ff, ("embed", "mlp"), y))

@@ -37,6 +37,7 @@ def to_host(
     Raises:
         ValueError: there is nothing to encode.
     """
+    _check(split, batch_size)
     ids = np.arange(len(split), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
     rows = None
     for start, block in _on_host(encode, split, batch_size, mesh, ids):
@@ -46,9 +47,7 @@ def to_host(
     return rows
 
 
-def to_file(
-    encode: Encode, split: Split, batch_size: int, mesh: Mesh, out: epath.PathLike
-) -> None:
+def to_file(encode: Encode, split: Split, batch_size: int, mesh: Mesh, out: epath.PathLike) -> None:
     """Writes f32[n, D], the embeddings of all items, as .npy; the first process does.
 
     Args:
@@ -61,6 +60,7 @@ def to_file(
     Raises:
         ValueError: there is nothing to encode.
     """
+    _check(split, batch_size)
     ids = np.arange(len(split), dtype=np.int32)
     blocks = _on_host(encode, split, batch_size, mesh, ids)
     if not distributed.is_first():
@@ -94,6 +94,7 @@ def to_table(
     Raises:
         ValueError: there is nothing to encode.
     """
+    _check(split, batch_size)
     count = len(split)
     starts = _starts(count, batch_size)
     ids = (np.minimum(s + np.arange(batch_size), count - 1) for s in starts)
@@ -123,6 +124,7 @@ def to_database(
     Raises:
         ValueError: there is nothing to encode.
     """
+    _check(split, batch_size)
     count = len(split)
     shards = sharding.num_shards("batch", mesh)
     (total, _), searched, by_rows = exact.layout(count, 1, mesh, limit)
@@ -154,6 +156,14 @@ def to_database(
     return exact.Database(rows, count, searched)
 
 
+def _check(split: Split, batch_size: int) -> None:
+    if not len(split) or batch_size < 1:
+        raise ValueError(
+            f"encode: expected at least one item and one row per call, got {len(split)} items and "
+            f"batch_size {batch_size}"
+        )
+
+
 def _starts(count: int, size: int) -> list[int]:
     """Where blocks of `size` rows begin that cover `count`; the last may overlap the one before."""
     last = max(count - size, 0)
@@ -170,13 +180,10 @@ def _write(table: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _on_host(encode, split, batch_size, mesh, ids) -> Iterator[tuple[int, np.ndarray]]:
-    """(start, f[m, D]) of one block after another; a block is fetched while the next is computed."""
-    starts = range(0, len(ids), max(batch_size, 1))
-    padding = -len(ids) % max(batch_size, 1)
-    padded = np.concatenate([ids, np.full(padding, ids[0], np.int32)]) if len(ids) else ids
-    blocks = _blocks(
-        encode, split, (padded[s : s + batch_size] for s in starts), batch_size, mesh
-    )
+    """(start, f[m, D]) block by block; one is fetched while the next is computed."""
+    starts = range(0, len(ids), batch_size)
+    padded = np.concatenate([ids, np.full(-len(ids) % batch_size, ids[0], np.int32)])
+    blocks = _blocks(encode, split, (padded[s : s + batch_size] for s in starts), batch_size, mesh)
     for start, block in zip(starts, blocks):
         yield start, sharding.fetch(block)[: len(ids) - start]
 
@@ -185,11 +192,6 @@ def _blocks(
     encode: Encode, split: Split, ids: Iterable[np.ndarray], batch_size: int, mesh: Mesh
 ) -> Iterator[jax.Array]:
     """`encode` of one block of ids after another, the next one under way when one is given."""
-    if not len(split) or batch_size < 1:
-        raise ValueError(
-            f"encode: expected at least one item and one row per call, got {len(split)} items and "
-            f"batch_size {batch_size}"
-        )
     mine, pending = sharding.local_rows(batch_size, mesh), None
     for block in ids:
         rows = block[mine].astype(np.int32)

@@ -31,6 +31,9 @@ class Database:
     count: int
     block: int
 
+    def __len__(self) -> int:
+        return self.count
+
 
 def layout(
     count: int, width: int, mesh: Mesh, limit: int
@@ -46,7 +49,7 @@ def layout(
     Returns:
         Shape and sharding of `Database.rows`, and between them its `block`.
     """
-    shards = int(np.prod([mesh.shape[axis] for axis in sharding.RULES["batch"]]))
+    shards = sharding.num_shards("batch", mesh)
     rows = -(-count // shards)
     blocks = -(-rows // limit)
     block = -(-rows // blocks)
@@ -84,6 +87,27 @@ def place(
         parts.append(part)
     rows = jax.make_array_from_single_device_arrays(shape, by_rows, parts)
     return Database(rows, count, block)
+
+
+def from_table(table: jax.Array, mesh: Mesh, limit: int = 32_768) -> Database:
+    """A database of the rows of a table, which is split by width; nothing passes a host.
+
+    Args:
+        table: [L, D].
+        mesh: of the table; see `sharding.make_mesh`.
+        limit: see `layout`.
+    """
+    count = len(table)
+    shape, block, by_rows = layout(count, table.shape[1], mesh, limit)
+    pad = jax.jit(_padded, static_argnums=1, out_shardings=by_rows)
+    return Database(pad(table, shape[0]), count, block)
+
+
+def to_host(database: np.ndarray | Database) -> np.ndarray:
+    """f32[L, D], the rows of a database, in every process; all processes must call it."""
+    if isinstance(database, Database):
+        database = sharding.fetch(database.rows)[: database.count]
+    return np.asarray(database, np.float32)
 
 
 def search(
@@ -138,7 +162,7 @@ def search(
         part = queries[start : start + query_block]
         rows[: len(part)] = part
         best = _search_block(
-            _everywhere(rows, mesh),
+            sharding.put_whole(rows, mesh),
             database.rows,
             k=k,
             count=count,
@@ -150,12 +174,8 @@ def search(
     return scores, ids
 
 
-def _everywhere(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """An array that is the same in all processes, on all devices."""
-    whole = sharding.replicated(mesh)
-    # Not device_put to all: between processes, it compares what they hand over each time.
-    parts = [jax.device_put(x, device) for device in whole.addressable_devices]
-    return jax.make_array_from_single_device_arrays(x.shape, whole, parts)
+def _padded(table: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(table, ((0, rows - len(table)), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

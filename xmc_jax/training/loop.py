@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from xmc_jax import checkpoint, report
+from xmc_jax import checkpoint, distributed, report
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, losses
@@ -89,8 +89,8 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                 checkpoints.save(
                     step, state, reporter.history(), evaluation and evaluation.metrics["plain"]
                 )
-                if signals.number:
-                    raise Interrupted(signals.number, step)
+                if stop := signals.at(step):
+                    raise Interrupted(stop, step)
                 reporter.resume_clock()
             zero_shot = reporter.latest(_PREFIX["zero-shot"])
     if evaluation is None:
@@ -99,9 +99,7 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
     return Trained(step, state, evaluation, zero_shot)
 
 
-def restore(
-    run: Run, workdir: epath.PathLike, which: str = "latest"
-) -> tuple[int, TrainState]:
+def restore(run: Run, workdir: epath.PathLike, which: str = "latest") -> tuple[int, TrainState]:
     """A checkpoint of a run: its step and its state.
 
     Args:
@@ -159,16 +157,15 @@ def _steps(
             reporter.warn(seen)
         # The last step of an epoch is saved after the boundary, unless there is no time for it.
         within = step < before + run.steps_per_epoch
-        if signals.number or (within and step % config.checkpoint_every == 0):
+        stop = signals.at(step)
+        if stop or (within and step % config.checkpoint_every == 0):
             checkpoints.save(step, state, reporter.history())
-        if signals.number:
-            raise Interrupted(signals.number, step)
+        if stop:
+            raise Interrupted(stop, step)
     return state, step
 
 
-def _evaluate(
-    run: Run, state: TrainState, step: int, reporter: report.Reporter
-) -> Evaluation:
+def _evaluate(run: Run, state: TrainState, step: int, reporter: report.Reporter) -> Evaluation:
     started = time.perf_counter()
     evaluation = run.evaluate(state)
     record = {"time/eval": time.perf_counter() - started}
@@ -183,19 +180,26 @@ def _prefixed(row: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Signals:
-    """Within it, SIGTERM and SIGINT are noted in `number`; a second one acts as usual."""
+    """Within it, SIGTERM and SIGINT are noted; a second one acts as usual.
+
+    With several processes JAX notes SIGTERM, and they agree on the step after which they stop.
+    """
 
     def __init__(self):
-        self.number: int | None = None
+        self._number: int | None = None
+        alone = jax.process_count() == 1
+        self._noted = (signal.SIGTERM, signal.SIGINT) if alone else ()
+
+    def at(self, step: int) -> int | None:
+        """The number of the signal to stop for after this step, the same in all processes."""
+        return signal.SIGTERM if distributed.stop_requested(step) else self._number
 
     def __enter__(self) -> "_Signals":
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {number: signal.signal(number, self._note) for number in self._noted}
         return self
 
     def _note(self, number: int, _) -> None:
-        self.number = number
+        self._number = number
         self.__exit__()
 
     def __exit__(self, *exc_info) -> None:

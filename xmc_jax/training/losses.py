@@ -11,6 +11,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from xmc_jax import sharding
+
 # In order of importance: `violators` is of the first one in use.
 _TERMS = (
     "document_to_prototype",
@@ -244,8 +246,8 @@ def objective(
     if prototype is not None:
         terms |= {
             "document_to_prototype": (prototype, relevance),
-            "label_to_document": (raw.T, relevance.T),
-            "prototype_to_document": (prototype.T, relevance.T),
+            "label_to_document": (_transposed(raw), _transposed(relevance)),
+            "prototype_to_document": (_transposed(prototype), _transposed(relevance)),
         }
     names = [name for name in _TERMS if name in terms and getattr(cfg, name) > 0]
     if not names:
@@ -323,8 +325,14 @@ def _hardest(
     if count >= width:  # all of them: nothing to sort
         return jnp.broadcast_to(jnp.arange(width), similarity.shape), usable
     masked = jnp.where(usable, jax.lax.stop_gradient(similarity), -jnp.inf)
-    values, columns = jax.lax.top_k(masked, count)
+    # By row: a sort over columns that are split would gather all of them everywhere.
+    values, columns = jax.lax.top_k(sharding.constrain(masked, "batch"), count)
     return columns, values != -jnp.inf  # true for NaN, so that a broken run shows in its loss
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    # Its rows over the devices again: the hardest of a row are found where the row is.
+    return sharding.constrain(x.T, "batch")
 
 
 def _take(similarity: jax.Array, columns: jax.Array) -> jax.Array:

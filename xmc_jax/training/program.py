@@ -4,9 +4,8 @@ Nothing here needs a dataset or weights, only their sizes: what a `Program` comp
 ahead of time, for devices that are not there.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -102,7 +101,7 @@ class Program:
         params = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
             meta.unbox(boxed),
-            sharding.of_params(boxed, self.mesh),
+            sharding.of_params(boxed, self.mesh, config.mesh.replicate),
         )
         trainable, frozen = optimizer.partition(params, config.optimizer.trainable)
         self.abstract_frozen = jax.tree.map(
@@ -218,7 +217,9 @@ class Program:
 
     def _as_batch(self, tree: Any) -> Any:
         return jax.tree.map(
-            lambda leaf, split: leaf.update(sharding=split), tree, sharding.of_batch(tree, self.mesh)
+            lambda leaf, split: leaf.update(sharding=split),
+            tree,
+            sharding.of_batch(tree, self.mesh),
         )
 
     def _stored_projection(self, abstract: Any) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""A program over its dataset: the first state, what happens between epochs, embedding, evaluation."""
+"""A program over its dataset: the first state, boundaries between epochs, embedding, evaluation."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from etils import epath
 
 from xmc_jax import rng, sharding
 from xmc_jax.data import batches, store
-from xmc_jax.models import backbone, hf, layers
+from xmc_jax.models import backbone, hf
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import encode, evaluate, exact, scann
 from xmc_jax.retrieval.evaluate import Evaluation

@@ -60,6 +60,7 @@ class Step:
             return loss, (metrics, jax.lax.stop_gradient(document_unit))
 
         grads, (metrics, document_unit) = jax.grad(objective, has_aux=True)(state.params)
+        document_unit = sharding.constrain(document_unit, None, "table_width")  # as it is written
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
         state = state.replace(
             step=state.step + 1,
@@ -95,7 +96,7 @@ class Step:
         if self.model.prime is None:
             return layers.normalize(pooled)
         if centroids is None:
-            centroids = t.centroids[label_ids].astype(jnp.float32)
+            centroids = layers.wide(sharding.rows(t.centroids, label_ids))
         return self.model.apply(
             {"params": params},
             pooled,
@@ -153,24 +154,31 @@ class Step:
             encode_key,
             self.n_chunks,
         )
-        pooled = t.label_bank.astype(jnp.float32)
+        # Labels are split over the devices like a batch, and similarities [B, L] by column: what
+        # moves is a device's share of the table and all of the documents, nothing of B times L.
+        pooled = layers.wide(sharding.constrain(t.label_bank, "batch"))
         rows, num_labels = jnp.arange(len(document_unit))[:, None], len(pooled)
         relevance = jnp.zeros((len(document_unit), num_labels), bool)
+        relevance = sharding.constrain(relevance, None, "batch")
         relevance = relevance.at[rows, batch.positives].set(True, mode="drop")
         raw, prototype = losses.cosines(document_unit, layers.normalize(pooled)), None
+        raw = sharding.constrain(raw, None, "batch")
         if self.model.prime is not None:
             unit = self._prototype(params, t, jnp.arange(num_labels), pooled, prototype_key)
             prototype = losses.cosines(document_unit, unit)
+            prototype = sharding.constrain(prototype, None, "batch")
             ids = jnp.minimum(batch.positives, num_labels - 1)  # what padding gives is dropped
             others = tables.leave_one_out(
-                t.centroids[ids], batch.frequency, t.document_bank[batch.document_ids]
+                sharding.rows(t.centroids, ids),
+                batch.frequency,
+                sharding.rows(t.document_bank, batch.document_ids),
             )
             width = others.shape[-1]
             unit = self._prototype(
                 params,
                 t,
                 ids.reshape(-1),
-                pooled[ids].reshape(-1, width),
+                layers.wide(sharding.rows(t.label_bank, ids)).reshape(-1, width),
                 prototype_key,
                 others.reshape(-1, width),
             )
@@ -181,9 +189,6 @@ class Step:
         return document_unit, raw, prototype, relevance
 
     def _encode(self, params: Any, inputs: Inputs, key: jax.Array) -> EncoderOutput:
-        inputs = jax.tree.map(
-            lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), inputs
-        )
         return self.model.apply(
             {"params": params}, inputs, deterministic=False, rngs={"dropout": key}, method="encode"
         )
@@ -207,12 +212,17 @@ def in_chunks(encode: Callable[[Any, jax.Array], Any], items: Any, key: jax.Arra
     size = jax.tree.leaves(items)[0].shape[0]
     if size % n:
         raise ValueError(f"train.n_chunks: expected a divisor of the batch of {size}, got {n}")
+
+    def part(items: Any, number: jax.Array | int) -> Any:
+        items = jax.tree.map(
+            lambda x: sharding.constrain(x, "batch", name="train.batch_size / train.n_chunks"),
+            items,
+        )
+        return encode(items, jax.random.fold_in(key, number))
+
     if n == 1:
-        return encode(items, jax.random.fold_in(key, 0))
+        return part(items, 0)
     chunks = jax.tree.map(lambda x: x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), items)
-    checkpointed = jax.checkpoint(encode, prevent_cse=False)  # a loop keeps them apart
-    output = jax.lax.map(
-        lambda part: checkpointed(part[0], jax.random.fold_in(key, part[1])),
-        (chunks, jnp.arange(n)),
-    )
+    checkpointed = jax.checkpoint(part, prevent_cse=False)  # a loop keeps them apart
+    output = jax.lax.map(lambda chunk: checkpointed(*chunk), (chunks, jnp.arange(n)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), output)

@@ -1,0 +1,283 @@
+"""The train step on meshes: the same as on one device, and nothing as large as a table moves."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.core import meta
+
+from xmc_jax import sharding
+from xmc_jax.models import dual
+from xmc_jax.models.bert import BertConfig
+from xmc_jax.models.decoder_config import DecoderConfig
+from xmc_jax.models.layers import LoraConfig
+from xmc_jax.sharding import MeshConfig
+from xmc_jax.training import losses, optimizer, tables
+from xmc_jax.training.optimizer import OptimizerConfig
+from xmc_jax.training.step import Step
+from xmc_jax.types import Batch, Inputs, Prompts, Tables, TrainState
+
+STEPS = 10
+B, T, K, E = 16, 6, 2, 5
+# All different from each other and from all else, so that a shape says what it is of.
+N, L, C = 211, 173, 61
+ENCODER = BertConfig(
+    vocab_size=50, hidden=32, layers=2, heads=8, ff=64, max_positions=12
+).with_dropout(0.0)
+DECODER = DecoderConfig(
+    "qwen2", vocab_size=50, hidden=32, layers=2, heads=8, kv_heads=8, head_dim=4, ff=64
+)
+MODELS = {
+    "encoder": dual.DualEncoder(ENCODER),
+    "decoder": dual.DualEncoder(
+        DECODER,
+        remat="projections",
+        lora=LoraConfig(rank=4, alpha=4.0),
+        prompts=Prompts(head=(1, 2), middle=(3,), tail=(4,)),
+        order="text_image",
+    ),
+}
+LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
+
+
+def mesh_of(*sizes: int) -> jax.sharding.Mesh:
+    return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+
+
+class Run:
+    """A step with PRIME and images, on a mesh; its arguments as shapes."""
+
+    def __init__(
+        self,
+        kind: str,
+        mesh: jax.sharding.Mesh,
+        dtype=jnp.float32,
+        rows: tuple[int, int, int] = (N, L, C),
+        labels: str = "sampled",
+        table: tuple[str | None, str | None] = (None, "table_width"),
+    ):
+        num_documents, num_labels, num_free = rows
+        self.mesh, self.labels = mesh, labels
+        self.model = MODELS[kind].clone(
+            compute_dtype=jnp.dtype(dtype).name,
+            image_width=E,
+            prime=dual.PrimeConfig(heads=8, ff_dim=16, dropout=0.0),
+            num_free_vectors=num_free,
+        )
+        width = self.model.sizes.hidden
+        lora = self.model.lora.rank > 0
+        boxed = jax.eval_shape(lambda: dual.init_params(self.model, 0))
+        params = jax.tree.map(
+            lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=split),
+            meta.unbox(boxed),
+            sharding.of_params(boxed, mesh),
+        )
+        trainable = LORA_ONLY if lora else ((".*", True),)
+        params, self.frozen = optimizer.partition(params, trainable)
+        transform = optimizer.build(
+            OptimizerConfig(lr=((".*", 1e-3),), warmup_steps=2, clip_norm=1.0 if lora else None),
+            params,
+            2 * STEPS,
+        )
+        step = Step(
+            model=self.model,
+            transform=transform,
+            loss=losses.LossConfig(num_negatives=5, prototype_to_document=0.5),
+            tables=tables.TablesConfig(),
+            n_chunks=2,
+            seed=0,
+        )
+        whole = sharding.replicated(mesh)
+
+        def place(shape, dtype=jnp.int32, split=whole):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+        def table(rows):
+            shape = (rows, width)
+            return place(shape, dtype, sharding.named(table, shape, mesh, "table"))
+
+        self.state = TrainState(
+            step=place(()),
+            boundaries=place(()),
+            params=params,
+            opt_state=optax.tree.map_params(
+                transform,
+                lambda leaf, param: place(leaf.shape, leaf.dtype, param.sharding),
+                jax.eval_shape(transform.init, params),
+                params,
+                transform_non_params=lambda leaf: place(leaf.shape, leaf.dtype),
+            ),
+            tables=Tables(
+                document_bank=table(num_documents),
+                centroids=table(num_labels),
+                label_bank=table(num_labels) if labels == "all" else None,
+                free_vector_of=place((num_labels,)),
+                leaf_order=place((num_documents,)),
+            ),
+        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        self.train = jax.jit(
+            sharding.under(mesh, step.train), donate_argnums=0, out_shardings=(places, whole)
+        )
+
+    def values(self) -> tuple[TrainState, dict]:
+        """A state and frozen parameters, the same on every mesh."""
+
+        def draw(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            rng = np.random.default_rng(list(name.encode()))
+            if "opt_state" in name or not leaf.ndim:
+                return np.zeros(leaf.shape, leaf.dtype)
+            if name.endswith("free_vector_of"):
+                return rng.integers(C, size=leaf.shape).astype(np.int32)
+            if name.endswith("leaf_order"):
+                return np.arange(*leaf.shape, dtype=np.int32)
+            x = rng.standard_normal(leaf.shape)
+            if "tables" in name:
+                return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(leaf.dtype)
+            return (name.endswith("scale") + 0.2 * x).astype(leaf.dtype)
+
+        state, frozen = jax.tree_util.tree_map_with_path(draw, (self.state, self.frozen))
+        return jax.device_put(
+            (state, frozen), jax.tree.map(lambda leaf: leaf.sharding, (self.state, self.frozen))
+        )
+
+    def go(self, steps: int = STEPS) -> tuple[TrainState, TrainState, np.ndarray]:
+        """The states before and after some steps, and the loss of each."""
+        state, frozen = self.values()
+        before, found = jax.device_get(state), []
+        for i in range(steps):
+            batch = batch_of(i, self.labels)
+            batch = jax.device_put(batch, sharding.of_batch(batch, self.mesh))
+            state, metrics = self.train(state, frozen, batch)
+            found.append(metrics["loss"])
+        return before, jax.device_get(state), np.array(jax.device_get(found))
+
+    def compiled(self) -> str:
+        """The optimised program's text; nothing is run and no array is made."""
+        batch = batch_of(0, self.labels)
+        batch = jax.tree.map(
+            lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
+            batch,
+            sharding.of_batch(batch, self.mesh),
+        )
+        return self.train.lower(self.state, self.frozen, batch).compile().as_text()
+
+
+def batch_of(seed: int, labels: str) -> Batch:
+    rng = np.random.default_rng(seed)
+
+    def items() -> Inputs:
+        return Inputs(
+            tokens=rng.integers(5, 50, (B, T)).astype(np.int32),
+            lengths=rng.integers(1, T + 1, B).astype(np.int32),
+            images=rng.standard_normal((B, K, E)).astype(np.float16),
+            image_count=rng.integers(0, K + 1, B).astype(np.int32),
+        )
+
+    document_ids = rng.permutation(N)[:B].astype(np.int32)
+    if labels == "all":
+        positives = np.sort(rng.integers(L + 9, size=(B, 3)).astype(np.int32), axis=1)
+        frequency = rng.integers(1, 4, (B, 3)).astype(np.float32)
+        return Batch(
+            document=items(),
+            document_ids=document_ids,
+            positives=np.minimum(positives, L),
+            frequency=frequency,
+        )
+    label_ids = rng.integers(L, size=B).astype(np.int32)
+    label_ids[3] = label_ids[9]  # sampled twice
+    return Batch(
+        document=items(),
+        document_ids=document_ids,
+        label=items(),
+        label_ids=label_ids,
+        relevance=(label_ids[:, None] == label_ids) | (rng.random((B, B)) < 0.05),
+    )
+
+
+@functools.cache
+def on_one_device(kind: str, dtype) -> tuple[TrainState, TrainState, np.ndarray]:
+    return Run(kind, mesh_of(1, 1, 1), dtype).go()
+
+
+def norm(tree) -> float:
+    return math.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree)))
+
+
+def difference(ours, theirs):
+    return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, ours, theirs)
+
+
+def check_equal(kind: str, sizes: tuple[int, int, int], dtype) -> None:
+    """Ten steps on a mesh against ten on one device."""
+    with jax.enable_x64(dtype == jnp.float64):
+        before, expected, losses_of_one = on_one_device(kind, dtype)
+        _, found, losses_here = Run(kind, mesh_of(*sizes), dtype).go()
+    assert losses_here.dtype == dtype and len(set(losses_of_one)) == STEPS
+    arrays = [(state.params, state.opt_state, state.tables) for state in (found, expected)]
+    if dtype == jnp.float64:
+        np.testing.assert_allclose(losses_here, losses_of_one, rtol=0, atol=1e-8)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(arrays[0]), jax.tree.leaves(arrays[1])
+        ):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-8, err_msg=str(path))
+    else:
+        np.testing.assert_allclose(losses_here, losses_of_one, rtol=1e-5)
+        update = norm(difference(expected.params, before.params))
+        assert norm(difference(found.params, expected.params)) <= 1e-3 * update
+        np.testing.assert_allclose(
+            found.tables.document_bank, expected.tables.document_bank, rtol=0, atol=1e-5
+        )
+    for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(expected.params)):
+        assert np.any(a != b)
+    moved = np.any(before.tables.document_bank != expected.tables.document_bank, axis=1)
+    assert np.count_nonzero(moved) > 5 * B
+
+
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 1, 1), (1, 2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_ten_steps_on_a_mesh_are_those_of_one_device(kind, dtype, sizes):
+    check_equal(kind, sizes, dtype)
+
+
+COLLECTIVE = re.compile(
+    r" = (?P<shapes>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|"
+    r"collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """Kind and number of elements of every collective of a compiled program."""
+    found = []
+    for match in COLLECTIVE.finditer(program):
+        sizes = [
+            math.prod(map(int, filter(None, shape.split(","))))
+            for shape in re.findall(r"\w\[([\d,]*)\]", match["shapes"])
+        ]
+        found.append((match["kind"], sum(sizes)))
+    return found
+
+
+ROWS = (80_000, 60_000, 40_000)
+WIDTH = ENCODER.hidden
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_nothing_as_large_as_a_table_moves(kind, sizes):
+    """Not even a device's part of the smallest of them."""
+    found = collectives(Run(kind, mesh_of(*sizes), rows=ROWS).compiled())
+    assert len(found) > 20
+    assert max(size for _, size in found) < min(ROWS) * WIDTH / 8
