@@ -1,9 +1,10 @@
 """What a config names, found and opened: data, images, prompts, the run over them, exports."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from xmc_jax import distributed
@@ -17,16 +18,17 @@ from xmc_jax.types import Prompts, TrainState
 BUNDLED, SYNTHETIC = "bundled", "synthetic"  # values of data.raw_dir that are no folders
 
 
-def run(fields: Mapping[str, Any]) -> Run:
+def run(fields: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> Run:
     """The run of a config, over its data, which is prepared if it is not there.
 
     Args:
         fields: a config as nested mappings.
+        devices: what it runs on; all devices of all processes by default.
 
     Raises:
         ValueError: as all that it is made of.
     """
-    return Run(RunConfig.from_dict(fields), data(fields), _prompts(fields))
+    return Run(RunConfig.from_dict(fields), data(fields), _prompts(fields), devices)
 
 
 def data(fields: Mapping[str, Any]) -> store.Store:

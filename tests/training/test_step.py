@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build, sharding
+from xmc_jax import build
 from xmc_jax.data import batches
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
@@ -20,15 +20,13 @@ ALL_LABELS = {
 }
 
 
-def make(fields, monkeypatch=None, devices=None, **sections) -> Run:
+def make(fields, devices=None, **sections) -> Run:
     """A program of `fields` with sections changed, on some of the devices."""
     fields = copy.deepcopy(fields)
     for name, values in sections.items():
         fields[name] |= values
-    if devices is not None:
-        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
-        monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
-    return Run(RunConfig.from_dict(fields), build.data(fields))
+    config = RunConfig.from_dict(fields)
+    return Run(config, build.data(fields), devices=jax.devices()[:devices])
 
 
 def run(program: Run, steps: int):
@@ -50,7 +48,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, ALL_LABELS], ids=["sampled", "all"])
-def test_chunks_and_devices_do_not_change_a_step(fields, monkeypatch, sections):
+def test_chunks_and_devices_do_not_change_a_step(fields, sections):
     fields = copy.deepcopy(fields)
     fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
     sections = copy.deepcopy(sections)
@@ -58,13 +56,11 @@ def test_chunks_and_devices_do_not_change_a_step(fields, monkeypatch, sections):
     sections.setdefault("train", {})["n_chunks"] = 4
     # Adam divides by the root of the second moment, which for a gradient near 0 is rounding: the
     # parameters are compared through the losses of the next step and through the bank.
-    with monkeypatch.context() as context:
-        parts, found = run(make(fields, context, 2, **sections), 2)
+    parts, found = run(make(fields, 2, **sections), 2)
     assert_close(metrics, found)
     assert_close(whole.tables.document_bank, parts.tables.document_bank)
     sections["train"]["n_chunks"] = 1
-    with monkeypatch.context() as context:
-        one, found = run(make(fields, context, 1, **sections), 2)
+    one, found = run(make(fields, 1, **sections), 2)
     assert_close(metrics, found)
     assert_close(whole.tables.document_bank, one.tables.document_bank)
     assert not np.allclose(whole.tables.document_bank[:40], 0)
@@ -195,7 +191,7 @@ def test_nothing_is_compiled_after_the_first_step_of_each_phase(fields, tmp_path
 
 
 @pytest.mark.slow
-def test_parameters_may_be_split(fields, monkeypatch):
+def test_parameters_may_be_split(fields):
     """A step on (2, 2, 2) devices is the step on one."""
     fields = copy.deepcopy(fields)
     fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
@@ -206,8 +202,7 @@ def test_parameters_may_be_split(fields, monkeypatch):
     bank = split.abstract.tables.document_bank
     assert bank.sharding.shard_shape(bank.shape) == (200, 8)
     state, metrics = run(split, 2)
-    with monkeypatch.context() as context:
-        one, found = run(make(fields, context, 1), 2)
+    one, found = run(make(fields, 1), 2)
     assert_close(metrics, found)
     assert_close(state.tables.document_bank, one.tables.document_bank)
 

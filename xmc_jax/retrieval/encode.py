@@ -4,6 +4,7 @@ Each process reads the rows of a block that its devices hold. Tables and databas
 devices, so nothing of the size of a split is on a host unless it is asked for.
 """
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xmc_jax import distributed, sharding
 from xmc_jax.data.store import Split
@@ -98,12 +99,9 @@ def to_table(
     count = len(split)
     starts = _starts(count, batch_size)
     ids = (np.minimum(s + np.arange(batch_size), count - 1) for s in starts)
-    rows = jax.jit(_zeros, static_argnums=(0, 1), out_shardings=table.sharding)(
-        table.shape, table.dtype
-    )
-    write = jax.jit(_write, donate_argnums=0, out_shardings=table.sharding)
+    rows = jax.numpy.zeros(table.shape, table.dtype, device=table.sharding)
     for start, block in zip(starts, _blocks(encode, split, ids, batch_size, mesh)):
-        rows = write(rows, block, sharding.put_whole(np.int32(start), mesh))
+        rows = _write(rows, block, sharding.put_whole(np.int32(start), mesh), split=table.sharding)
     return rows
 
 
@@ -138,21 +136,11 @@ def to_database(
         .ravel()
         for s in starts
     )
-    write = jax.jit(
-        jax.shard_map(
-            _write,
-            mesh=mesh,
-            in_specs=(by_rows.spec, by_rows.spec, PartitionSpec()),
-            out_specs=by_rows.spec,
-        ),
-        donate_argnums=0,
-    )
     rows = None
     for start, block in zip(starts, _blocks(encode, split, ids, batch_size, mesh)):
         if rows is None:
-            zeros = jax.jit(_zeros, static_argnums=(0, 1), out_shardings=by_rows)
-            rows = zeros((total, block.shape[1]), np.dtype(np.float32))
-        rows = write(rows, block, sharding.put_whole(np.int32(start), mesh))
+            rows = jax.numpy.zeros((total, block.shape[1]), np.float32, device=by_rows)
+        rows = _write_shards(rows, block, sharding.put_whole(np.int32(start), mesh), split=by_rows)
     return exact.Database(rows, count, searched)
 
 
@@ -170,13 +158,26 @@ def _starts(count: int, size: int) -> list[int]:
     return [min(start, last) for start in range(0, count, max(size, 1))]
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    return jax.numpy.zeros(shape, dtype)
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="split")
+def _write(table: jax.Array, block: jax.Array, start: jax.Array, split: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(_written(table, block, start), split)
 
 
-def _write(table: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="split")
+def _write_shards(
+    rows: jax.Array, block: jax.Array, start: jax.Array, split: NamedSharding
+) -> jax.Array:
+    """Writes the rows of a block that each device has at the same place of its own shard."""
+    spec = split.spec
+    local = jax.shard_map(
+        _written, mesh=split.mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=spec
+    )
+    return local(rows, block, start)
+
+
+def _written(table: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
     rows = block[: len(table)].astype(table.dtype)
-    return jax.lax.dynamic_update_slice(table, rows, (start, 0))
+    return jax.lax.dynamic_update_slice(table, rows, (start, jax.numpy.zeros_like(start)))
 
 
 def _on_host(encode, split, batch_size, mesh, ids) -> Iterator[tuple[int, np.ndarray]]:

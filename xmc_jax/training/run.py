@@ -1,10 +1,10 @@
 """A program over its dataset: the first state, boundaries between epochs, embedding, evaluation."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -27,6 +27,7 @@ class Run(Program):
         config: see `RunConfig`.
         data: the opened dataset folder, the same in all processes.
         prompts: what stands around every text of a decoder; none for encoders.
+        devices: see `Program`.
 
     Attributes:
         data: see above.
@@ -37,8 +38,14 @@ class Run(Program):
         ValueError: weights, data and config do not fit; says which and how.
     """
 
-    def __init__(self, config: RunConfig, data: store.Store, prompts: Prompts = NO_PROMPTS):
-        super().__init__(config, data.shape, prompts)
+    def __init__(
+        self,
+        config: RunConfig,
+        data: store.Store,
+        prompts: Prompts = NO_PROMPTS,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        super().__init__(config, data.shape, prompts, devices)
         self.data = data
         train = config.train
         self.sampler = batches.Sampler(
@@ -97,27 +104,22 @@ class Run(Program):
                 )
             free_vector_of = sharding.put_whole(free_vector_of, self.mesh)
             centroids = tables.centroids_of(bank, self._pairs)
-        first = self.abstract
-
-        def rest():
-            documents = self.data.num_documents
-            return jnp.zeros((), jnp.int32), jnp.arange(documents, dtype=jnp.int32)
-
-        whole = sharding.replicated(self.mesh)
-        zero, leaf_order = jax.jit(rest, out_shardings=whole)()
-        opt_state = jax.jit(self.step.transform.init, out_shardings=shardings(first.opt_state))
+        init = jax.jit(self.step.transform.init, out_shardings=shardings(self.abstract.opt_state))
+        # Two arrays: the step gives its state away, and nothing may be given away twice.
+        step, boundaries = (sharding.put_whole(np.zeros((), np.int32), self.mesh) for _ in range(2))
+        leaf_order = np.arange(self.data.num_documents, dtype=np.int32)
         return self._placed(
             TrainState(
-                step=zero,
-                boundaries=zero,
+                step=step,
+                boundaries=boundaries,
                 params=params,
-                opt_state=opt_state(params),
+                opt_state=init(params),
                 tables=Tables(
                     document_bank=bank,
                     centroids=centroids,
                     label_bank=label_bank,
                     free_vector_of=free_vector_of,
-                    leaf_order=leaf_order,
+                    leaf_order=sharding.put_whole(leaf_order, self.mesh),
                 ),
             )
         )
