@@ -22,6 +22,12 @@ import pytest
 TOPICS, TRAIN, TEST = 40, 200, 60
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory) -> None:
+    """Commands that tests start keep their programs here, not in the user's home."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("caches"))
+
+
 @pytest.fixture(scope="session")
 def topics(tmp_path_factory) -> pathlib.Path:
     """A raw dataset: each label is a topic of three words, a title has one word of each label."""

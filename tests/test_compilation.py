@@ -1,7 +1,10 @@
 """Programs kept on disk: found again with the same results, and never in the way of a run."""
 
+import copy
+import json
 import pathlib
 
+import numpy as np
 import processes
 import pytest
 
@@ -73,3 +76,25 @@ def test_by_default_the_folder_is_the_users_own(tmp_path):
     (machine,) = (tmp_path / "xmc_jax" / "compiled").iterdir()
     assert list(machine.glob("*-cache"))
     assert machine.stat().st_mode & 0o077 == 0  # programs are code
+
+
+@pytest.mark.slow
+def test_a_run_with_kept_programs_has_the_bits_of_one_without(fields, tmp_path):
+    fields = copy.deepcopy(fields) | {"name": "topics"}
+    fields["train"] |= {"epochs": 1, "eval_every": 0}
+    (tmp_path / "config.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    found = []
+    for name in ("cold", "warm"):
+        flags = (f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / name}")
+        processes.command(1, *flags, f"--compilation_cache={tmp_path / 'compiled'}")
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        records = [
+            {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
+            for line in lines
+        ]
+        with np.load(tmp_path / name / "predictions" / "5.npz", allow_pickle=False) as predictions:
+            found.append((records, {key: predictions[key].tobytes() for key in predictions}))
+    assert found[0] == found[1]

@@ -225,7 +225,7 @@ def fail(reason: str, code: int) -> None:
     """
     if _alone():
         return
-    text = f"process {number()} ({socket.gethostname()}): {' '.join(reason.split())}"
+    text = f"{_self()}: {' '.join(reason.split())}"
     # Refused if another one was first, or the store is gone: all are ending already.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _store().key_value_set(_END, text)
@@ -344,9 +344,13 @@ def _watch() -> None:
         reason = _store().blocking_key_value_get(_END, _FOREVER)
     except jax.errors.JaxRuntimeError:
         return
-    if reason:
+    if reason and not reason.startswith(_self()):
         print(f"error: ended with {reason}", file=sys.stderr, flush=True)
         _leave(1)
+
+
+def _self() -> str:
+    return f"process {number()} ({socket.gethostname()})"
 
 
 def _fail_by(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -41,6 +41,17 @@ def test_shellcheck_finds_nothing():
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def test_flags_that_are_passed_to_the_run_exist():
+    source = (ROOT / "xmc_jax" / "main.py").read_text(encoding="utf-8")
+    defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
+    for script in ("tpu_worker.sh", "gpu_node.sh", "slurm.sbatch", "gke.sh", "gke_jobset.yaml"):
+        text = (LAUNCH / script).read_text()
+        passed = re.findall(
+            r"--((?:distributed|coordinator|num_pro|process_|compilation)\w*)", text
+        )
+        assert passed and set(passed) <= defined, script
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_strict_and_never_evaluate(script):
     text = script.read_text()
