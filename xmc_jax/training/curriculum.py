@@ -142,7 +142,7 @@ def balanced_kmeans(
     embeddings: jax.Array,
     leaves: int,
     key: jax.Array,
-    iterations: int = 10,
+    iterations: int = 20,
     rows: np.ndarray | None = None,
     block: int = 1 << 26,
 ) -> tuple[jax.Array, jax.Array]:
