@@ -186,10 +186,10 @@ def width_split(x, sizes=(8, 1, 1)):
 def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
     with jax.enable_x64(True):
         x, key = points(203, d=16, dtype=np.float64), jax.random.key(0)
-        one = curriculum.balanced_kmeans(jnp.asarray(x), 16, key)
+        one = curriculum.balanced_kmeans(jnp.asarray(x), 4, key)
         many = width_split(x, sizes)
         assert not many.sharding.is_fully_replicated
-        for a, b in zip(one, curriculum.balanced_kmeans(many, 16, key)):
+        for a, b in zip(one, curriculum.balanced_kmeans(many, 4, key)):
             assert np.array_equal(a, b)
             assert b.sharding.is_fully_replicated and len(b.sharding.device_set) == 8
 
@@ -198,8 +198,8 @@ def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
 def test_blocks_change_nothing(block):
     with jax.enable_x64(True):
         x, key = jnp.asarray(points(203, d=16, dtype=np.float64)), jax.random.key(0)
-        whole, _ = curriculum.balanced_kmeans(x, 16, key)
-        blocks, _ = curriculum.balanced_kmeans(x, 16, key, block=block)
+        whole, _ = curriculum.balanced_kmeans(x, 4, key)
+        blocks, _ = curriculum.balanced_kmeans(x, 4, key, block=block)
         assert np.array_equal(whole, blocks)
 
 
@@ -207,8 +207,8 @@ def test_some_rows_alone_are_clustered_as_a_table_of_their_own():
     with jax.enable_x64(True):
         x, key = points(90, dtype=np.float64), jax.random.key(2)
         rows = np.sort(np.random.default_rng(1).choice(90, 50, replace=False))
-        order, leaf_of = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, rows=rows)
-        alone, leaf_alone = curriculum.balanced_kmeans(jnp.asarray(x[rows]), 8, key)
+        order, leaf_of = curriculum.balanced_kmeans(jnp.asarray(x), 4, key, rows=rows)
+        alone, leaf_alone = curriculum.balanced_kmeans(jnp.asarray(x[rows]), 4, key)
         assert np.array_equal(order, rows[alone])
         assert np.array_equal(np.asarray(leaf_of)[rows], leaf_alone)
         assert np.all(np.delete(leaf_of, rows) == -1)
@@ -216,8 +216,8 @@ def test_some_rows_alone_are_clustered_as_a_table_of_their_own():
 
 def test_a_table_in_bfloat16_is_clustered_in_float32():
     x, key = jnp.asarray(points(128, d=16), jnp.bfloat16), jax.random.key(0)
-    half, _ = curriculum.balanced_kmeans(x, 8, key)
-    full, _ = curriculum.balanced_kmeans(x.astype(jnp.float32), 8, key)
+    half, _ = curriculum.balanced_kmeans(x, 4, key)
+    full, _ = curriculum.balanced_kmeans(x.astype(jnp.float32), 4, key)
     assert np.array_equal(half, full)
 
 
