@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -19,20 +20,22 @@ Axis = str | tuple[str, int] | None
 """Logical name of an array's axis. ("kv", 2) is an axis of two heads, none of which is split."""
 
 # Logical axis -> mesh axes that split it. `token_width` (embedding tables) is split by width over
-# both parameter axes: split as (vocab, embed), XLA replicates the gathered activations.
+# both parameter axes, `tensor` outside: see `layers.lookup`.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "copy": ("data",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv": ("tensor",),
     "mlp": ("tensor",),
-    "token_width": ("fsdp", "tensor"),
+    "width": ("tensor",),
+    "token_width": ("tensor", "fsdp"),
     "vocab": (),
     "layers": (),
     "length": (),
     "rank": (),
 }
-SPLIT = tuple(name for name, axes in RULES.items() if axes and name != "batch")
+SPLIT = ("embed", "heads", "kv", "mlp", "token_width")  # of parameters
 # Tables are split by width, so that writing and reading rows is local; by rows, every write gathers
 # the batch.
 TABLE_WIDTH = (("data", "fsdp"), ("data",), ("fsdp",))
@@ -115,6 +118,7 @@ def spec(
             mesh_axes = max(fitting, key=lambda c: _extent(mesh, c), default=())
         else:
             mesh_axes = () if axis is None or axis in replicate else RULES[axis]
+            mesh_axes = tuple(a for a in mesh_axes if a not in mesh.manual_axes)
         extent = _extent(mesh, mesh_axes)
         if units % extent and name is not None:
             what = f"size {size}" if units == size else f"{units} heads"
@@ -205,8 +209,33 @@ def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
             read follows; neither the table nor the result is ever whole on a device.
         ids: i32[m, ...].
     """
-    by_width = constrain(table[ids], *(None,) * ids.ndim, "table_width")
+    by_width = constrain(table[constrain(ids)], *(None,) * ids.ndim, "table_width")
     return constrain(by_width, "batch")
+
+
+def on_copies(function: Callable[..., Any], params: Any, items: Any) -> Any:
+    """`function` on each of the copies of the parameters along "data" and its part of the items.
+
+    So the gradient of the parameters is summed over the copies once, where they enter; otherwise it
+    would be wherever they are used, in every layer of every chunk. Outside `under`, and with one
+    copy, it is `function(params, items, 0)`.
+
+    Args:
+        function: of (params, items, number of the copy), by rows of the items.
+        params: pytree of arrays.
+        items: pytree of arrays split like a batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1:
+        return function(params, items, 0)
+
+    def on_copy(params, items, number):
+        return function(jax.lax.pcast(params, "data", to="varying"), items, number[0])
+
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        on_copy, in_specs=(whole, split, split), out_specs=split, axis_names={"data"}
+    )(params, items, jnp.arange(mesh.shape["data"]))
 
 
 def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

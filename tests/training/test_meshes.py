@@ -59,7 +59,7 @@ class Run:
         dtype=jnp.float32,
         rows: tuple[int, int, int] = (N, L, C),
         labels: str = "sampled",
-        table: tuple[str | None, str | None] = (None, "table_width"),
+        table_axes: tuple[str | None, str | None] = (None, "table_width"),
     ):
         num_documents, num_labels, num_free = rows
         self.mesh, self.labels = mesh, labels
@@ -99,7 +99,7 @@ class Run:
 
         def table(rows):
             shape = (rows, width)
-            return place(shape, dtype, sharding.named(table, shape, mesh, "table"))
+            return place(shape, dtype, sharding.named(table_axes, shape, mesh, "table"))
 
         self.state = TrainState(
             step=place(()),

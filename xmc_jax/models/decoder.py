@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xmc_jax import sharding
 from xmc_jax.models import fusion, layers
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
 from xmc_jax.sharding import Axis
@@ -155,9 +154,7 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(_normal, ("vocab", "token_width"))
         # asarray: weights as read from disk are numpy, which traced ids do not index
         table = jnp.asarray(self.param("token_embedding", init, (c.vocab_size, c.hidden)))
-        x = table[tokens]
-        if not self.is_initializing():
-            x = sharding.constrain(x, "batch", None, None)
+        x = layers.lookup(table, tokens)
         # Gemma's factor is rounded to bfloat16 where that is computed in, as in transformers.
         x = x.astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
         first = x = x if images is None else fusion.place(x, *images)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xmc_jax import sharding
 from xmc_jax.sharding import Axis
 
 Initializer = Callable[..., jax.Array]
@@ -172,6 +173,18 @@ class RMSNorm(nn.Module):
         y = wide(x)
         normed = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         return (normed * (wide(scale) + self.offset)).astype(x.dtype)
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Embeddings of tokens: [V, D], i32[n, S] -> [n, S, D], split like a batch.
+
+    The table is split by width over both axes that split parameters, so that a row is read where it
+    lies; then the embeddings change places over `fsdp` and are gathered over `tensor`. Left alone,
+    or with the vocabulary split, XLA gathers those of all devices on each.
+    """
+    x = table[sharding.constrain(tokens, "copy")]
+    x = sharding.constrain(x, "copy", None, "token_width")
+    return sharding.constrain(sharding.constrain(x, "batch", None, "width"), "batch")
 
 
 def rotary_tables(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
