@@ -213,6 +213,23 @@ def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     return constrain(by_width, "batch")
 
 
+def by_row(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """`function(x)`, which treats rows alike, on each device's rows of what is split like a batch.
+
+    For what XLA does not know to be local to a row, such as a search for the largest of each: it
+    would gather all of x first. Where the devices do not divide the rows, it may.
+
+    Args:
+        function: of [m, ...] to a pytree of [m, ...].
+        x: [m, ...].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or _extent(mesh, RULES["batch"]) == 1 or len(x) % _extent(mesh, RULES["batch"]):
+        return function(x)
+    split = PartitionSpec(RULES["batch"])
+    return jax.shard_map(function, in_specs=split, out_specs=split)(x)
+
+
 def on_copies(function: Callable[..., Any], params: Any, items: Any) -> Any:
     """`function` on each of the copies of the parameters along "data" and its part of the items.
 

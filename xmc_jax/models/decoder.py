@@ -75,8 +75,8 @@ class Layer(nn.Module):
                 name=name,
             )(x)
 
-        def norm(name: str, x: jax.Array, axis: str | None = "embed") -> jax.Array:
-            return layers.RMSNorm(c.eps, c.norm_offset, axis, name=name)(x)
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return layers.RMSNorm(c.eps, c.norm_offset, name=name)(x)
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
             y = dense(name, count * c.head_dim, ("embed", (axis, count)), normed, c.qkv_bias)
@@ -85,7 +85,7 @@ class Layer(nn.Module):
         normed = norm("attention_norm", x)
         query, key = heads("query", c.heads, "heads"), heads("key", c.kv_heads, "kv")
         if c.qk_norm:
-            query, key = norm("query_norm", query, None), norm("key_norm", key, None)
+            query, key = norm("query_norm", query), norm("key_norm", key)
         query, key = layers.rotate(query, *rotary), layers.rotate(key, *rotary)
         value = heads("value", c.kv_heads, "kv")
         scale = (c.query_width or c.head_dim) ** -0.5

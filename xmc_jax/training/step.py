@@ -236,4 +236,5 @@ def in_chunks(
         output = jax.lax.map(lambda chunk: checkpointed(*chunk), (chunks, jnp.arange(n)))
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), output)
 
-    return sharding.on_copies(on_copy, params, items)
+    output = sharding.on_copies(on_copy, params, items)
+    return jax.tree.map(lambda x: sharding.constrain(x, "batch"), output)
