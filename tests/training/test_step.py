@@ -204,7 +204,7 @@ def test_parameters_may_be_split(fields, monkeypatch):
     kernel = split.abstract.params["backbone"]["layers"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 32)
     bank = split.abstract.tables.document_bank
-    assert bank.sharding.shard_shape(bank.shape) == (200, 8)
+    assert bank.sharding.shard_shape(bank.shape) == (200, 4)
     state, metrics = run(split, 2)
     with monkeypatch.context() as context:
         one, found = run(make(fields, context, 1), 2)

@@ -179,12 +179,10 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Embeddings of tokens: [V, D], i32[n, S] -> [n, S, D], split like a batch.
 
     The table is split by width over both axes that split parameters, so that a row is read where it
-    lies; then the embeddings change places over `fsdp` and are gathered over `tensor`. Left alone,
-    or with the vocabulary split, XLA gathers those of all devices on each.
+    lies, and what moves is what was read.
     """
     x = table[sharding.constrain(tokens, "copy")]
-    x = sharding.constrain(x, "copy", None, "token_width")
-    return sharding.constrain(sharding.constrain(x, "batch", None, "width"), "batch")
+    return sharding.width_to_batch(sharding.constrain(x, "copy", None, "token_width"))
 
 
 def rotary_tables(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -60,7 +60,7 @@ class Step:
             return loss, (metrics, jax.lax.stop_gradient(document_unit))
 
         grads, (metrics, document_unit) = jax.grad(objective, has_aux=True)(state.params)
-        document_unit = sharding.constrain(document_unit, None, "table_width")  # as it is written
+        document_unit = sharding.batch_to_width(document_unit)
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
         state = state.replace(
             step=state.step + 1,
@@ -157,7 +157,7 @@ class Step:
         )
         # Labels are split over the devices like a batch, and similarities [B, L] by column: what
         # moves is a device's share of the table and all of the documents, nothing of B times L.
-        pooled = layers.wide(sharding.constrain(t.label_bank, "batch"))
+        pooled = layers.wide(sharding.width_to_batch(t.label_bank))
         rows, num_labels = jnp.arange(len(document_unit))[:, None], len(pooled)
         relevance = jnp.zeros((len(document_unit), num_labels), bool)
         relevance = sharding.constrain(relevance, None, "batch")
