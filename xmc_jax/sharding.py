@@ -33,9 +33,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": (),
     "layers": (),
     "length": (),
-    "rank": (),
+    "rank": ("fsdp",),
 }
-SPLIT = ("embed", "heads", "kv", "mlp", "token_width")  # of parameters
+SPLIT = ("embed", "heads", "kv", "mlp", "rank", "token_width")  # of parameters
 # Tables are split by width, so that writing and reading rows is local; by rows, every write gathers
 # the batch. Of these the first with the most devices that divides the width.
 TABLE_WIDTH = (("tensor", "data", "fsdp"), ("data", "fsdp"), ("data",), ("fsdp",), ("tensor",))

@@ -113,12 +113,14 @@ class Dense(nn.Module):
             axis = None if self.axes[1] == "embed" else self.axes[1]
             y += param("bias", self.bias_init, (axis,), self.features)
         if rank := self.lora.rank:
-            a = param("lora_a", uniform(width**-0.5), (self.axes[0], "rank"), width, rank)
-            b = param("lora_b", nn.initializers.zeros, ("rank", self.axes[1]), rank, self.features)
+            # Where the long side is not split by "embed", the rank is over the same devices.
+            inner, outer = (None if axis == "embed" else "rank" for axis in self.axes)
+            a = param("lora_a", uniform(width**-0.5), (self.axes[0], inner), width, rank)
+            b = param("lora_b", nn.initializers.zeros, (outer, self.axes[1]), rank, self.features)
             (drop,) = dropouts(self, (self.lora.dropout,), self.deterministic)
             # Scaled where it is narrow, so that the second product may be added in place.
-            inner = jnp.asarray(self.lora.scale, self.dtype) * (drop(x) @ a)
-            y += checkpoint_name(inner, "projection") @ b
+            narrow = jnp.asarray(self.lora.scale, self.dtype) * (drop(x) @ a)
+            y += checkpoint_name(narrow, "projection") @ b
         return checkpoint_name(y, "projection")
 
 
