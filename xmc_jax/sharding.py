@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -19,23 +20,25 @@ Axis = str | tuple[str, int] | None
 """Logical name of an array's axis. ("kv", 2) is an axis of two heads, none of which is split."""
 
 # Logical axis -> mesh axes that split it. `token_width` (embedding tables) is split by width over
-# both parameter axes: split as (vocab, embed), XLA replicates the gathered activations.
+# both parameter axes, `tensor` outside: see `layers.lookup`.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "copy": ("data",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv": ("tensor",),
     "mlp": ("tensor",),
-    "token_width": ("fsdp", "tensor"),
+    "width": ("tensor",),
+    "token_width": ("tensor", "fsdp"),
     "vocab": (),
     "layers": (),
     "length": (),
-    "rank": (),
+    "rank": ("fsdp",),
 }
-SPLIT = tuple(name for name, axes in RULES.items() if axes and name != "batch")
+SPLIT = ("embed", "heads", "kv", "mlp", "rank", "token_width")  # of parameters
 # Tables are split by width, so that writing and reading rows is local; by rows, every write gathers
-# the batch.
-TABLE_WIDTH = (("data", "fsdp"), ("data",), ("fsdp",))
+# the batch. Of these the first with the most devices that divides the width.
+TABLE_WIDTH = (("tensor", "data", "fsdp"), ("data", "fsdp"), ("data",), ("fsdp",), ("tensor",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,7 @@ def spec(
             mesh_axes = max(fitting, key=lambda c: _extent(mesh, c), default=())
         else:
             mesh_axes = () if axis is None or axis in replicate else RULES[axis]
+            mesh_axes = tuple(a for a in mesh_axes if a not in mesh.manual_axes)
         extent = _extent(mesh, mesh_axes)
         if units % extent and name is not None:
             what = f"size {size}" if units == size else f"{units} heads"
@@ -265,8 +269,65 @@ def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
             read follows; neither the table nor the result is ever whole on a device.
         ids: i32[m, ...].
     """
-    by_width = constrain(table[ids], *(None,) * ids.ndim, "table_width")
-    return constrain(by_width, "batch")
+    by_width = constrain(table[constrain(ids)], *(None,) * ids.ndim, "table_width")
+    return width_to_batch(by_width)
+
+
+def width_to_batch(x: jax.Array) -> jax.Array:
+    """[m, ..., D] split by width, split like a batch instead.
+
+    In two moves that XLA knows: an all-to-all, then a gather over `tensor`. Left to find the way
+    itself, it may gather all of x on every device.
+    """
+    inner = (None,) * (x.ndim - 2)
+    return constrain(constrain(x, "batch", *inner, "width"), "batch")
+
+
+def batch_to_width(x: jax.Array) -> jax.Array:
+    """[m, D] split like a batch, split like a table instead: as rows are written to one."""
+    return constrain(constrain(x, "batch", "width"), None, "table_width")
+
+
+def by_row(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """`function(x)`, which treats rows alike, on each device's rows of what is split like a batch.
+
+    For what XLA does not know to be local to a row, such as a search for the largest of each: it
+    would gather all of x first. Where the devices do not divide the rows, it may.
+
+    Args:
+        function: of [m, ...] to a pytree of [m, ...].
+        x: [m, ...].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or _extent(mesh, RULES["batch"]) == 1 or len(x) % _extent(mesh, RULES["batch"]):
+        return function(x)
+    split = PartitionSpec(RULES["batch"])
+    return jax.shard_map(function, in_specs=split, out_specs=split)(x)
+
+
+def on_copies(function: Callable[..., Any], params: Any, items: Any) -> Any:
+    """`function` on each of the copies of the parameters along "data" and its part of the items.
+
+    So the gradient of the parameters is summed over the copies once, where they enter; otherwise it
+    would be wherever they are used, in every layer of every chunk. Outside `under`, and with one
+    copy, it is `function(params, items, 0)`.
+
+    Args:
+        function: of (params, items, number of the copy), by rows of the items.
+        params: pytree of arrays.
+        items: pytree of arrays split like a batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1:
+        return function(params, items, 0)
+
+    def on_copy(params, items, number):
+        return function(jax.lax.pcast(params, "data", to="varying"), items, number[0])
+
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        on_copy, in_specs=(whole, split, split), out_specs=split, axis_names={"data"}
+    )(params, items, jnp.arange(mesh.shape["data"]))
 
 
 def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,8 +39,8 @@ def test_parameter_tree_and_shardings():
         None, ("fsdp",), ("tensor",)
     )
     assert shardings["backbone"]["layers"]["down"]["kernel"].spec == P(None, ("tensor",), ("fsdp",))
-    assert shardings["backbone"]["token_embedding"].spec == P(None, ("fsdp", "tensor"))
-    assert shardings["free_vectors"].spec == P(None, ("data", "fsdp"))
+    assert shardings["backbone"]["token_embedding"].spec == P(None, ("tensor", "fsdp"))
+    assert shardings["free_vectors"].spec == P(None, ("tensor", "data", "fsdp"))
     without = jax.eval_shape(lambda: dual.init_params(dual.DualEncoder(TINY), 0))
     assert set(without) == {"backbone"}
 

@@ -173,8 +173,9 @@ def test_adapters_are_split_like_their_kernels():
     P, fsdp, tensor = jax.sharding.PartitionSpec, ("fsdp",), ("tensor",)
     for name, (rows, columns) in {"gate": (fsdp, tensor), "down": (tensor, fsdp)}.items():
         assert stack[name]["kernel"].spec == P(None, rows, columns)
-        assert stack[name]["lora_a"].spec == P(None, rows, None)
-        assert stack[name]["lora_b"].spec == P(None, None, columns)
+        a, b = (None, fsdp) if rows == fsdp else (fsdp, None)
+        assert stack[name]["lora_a"].spec == P(None, rows, a)
+        assert stack[name]["lora_b"].spec == P(None, b, columns)
 
 
 def test_unknown_targets():

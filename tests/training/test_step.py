@@ -67,13 +67,13 @@ def test_chunks_and_devices_do_not_change_a_step(fields, sections):
 
 
 def test_chunks_refuse_a_batch_they_do_not_divide():
-    with pytest.raises(ValueError, match="divisor of the batch of 6, got 4"):
-        in_chunks(lambda x, key: x, np.zeros((6, 2)), jax.random.key(0), 4)
+    with pytest.raises(ValueError, match="divisor of the 6 documents of a data shard, got 4"):
+        in_chunks(lambda params, x, key: x, None, np.zeros((6, 2)), jax.random.key(0), 4)
 
 
 def test_chunks_keep_the_order_of_rows():
     x = np.arange(24.0).reshape(12, 2)
-    out = in_chunks(lambda x, key: x * 2, x, jax.random.key(0), 3)
+    out = in_chunks(lambda params, x, key: x * params, 2, x, jax.random.key(0), 3)
     np.testing.assert_array_equal(out, 2 * x)
 
 
@@ -200,7 +200,7 @@ def test_parameters_may_be_split(fields):
     kernel = split.abstract.params["backbone"]["layers"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 32)
     bank = split.abstract.tables.document_bank
-    assert bank.sharding.shard_shape(bank.shape) == (200, 8)
+    assert bank.sharding.shard_shape(bank.shape) == (200, 4)
     state, metrics = run(split, 2)
     one, found = run(make(fields, 1), 2)
     assert_close(metrics, found)

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xmc_jax import sharding
 from xmc_jax.models import fusion, layers
 from xmc_jax.sharding import Axis
 
@@ -266,14 +265,13 @@ class Bert(nn.Module):
             # asarray: weights as read from disk are numpy, which traced ids do not index
             return jnp.asarray(self.param(name, init, (rows, c.hidden)))
 
-        x = table("token_embedding", c.vocab_size, ("vocab", "token_width"))[tokens]
+        words = table("token_embedding", c.vocab_size, ("vocab", "token_width"))
+        x = layers.lookup(words, tokens)
         x = x if images is None else fusion.place(x, *images)
         placed = table("position_embedding", c.max_positions, (None, "embed"))
         x += placed[:S] if positions is None else placed[positions]
         if c.type_vocab:
             x += table("type_embedding", c.type_vocab, (None, "embed"))[0]
-        if not self.is_initializing():
-            x = sharding.constrain(x, "batch", None, None)
         x = layers.LayerNorm(c.eps, name="embedding_norm")(x).astype(self.dtype)
         (drop,) = layers.dropouts(self, (c.dropout,), deterministic)
         first = x = drop(x)

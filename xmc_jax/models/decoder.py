@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xmc_jax import sharding
 from xmc_jax.models import fusion, layers
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
 from xmc_jax.sharding import Axis
@@ -76,8 +75,8 @@ class Layer(nn.Module):
                 name=name,
             )(x)
 
-        def norm(name: str, x: jax.Array, axis: str | None = "embed") -> jax.Array:
-            return layers.RMSNorm(c.eps, c.norm_offset, axis, name=name)(x)
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return layers.RMSNorm(c.eps, c.norm_offset, name=name)(x)
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
             y = dense(name, count * c.head_dim, ("embed", (axis, count)), normed, c.qkv_bias)
@@ -86,7 +85,7 @@ class Layer(nn.Module):
         normed = norm("attention_norm", x)
         query, key = heads("query", c.heads, "heads"), heads("key", c.kv_heads, "kv")
         if c.qk_norm:
-            query, key = norm("query_norm", query, None), norm("key_norm", key, None)
+            query, key = norm("query_norm", query), norm("key_norm", key)
         query, key = layers.rotate(query, *rotary), layers.rotate(key, *rotary)
         value = heads("value", c.kv_heads, "kv")
         scale = (c.query_width or c.head_dim) ** -0.5
@@ -155,9 +154,7 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(_normal, ("vocab", "token_width"))
         # asarray: weights as read from disk are numpy, which traced ids do not index
         table = jnp.asarray(self.param("token_embedding", init, (c.vocab_size, c.hidden)))
-        x = table[tokens]
-        if not self.is_initializing():
-            x = sharding.constrain(x, "batch", None, None)
+        x = layers.lookup(table, tokens)
         # Gemma's factor is rounded to bfloat16 where that is computed in, as in transformers.
         x = x.astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
         first = x = x if images is None else fusion.place(x, *images)

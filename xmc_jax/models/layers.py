@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xmc_jax import sharding
 from xmc_jax.sharding import Axis
 
 Initializer = Callable[..., jax.Array]
@@ -80,7 +81,8 @@ class Dense(nn.Module):
 
     Attributes:
         features: output width.
-        axes: logical names of the kernel's two axes; the bias is split like the second.
+        axes: logical names of the kernel's two axes; the bias is split like the second, but, as the
+            norms, not by "embed": to gather a vector costs more than it saves.
         kernel_init: of f32[in, features].
         bias_init: of f32[features]; None is no bias.
         dtype: what the products are computed in, whatever the parameters are stored in.
@@ -108,14 +110,17 @@ class Dense(nn.Module):
         x, width = x.astype(self.dtype), x.shape[-1]
         y = x @ param("kernel", self.kernel_init, self.axes, width, self.features)
         if self.bias_init is not None:
-            y += param("bias", self.bias_init, self.axes[1:], self.features)
+            axis = None if self.axes[1] == "embed" else self.axes[1]
+            y += param("bias", self.bias_init, (axis,), self.features)
         if rank := self.lora.rank:
-            a = param("lora_a", uniform(width**-0.5), (self.axes[0], "rank"), width, rank)
-            b = param("lora_b", nn.initializers.zeros, ("rank", self.axes[1]), rank, self.features)
+            # Where the long side is not split by "embed", the rank is over the same devices.
+            inner, outer = (None if axis == "embed" else "rank" for axis in self.axes)
+            a = param("lora_a", uniform(width**-0.5), (self.axes[0], inner), width, rank)
+            b = param("lora_b", nn.initializers.zeros, (outer, self.axes[1]), rank, self.features)
             (drop,) = dropouts(self, (self.lora.dropout,), self.deterministic)
             # Scaled where it is narrow, so that the second product may be added in place.
-            inner = jnp.asarray(self.lora.scale, self.dtype) * (drop(x) @ a)
-            y += checkpoint_name(inner, "projection") @ b
+            narrow = jnp.asarray(self.lora.scale, self.dtype) * (drop(x) @ a)
+            y += checkpoint_name(narrow, "projection") @ b
         return checkpoint_name(y, "projection")
 
 
@@ -142,7 +147,7 @@ class LayerNorm(nn.Module):
         """[..., D] -> the same shape and dtype."""
 
         def param(name: str, init: Initializer) -> jax.Array:
-            return self.param(name, nn.with_logical_partitioning(init, ("embed",)), x.shape[-1:])
+            return self.param(name, nn.with_logical_partitioning(init, (None,)), x.shape[-1:])
 
         scale, bias = param("scale", nn.initializers.ones), param("bias", nn.initializers.zeros)
         y = wide(x)
@@ -157,21 +162,29 @@ class RMSNorm(nn.Module):
     Attributes:
         eps: added to the mean square.
         offset: added to the scale as it is stored: 1 for Gemma, whose scales are around 0.
-        axis: logical name of the last axis.
     """
 
     eps: float
     offset: float = 0.0
-    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> the same shape and dtype."""
         init = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), x.shape[-1:])
+        scale = self.param("scale", nn.with_logical_partitioning(init, (None,)), x.shape[-1:])
         y = wide(x)
         normed = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         return (normed * (wide(scale) + self.offset)).astype(x.dtype)
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Embeddings of tokens: [V, D], i32[n, S] -> [n, S, D], split like a batch.
+
+    The table is split by width over both axes that split parameters, so that a row is read where it
+    lies, and what moves is what was read.
+    """
+    x = table[sharding.constrain(tokens, "copy")]
+    return sharding.width_to_batch(sharding.constrain(x, "copy", None, "token_width"))
 
 
 def rotary_tables(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -325,8 +325,7 @@ def _hardest(
     if count >= width:  # all of them: nothing to sort
         return jnp.broadcast_to(jnp.arange(width), similarity.shape), usable
     masked = jnp.where(usable, jax.lax.stop_gradient(similarity), -jnp.inf)
-    # By row: a sort over columns that are split would gather all of them everywhere.
-    values, columns = jax.lax.top_k(sharding.constrain(masked, "batch"), count)
+    values, columns = sharding.by_row(lambda rows: jax.lax.top_k(rows, count), masked)
     return columns, values != -jnp.inf  # true for NaN, so that a broken run shows in its loss
 
 

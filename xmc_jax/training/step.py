@@ -60,7 +60,7 @@ class Step:
             return loss, (metrics, jax.lax.stop_gradient(document_unit))
 
         grads, (metrics, document_unit) = jax.grad(objective, has_aux=True)(state.params)
-        document_unit = sharding.constrain(document_unit, None, "table_width")  # as it is written
+        document_unit = sharding.batch_to_width(document_unit)
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
         state = state.replace(
             step=state.step + 1,
@@ -125,13 +125,13 @@ class Step:
             batch.label,
         )
 
-        def encode(items: Inputs, key: jax.Array) -> EncoderOutput:
+        def encode(params: Any, items: Inputs, key: jax.Array) -> EncoderOutput:
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), items)
             output = self._encode(params, flat, key)
             return jax.tree.map(lambda x: x.reshape(-1, 1 + per_document, x.shape[-1]), output)
 
         encode_key, prototype_key = jax.random.split(key)
-        output = in_chunks(encode, items, encode_key, self.n_chunks)
+        output = in_chunks(encode, params, items, encode_key, self.n_chunks)
         document_unit = output.unit[:, 0]
         label = jax.tree.map(lambda x: x[:, 1:].reshape(-1, x.shape[-1]), output)
         raw, prototype = losses.cosines(document_unit, label.unit), None
@@ -149,14 +149,15 @@ class Step:
         """
         encode_key, prototype_key = jax.random.split(key)
         document_unit = in_chunks(
-            lambda items, key: self._encode(params, items, key).unit,
+            lambda *arguments: self._encode(*arguments).unit,
+            params,
             batch.document,
             encode_key,
             self.n_chunks,
         )
         # Labels are split over the devices like a batch, and similarities [B, L] by column: what
         # moves is a device's share of the table and all of the documents, nothing of B times L.
-        pooled = layers.wide(sharding.constrain(t.label_bank, "batch"))
+        pooled = layers.wide(sharding.width_to_batch(t.label_bank))
         rows, num_labels = jnp.arange(len(document_unit))[:, None], len(pooled)
         relevance = jnp.zeros((len(document_unit), num_labels), bool)
         relevance = sharding.constrain(relevance, None, "batch")
@@ -194,35 +195,46 @@ class Step:
         )
 
 
-def in_chunks(encode: Callable[[Any, jax.Array], Any], items: Any, key: jax.Array, n: int) -> Any:
-    """`encode(items, key)` in n strided parts, each recomputed in the backward pass.
+def in_chunks(
+    encode: Callable[[Any, Any, jax.Array], Any], params: Any, items: Any, key: jax.Array, n: int
+) -> Any:
+    """`encode(params, items, key)` in n strided parts, each recomputed in the backward pass.
 
     Args:
-        encode: a function of items and a dropout key.
+        encode: a function of parameters, items and a dropout key.
+        params: pytree of arrays.
         items: pytree of arrays [B, ...].
-        key: part i gets this key with i folded in.
+        key: part i of copy c of the parameters gets this key with c n + i folded in.
         n: number of parts; 1 keeps activations instead of recomputing them.
 
     Returns:
         Pytree of [B, ...], rows in the order of `items`.
 
     Raises:
-        ValueError: n does not divide B.
+        ValueError: n and the mesh do not divide B.
     """
-    size = jax.tree.leaves(items)[0].shape[0]
-    if size % n:
-        raise ValueError(f"train.n_chunks: expected a divisor of the batch of {size}, got {n}")
 
-    def part(items: Any, number: jax.Array | int) -> Any:
-        items = jax.tree.map(
-            lambda x: sharding.constrain(x, "batch", name="train.batch_size / train.n_chunks"),
-            items,
-        )
-        return encode(items, jax.random.fold_in(key, number))
+    def on_copy(params: Any, items: Any, copy: jax.Array | int) -> Any:
+        size = jax.tree.leaves(items)[0].shape[0]
+        if size % n:
+            raise ValueError(
+                f"train.n_chunks: expected a divisor of the {size} documents of a data shard, got "
+                f"{n}"
+            )
 
-    if n == 1:
-        return part(items, 0)
-    chunks = jax.tree.map(lambda x: x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), items)
-    checkpointed = jax.checkpoint(part, prevent_cse=False)  # a loop keeps them apart
-    output = jax.lax.map(lambda chunk: checkpointed(*chunk), (chunks, jnp.arange(n)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), output)
+        def part(items: Any, number: jax.Array | int) -> Any:
+            items = jax.tree.map(
+                lambda x: sharding.constrain(x, "batch", name="documents of a data shard's chunk"),
+                items,
+            )
+            return encode(params, items, jax.random.fold_in(key, copy * n + number))
+
+        if n == 1:
+            return part(items, 0)
+        chunks = jax.tree.map(lambda x: x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), items)
+        checkpointed = jax.checkpoint(part, prevent_cse=False)  # a loop keeps them apart
+        output = jax.lax.map(lambda chunk: checkpointed(*chunk), (chunks, jnp.arange(n)))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), output)
+
+    output = sharding.on_copies(on_copy, params, items)
+    return jax.tree.map(lambda x: sharding.constrain(x, "batch"), output)
