@@ -11,6 +11,7 @@ CORE = [
     "absl-py>=2.1",
     "etils[epath]>=1.12",
     "flax>=0.12,<0.13",
+    "fsspec>=2025.3",
     "grain>=0.2.15,<0.3",
     "huggingface_hub>=1.3,<3",
     "jax>=0.10,<0.12",
@@ -31,6 +32,8 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    # A workdir on gs://; Orbax asks google-cloud-storage for the kind of bucket.
+    "gcs": ["gcsfs>=2026.4", "google-cloud-storage>=3"],
     # Runs write TensorBoard events without it; this is the program that shows them.
     "tensorboard": ["tensorboard>=2.19"],
     "quickstart": ["scikit-learn>=1.5"],

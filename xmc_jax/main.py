@@ -110,7 +110,9 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
         runs.insert(0, (name, workdir / "baseline", own))
     for name, folder, own in runs:
         program = build.program(own)
-        checkpoint.check_config(folder, own | {"provenance": program.provenance()}, new=True)
+        config = own | {"provenance": program.provenance()}
+        checkpoint.check_config(folder, config, new=True)
+        checkpoint.write_config(folder, config)
         logging.info("%s: %s", folder, name or fields["name"])
         try:
             trained = loop.train(program, folder)
