@@ -123,16 +123,6 @@ def test_other_stores_than_gs_are_refused():
         checkpoint.Checkpoints("s3://bucket/run")
 
 
-def test_processes_that_disagree_or_do_not_share_the_workdir_are_told(tmp_path):
-    config = {"train": {"seed": 0}, "data": {"data_dir": "here"}}
-    with pytest.raises(ValueError, match=r"config\.json: expected the config of a run"):
-        checkpoint.confirm_config(tmp_path, config)
-    checkpoint.write_config(tmp_path, config)
-    checkpoint.confirm_config(tmp_path, config | {"data": {"data_dir": "there"}})
-    with pytest.raises(ValueError, match=r"process 0, got another \(train\.seed: 0 there, 1 here"):
-        checkpoint.confirm_config(tmp_path, config | {"train": {"seed": 1}})
-
-
 def events(data: bytes) -> list[tuple[str, int, float]]:
     """(name, step, value) of the scalars in a TensorBoard file; a torn last record is left out."""
     found, file = [], io.BytesIO(data)
@@ -273,7 +263,7 @@ checkpoint.write_config(folder, config)
 with checkpoint.Checkpoints(folder) as checkpoints, reporter() as reports:
     checkpoints.save(1, state(1), history(reports), {"P@1": 0.9})
     checkpoints.save(2, state(2), history(reports))
-checkpoint.confirm_config(folder, config)
+checkpoint.check_config(folder, config, new=False)
 with checkpoint.Checkpoints(folder) as checkpoints:  # lists what is there, as a resumed run does
     assert checkpoints.steps() == [1, 2], checkpoints.steps()
     checkpoints.save(3, state(3), {"records": [], "pending": []}, {"P@1": 0.1})

@@ -26,7 +26,6 @@ RESUMABLE = (
     "train.keep",
     "train.prefetch",
 )
-_LOCAL = ("data.data_dir", "data.raw_dir")  # a process may have its own
 _CONFIG = "config.json"
 
 
@@ -188,7 +187,8 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
     workdir = epath.Path(workdir)
     if new and not ocp.utils.checkpoint_steps(workdir / "checkpoints"):
         return
-    then, now = _fields(read_config(workdir)), _fields(_as_json(config))
+    config = json.loads(json.dumps(config))  # tuples are lists there
+    then, now = _fields(read_config(workdir)), _fields(config)
     differ = [
         f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(then.keys() | now.keys())
@@ -204,8 +204,8 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
     """Makes a config the workdir's; the first process writes it, others do nothing.
 
-    With several processes: a barrier before, so that all have compared; one behind, and then
-    `confirm_config` in all of them.
+    Several processes need a barrier before, so that all have compared, and one behind; those that
+    then find no config do not see the first one's workdir.
 
     Args:
         workdir: see `Checkpoints`.
@@ -215,30 +215,6 @@ def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
         path = epath.Path(workdir) / _CONFIG
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-def confirm_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Checks that this process sees the first one's workdir and runs the same config.
-
-    Args:
-        workdir: see `Checkpoints`.
-        config: see `check_config`; `data.data_dir` and `data.raw_dir` are each host's own.
-
-    Raises:
-        ValueError: no config is seen there, or another.
-    """
-    there, here = _fields(read_config(workdir)), _fields(_as_json(config))
-    differ = [
-        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and name not in _LOCAL
-    ]
-    if differ:
-        raise ValueError(
-            f"{epath.Path(workdir) / _CONFIG}: expected the config of process "
-            f"{jax.process_index()}, got another ({'; '.join(differ)}); give all processes the "
-            f"same config and a --workdir that all of them see"
-        )
 
 
 def _may_differ(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -270,10 +246,6 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: Any) -> str:
     return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(config))  # tuples are lists there
 
 
 def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -173,8 +172,7 @@ def write(
 ) -> None:
     """Writes the predictions as a compressed .npz without pickles, then the metrics as JSON.
 
-    The .npz holds `<row>_ids` i32[M, k] and `<row>_scores` f32[M, k] of each row. Of several
-    processes, which hold the same, the first one writes.
+    The .npz holds `<row>_ids` i32[M, k] and `<row>_scores` f32[M, k] of each row.
 
     Args:
         evaluation: what to write.
@@ -182,8 +180,6 @@ def write(
         predictions_path: predictions.npz, local or remote.
         rows: more rows of metrics, of other models, to go before these.
     """
-    if jax.process_index() != 0:
-        return
     content = dict(rows or {}) | evaluation.metrics
     if evaluation.index:
         content["index"] = evaluation.index
