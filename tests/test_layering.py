@@ -30,6 +30,8 @@ HOMES = {
         "data/synthetic.py",
         "data/pictures.py",
     ),
+    "fsspec": ("checkpoint.py",),
+    "gcsfs": (),
     "grain": ("data/pipeline.py",),
     "httpcore2": ("vision/download.py",),
     "httpx2": ("vision/download.py",),

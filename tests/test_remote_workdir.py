@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import struct
@@ -107,6 +108,25 @@ def test_a_checkpoint_is_there_once_its_commit_file_is(workdir, server):
     np.testing.assert_array_equal(restored["bank"], state(8)["bank"])
 
 
+def test_a_workdir_goes_on_where_it_was_copied_to(workdir, server, tmp_path):
+    save(workdir, {1: 0.5})
+    for name in objects(server, workdir):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((workdir / name).read_bytes())
+    save(tmp_path, {2: None})
+    back = workdir.parent / f"{workdir.name}-back"
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            (back / path.relative_to(tmp_path)).write_bytes(path.read_bytes())
+    for folder in (tmp_path, back):
+        with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+            assert (checkpoints.steps(), checkpoints.best()) == ([1, 2], 1)
+            for step in (1, 2):
+                restored, _ = checkpoints.restore(step, abstract(state(step)))
+                np.testing.assert_array_equal(restored["bank"], state(step)["bank"])
+
+
 def test_a_config_counts_from_the_first_committed_checkpoint_on(workdir, server):
     checkpoint.write_config(workdir, {"name": "first"})
     checkpoint.check_config(workdir, {"name": "second"})
@@ -118,9 +138,13 @@ def test_a_config_counts_from_the_first_committed_checkpoint_on(workdir, server)
     checkpoint.check_config(workdir, {"name": "second"})
 
 
-def test_other_stores_than_gs_are_refused():
-    with pytest.raises(ValueError, match=r"s3://bucket/run: expected a folder or gs://"):
-        checkpoint.Checkpoints("s3://bucket/run")
+@pytest.mark.parametrize(
+    "folder, expected",
+    [("s3://bucket/run", "a folder or gs://"), ("gs://bucket/run[1]", "a name without any of")],
+)
+def test_where_checkpoints_cannot_be_is_refused(folder, expected):
+    with pytest.raises(ValueError, match=f"^{re.escape(folder)}: expected {expected}"):
+        checkpoint.Checkpoints(folder)
 
 
 def events(data: bytes) -> list[tuple[str, int, float]]:

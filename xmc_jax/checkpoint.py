@@ -46,22 +46,16 @@ class Checkpoints:
         read_only: leave the workdir as it is, for a run that may be in progress elsewhere.
 
     Raises:
-        ValueError: `keep` is below 2, or Orbax cannot write there.
+        ValueError: `keep` is below 2, or checkpoints cannot be there.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2, read_only: bool = False):
         if keep < 2:
             raise ValueError(f"train.keep: expected at least 2 checkpoints, got {keep}")
-        workdir = epath.Path(workdir)
-        scheme, remote, _ = str(workdir).partition("://")
-        if remote and scheme != "gs":
-            raise ValueError(f"{workdir}: expected a folder or gs://bucket/..., got {scheme}://")
-        if not remote:
-            workdir = workdir.resolve()  # which would take gs://... for a relative path
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_precision, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
-            workdir / "checkpoints",
+            _absolute(workdir) / "checkpoints",
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "history": ocp.JsonCheckpointHandler(),
@@ -215,6 +209,23 @@ def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
         path = epath.Path(workdir) / _CONFIG
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _absolute(workdir: epath.PathLike) -> epath.Path:
+    """The path of a workdir from any working directory, as Orbax wants it.
+
+    Raises:
+        ValueError: Orbax cannot write there, or the client would take the name for a pattern.
+    """
+    workdir = epath.Path(workdir)
+    scheme, remote, name = str(workdir).partition("://")
+    if not remote:
+        return workdir.resolve()  # of gs://... it would make a relative path
+    if scheme != "gs":
+        raise ValueError(f"{workdir}: expected a folder or gs://bucket/..., got {scheme}://")
+    if set(name) & set("*?[]"):
+        raise ValueError(f"{workdir}: expected a name without any of * ? [ ] on gs://")
+    return workdir
 
 
 def _may_differ(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
