@@ -11,7 +11,6 @@ CORE = [
     "absl-py>=2.1",
     "etils[epath]>=1.12",
     "flax>=0.12,<0.13",
-    "fsspec>=2025.3",
     "grain>=0.2.15,<0.3",
     "huggingface_hub>=1.3,<3",
     "jax>=0.10,<0.12",

@@ -30,7 +30,6 @@ HOMES = {
         "data/synthetic.py",
         "data/pictures.py",
     ),
-    "fsspec": ("checkpoint.py",),
     "gcsfs": (),
     "grain": ("data/pipeline.py",),
     "httpcore2": ("vision/download.py",),

@@ -288,8 +288,8 @@ checkpoint.write_config(folder, config)
 with checkpoint.Checkpoints(folder) as checkpoints, reporter() as reports:
     checkpoints.save(1, state(1), history(reports), {"P@1": 0.9})
     checkpoints.save(2, state(2), history(reports))
-checkpoint.check_config(folder, config, new=False)
-with checkpoint.Checkpoints(folder) as checkpoints:  # lists what is there, as a resumed run does
+checkpoint.check_config(folder, config)  # lists what is there, as a resumed run does
+with checkpoint.Checkpoints(folder) as checkpoints:
     assert checkpoints.steps() == [1, 2], checkpoints.steps()
     checkpoints.save(3, state(3), {"records": [], "pending": []}, {"P@1": 0.1})
     checkpoints.save(4, state(4), {"records": [], "pending": []}, {"P@1": 0.2})

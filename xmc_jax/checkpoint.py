@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import fsspec
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -29,8 +28,6 @@ RESUMABLE = (
 _CONFIG = "config.json"
 
 
-# gcsfs would keep the listings it has seen, and miss what TensorStore and other processes write.
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 class Checkpoints:
