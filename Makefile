@@ -75,7 +75,7 @@ $(VENV)/.vision: $(VENV)/.quickstart
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.vision
-	$(INSTALL) --constraint requirements.txt --editable ".[dev]"
+	$(INSTALL) --constraint requirements.txt --editable ".[dev,gcs]"
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.dev

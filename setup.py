@@ -32,6 +32,8 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    # A workdir on gs://; Orbax asks google-cloud-storage for the kind of bucket.
+    "gcs": ["gcsfs>=2026.4", "google-cloud-storage>=3"],
     # Runs write TensorBoard events without it; this is the program that shows them.
     "tensorboard": ["tensorboard>=2.19"],
     "quickstart": ["scikit-learn>=1.5"],

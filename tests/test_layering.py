@@ -41,6 +41,7 @@ HOMES = {
         "data/pictures.py",
     ),
     "filelock": ("compilation.py",),
+    "gcsfs": (),
     "grain": ("data/pipeline.py",),
     "httpcore2": ("vision/download.py",),
     "httpx2": ("vision/download.py",),

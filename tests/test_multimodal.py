@@ -268,7 +268,7 @@ def test_an_image_folder_that_was_made_otherwise_is_refused(with_images, program
 
 def test_other_images_under_a_run_are_refused(with_images, program, with_random_images, tmp_path):
     config = with_images | {"provenance": program.provenance()}
-    checkpoint.check_config(tmp_path, config)
+    checkpoint.write_config(tmp_path, config)
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     checkpoint.check_config(tmp_path, config)
     data = with_random_images(program.data, tmp_path / "images-hog-colour")

@@ -157,8 +157,9 @@ def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
 
 
 def test_another_config_is_refused(fields, tmp_path):
-    checkpoint.check_config(tmp_path, fields | {"name": "nothing made with this one yet"})
+    checkpoint.write_config(tmp_path, fields | {"name": "nothing made with this one yet"})
     checkpoint.check_config(tmp_path, fields)
+    checkpoint.write_config(tmp_path, fields)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     checkpoint.check_config(tmp_path, fields)
     changed = copy.deepcopy(fields)

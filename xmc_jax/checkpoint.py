@@ -5,6 +5,7 @@ and the run's metric records, so that a resumed run ends with the records of the
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,38 +25,42 @@ RESUMABLE = (
     "train.keep",
     "train.prefetch",
 )
+_CONFIG = "config.json"
+
+
 
 
 class Checkpoints:
     """The checkpoints of one workdir: the latest ones and the best by P@1, written asynchronously.
 
+    With several processes all of them call every method, in the same order: each writes and reads
+    what its devices hold, the first one alone commits and deletes, and the rest waits for it.
+
     Args:
-        workdir: local folder or any path that `epath` knows (gs://...).
+        workdir: a folder that all processes see, or gs://...
         keep: how many of the latest checkpoints stay, at least 2: while the newest is being written
             the one before it is the only whole one.
         read_only: leave the workdir as it is, for a run that may be in progress elsewhere.
 
     Raises:
-        ValueError: `keep` is below 2.
+        ValueError: `keep` is below 2, or checkpoints cannot be there.
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2, read_only: bool = False):
         if keep < 2:
             raise ValueError(f"train.keep: expected at least 2 checkpoints, got {keep}")
         policies = ocp.checkpoint_managers
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["P@1"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        best = policies.BestN(get_metric_fn=_precision, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).absolute() / "checkpoints",
+            _absolute(workdir) / "checkpoints",
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "history": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                best_fn=_precision,  # without it, metrics are not stored
+                single_host_load_and_broadcast=True,  # the same steps in every process
                 cleanup_tmp_directories=not read_only,  # what a killed save left behind
                 create=not read_only,
                 read_only=read_only,
@@ -73,7 +78,9 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the highest P@1 among those kept, or None if none was evaluated."""
-        return self._manager.best_step()
+        self._manager.wait_until_finished()
+        best = self._manager.best_step()
+        return best if best is not None and self._manager.metrics(best) else None
 
     def save(
         self,
@@ -100,7 +107,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(_flatten(state)),
                 history=ocp.args.JsonSave(dict(history)),
             ),
-            metrics=None if metrics is None else {"P@1": metrics["P@1"]},
+            metrics={} if metrics is None else {"P@1": metrics["P@1"]},
             force=True,
         )
 
@@ -149,39 +156,73 @@ class Checkpoints:
         self.close()
 
 
+def _precision(metrics: Mapping[str, float]) -> float:
+    """P@1, lowest where a checkpoint was not evaluated."""
+    return metrics.get("P@1", -math.inf)
+
+
 def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool = True) -> None:
-    """Compares a workdir's config with this run's, which becomes the workdir's if they agree.
+    """Compares a workdir's config with this run's; writes nothing.
 
     A workdir without a checkpoint takes any config: nothing has been made with the one before.
 
     Args:
         workdir: see `Checkpoints`.
         config: nested mapping of JSON values.
-        new: whether the workdir may be a new one; if not, its config.json is left as it is.
+        new: whether the workdir may be a new one.
 
     Raises:
         ValueError: a field differs that may not (see `RESUMABLE`; `train.epochs` may grow), or
             there is no config where there should be.
     """
-    path = epath.Path(workdir) / "config.json"
-    checkpoints = path.parent / "checkpoints"
-    config = json.loads(json.dumps(config))
-    started = checkpoints.exists() and any(p.name.isdigit() for p in checkpoints.iterdir())
-    if started or not new:
-        then, now = _fields(read_config(workdir)), _fields(config)
-        differ = [
-            f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name) and not _may_differ(name, then, now)
-        ]
-        if differ:
-            raise ValueError(
-                f"{path}: this workdir was made by another config ({'; '.join(differ)}); "
-                f"choose another --workdir or give the same config"
-            )
-    if new:
+    workdir = epath.Path(workdir)
+    if new and not ocp.utils.checkpoint_steps(workdir / "checkpoints"):
+        return
+    config = json.loads(json.dumps(config))  # tuples are lists there
+    then, now = _fields(read_config(workdir)), _fields(config)
+    differ = [
+        f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name) and not _may_differ(name, then, now)
+    ]
+    if differ:
+        raise ValueError(
+            f"{workdir / _CONFIG}: this workdir was made by another config ({'; '.join(differ)}); "
+            f"choose another --workdir or give the same config"
+        )
+
+
+def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Makes a config the workdir's; the first process writes it, others do nothing.
+
+    Several processes need a barrier before, so that all have compared, and one behind; those that
+    then find no config do not see the first one's workdir.
+
+    Args:
+        workdir: see `Checkpoints`.
+        config: see `check_config`, which comes first.
+    """
+    if jax.process_index() == 0:
+        path = epath.Path(workdir) / _CONFIG
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _absolute(workdir: epath.PathLike) -> epath.Path:
+    """The path of a workdir from any working directory, as Orbax wants it.
+
+    Raises:
+        ValueError: Orbax cannot write there, or the client would take the name for a pattern.
+    """
+    workdir = epath.Path(workdir)
+    scheme, remote, name = str(workdir).partition("://")
+    if not remote:
+        return workdir.resolve()  # of gs://... it would make a relative path
+    if scheme != "gs":
+        raise ValueError(f"{workdir}: expected a folder or gs://bucket/..., got {scheme}://")
+    if set(name) & set("*?[]"):
+        raise ValueError(f"{workdir}: expected a name without any of * ? [ ] on gs://")
+    return workdir
 
 
 def _may_differ(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -196,7 +237,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or it is not JSON.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / _CONFIG
     if not path.exists():
         raise ValueError(f"{path}: expected the config of a run, found no such file")
     try:

@@ -133,7 +133,10 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
     for name, folder, own in runs:
         run = build.run(own)
         distributed.agree("provenance", run.provenance())
-        checkpoint.check_config(folder, own | {"provenance": run.provenance()}, new=True)
+        config = own | {"provenance": run.provenance()}
+        checkpoint.check_config(folder, config, new=True)
+        distributed.barrier("config compared")
+        checkpoint.write_config(folder, config)
         logging.info("%s: %s", folder, name or fields["name"])
         try:
             trained = loop.train(run, folder)

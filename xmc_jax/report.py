@@ -7,6 +7,8 @@ record is due, never in the step.
 
 import json
 import math
+import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +21,40 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 _FLUSH_SECONDS = 10  # between two writes of metrics.jsonl, which is written whole
+
+
+class _Events:
+    """TensorBoard events; those of a remote folder are written locally and copied whole.
+
+    Object stores cannot append, and tensorboardX would ask for another client than `epath`'s.
+
+    Args:
+        folder: for the file of events.
+        first_step: events of this step and later ones that are there already are void.
+    """
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        self._folder, self._local = folder, None
+        if "://" in str(folder):
+            self._local = tempfile.TemporaryDirectory()
+        where = self._local.name if self._local else str(folder)
+        self._writer = SummaryWriter(where, purge_step=first_step)
+
+    def add(self, name: str, value: float, step: int) -> None:
+        self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Brings what has been written to the folder; a thread may still be writing the newest."""
+        self._writer.flush()
+        if self._local:
+            for path in pathlib.Path(self._local.name).iterdir():
+                (self._folder / path.name).write_bytes(path.read_bytes())
+
+    def close(self) -> None:
+        self._writer.close()
+        self.flush()
+        if self._local:
+            self._local.cleanup()
 
 
 class Reporter:
@@ -54,9 +90,7 @@ class Reporter:
         self._warned: set[str] = set()
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._events = SummaryWriter(
-                str(self._path.parent / "tensorboard"), purge_step=self.steps + 1
-            )
+            self._events = _Events(self._path.parent / "tensorboard", self.steps + 1)
             self._bar = tqdm(
                 total=total_steps, initial=self.steps, unit="step", desc="train", leave=False
             )
@@ -107,7 +141,7 @@ class Reporter:
         self._lines.append(json.dumps(record) + "\n")
         if self._writes:
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                self._events.add(name, value, step)
             if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
                 self._flush()
 
@@ -179,4 +213,5 @@ class Reporter:
         # Written whole: object stores can neither append nor rename. The checkpoint's copy is the
         # one that counts, so a run killed in here loses nothing.
         self._path.write_text("".join(self._lines))
+        self._events.flush()
         self._flushed = time.perf_counter()

@@ -1,8 +1,9 @@
 """Embeddings -> neighbours -> filter -> metrics: one table, metrics.json and predictions.npz."""
 
 import dataclasses
-import io
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -210,7 +211,7 @@ def write(
     predictions_path: epath.PathLike,
     rows: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Writes the metrics as JSON and the predictions as a compressed .npz without pickles.
+    """Writes the predictions as a compressed .npz without pickles, then the metrics as JSON.
 
     The .npz holds `<row>_ids` i32[M, k] and `<row>_scores` f32[M, k] of each row.
 
@@ -223,19 +224,18 @@ def write(
     content = dict(rows or {}) | evaluation.metrics
     if evaluation.index:
         content["index"] = evaluation.index
-    arrays = io.BytesIO()
-    np.savez_compressed(
-        arrays,
-        **{f"{row}_ids": ids for row, ids in evaluation.ids.items()},
-        **{f"{row}_scores": scores for row, scores in evaluation.scores.items()},
-    )
-    for path, data in (
-        (metrics_path, json.dumps(content, indent=2, allow_nan=False).encode()),
-        (predictions_path, arrays.getvalue()),
-    ):
-        path = epath.Path(path)
+    metrics_path, predictions_path = epath.Path(metrics_path), epath.Path(predictions_path)
+    for path in (metrics_path, predictions_path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "predictions.npz")
+        np.savez_compressed(
+            local,
+            **{f"{row}_ids": ids for row, ids in evaluation.ids.items()},
+            **{f"{row}_scores": scores for row, scores in evaluation.scores.items()},
+        )
+        epath.Path(local).copy(predictions_path, overwrite=True)
+    metrics_path.write_text(json.dumps(content, indent=2, allow_nan=False))
 
 
 def format_table(
