@@ -1,0 +1,174 @@
+"""What compiled programs move: collectives, their groups and bytes, as often as their loops turn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xmc_jax.planning import hlo
+from xmc_jax.planning.hlo import Collective
+
+P = PartitionSpec
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("x", "y"))
+
+
+def compiled(function, *arguments) -> hlo.Costs:
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return hlo.read(text, 8)
+
+
+def on(mesh, shape, *axes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+
+def mapped(mesh, function, inputs, outputs):
+    return functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+    )(function)
+
+
+def test_a_sum_over_one_axis_is_of_the_groups_of_that_axis(mesh):
+    total = mapped(mesh, lambda x: jax.lax.psum(x, "y"), P("x", "y"), P("x"))
+    (one,) = compiled(total, on(mesh, (16, 64), "x", "y")).collectives
+    assert (one.kind, one.bytes, one.calls) == ("all-reduce", 4 * 32 * 4, 1)
+    assert sorted(one.groups) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert one.sent == one.bytes  # 2 (n - 1) / n of two devices
+
+
+def test_a_gather_sends_what_each_device_has_to_all_others(mesh):
+    gather = mapped(mesh, lambda x: jax.lax.all_gather(x, "x"), P("x"), P())
+    found = compiled(gather, on(mesh, (16, 64), "x"))
+    (one,) = found.collectives
+    assert (one.kind, one.bytes, one.size) == ("all-gather", 4 * 64 * 4, 4)
+    assert found.sent() == {"all-gather": 3 * one.bytes}
+
+
+def test_a_collective_in_a_loop_counts_every_turn(mesh):
+    def loop(x):
+        def turn(x, _):
+            return jnp.sin(jax.lax.psum(x, "x")), None
+
+        return jax.lax.scan(turn, x, length=12)[0]
+
+    (one,) = compiled(mapped(mesh, loop, P("x"), P("x")), on(mesh, (16, 64), "x")).collectives
+    assert (one.kind, one.calls) == ("all-reduce", 12)
+
+
+def test_loops_in_loops_multiply(mesh):
+    def loop(x):
+        def inner(x, _):
+            return jnp.sin(jax.lax.psum(x, "x")), None
+
+        def outer(x, _):
+            return jnp.cos(jax.lax.scan(inner, x, length=5)[0]), None
+
+        return jax.lax.scan(outer, x, length=7)[0]
+
+    (one,) = compiled(mapped(mesh, loop, P("x"), P("x")), on(mesh, (16, 64), "x")).collectives
+    assert one.calls == 35
+
+
+def test_pairs_and_exchanges_are_told_apart(mesh):
+    def exchange(x):
+        y = jax.lax.all_to_all(x, "x", 1, 0, tiled=True)
+        return jax.lax.ppermute(y, "x", [(i, (i + 1) % 4) for i in range(4)])
+
+    found = compiled(mapped(mesh, exchange, P("x"), P(None, "x")), on(mesh, (16, 64), "x"))
+    kinds = {one.kind: one for one in found.collectives}
+    assert set(kinds) == {"all-to-all", "collective-permute"}
+    assert kinds["all-to-all"].sent == 3 / 4 * kinds["all-to-all"].bytes
+    assert kinds["collective-permute"].size == 2
+
+
+def test_bytes_of_a_loop_count_every_turn_and_a_stack_only_its_slices():
+    def layers(x, stacked):
+        return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, stacked)[0]
+
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    stacked = jax.ShapeDtypeStruct((20, 256, 256), jnp.float32)
+    weights, activation = 20 * 256 * 256 * 4, 64 * 256 * 4
+    found = hlo.read(jax.jit(layers).lower(x, stacked).compile().as_text(), 1)
+    assert weights < found.accessed < 3 * weights + 20 * 8 * activation
+    assert found.unknown_loops == 0
+
+
+# Of a TPU, shortened: layouts with memory spaces, an asynchronous gather, a sum that is split at
+# once, groups as a transposed range, a loop.
+TPU = """HloModule jit_f, is_scheduled=true, num_partitions=16
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%all-reduce-scatter (input: bf16[64,128]) -> bf16[16,128] {
+  %input = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.9 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=4, replica_groups=[4,4]<=[4,4]T(1,0), use_global_device_ids=true, to_apply=%add
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %part = bf16[16,128]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.9, %zero, %zero), dynamic_slice_sizes={16,128}
+}
+
+%body (carry: (s32[], bf16[16,128], bf16[12,16,128])) -> (s32[], bf16[16,128], bf16[12,16,128]) {
+  %carry = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  %x = bf16[16,128]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
+  %w = bf16[12,16,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=2
+  %start = (bf16[16,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) all-gather-start(%x), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, dimensions={0}, use_global_device_ids=true, metadata={op_name="jit(f)/layers/gather (of) weights"}
+  %whole = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather-done(%start)
+  %y = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %next = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%i, %y, %w)
+}
+
+%condition (carry.1: (s32[], bf16[16,128], bf16[12,16,128])) -> pred[] {
+  %carry.1 = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  ROOT %more = pred[]{:T(512)} constant(true)
+}
+
+ENTRY %main (p: bf16[16,128], q: bf16[12,16,128]) -> bf16[16,128] {
+  %p = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[12,16,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %first = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%zero.1, %p, %q)
+  %loop = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  ROOT %out = bf16[16,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_program_for_tpus_is_read():
+    gather, scatter = hlo.read(TPU, 16).collectives
+    columns = tuple(tuple(range(first, 16, 4)) for first in range(4))
+    rows = tuple(tuple(range(first, first + 4)) for first in range(0, 16, 4))
+    part = 16 * 128 * 2
+    source = "jit(f)/layers/gather (of) weights"
+    assert gather == Collective("all-gather", rows, part, 12, source)
+    assert scatter == Collective("reduce-scatter", columns, 4 * part, 12, "")
+    assert (gather.sent, scatter.sent) == (3 * part, 3 * part)
+
+
+def test_a_loop_whose_turns_are_unknown_is_said():
+    text = TPU.replace('"known_trip_count":{"n":"12"}', "")
+    found = hlo.read(text, 16)
+    assert found.unknown_loops == 1
+    assert {one.calls for one in found.collectives} == {1}
+
+
+def test_what_lies_in_a_chips_own_memory_is_not_moved():
+    line = "  %out.1 = bf16[16,128]{1,0:T(8,128)(2,1)SPACE} negate(%p)\n"
+    entry = TPU.index("  ROOT %out =")
+    without = hlo.read(TPU, 16).accessed
+    written = hlo.read(TPU[:entry] + line.replace("SPACE", "") + TPU[entry:], 16).accessed
+    kept = hlo.read(TPU[:entry] + line.replace("SPACE", "S(1)") + TPU[entry:], 16).accessed
+    assert (written - without, kept - without) == (2 * 16 * 128 * 2, 16 * 128 * 2)
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="expected the text of a compiled program"):
+        hlo.read("module @jit_f {}", 8)

@@ -1,0 +1,368 @@
+"""Reads the text of a compiled program: what each device moves, loops counted as often as they run.
+
+XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
+the loops around it turn, as XLA recorded (`known_trip_count`).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+_BITS = {
+    **{"pred": 8, "token": 0, "opaque": 0},
+    **{f"{kind}{bits}": bits for kind in "su" for bits in (1, 2, 4, 8, 16, 32, 64)},
+    **{"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128},
+}
+# Instructions that move nothing: names for what is there, or for what others do.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+    *("call", "async-start", "async-update", "async-done", "copy-done", "slice-done", "after-all"),
+    *("add-dependency", "opt-barrier", "optimization-barrier", "partition-id", "replica-id"),
+    *(f"{kind}-done" for kind in COLLECTIVES),
+}
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+_NAME = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
+_CALLED = re.compile(
+    r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d, ]*\},?\s*)*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array of a program, as one device holds it.
+
+    Attributes:
+        bytes: without padding.
+        local: whether it lies in a chip's own fast memory (VMEM) instead of its main memory.
+    """
+
+    bytes: int
+    local: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a program.
+
+    Attributes:
+        name: unique within its computation.
+        opcode: such as "fusion".
+        arrays: what it gives, tuples flattened.
+        operands: names of instructions of the same computation.
+        text: of the line, from the operands on.
+        root: whether it is what its computation gives.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of what it gives, wherever that lies."""
+        return sum(array.bytes for array in self.arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+        kind: one of COLLECTIVES.
+        groups: places of devices in the program's mesh, flattened; each group exchanges among
+            itself. Of a permutation, its pairs.
+        bytes: that each device gives into it, per call.
+        calls: per run of the program.
+        source: the operation of the model that it comes from, as traced; "" if not recorded.
+    """
+
+    kind: str
+    groups: tuple[tuple[int, ...], ...]
+    bytes: int
+    calls: int
+    source: str
+
+    @property
+    def size(self) -> int:
+        """Devices of a group."""
+        return max(map(len, self.groups))
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends per call, by the best algorithm on a ring."""
+        others = self.size - 1
+        return self.bytes * {
+            "all-gather": others,
+            "all-reduce": 2 * others / self.size,
+            "reduce-scatter": others / self.size,
+            "all-to-all": others / self.size,
+            "ragged-all-to-all": others / self.size,
+            "collective-permute": 1.0,
+            "collective-broadcast": 1.0,
+        }.get(self.kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What one run of a program moves, per device.
+
+    Attributes:
+        accessed: bytes read from and written to main memory.
+        collectives: in the order of the text; those between fewer than two devices left out.
+        unknown_loops: loops whose turns XLA does not know, counted once.
+    """
+
+    accessed: int
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+
+    def sent(self) -> dict[str, int]:
+        """Bytes that a device sends per run, by kind."""
+        found: dict[str, float] = {}
+        for one in self.collectives:
+            found[one.kind] = found.get(one.kind, 0) + one.sent * one.calls
+        return {kind: round(count) for kind, count in sorted(found.items())}
+
+
+def read(text: str, devices: int) -> Costs:
+    """The costs of a compiled program.
+
+    Args:
+        text: of `jax.stages.Compiled.as_text`.
+        devices: that it runs on.
+
+    Raises:
+        ValueError: the text is not that of a program.
+    """
+    return _Reader(*_parse(text), devices).costs()
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """The computations of a program by name, and the name of the entry."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = computations[head[2]] = {}
+            if head[1]:
+                entry = head[2]
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (name := _NAME.match(line)):
+            found = _instruction(name[2], line[name.end() :], bool(name[1]))
+            current[found.name] = found
+    if entry is None:
+        raise ValueError(f"hlo: expected the text of a compiled program, got {text[:80]!r}")
+    return computations, entry
+
+
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
+    if rest.startswith("("):
+        end = _closing(rest, 0) + 1
+    else:
+        end = rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest, 0) - 1
+    operands = () if opcode in ("constant", "parameter") else re.findall(r"%([\w.\-]+)", rest[:end])
+    return Instruction(name, opcode, _arrays(kind), tuple(operands), rest, root)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    raise ValueError(f"hlo: expected balanced parentheses, got {text[start : start + 80]!r}")
+
+
+def _arrays(kind: str) -> tuple[Array, ...]:
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(kind):
+        sizes = [int(size.strip(" <=")) for size in dims.split(",") if size.strip(" <=")]
+        bits = _BITS.get(dtype, 8)  # the many formats of eight bits
+        found.append(Array(math.ceil(math.prod(sizes) * bits / 8), "S(1)" in (layout or "")))
+    return tuple(found)
+
+
+class _Reader:
+    """Walks a program from its entry; each computation is looked at once."""
+
+    def __init__(
+        self, computations: Mapping[str, Mapping[str, Instruction]], entry: str, devices: int
+    ):
+        self.computations, self.entry, self.devices = computations, entry, devices
+        self.accessed, self.unknown = 0, 0
+        self.collectives: list[Collective] = []
+
+    def costs(self) -> Costs:
+        self._walk(self.entry, 1, fused=False)
+        return Costs(self.accessed, tuple(self.collectives), self.unknown)
+
+    def _walk(self, name: str, times: int, fused: bool) -> None:
+        computation = self.computations[name]
+        for one in computation.values():
+            kind = one.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._collective(computation, one, kind, times)
+            if not fused:
+                self.accessed += times * self._moved(computation, one)
+            for called, turns, within in self._called(one):
+                self._walk(called, times * turns, fused or within)
+
+    def _called(self, one: Instruction) -> Iterator[tuple[str, int, bool]]:
+        """Computations that an instruction runs, how often, and whether as one with it."""
+        called = dict(_CALLED.findall(one.text))
+        if one.opcode == "while":
+            known = _TRIPS.search(one.text)
+            if not known:
+                self.unknown += 1
+            turns = int(known[1]) if known else 1
+            yield called["body"], turns, False
+            yield called["condition"], turns + 1, False
+        elif one.opcode == "conditional":
+            branches = _BRANCHES.search(one.text)
+            names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else called.values()
+            for name in names:  # any of them may run; all are counted
+                yield name, 1, False
+        elif one.opcode == "fusion":
+            yield called["calls"], 1, True
+        elif one.opcode == "async-start":
+            yield called["calls"], 1, False
+        elif one.opcode == "call":
+            yield called["to_apply"], 1, False
+
+    def _collective(self, computation, one: Instruction, kind: str, times: int) -> None:
+        given = sum(computation[name].bytes for name in one.operands)
+        groups = _groups(one.text, self.devices)
+        if kind == "collective-permute":
+            groups = tuple(pair for pair in groups if pair[0] != pair[1])
+        # On TPU a sum that is split at once is one fusion of both.
+        if kind == "all-reduce" and _is_scattered(computation, one):
+            kind = "reduce-scatter"
+        if groups and max(map(len, groups)) > 1:
+            source = re.search(r'op_name="([^"]*)"', one.text)
+            self.collectives.append(
+                Collective(kind, groups, given, times, source[1] if source else "")
+            )
+
+    def _moved(self, computation, one: Instruction) -> int:
+        """Bytes of main memory that an instruction reads and writes."""
+        if one.opcode in _FREE:
+            return 0
+        inputs = [computation[name] for name in one.operands if name in computation]
+        if one.opcode == "fusion":
+            inner = self.computations[dict(_CALLED.findall(one.text))["calls"]]
+            return _moved_by_fusion(inner, inputs, one)
+        return _moved_by_one(inputs, one)
+
+
+def _main(one: Instruction) -> int:
+    """Bytes of what it gives that lie in main memory."""
+    return sum(array.bytes for array in one.arrays if not array.local)
+
+
+def _moved_by_one(inputs: list[Instruction], one: Instruction) -> int:
+    """Of slices and gathers the part, of updates in place the update, else all."""
+    if one.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
+        return 2 * min(one.bytes, inputs[0].bytes)
+    if one.opcode in ("dynamic-update-slice", "scatter"):
+        return 2 * inputs[-1 if one.opcode == "scatter" else 1].bytes
+    if one.opcode == "copy-start":  # gives the copy, and its source again
+        return sum(array.bytes for array in one.arrays[:2] if not array.local)
+    if one.opcode.endswith("-start"):
+        return 2 * sum(map(_main, inputs))
+    return _main(one) + sum(map(_main, inputs))
+
+
+def _moved_by_fusion(
+    inner: Mapping[str, Instruction], inputs: list[Instruction], one: Instruction
+) -> int:
+    users: dict[str, list[Instruction]] = {}
+    for each in inner.values():
+        for name in each.operands:
+            users.setdefault(name, []).append(each)
+
+    def seen(name: str) -> list[Instruction]:
+        """What uses a value, under whatever name."""
+        found = users.get(name, [])
+        return [
+            user
+            for each in found
+            for user in (seen(each.name) if each.opcode == "bitcast" else [each])
+        ]
+
+    moved, in_place = 0, 0
+    for parameter in (each for each in inner.values() if each.opcode == "parameter"):
+        number = int(parameter.text.partition(")")[0])
+        if number >= len(inputs) or not _main(inputs[number]):
+            continue
+        uses = seen(parameter.name)
+        slices = [use for use in uses if use.opcode in ("dynamic-slice", "slice", "gather")]
+        updates = [
+            use
+            for use in uses
+            if (use.opcode == "dynamic-update-slice"
+            and use.operands[0] not in inner)
+            or (use.opcode in ("dynamic-update-slice", "scatter")
+            and inner[use.operands[0]].bytes == parameter.bytes
+            and use.operands[0] != use.operands[-1])
+        ]
+        if uses and len(slices) == len(uses):
+            moved += min(sum(use.bytes for use in slices), _main(inputs[number]))
+        elif uses and len(slices) + len(updates) == len(uses):
+            part = [inner[use.operands[_update(use)]].bytes for use in updates]
+            moved += sum(use.bytes for use in slices) + sum(part)
+            in_place += parameter.bytes - sum(part)
+        else:
+            moved += _main(inputs[number])
+    return moved + max(_main(one) - in_place, 0)
+
+
+def _update(use: Instruction) -> int:
+    return 1 if use.opcode == "dynamic-update-slice" else len(use.operands) - 1
+
+
+def _is_scattered(computation: Mapping[str, Instruction], one: Instruction) -> bool:
+    users = [each for each in computation.values() if one.name in each.operands]
+    return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    if iota := _IOTA.match(text):
+        shape, sizes = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        numbers = np.arange(math.prod(sizes)).reshape(sizes)
+        if iota[3]:
+            numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
+        rows = numbers.reshape(shape[0], -1)
+        return tuple(tuple(int(n) for n in row) for row in rows)
+    listed = _LISTED.match(text)
+    groups = re.findall(r"\{([\d, ]*)\}", listed[1]) if listed else []
+    found = tuple(tuple(int(n) for n in group.split(",")) for group in groups if group.strip())
+    return found or (tuple(range(devices)),)
+
+
+def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    for pattern in (_IOTA, _LISTED):
+        if found := pattern.search(text):
+            return _parse_groups(found[0], devices)
+    return (tuple(range(devices)),)
