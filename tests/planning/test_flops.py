@@ -1,4 +1,4 @@
-"""Operations of traced programs: as many as their matrix products have, however they are wrapped."""
+"""Operations of traced programs: those of their matrix products, however they are wrapped."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What compiled programs move: collectives, their groups and bytes, as often as their loops turn."""
+"""What compiled programs move: collectives, groups and bytes, as often as their loops turn."""
 
 import functools
 
@@ -123,23 +123,30 @@ TPU = """HloModule jit_f, is_scheduled=true, num_partitions=16
   %start = (bf16[16,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) all-gather-start(%x), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, dimensions={0}, use_global_device_ids=true, metadata={op_name="jit(f)/layers/gather (of) weights"}
   %whole = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather-done(%start)
   %y = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter
-  ROOT %next = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%i, %y, %w)
+  %two = s32[]{:T(128)} constant(2)
+  %after = s32[]{:T(128)} add(%i, %two)
+  ROOT %next = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%after, %y, %w)
 }
 
 %condition (carry.1: (s32[], bf16[16,128], bf16[12,16,128])) -> pred[] {
   %carry.1 = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  ROOT %more = pred[]{:T(512)} constant(true)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  %bound = s32[]{:T(128)} constant(25)
+  ROOT %more = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
 }
 
 ENTRY %main (p: bf16[16,128], q: bf16[12,16,128]) -> bf16[16,128] {
   %p = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
   %q = bf16[12,16,128]{2,1,0:T(8,128)(2,1)} parameter(1)
-  %zero.1 = s32[]{:T(128)} constant(0)
+  %one = s32[]{:T(128)} constant(1)
+  %zero.1 = s32[]{:T(128)} copy(%one)
   %first = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%zero.1, %p, %q)
   %loop = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
   ROOT %out = bf16[16,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
 }
 """
+
+KNOWN = '"known_trip_count":{"n":"12"}'
 
 
 def test_a_program_for_tpus_is_read():
@@ -153,9 +160,14 @@ def test_a_program_for_tpus_is_read():
     assert (gather.sent, scatter.sent) == (3 * part, 3 * part)
 
 
+def test_turns_follow_from_first_step_and_bound_where_xla_does_not_say_them():
+    found = hlo.read(TPU.replace(KNOWN, ""), 16)
+    assert {one.calls for one in found.collectives} == {12}  # 1, 3, ... 23
+    assert found.unknown_loops == 0
+
+
 def test_a_loop_whose_turns_are_unknown_is_said():
-    text = TPU.replace('"known_trip_count":{"n":"12"}', "")
-    found = hlo.read(text, 16)
+    found = hlo.read(TPU.replace(KNOWN, "").replace("direction=LT", "direction=NE"), 16)
     assert found.unknown_loops == 1
     assert {one.calls for one in found.collectives} == {1}
 

@@ -82,6 +82,25 @@ class Slice:
     coordinates: tuple[tuple[int, ...], ...]
     sides: tuple[int, ...]
 
+    def hops(self, pair: Sequence[int]) -> int:
+        """Links from one chip to another.
+
+        Args:
+            pair: places in the flattened mesh.
+        """
+        if not self.chip.dimensions:
+            return 1
+        between = 0
+        for a, b, side in zip(*(self.coordinates[place] for place in pair), self.sides):
+            along = abs(a - b)
+            between += min(along, side - along) if self._is_ring(side) else along
+        return between
+
+    def _is_ring(self, side: int) -> bool:
+        if self.chip.dimensions == 3:
+            return not any(side % self.chip.ring for side in self.sides)
+        return side == self.chip.ring
+
     def rate(self, group: Sequence[int]) -> float:
         """Bytes/s that each chip of a group can send to the others, all groups at once.
 
@@ -95,18 +114,15 @@ class Slice:
         if not chip.dimensions:
             nodes = {place // chip.host for place in group}
             return chip.link if len(nodes) == 1 else chip.network
-        cubes = not any(side % chip.ring for side in self.sides)
         spans = [
             (min(along), max(along) - min(along) + 1, side)
             for along, side in zip(zip(*(self.coordinates[place] for place in group)), self.sides)
         ]
         ports = sum(
-            2 if span == side and (cubes if chip.dimensions == 3 else side == chip.ring) else 1
-            for _, span, side in spans
-            if span > 1
+            2 if span == side and self._is_ring(side) else 1 for _, span, side in spans if span > 1
         )
         share = len(set(group)) / math.prod(span for _, span, _ in spans)
-        return chip.link * max(ports, 1) * min(share, 1.0)
+        return chip.link * max(ports, 1) * share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,4 +163,7 @@ def seconds(where: Slice, flops: Flops, costs: Costs) -> Seconds:
 
 def collective_seconds(where: Slice, one: Collective) -> float:
     """All calls of one collective within a run of its program; the slowest group counts."""
+    if one.kind == "collective-permute":
+        links = max(where.hops(pair) for pair in one.groups)
+        return one.calls * one.sent * links / where.rate(one.groups[0][:1])
     return one.calls * one.sent / min(where.rate(group) for group in one.groups)

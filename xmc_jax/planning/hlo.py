@@ -1,7 +1,7 @@
 """Reads the text of a compiled program: what each device moves, loops counted as often as they run.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
-the loops around it turn, as XLA recorded (`known_trip_count`).
+the loops around it turn.
 """
 
 import dataclasses
@@ -77,6 +77,9 @@ class Instruction:
     def bytes(self) -> int:
         """Of what it gives, wherever that lies."""
         return sum(array.bytes for array in self.arrays)
+
+
+Computation = Mapping[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +176,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
-    if rest.startswith("("):
-        end = _closing(rest, 0) + 1
-    else:
-        end = rest.index(" ")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
     end = _closing("(" + rest, 0) - 1
@@ -206,9 +206,7 @@ def _arrays(kind: str) -> tuple[Array, ...]:
 class _Reader:
     """Walks a program from its entry; each computation is looked at once."""
 
-    def __init__(
-        self, computations: Mapping[str, Mapping[str, Instruction]], entry: str, devices: int
-    ):
+    def __init__(self, computations: Mapping[str, Computation], entry: str, devices: int):
         self.computations, self.entry, self.devices = computations, entry, devices
         self.accessed, self.unknown = 0, 0
         self.collectives: list[Collective] = []
@@ -225,17 +223,18 @@ class _Reader:
                 self._collective(computation, one, kind, times)
             if not fused:
                 self.accessed += times * self._moved(computation, one)
-            for called, turns, within in self._called(one):
+            for called, turns, within in self._called(computation, one):
                 self._walk(called, times * turns, fused or within)
 
-    def _called(self, one: Instruction) -> Iterator[tuple[str, int, bool]]:
+    def _called(
+        self, computation: Computation, one: Instruction
+    ) -> Iterator[tuple[str, int, bool]]:
         """Computations that an instruction runs, how often, and whether as one with it."""
         called = dict(_CALLED.findall(one.text))
         if one.opcode == "while":
-            known = _TRIPS.search(one.text)
-            if not known:
-                self.unknown += 1
-            turns = int(known[1]) if known else 1
+            known = self._turns(computation, one, called)
+            self.unknown += known is None
+            turns = 1 if known is None else known
             yield called["body"], turns, False
             yield called["condition"], turns + 1, False
         elif one.opcode == "conditional":
@@ -250,7 +249,37 @@ class _Reader:
         elif one.opcode == "call":
             yield called["to_apply"], 1, False
 
-    def _collective(self, computation, one: Instruction, kind: str, times: int) -> None:
+    def _turns(
+        self, computation: Computation, one: Instruction, called: Mapping[str, str]
+    ) -> int | None:
+        """Of a loop: as XLA says, or from first value, step and bound of the number it counts."""
+        if known := _TRIPS.search(one.text):
+            return int(known[1])
+        condition, body = (self.computations[called[name]] for name in ("condition", "body"))
+        test, last = _root(condition), _root(body)
+        start = _through(computation, one.operands[0])
+        if test.opcode != "compare" or "direction=LT" not in test.text or last.opcode != "tuple":
+            return None
+        counter = _through(condition, test.operands[0])
+        place = re.search(r"index=(\d+)", counter.text)
+        if not place or start.opcode != "tuple":
+            return None
+        step = _through(body, last.operands[int(place[1])])
+        first, bound = (
+            _number(within, name)
+            for within, name in (
+                (computation, start.operands[int(place[1])]),
+                (condition, test.operands[1]),
+            )
+        )
+        added = [n for name in step.operands if (n := _number(body, name)) is not None]
+        if step.opcode != "add" or len(added) != 1 or None in (first, bound):
+            return None
+        return max(-(-(bound - first) // added[0]), 0)
+
+    def _collective(
+        self, computation: Computation, one: Instruction, kind: str, times: int
+    ) -> None:
         given = sum(computation[name].bytes for name in one.operands)
         groups = _groups(one.text, self.devices)
         if kind == "collective-permute":
@@ -264,7 +293,7 @@ class _Reader:
                 Collective(kind, groups, given, times, source[1] if source else "")
             )
 
-    def _moved(self, computation, one: Instruction) -> int:
+    def _moved(self, computation: Computation, one: Instruction) -> int:
         """Bytes of main memory that an instruction reads and writes."""
         if one.opcode in _FREE:
             return 0
@@ -273,6 +302,24 @@ class _Reader:
             inner = self.computations[dict(_CALLED.findall(one.text))["calls"]]
             return _moved_by_fusion(inner, inputs, one)
         return _moved_by_one(inputs, one)
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(one for one in computation.values() if one.root)
+
+
+def _through(computation: Computation, name: str) -> Instruction:
+    """The instruction behind copies of what it gives."""
+    one = computation[name]
+    while one.opcode in ("copy", "bitcast"):
+        one = computation[one.operands[0]]
+    return one
+
+
+def _number(computation: Computation, name: str) -> int | None:
+    one = _through(computation, name)
+    found = re.match(r"(-?\d+)\)", one.text) if one.opcode == "constant" else None
+    return int(found[1]) if found else None
 
 
 def _main(one: Instruction) -> int:
@@ -320,11 +367,12 @@ def _moved_by_fusion(
         updates = [
             use
             for use in uses
-            if (use.opcode == "dynamic-update-slice"
-            and use.operands[0] not in inner)
-            or (use.opcode in ("dynamic-update-slice", "scatter")
-            and inner[use.operands[0]].bytes == parameter.bytes
-            and use.operands[0] != use.operands[-1])
+            if (use.opcode == "dynamic-update-slice" and use.operands[0] not in inner)
+            or (
+                use.opcode in ("dynamic-update-slice", "scatter")
+                and inner[use.operands[0]].bytes == parameter.bytes
+                and use.operands[0] != use.operands[-1]
+            )
         ]
         if uses and len(slices) == len(uses):
             moved += min(sum(use.bytes for use in slices), _main(inputs[number]))

@@ -1,5 +1,6 @@
 """Devices by name, of a kind that need not be here: `v5e:4x4`, `gpu:h100x8`, `cpu:8`."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -107,10 +108,8 @@ def _processor(count: int) -> tuple[jax.Device, ...]:
     if count < 1:
         raise ValueError(f"--topology: expected at least 1 device, got {count}")
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started; it may have enough of them
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # JAX has started; it may have enough of them
-        pass
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(
