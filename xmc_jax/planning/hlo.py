@@ -28,6 +28,8 @@ _FREE = {
     *("add-dependency", "opt-barrier", "optimization-barrier", "partition-id", "replica-id"),
     *(f"{kind}-done" for kind in COLLECTIVES),
 }
+_SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # in place; which operand is the update
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 _NAME = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
@@ -298,14 +300,60 @@ class _Reader:
         if one.opcode in _FREE:
             return 0
         inputs = [computation[name] for name in one.operands if name in computation]
-        if one.opcode == "fusion":
-            inner = self.computations[dict(_CALLED.findall(one.text))["calls"]]
-            return _moved_by_fusion(inner, inputs, one)
-        return _moved_by_one(inputs, one)
+        if one.opcode != "fusion":
+            return _moved_by_one(inputs, one)
+        inner = self._inner(one)
+        read = [
+            self._read(inner, parameter)
+            for number, parameter in _parameters(inner)
+            if number < len(inputs) and _main(inputs[number])
+        ]
+        return sum(read) + (self._written(inner, _root(inner)) if _main(one) else 0)
+
+    def _inner(self, fusion: Instruction) -> Computation:
+        return self.computations[dict(_CALLED.findall(fusion.text))["calls"]]
+
+    def _read(self, computation: Computation, value: Instruction) -> int:
+        """Bytes that a fused computation reads of a value: of slices of it the slices alone."""
+        total = 0
+        for user in computation.values():
+            for place, name in enumerate(user.operands):
+                if name != value.name:
+                    continue
+                if user.opcode == "bitcast":
+                    total += self._read(computation, user)
+                elif user.opcode == "fusion":
+                    inner = self._inner(user)
+                    within = next(each for number, each in _parameters(inner) if number == place)
+                    total += self._read(inner, within)
+                elif user.opcode in _SLICES and place == 0:
+                    total += user.bytes
+                elif user.opcode not in _UPDATES or place:
+                    return value.bytes
+        return min(total, value.bytes)
+
+    def _written(self, computation: Computation, value: Instruction) -> int:
+        """Bytes that a fused computation writes of what it gives: of updates those alone."""
+        if value.opcode == "bitcast":
+            return self._written(computation, computation[value.operands[0]])
+        if value.opcode == "tuple":
+            return sum(self._written(computation, computation[name]) for name in value.operands)
+        if value.opcode == "fusion":
+            inner = self._inner(value)
+            return self._written(inner, _root(inner))
+        if value.opcode in _UPDATES:
+            return computation[value.operands[_UPDATES[value.opcode]]].bytes
+        return _main(value)
 
 
 def _root(computation: Computation) -> Instruction:
     return next(one for one in computation.values() if one.root)
+
+
+def _parameters(computation: Computation) -> Iterator[tuple[int, Instruction]]:
+    for one in computation.values():
+        if one.opcode == "parameter":
+            yield int(one.text.partition(")")[0]), one
 
 
 def _through(computation: Computation, name: str) -> Instruction:
@@ -329,64 +377,17 @@ def _main(one: Instruction) -> int:
 
 def _moved_by_one(inputs: list[Instruction], one: Instruction) -> int:
     """Of slices and gathers the part, of updates in place the update, else all."""
-    if one.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
+    if one.opcode in _SLICES:
         return 2 * min(one.bytes, inputs[0].bytes)
-    if one.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * inputs[-1 if one.opcode == "scatter" else 1].bytes
+    if one.opcode == "slice-start":  # gives its source again, and the slice
+        return one.arrays[1].bytes * (1 + (not one.arrays[1].local))
+    if one.opcode in _UPDATES:
+        return 2 * inputs[_UPDATES[one.opcode]].bytes
     if one.opcode == "copy-start":  # gives the copy, and its source again
         return sum(array.bytes for array in one.arrays[:2] if not array.local)
     if one.opcode.endswith("-start"):
         return 2 * sum(map(_main, inputs))
     return _main(one) + sum(map(_main, inputs))
-
-
-def _moved_by_fusion(
-    inner: Mapping[str, Instruction], inputs: list[Instruction], one: Instruction
-) -> int:
-    users: dict[str, list[Instruction]] = {}
-    for each in inner.values():
-        for name in each.operands:
-            users.setdefault(name, []).append(each)
-
-    def seen(name: str) -> list[Instruction]:
-        """What uses a value, under whatever name."""
-        found = users.get(name, [])
-        return [
-            user
-            for each in found
-            for user in (seen(each.name) if each.opcode == "bitcast" else [each])
-        ]
-
-    moved, in_place = 0, 0
-    for parameter in (each for each in inner.values() if each.opcode == "parameter"):
-        number = int(parameter.text.partition(")")[0])
-        if number >= len(inputs) or not _main(inputs[number]):
-            continue
-        uses = seen(parameter.name)
-        slices = [use for use in uses if use.opcode in ("dynamic-slice", "slice", "gather")]
-        updates = [
-            use
-            for use in uses
-            if (use.opcode == "dynamic-update-slice" and use.operands[0] not in inner)
-            or (
-                use.opcode in ("dynamic-update-slice", "scatter")
-                and inner[use.operands[0]].bytes == parameter.bytes
-                and use.operands[0] != use.operands[-1]
-            )
-        ]
-        if uses and len(slices) == len(uses):
-            moved += min(sum(use.bytes for use in slices), _main(inputs[number]))
-        elif uses and len(slices) + len(updates) == len(uses):
-            part = [inner[use.operands[_update(use)]].bytes for use in updates]
-            moved += sum(use.bytes for use in slices) + sum(part)
-            in_place += parameter.bytes - sum(part)
-        else:
-            moved += _main(inputs[number])
-    return moved + max(_main(one) - in_place, 0)
-
-
-def _update(use: Instruction) -> int:
-    return 1 if use.opcode == "dynamic-update-slice" else len(use.operands) - 1
 
 
 def _is_scattered(computation: Mapping[str, Instruction], one: Instruction) -> bool:

@@ -86,7 +86,7 @@ def of(program: Program) -> list[Compilable]:
                 one(
                     "centroids",
                     shape.pairs / _PAIRS,
-                    tables.add,
+                    tables._add,
                     program.abstract_table(shape.labels, "float32"),
                     state.tables.document_bank,
                     *(whole(_PAIRS), whole(_PAIRS)),
@@ -125,7 +125,7 @@ def of(program: Program) -> list[Compilable]:
             one(
                 name,
                 evaluations * shape.test / search.query_block / epochs,
-                exact.search_block,
+                exact._search_block,
                 whole(search.query_block, width, dtype=jnp.float32),
                 jax.ShapeDtypeStruct(size, jnp.float32, sharding=by_rows),
                 k=min(max(search.k, search.augmented.labels), count),
