@@ -1,10 +1,9 @@
 """What a run needs on named devices: every program of it compiled ahead of time, and added up."""
 
-import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -130,18 +129,13 @@ def compile_one(each: Compilable, program: Program, topology: Topology) -> Compi
     traced = each.trace()
     operations = flops.count(traced.jaxpr)
     lowered = traced.lower()
-    given = collections.Counter(_kind(leaf) for leaf in jax.tree.leaves(lowered.args_info))
-    beside = arguments = 0
-    for leaf in jax.tree.leaves((program.abstract, program.abstract_frozen)):
-        if given[_kind(leaf)]:
-            given[_kind(leaf)] -= 1
-            arguments += per_device(leaf)
-        else:
-            beside += per_device(leaf)
+    given = set(map(id, jax.tree.leaves(each.arguments)))
+    resident = jax.tree.leaves((program.abstract, program.abstract_frozen))
+    arguments = per_device(each.arguments)  # also those that it does not use
     common = {
         "name": each.name,
         "per_epoch": each.per_epoch,
-        "beside": beside,
+        "beside": per_device([leaf for leaf in resident if id(leaf) not in given]),
         "flops": operations,
     }
     try:
@@ -163,7 +157,7 @@ def compile_one(each: Compilable, program: Program, topology: Topology) -> Compi
     where = topology.slice(program.mesh)
     return Compiled(
         **common,
-        arguments=memory.argument_size_in_bytes,
+        arguments=max(arguments, memory.argument_size_in_bytes),  # the latter are padded
         activations=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
@@ -304,10 +298,6 @@ def _fits(each: Compiled, topology: Topology) -> bool:
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _kind(leaf: Any) -> tuple[Sequence[int], str]:
-    return tuple(leaf.shape), str(leaf.dtype)
 
 
 def _with(config: RunConfig, section: str, **fields: Any) -> RunConfig:

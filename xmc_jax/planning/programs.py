@@ -22,11 +22,13 @@ class Compilable:
 
     Attributes:
         name: of the program.
+        arguments: what it is called with, as ShapeDtypeStructs with shardings.
         trace: traces it, for its devices.
         per_epoch: calls of it in an epoch, on average over the run.
     """
 
     name: str
+    arguments: Any
     trace: Callable[[], jax.stages.Traced]
     per_epoch: float
 
@@ -46,7 +48,7 @@ def of(program: Program) -> list[Compilable]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
 
     def one(name: str, per_epoch: float, function: Any, *arguments: Any, **static: Any):
-        return Compilable(name, lambda: function.trace(*arguments, **static), per_epoch)
+        return Compilable(name, arguments, lambda: function.trace(*arguments, **static), per_epoch)
 
     # Before the first step, at each boundary and at the end of the run, per epoch.
     evaluations = (epochs // train.eval_every if train.eval_every else 1) + train.zero_shot
