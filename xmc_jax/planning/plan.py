@@ -18,7 +18,8 @@ from xmc_jax.planning.topology import Topology
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
 
-_EXCEEDED = re.compile(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm")
+# libtpu, of a program that is too large: what it would need, arguments included.
+_EXCEEDED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMG]?)\b")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _REMAT = "nothing_saveable"  # keeps least
 
@@ -153,18 +154,29 @@ def compile_one(each: Compilable, program: Program, topology: Topology) -> Compi
             seconds=None,
         )
     memory = compiled.memory_analysis()
+    given = memory.argument_size_in_bytes  # padded, and without what is not used
     costs = hlo.read(compiled.as_text(), program.mesh.size)
     where = topology.slice(program.mesh)
     return Compiled(
         **common,
-        arguments=max(arguments, memory.argument_size_in_bytes),  # the latter are padded
-        activations=memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        arguments=max(arguments, given),
+        activations=_peak(memory, topology) - given,
         costs=costs,
         seconds=None if where is None else hardware.seconds(where, operations, costs),
     )
+
+
+def _peak(memory: Any, topology: Topology) -> int:
+    """Bytes of a device while a program runs, arguments included.
+
+    Of TPUs XLA's own figure: what it calls temporary there overlaps with donated arguments, and
+    programs run whose sum exceeds the memory. On processors that figure leaves out what is
+    temporary.
+    """
+    if topology.sides:
+        return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + made + memory.temp_size_in_bytes
 
 
 def parts(program: Program) -> dict[str, int]:
