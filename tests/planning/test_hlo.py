@@ -1,6 +1,7 @@
 """What compiled programs move: collectives, groups and bytes, as often as their loops turn."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -98,53 +99,9 @@ def test_bytes_of_a_loop_count_every_turn_and_a_stack_only_its_slices():
     assert found.unknown_loops == 0
 
 
-# Of a TPU, shortened: layouts with memory spaces, an asynchronous gather, a sum that is split at
-# once, groups as a transposed range, a loop.
-TPU = """HloModule jit_f, is_scheduled=true, num_partitions=16
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[]{:T(128)} parameter(0)
-  %b = f32[]{:T(128)} parameter(1)
-  ROOT %sum = f32[]{:T(128)} add(%a, %b)
-}
-
-%all-reduce-scatter (input: bf16[64,128]) -> bf16[16,128] {
-  %input = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.9 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=4, replica_groups=[4,4]<=[4,4]T(1,0), use_global_device_ids=true, to_apply=%add
-  %zero = s32[]{:T(128)} constant(0)
-  ROOT %part = bf16[16,128]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.9, %zero, %zero), dynamic_slice_sizes={16,128}
-}
-
-%body (carry: (s32[], bf16[16,128], bf16[12,16,128])) -> (s32[], bf16[16,128], bf16[12,16,128]) {
-  %carry = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%carry), index=0
-  %x = bf16[16,128]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
-  %w = bf16[12,16,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=2
-  %start = (bf16[16,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) all-gather-start(%x), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, dimensions={0}, use_global_device_ids=true, metadata={op_name="jit(f)/layers/gather (of) weights"}
-  %whole = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather-done(%start)
-  %y = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter
-  %two = s32[]{:T(128)} constant(2)
-  %after = s32[]{:T(128)} add(%i, %two)
-  ROOT %next = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%after, %y, %w)
-}
-
-%condition (carry.1: (s32[], bf16[16,128], bf16[12,16,128])) -> pred[] {
-  %carry.1 = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
-  %bound = s32[]{:T(128)} constant(25)
-  ROOT %more = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
-}
-
-ENTRY %main (p: bf16[16,128], q: bf16[12,16,128]) -> bf16[16,128] {
-  %p = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %q = bf16[12,16,128]{2,1,0:T(8,128)(2,1)} parameter(1)
-  %one = s32[]{:T(128)} constant(1)
-  %zero.1 = s32[]{:T(128)} copy(%one)
-  %first = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) tuple(%zero.1, %p, %q)
-  %loop = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[12,16,128]{2,1,0:T(8,128)(2,1)}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
-  ROOT %out = bf16[16,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
-}
-"""
+# As libtpu writes programs, shortened: layouts with memory spaces, an asynchronous gather, a sum
+# that is split at once, groups as a transposed range, a loop.
+TPU = (pathlib.Path(__file__).parent / "loop_tpu.hlo").read_text(encoding="utf-8")
 
 KNOWN = '"known_trip_count":{"n":"12"}'
 

@@ -119,13 +119,19 @@ def make(program: Program, topology: Topology) -> Plan:
     )
 
 
-def compile_one(each: Compilable, program: Program, topology: Topology) -> Compiled:
+def compile_one(
+    each: Compilable,
+    program: Program,
+    topology: Topology,
+    options: Mapping[str, str] | None = None,
+) -> Compiled:
     """Compiles a program of the run and reads what it needs.
 
     Args:
         each: of `programs.of`.
         program: whose program it is.
         topology: its devices.
+        options: of XLA, by name; a run has none.
     """
     traced = each.trace()
     operations = flops.count(traced.jaxpr)
@@ -140,7 +146,7 @@ def compile_one(each: Compilable, program: Program, topology: Topology) -> Compi
         "flops": operations,
     }
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         exceeded = _EXCEEDED.search(str(error))
         if not exceeded:
@@ -272,24 +278,21 @@ def changes(config: RunConfig, devices: int) -> Iterator[tuple[str, RunConfig]]:
         config: that does not fit.
         devices: of the mesh.
     """
-    train = config.train
-    chunked = config
-    if train.batch_size % (4 * train.n_chunks) == 0:
-        chunked = _with(config, "train", n_chunks=4 * train.n_chunks)
-        yield f"--config.train.n_chunks={4 * train.n_chunks}", chunked
-    if config.encoder.remat != _REMAT and train.n_chunks > 0:
+    chunks = 4 * config.train.n_chunks
+    if config.train.batch_size % chunks == 0:
+        yield f"--config.train.n_chunks={chunks}", _with(config, "train", n_chunks=chunks)
+    if config.encoder.remat != _REMAT:
         yield f"--config.encoder.remat={_REMAT}", _with(config, "encoder", remat=_REMAT)
-    small = config
-    if config.tables.dtype != "bfloat16":
-        small = _with(config, "tables", dtype="bfloat16")
-        yield "--config.tables.dtype=bfloat16", small
-    whole = {"data": 1, "fsdp": devices, "tensor": 1}
+    narrow = config.tables.dtype == "bfloat16"
+    if not narrow:
+        yield "--config.tables.dtype=bfloat16", _with(config, "tables", dtype="bfloat16")
     if (config.mesh.fsdp, config.mesh.tensor) != (devices, 1):
-        flag = f"--config.mesh.data=1 --config.mesh.fsdp={devices} --config.mesh.tensor=1"
-        yield flag, _with(config, "mesh", **whole)
-        everything = _with(_with(config, "mesh", **whole), "tables", dtype="bfloat16")
-        if small is not config:
-            yield f"{flag} --config.tables.dtype=bfloat16", everything
+        flags = f"--config.mesh.data=1 --config.mesh.fsdp={devices} --config.mesh.tensor=1"
+        sharded = _with(config, "mesh", data=1, fsdp=devices, tensor=1)
+        yield flags, sharded
+        if not narrow:
+            flags += " --config.tables.dtype=bfloat16"
+            yield flags, _with(sharded, "tables", dtype="bfloat16")
 
 
 def per_device(tree: Any) -> int:
