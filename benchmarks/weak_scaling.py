@@ -30,8 +30,8 @@ from xmc_jax.training.program import Program
 VARIANT = "qwen25_3b/amazontitles_131k"
 PER_CHIP = 128  # documents, in weak scaling
 STRONG = 2048  # documents, in strong scaling
-# Weights are gathered whole: the loops of permutations that XLA else writes send the same bytes, and
-# take several times as long to compile.
+# Weights are gathered whole: the loops of permutations that XLA else writes send the same bytes,
+# and take several times as long to compile.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 PACKAGES = ("jax", "jaxlib", "libtpu")
 

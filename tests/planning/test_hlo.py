@@ -141,3 +141,34 @@ def test_what_lies_in_a_chips_own_memory_is_not_moved():
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="expected the text of a compiled program"):
         hlo.read("module @jit_f {}", 8)
+
+
+@pytest.mark.parametrize(
+    "written, groups",
+    [
+        ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=2] {'b'}", ((0, 1), (2, 3))),
+        ("mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+        ("mesh['a'=4] {'a':(2)2}", ((0, 1), (2, 3))),
+        ("mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=2], device_ids=([4]<=[2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
+        ("{}", ((0, 1, 2, 3),)),
+    ],
+)
+def test_groups_are_read_in_every_notation(written, groups):
+    listed = "replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}"
+    found = hlo.read(TPU.replace(listed, f"replica_groups={written}"), 4)
+    assert found.collectives[0].groups == groups
+
+
+def test_a_chain_of_fusions_is_one_collective():
+    """An asynchronous collective is written once in each of the fusions that it goes on in."""
+    first = TPU.replace("use_global_device_ids=true, metadata", 'chain_id="0", metadata')
+    assert [one.kind for one in hlo.read(first, 16).collectives] == ["reduce-scatter"]
+    begun = '  %begun = s32[2]{0} custom-call(%start), custom_call_target="AsyncCollectiveStart"\n'
+    place = first.index("  %whole =")
+    started = hlo.read(first[:place] + begun + first[place:], 16)
+    assert [one.kind for one in started.collectives] == ["all-gather", "reduce-scatter"]

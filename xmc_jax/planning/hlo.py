@@ -38,7 +38,8 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d, ]*\},?\s*)*)\}")
 
 
@@ -282,6 +283,8 @@ class _Reader:
     def _collective(
         self, computation: Computation, one: Instruction, kind: str, times: int
     ) -> None:
+        if "chain_id=" in one.text and not _starts(computation, one):
+            return  # a later link of the chain of fusions that an asynchronous one becomes
         given = sum(computation[name].bytes for name in one.operands)
         groups = _groups(one.text, self.devices)
         if kind == "collective-permute":
@@ -390,28 +393,57 @@ def _moved_by_one(inputs: list[Instruction], one: Instruction) -> int:
     return _main(one) + sum(map(_main, inputs))
 
 
+def _starts(computation: Computation, one: Instruction) -> bool:
+    users = (each for each in computation.values() if one.name in each.operands)
+    return any("AsyncCollectiveStart" in user.text for user in users)
+
+
 def _is_scattered(computation: Mapping[str, Instruction], one: Instruction) -> bool:
     users = [each for each in computation.values() if one.name in each.operands]
     return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
-@functools.lru_cache(maxsize=4096)
-def _parse_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    if iota := _IOTA.match(text):
-        shape, sizes = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-        numbers = np.arange(math.prod(sizes)).reshape(sizes)
-        if iota[3]:
-            numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
-        rows = numbers.reshape(shape[0], -1)
-        return tuple(tuple(int(n) for n in row) for row in rows)
-    listed = _LISTED.match(text)
-    groups = re.findall(r"\{([\d, ]*)\}", listed[1]) if listed else []
-    found = tuple(tuple(int(n) for n in group.split(",")) for group in groups if group.strip())
-    return found or (tuple(range(devices)),)
-
-
 def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    for pattern in (_IOTA, _LISTED):
-        if found := pattern.search(text):
-            return _parse_groups(found[0], devices)
-    return (tuple(range(devices)),)
+    """Which devices a collective is among, from its attributes in any of XLA's notations."""
+    if mesh := _MESH.search(text):
+        return _mesh_groups(*mesh.groups())
+    if iota := re.search("replica_groups=" + _IOTA.pattern, text):
+        return _rows(_numbers(iota))
+    listed = _LISTED.search(text)
+    found = re.findall(r"\{([\d, ]+)\}", listed[1]) if listed else []
+    groups = tuple(tuple(int(n) for n in group.split(",")) for group in found)
+    return groups or (tuple(range(devices)),)
+
+
+@functools.lru_cache(maxsize=1024)
+def _mesh_groups(axes: str, order: str, among: str) -> tuple[tuple[int, ...], ...]:
+    """`mesh['a'=4,'b'=2] {'a'}`, in which an axis may be a part of one, `'a':(2)2`."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    chosen = {
+        name: (int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", among)
+    }
+    shape, grouped = [], []
+    for name, size in sizes.items():
+        before, within = chosen.get(name, (size, 1))
+        grouped.append(len(shape) + 1)
+        shape += [before, within, size // (before * within)]
+    iota = _IOTA.search(order)
+    numbers = _numbers(iota) if iota else np.arange(math.prod(sizes.values()))
+    numbers = numbers.reshape(shape)
+    apart = [axis for axis in range(numbers.ndim) if axis not in grouped]
+    inner = math.prod(numbers.shape[axis] for axis in grouped)
+    return _rows(numbers.transpose(apart + grouped).reshape(-1, inner))
+
+
+def _numbers(iota: re.Match) -> np.ndarray:
+    """`[4,2]<=[2,4]T(1,0)`."""
+    shape, sizes = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    if iota[3]:
+        numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
+    return numbers.reshape(shape)
+
+
+def _rows(numbers: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in numbers.tolist())
