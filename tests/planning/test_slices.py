@@ -77,7 +77,8 @@ def test_seven_billion_parameters_need_half_of_a_small_slice(tmp_path):
         "qwen2.5-7b-instruct",
         only=["train_step"],
         data={"max_length": 38},
-        train={"batch_size": 2048},
+        encoder={"remat": "nothing_saveable"},
+        train={"batch_size": 2048, "n_chunks": 4},
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert found["tokens"] == 48
