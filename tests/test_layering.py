@@ -11,7 +11,8 @@ PACKAGE = ROOT / "xmc_jax"
 
 # From left to right: a part of the package imports only parts to its right, and itself.
 LAYERS = (
-    ("main", "plan", "serve"),
+    ("main", "serve"),
+    ("planning",),
     ("build",),
     ("training",),
     ("retrieval",),
