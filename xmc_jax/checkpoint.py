@@ -28,8 +28,6 @@ RESUMABLE = (
 _CONFIG = "config.json"
 
 
-
-
 class Checkpoints:
     """The checkpoints of one workdir: the latest ones and the best by P@1, written asynchronously.
 

@@ -8,6 +8,7 @@ Modes:
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
     export    write its encoder as a folder for Hugging Face and sentence-transformers, or with
               --config.export.format=adapter its adapters as one for peft.
+    plan      say what the run needs on --topology, and whether it fits; exit code 1 if not.
 """
 
 import ctypes
@@ -32,10 +33,16 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives, runs/<config.name> if not given; run again to go on."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["prepare", "train", "evaluate", "embed", "index", "export"], "What to do."
+    "mode",
+    "train",
+    ["prepare", "train", "evaluate", "embed", "index", "export", "plan"],
+    "What to do.",
 )
 _STEP = flags.DEFINE_string(
     "step", "latest", "Checkpoint of the modes other than train: latest, best (by P@1) or a step."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "cpu", "Of --mode=plan: cpu, cpu:8, gpu:h100x8, v5e:4x4, v5p:2x2x4, ..."
 )
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ["auto", "off"], "auto: the processes of a cluster; off: this one alone."
@@ -71,6 +78,8 @@ def main(argv: list[str]) -> int:
     config = RunConfig.from_dict(fields)
     distributed.agree("--mode", [mode, str(workdir), _STEP.value])
     distributed.agree("config", fields)
+    if mode == "plan":
+        return _plan(fields)
     if mode == "prepare":
         return _prepare(fields)
     if mode == "train":
@@ -103,6 +112,15 @@ def main(argv: list[str]) -> int:
     elif mode == "export":
         print(f"wrote {build.export(fields, run, state, workdir)}")
     return 0
+
+
+def _plan(fields: Mapping[str, Any]) -> int:
+    """Prints what a run needs on a topology; fails if there is not enough."""
+    from xmc_jax.planning import report
+
+    text, fits = report.make(fields, _TOPOLOGY.value)
+    print(text)
+    return 0 if fits else _FAILED
 
 
 def _prepare(fields: Mapping[str, Any]) -> int:

@@ -213,7 +213,7 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 def _has_cudnn() -> bool:
     # Asked when a program is traced, of the default devices: JAX offers no branch at lowering here,
     # as its own check for cuDNN fails elsewhere.
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
     return int(device.compute_capability.split(".")[0]) >= 8
