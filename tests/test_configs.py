@@ -244,7 +244,7 @@ def trace(config: dict, dataset, prompts: Prompts) -> None:
     for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
         assert (after.shape, after.dtype) == (before.shape, before.dtype)
     assert metrics["loss"].shape == ()
-    assert ("projection" in state.params) == (dataset.image_width > 0)
+    assert ("projection" in state.params) == (dataset.shape.image_width > 0)
 
 
 def test_names_of_runs_differ():

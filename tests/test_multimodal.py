@@ -112,7 +112,7 @@ def text_only(fields: dict) -> dict:
 
 def test_the_dataset_has_the_pictures_of_its_items(program, raw):
     data = program.data
-    assert data.image_width == descriptor.WIDTH
+    assert data.shape.image_width == descriptor.WIDTH
     assert data.images.manifest["encoder"]["name"] == "hog-colour"
     shop = synthetic.Shop(
         synthetic.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)

@@ -31,7 +31,7 @@ def test_images_of_items_in_any_order(prepared, with_random_images, tmp_path, pe
     texts = store.open(prepared)
     data = with_random_images(texts, tmp_path / "images-x", per_item)
     assert texts.images is None and texts.image_width == 0
-    assert data.image_width == 8 and data.images.folder == tmp_path / "images-x"
+    assert data.shape.image_width == 8 and data.images.folder == tmp_path / "images-x"
     assert (data.digest, data.num_documents) == (texts.digest, 20)
     for name in store.SPLITS:
         split, rows = getattr(data, name), getattr(data.images, name)
