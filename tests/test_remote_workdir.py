@@ -22,7 +22,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from xmc_jax import checkpoint, report
+from xmc_jax import checkpoint, report, sharding
 from xmc_jax.models import bert, hf_export
 from xmc_jax.retrieval import encode, evaluate
 from xmc_jax.retrieval.scann import ScannConfig, ScannIndex
@@ -210,10 +210,10 @@ def test_results_arrive_whole(workdir):
 
     out = workdir / "embeddings" / "1" / "test.npy"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = encode.encode_split(
-        jax.jit(lambda inputs, ids: inputs.tokens * 1.5), Texts(), 2, jax.device_put, out=out
-    )
-    np.testing.assert_array_equal(np.load(io.BytesIO(out.read_bytes())), rows)
+    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    encode.to_file(jax.jit(lambda inputs, ids: inputs.tokens * 1.5), Texts(), 2, one, out)
+    rows = np.load(io.BytesIO(out.read_bytes()))
+    np.testing.assert_array_equal(rows, 1.5 * np.arange(5)[:, None].repeat(2, 1))
 
     sizes = bert.BertConfig(hidden=8, layers=1, heads=2, ff=16, max_positions=8, vocab_size=16)
     params = {
@@ -263,7 +263,7 @@ address, index, folder, other = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, index)
 import numpy as np
-from xmc_jax import checkpoint, report
+from xmc_jax import checkpoint, report, sharding
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
 def put(array, *axes):
     array = np.asarray(array)

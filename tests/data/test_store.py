@@ -30,7 +30,7 @@ def test_splits_and_inputs(prepared):
 def test_images_of_items_in_any_order(prepared, with_random_images, tmp_path, per_item):
     texts = store.open(prepared)
     data = with_random_images(texts, tmp_path / "images-x", per_item)
-    assert texts.images is None and texts.image_width == 0
+    assert texts.images is None and texts.shape.image_width == 0
     assert data.shape.image_width == 8 and data.images.folder == tmp_path / "images-x"
     assert (data.digest, data.num_documents) == (texts.digest, 20)
     for name in store.SPLITS:
