@@ -72,7 +72,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest committed step, or None."""
-        return self._manager.latest_step()
+        step = self._manager.latest_step()  # of several processes, a NumPy number
+        return None if step is None else int(step)
 
     def best(self) -> int | None:
         """The step with the highest P@1 among those kept, or None if none was evaluated."""
