@@ -148,6 +148,12 @@ def test_where_checkpoints_cannot_be_is_refused(folder, expected):
         checkpoint.Checkpoints(folder)
 
 
+def test_the_extra_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^gs://bucket/run: .*pip install 'xmc_jax\[gcs\]'"):
+        checkpoint.check_config("gs://bucket/run", {})
+
+
 def events(data: bytes) -> list[tuple[str, int, float]]:
     """(name, step, value) of the scalars in a TensorBoard file; a torn last record is left out."""
     found, file = [], io.BytesIO(data)

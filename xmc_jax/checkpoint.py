@@ -4,6 +4,7 @@ A checkpoint holds the state as a flat mapping from path to array, so that no Py
 and the run's metric records, so that a resumed run ends with the records of the straight one.
 """
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -171,10 +172,10 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
         new: whether the workdir may be a new one.
 
     Raises:
-        ValueError: a field differs that may not (see `RESUMABLE`; `train.epochs` may grow), or
-            there is no config where there should be.
+        ValueError: a field differs that may not (see `RESUMABLE`; `train.epochs` may grow), there
+            is no config where there should be, or a run cannot be there.
     """
-    workdir = epath.Path(workdir)
+    workdir = _absolute(workdir)
     if new and not ocp.utils.checkpoint_steps(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(config))  # tuples are lists there
@@ -211,7 +212,8 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
     """The path of a workdir from any working directory, as Orbax wants it.
 
     Raises:
-        ValueError: Orbax cannot write there, or the client would take the name for a pattern.
+        ValueError: Orbax cannot write there, the client would take the name for a pattern, or it is
+            not installed.
     """
     workdir = epath.Path(workdir)
     scheme, remote, name = str(workdir).partition("://")
@@ -221,6 +223,10 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
         raise ValueError(f"{workdir}: expected a folder or gs://bucket/..., got {scheme}://")
     if set(name) & set("*?[]"):
         raise ValueError(f"{workdir}: expected a name without any of * ? [ ] on gs://")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"{workdir}: expected the package gcsfs, found none; pip install 'xmc_jax[gcs]'"
+        )
     return workdir
 
 
@@ -234,9 +240,9 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """The config a workdir was made with.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: there is none, it is not JSON, or a run cannot be there.
     """
-    path = epath.Path(workdir) / _CONFIG
+    path = _absolute(workdir) / _CONFIG
     if not path.exists():
         raise ValueError(f"{path}: expected the config of a run, found no such file")
     try:
