@@ -54,8 +54,8 @@ jax.block_until_ready(state)
 print(memory("VmHWM") - before)
 """
 SIZES = {
-    "two GiB": {"layers": 1, "batch": 384, "documents": 4000, "labels": 2000},
-    "more in the step": {"layers": 2, "batch": 384, "documents": 4000, "labels": 2000},
+    "two GiB": {"layers": 1, "batch": 640, "documents": 4000, "labels": 2000},
+    "more in the step": {"layers": 2, "batch": 512, "documents": 4000, "labels": 2000},
     "more in tables": {"layers": 1, "batch": 384, "documents": 900_000, "labels": 300_000},
 }
 

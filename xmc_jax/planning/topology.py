@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from xmc_jax.planning import hardware
 from xmc_jax.planning.hardware import Chip, Slice
 
+_FORCED = "xla_force_host_platform_device_count"
 _EXAMPLES = "v5e:4x4, v5p:2x2x4, gpu:h100x8 or cpu:8"
 
 
@@ -108,12 +109,13 @@ def _processor(count: int) -> tuple[jax.Device, ...]:
     if count < 1:
         raise ValueError(f"--topology: expected at least 1 device, got {count}")
     jax.config.update("jax_platforms", "cpu")
-    with contextlib.suppress(RuntimeError):  # JAX has started; it may have enough of them
-        jax.config.update("jax_num_cpu_devices", count)
+    if _FORCED not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has started; it may have enough of them
+            jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(
             f"--topology: expected {count} devices before JAX starts, got {len(devices)}; set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            f"XLA_FLAGS=--{_FORCED}={count}"
         )
     return tuple(devices[:count])
