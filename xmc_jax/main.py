@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
     """Runs the mode that the flags name; returns the exit code."""
     del argv
     # Imported here, so that a mistyped flag is answered at once.
+    import jax
+
     from xmc_jax import build, checkpoint, distributed
     from xmc_jax.retrieval import evaluate, exact, scann
     from xmc_jax.training import loop
@@ -80,6 +82,11 @@ def main(argv: list[str]) -> int:
     distributed.agree("config", fields)
     if mode == "plan":
         return _plan(fields)
+    if mode == "export" and jax.process_count() > 1:
+        raise ValueError(
+            f"--mode=export: expected one process, got {jax.process_count()}; one reads the "
+            "checkpoints of many: --distributed=off"
+        )
     if mode == "prepare":
         return _prepare(fields)
     if mode == "train":
@@ -155,6 +162,8 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
         checkpoint.check_config(folder, config, new=True)
         distributed.barrier("config compared")
         checkpoint.write_config(folder, config)
+        distributed.barrier("config written")
+        checkpoint.check_config(folder, config, new=False)  # fails where others see no such folder
         logging.info("%s: %s", folder, name or fields["name"])
         try:
             trained = loop.train(run, folder)

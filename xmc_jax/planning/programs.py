@@ -88,7 +88,7 @@ def of(program: Program) -> list[Compilable]:
                 one(
                     "centroids",
                     shape.pairs / _PAIRS,
-                    tables._add,
+                    tables.add_pairs,
                     program.abstract_table(shape.labels, "float32"),
                     state.tables.document_bank,
                     *(whole(_PAIRS), whole(_PAIRS)),
@@ -127,7 +127,7 @@ def of(program: Program) -> list[Compilable]:
             one(
                 name,
                 evaluations * shape.test / search.query_block / epochs,
-                exact._search_block,
+                exact.search_block,
                 whole(search.query_block, width, dtype=jnp.float32),
                 jax.ShapeDtypeStruct(size, jnp.float32, sharding=by_rows),
                 k=min(max(search.k, search.augmented.labels), count),

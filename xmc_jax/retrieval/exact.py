@@ -161,7 +161,7 @@ def search(
         rows = np.zeros((query_block, width), np.float32)
         part = queries[start : start + query_block]
         rows[: len(part)] = part
-        best = _search_block(
+        best = search_block(
             sharding.put_whole(rows, mesh),
             database.rows,
             k=k,
@@ -197,7 +197,7 @@ def _first_not_finite(rows: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("k", "count", "block", "mesh"))
-def _search_block(queries, database, *, k: int, count: int, block: int, mesh: Mesh):
+def search_block(queries, database, *, k: int, count: int, block: int, mesh: Mesh):
     """(f32[q, k], i32[q, k]) of a block of queries; database rows past `count` are padding."""
     axes = sharding.RULES["batch"]
 

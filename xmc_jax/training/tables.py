@@ -124,7 +124,7 @@ def _means(bank: jax.Array, pairs: Pairs) -> jax.Array:
     for i, (documents, labels) in enumerate(zip(pairs.documents, pairs.labels)):
         if i % _IN_FLIGHT == 0:
             sums.block_until_ready()  # else all blocks would wait on the devices
-        sums = _add(sums, bank, documents, labels, mesh=mesh)
+        sums = add_pairs(sums, bank, documents, labels, mesh=mesh)
     return _divide(sums, pairs.counts)
 
 
@@ -135,7 +135,7 @@ def _zeros(shape: tuple[int, int], dtype: jnp.dtype, mesh: Mesh) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
-def _add(
+def add_pairs(
     sums: jax.Array, bank: jax.Array, documents: jax.Array, labels: jax.Array, *, mesh: Mesh
 ) -> jax.Array:
     """Adds rows of the bank to the sums of their labels, which ascend; L and more is dropped."""
