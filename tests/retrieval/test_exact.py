@@ -59,11 +59,11 @@ def test_eight_devices_equal_one(sizes):
 
 def test_one_compilation_for_all_blocks_and_calls_and_no_implicit_transfer():
     queries, database = integers(4, 23, 6), integers(5, 31, 6)
-    before = exact._search_block._cache_size()
+    before = exact.search_block._cache_size()
     with jax.transfer_guard("disallow"):
         exact.search(queries, database, 4, 8, 16)
         exact.search(queries[:3], database, 4, 8, 16)
-    assert exact._search_block._cache_size() == before + 1
+    assert exact.search_block._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
