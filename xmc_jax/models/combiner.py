@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xmc_jax import sharding
 from xmc_jax.models import layers
 
 COMBINERS = ("transformer", "sum")
@@ -53,7 +54,8 @@ class TransformerCombiner(nn.Module):
             raise ValueError(f"prime.heads: expected a divisor of D = {D}, got {self.heads}")
         drops = layers.dropouts(self, (self.dropout,) * 4, deterministic)
         drop_probabilities, drop_attention, drop_activations, drop_output = drops
-        x = layers.wide(jnp.stack([pooled, free, centroid], axis=1))
+        # Pinned: left to choose how the three go together, XLA gave wrong sums on a (2, 2, 2) mesh.
+        x = sharding.constrain(layers.wide(jnp.stack([pooled, free, centroid], axis=1)), "batch")
         dense = functools.partial(layers.Dense, dtype=x.dtype)
         # torch draws in_proj as one [3D, D] matrix: fan_in + fan_out = 4D.
         project = functools.partial(
