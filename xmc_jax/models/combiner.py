@@ -54,8 +54,12 @@ class TransformerCombiner(nn.Module):
             raise ValueError(f"prime.heads: expected a divisor of D = {D}, got {self.heads}")
         drops = layers.dropouts(self, (self.dropout,) * 4, deterministic)
         drop_probabilities, drop_attention, drop_activations, drop_output = drops
-        # Pinned: left to choose how the three go together, XLA gave wrong sums on a (2, 2, 2) mesh.
-        x = sharding.constrain(layers.wide(jnp.stack([pooled, free, centroid], axis=1)), "batch")
+
+        def pin(x: jax.Array) -> jax.Array:
+            # Left to choose, XLA splits the three vectors and gives wrong sums on a (2, 2, 2) mesh.
+            return sharding.constrain(x, "batch")
+
+        x = pin(layers.wide(jnp.stack([pooled, free, centroid], axis=1)))
         dense = functools.partial(layers.Dense, dtype=x.dtype)
         # torch draws in_proj as one [3D, D] matrix: fan_in + fan_out = 4D.
         project = functools.partial(
@@ -71,11 +75,11 @@ class TransformerCombiner(nn.Module):
             heads("query"), heads("key"), heads("value"), dropout=drop_probabilities
         )
         y = dense(D, (("heads", self.heads), "embed"), by_width, name="out")(y)
-        x = layers.LayerNorm(1e-5, name="norm1")(x + drop_attention(y))
+        x = pin(layers.LayerNorm(1e-5, name="norm1")(pin(x + drop_attention(y))))
         y = dense(self.ff_dim, ("embed", "mlp"), by_width, by_width, name="up")(x)
         y = drop_activations(jax.nn.gelu(y, approximate=False))
         y = dense(D, ("mlp", "embed"), by_ff_dim, by_ff_dim, name="down")(y)
-        x = layers.LayerNorm(1e-5, name="norm2")(x + drop_output(y))
+        x = pin(layers.LayerNorm(1e-5, name="norm2")(pin(x + drop_output(y))))
         return layers.normalize(x.mean(axis=1))
 
 
