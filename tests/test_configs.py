@@ -212,6 +212,7 @@ def traced() -> set[str]:
     return set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_can_be_traced(variant, fields, small, traced):
     """The sections of a variant fit each other, up to a step of a small backbone."""
