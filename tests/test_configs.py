@@ -130,6 +130,7 @@ def _check_fields(section, values, name: str) -> None:
             assert not isinstance(getattr(section, field), dict), f"{name}.{field}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
