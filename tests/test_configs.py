@@ -130,6 +130,7 @@ def _check_fields(section, values, name: str) -> None:
             assert not isinstance(getattr(section, field), dict), f"{name}.{field}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
@@ -212,6 +213,7 @@ def traced() -> set[str]:
     return set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_can_be_traced(variant, fields, small, traced):
     """The sections of a variant fit each other, up to a step of a small backbone."""

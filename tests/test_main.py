@@ -118,6 +118,7 @@ def test_embed_and_export_agree(trained, topics):
     np.testing.assert_allclose(out.unit, embedded, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said", "code"),
     [

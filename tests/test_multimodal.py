@@ -23,6 +23,7 @@ from xmc_jax.training.run import Run
 from xmc_jax.types import ORDERS
 from xmc_jax.vision import descriptor
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS_PER_EPOCH, STEPS = 3, 6
 
@@ -144,7 +145,6 @@ def test_images_change_the_embeddings_of_items_that_have_some(program, with_imag
         assert difference[count == 0].max() < 1e-6 and difference[count > 0].min() > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["encoder", *ORDERS])
 def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, tower):
     if tower == "encoder":
@@ -161,7 +161,6 @@ def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, tower)
         np.testing.assert_allclose(found, bank, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, monkeypatch):
     program = build.run(in_full)
     straight = loop.train(program, tmp_path / "straight")
@@ -187,7 +186,6 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, monkeypatc
     assert resumed.evaluation.metrics == straight.evaluation.metrics
 
 
-@pytest.mark.slow
 def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
     """The exported folder is a backbone like any other, with its projection or without."""
     _, state, _ = stepped
@@ -215,7 +213,6 @@ def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
     np.testing.assert_allclose(alone[without], ours[without], rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
     fields = changed(decoder_fields, fusion={"order": order})
@@ -282,7 +279,6 @@ def test_other_images_under_a_run_are_refused(with_images, program, with_random_
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.slow
 def test_text_and_images_side_by_side_in_one_command(tmp_path):
     def command(*flags: str) -> subprocess.CompletedProcess:
         return subprocess.run(

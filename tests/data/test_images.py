@@ -413,6 +413,7 @@ DRIVER = """
 """
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whenever_it_is_killed(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path)],

@@ -235,6 +235,7 @@ def test_gradients_reach_the_projection_from_what_is_there_alone():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_params["projection"]))
 
 
+@pytest.mark.slow
 def test_the_projection_is_drawn_as_pytorch_draws_it():
     model = dual.DualEncoder(ENCODER, image_width=400)
     projection = nn.unbox(dual.init_params(model, 0))["projection"]

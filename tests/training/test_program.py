@@ -15,6 +15,8 @@ from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def decoder_fields(topics, tmp_path_factory) -> dict:
@@ -49,7 +51,6 @@ def test_frozen_parameters_have_their_own_dtype(decoder):
     assert sum(path.endswith("lora_b") for path in trained) == 7
 
 
-@pytest.mark.slow
 def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial):
     """What is drawn does not depend on what is frozen: a run may unfreeze without another start."""
     whole = copy.deepcopy(decoder_fields)
@@ -66,7 +67,6 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
         np.testing.assert_array_equal(leaf, everything[path].astype(jnp.bfloat16), err_msg=path)
 
 
-@pytest.mark.slow
 def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder, initial, tmp_path):
     fields = copy.deepcopy(decoder_fields)
     folder = build.export(fields, decoder, initial, tmp_path)

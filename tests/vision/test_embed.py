@@ -663,6 +663,7 @@ def test_the_benchmark_counts_products():
     assert program.parameters == towers.EXPECTED["siglip2-so400m-patch14-384"][1]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vision_embed, "matmul_rate", lambda *_: 0.5)  # takes seconds
     out = tmp_path / "out.json"

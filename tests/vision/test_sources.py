@@ -485,6 +485,7 @@ def test_pyarrow_is_imported_only_for_parquet(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path):
     """100 MB of images in one row group, and as many in one file of lines; far less is held."""
     pyarrow = pytest.importorskip("pyarrow")

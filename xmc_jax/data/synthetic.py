@@ -446,11 +446,12 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run(
         "synthetic",
         lambda: _parse(arguments),
-        lambda asked: print(json.dumps(generate(asked[1], asked[0]), indent=1)),
+        lambda asked: print(json.dumps(generate(*asked), indent=1)),
     )
 
 
-def _parse(arguments: list[str] | None) -> tuple[str, SyntheticConfig]:
+def _parse(arguments: list[str] | None) -> tuple[SyntheticConfig, str]:
+    """What to make, and the raw folder it goes to."""
     parser = command.Parser(prog="python -m xmc_jax.data.synthetic", allow_abbrev=False)
     parser.add_argument("--out", required=True, help="the raw folder to make")
     described = (SyntheticConfig.__doc__ or "").split("Attributes:")[1]
@@ -460,7 +461,8 @@ def _parse(arguments: list[str] | None) -> tuple[str, SyntheticConfig]:
         number = float if isinstance(field.default, float) else int
         parser.add_argument(f"--{field.name}", type=number, default=field.default, help=text)
     fields = vars(parser.parse_args(arguments))
-    return fields.pop("out"), SyntheticConfig(**fields)
+    folder = fields.pop("out")
+    return SyntheticConfig(**fields), folder
 
 
 def _write(shop: Shop, split: str, folder: pathlib.Path, groups) -> dict[str, Any]:
