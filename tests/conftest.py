@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pathlib
+import signal
 
 # Eight devices on few cores may wait long for each other, where XLA else gives up after 40 s.
 os.environ.setdefault(
@@ -15,6 +16,8 @@ os.environ.setdefault(
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Ignored where a shell started us in the background, and so by every command that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest

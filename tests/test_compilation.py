@@ -81,7 +81,7 @@ import hashlib, json, sys
 import jax, numpy as np
 from xmc_jax import build, compilation
 compilation.keep(sys.argv[1])
-program = build.program(json.loads(sys.argv[2]))
+run = build.run(json.loads(sys.argv[2]))
 generator = np.random.default_rng(0)
 
 def drawn(leaf):
@@ -89,9 +89,9 @@ def drawn(leaf):
     values = np.zeros(leaf.shape) if small else generator.normal(0, 0.02, leaf.shape)
     return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
-state = jax.tree.map(drawn, program.abstract)
-batch = program.put(program.sampler.build(np.arange(200, dtype=np.int32), 0, 0))
-state, metrics = program.train_step(state, program.frozen, batch)
+state = jax.tree.map(drawn, run.abstract)
+batch = run.put(run.sampler.build(np.arange(200, dtype=np.int32), 0, 0))
+state, metrics = run.train_step(state, run.frozen, batch)
 leaves = jax.device_get(jax.tree.leaves((state.params, metrics)))
 print(hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest())
 """

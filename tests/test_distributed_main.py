@@ -45,11 +45,11 @@ BREAKS = """
 import sys
 from xmc_jax import build, main
 
-def program(fields):
+def damaged(fields):
     raise ValueError("data: this copy is damaged")
 
 if "--process_id=1" in sys.argv:
-    build.program = program
+    build.run = damaged
 sys.argv[0] = "main.py"
 main.run()
 """

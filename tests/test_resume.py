@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build, checkpoint, report, sharding
+from xmc_jax import build, checkpoint, report
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -110,9 +110,7 @@ def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
     resumed = loop.train(program, tmp_path / "stopped")
     assert_identical(resumed.state, straight.state)
     assert records(tmp_path / "stopped") == records(tmp_path / "straight")
-    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: one)
-    alone = Run(RunConfig.from_dict(fields), program.data)
+    alone = Run(RunConfig.from_dict(fields), program.data, devices=jax.devices()[:1])
     _, restored = loop.restore(alone, tmp_path / "straight")
     assert restored.params["free_vectors"].sharding.device_set == {jax.devices()[0]}
     assert_identical(restored, straight.state)

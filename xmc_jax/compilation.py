@@ -1,6 +1,7 @@
 """Compiled programs kept on disk: a second start finds them instead of compiling again."""
 
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -9,7 +10,6 @@ from typing import Any
 
 import filelock
 import jax
-import jaxlib
 from absl import logging
 from etils import epath
 
@@ -71,7 +71,8 @@ def _machine() -> str:
         lines = cpuinfo.read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     digest = hashlib.sha256(features.encode()).hexdigest()[:8]
-    return f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-{platform.machine()}-{digest}"
+    versions = (f"{name}-{importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
+    return "-".join((*versions, platform.machine(), digest))
 
 
 def _tidy(folder: pathlib.Path) -> None:

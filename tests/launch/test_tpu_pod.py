@@ -241,7 +241,7 @@ def test_after_a_preemption_all_is_done_again(cloud, verb, state):
 
 def test_workers_that_fail_because_of_a_preemption_are_not_a_failed_run(cloud):
     """The first sign may be an exit code; the state follows."""
-    cloud.codes("1", "134")
+    cloud.codes("134")
     cloud.plan(machines="go\ngo\npreempt SUSPENDED")
     done = cloud()
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,7 @@ def pretrained(family: str, folder):
     return folder
 
 
-def program_of(backbone, suffix, pooling, topics, tmp_path):
+def run_of(backbone, suffix, pooling, topics, tmp_path):
     """A run over the topics, with random adapters on the backbone."""
     fields = vixml.get_config("tiny_decoder").to_dict()
     data = {"dataset": "Topics-40", "raw_dir": str(topics), "data_dir": str(tmp_path / "data")}
@@ -60,8 +60,8 @@ def program_of(backbone, suffix, pooling, topics, tmp_path):
     fields["fusion"]["suffix"] = suffix
     fields["prime"]["free_vectors"] = 16
     fields["train"]["batch_size"] = 40
-    program = build.program(fields)
-    state = program.initial_state()
+    run = build.run(fields)
+    state = run.initial_state()
     noise = np.random.default_rng(0)
 
     def perturbed(path, leaf):
@@ -69,7 +69,7 @@ def program_of(backbone, suffix, pooling, topics, tmp_path):
         return drawn if path[-1].key == "lora_b" else np.asarray(leaf)
 
     params = jax.tree_util.tree_map_with_path(perturbed, state.params)
-    return fields, program, state.replace(params=params)
+    return fields, run, state.replace(params=params)
 
 
 def titles(topics) -> list[str]:
@@ -85,15 +85,15 @@ def titles(topics) -> list[str]:
 def test_decoders(family, pooling, topics, tmp_path):
     """Merged and adapter folders; 100 titles, cut ones among them."""
     backbone = pretrained(family, tmp_path / "pretrained")
-    fields, program, state = program_of(backbone, SUFFIX[family], pooling, topics, tmp_path)
-    lengths = program.data.train.lengths[:100]
+    fields, run, state = run_of(backbone, SUFFIX[family], pooling, topics, tmp_path)
+    lengths = run.data.train.lengths[:100]
     assert lengths.min() < lengths.max() == 12
-    ours = program.embed(state.params, "train")[:100]
-    assert np.abs(ours - program.embed(program.initial_state().params, "train")[:100]).max() > 1e-2
+    ours = run.embed(state.params, "train")[:100]
+    assert np.abs(ours - run.embed(run.initial_state().params, "train")[:100]).max() > 1e-2
     for kind in ("merged", "adapter"):
         asked = copy.deepcopy(fields) | {"export": {"format": kind, "dtype": "float32"}}
-        program = build.program(asked)
-        folder = build.export(asked, program, state, tmp_path / "run")
+        run = build.run(asked)
+        folder = build.export(asked, run, state, tmp_path / "run")
         model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
         theirs = model.encode(titles(topics), batch_size=16)
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5, err_msg=kind)
@@ -103,9 +103,9 @@ def test_an_encoder(fields, topics, tmp_path):
     fields = copy.deepcopy(fields)
     fields["encoder"] |= {"backbone": packaged.MINILM_NAME, "layers": 3}
     fields["data"]["max_length"] = 8
-    program = build.program(fields)
-    state = program.initial_state()
-    folder = build.export(fields, program, state, tmp_path)
+    run = build.run(fields)
+    state = run.initial_state()
+    folder = build.export(fields, run, state, tmp_path)
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-    ours = program.embed(state.params, "train")[:100]
+    ours = run.embed(state.params, "train")[:100]
     np.testing.assert_allclose(model.encode(titles(topics)), ours, rtol=0, atol=1e-5)

@@ -69,10 +69,13 @@ class Run:
         labels: str = "sampled",
     ):
         self.mesh, self.labels = mesh, labels
+        # Against all labels, the combiner of our recipe for it: one with parameters is computed for
+        # every label, and its sums over `tensor` are as large as all of them.
+        combiner = "transformer" if labels == "sampled" else "sum"
         self.model = MODELS[kind].clone(
             compute_dtype=jnp.dtype(dtype).name,
             image_width=E,
-            prime=dual.PrimeConfig(heads=8, ff_dim=16, dropout=0.0),
+            prime=dual.PrimeConfig(combiner=combiner, heads=8, ff_dim=16, dropout=0.0),
             num_free_vectors=C,
         )
         width = self.model.sizes.hidden
