@@ -16,13 +16,26 @@ os.environ.setdefault(
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Ignored where a shell started us in the background, and so by every command that tests start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import jax
 import numpy as np
 import pytest
 
+# Ignored where a shell started us in the background, and so by every command that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TOPICS, TRAIN, TEST = 40, 200, 60
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that compile more than they compute, also in the commands that they start."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session", autouse=True)

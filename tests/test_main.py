@@ -12,6 +12,7 @@ import pytest
 from xmc_jax.data import store
 from xmc_jax.models import hf
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
 
 

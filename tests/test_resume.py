@@ -17,6 +17,7 @@ from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS_PER_EPOCH, STEPS = 5, 15
 
 
@@ -135,7 +136,7 @@ main.run()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_in", [1, 4])
+@pytest.mark.parametrize("kill_in", [pytest.param(1, marks=pytest.mark.reliability), 4])
 def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
     """SIGKILL when the files are written and the checkpoint is not committed yet."""
     fields = copy.deepcopy(fields)

@@ -9,7 +9,7 @@ import numpy as np
 import processes
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 _TRAIN = """
 import ast, pathlib

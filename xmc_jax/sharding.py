@@ -91,6 +91,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def mesh_of(x: jax.Array) -> Mesh:
+    """The mesh that an array is on; one of its single device where it has none."""
+    if isinstance(x.sharding, NamedSharding):
+        return x.sharding.mesh
+    return make_mesh(MeshConfig(data=1), list(x.sharding.device_set))
+
+
 def spec(
     logical: tuple[Axis, ...],
     shape: tuple[int, ...],
@@ -259,6 +266,23 @@ def constrain(x: jax.Array, *logical: Axis, name: str | None = None) -> jax.Arra
         return x
     logical += (None,) * (x.ndim - len(logical))
     return jax.lax.with_sharding_constraint(x, spec(logical, x.shape, mesh, name))
+
+
+def gathered(x: jax.Array, logical: tuple[Axis, ...]) -> jax.Array:
+    """A parameter as it is used: whole along what `fsdp` splits, other axes as they are.
+
+    XLA left to choose may send the activations instead, many times as much.
+
+    Args:
+        x: the parameter, in the dtype that it is computed in: what is sent.
+        logical: names of its axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return x
+    whole = (not isinstance(axis, tuple) and RULES.get(axis) == ("fsdp",) for axis in logical)
+    parts = (None if here else PartitionSpec.UNCONSTRAINED for here in whole)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
 def rows(table: jax.Array, ids: jax.Array) -> jax.Array:

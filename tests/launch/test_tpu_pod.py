@@ -47,7 +47,8 @@ case $plan in
     fail*) printf 'Some progress.\nERROR: (gcloud.x) %s\nmore\n' "${plan#fail }" >&2; exit 1 ;;
     usage*) printf 'ERROR: (gcloud.x) unrecognized arguments: --x\n' >&2; exit 2 ;;
     say*) printf '%s\n' "${plan#say }"; exit 0 ;;
-    preempt*) wipe; echo "${plan#preempt }" >state; state=${plan#preempt } ;;
+    preempt*) wipe; rm -f codes-w?  # of the run that is gone, read or not
+        echo "${plan#preempt }" >state; state=${plan#preempt } ;;
 esac
 case $verb in
     create)

@@ -45,13 +45,7 @@ MODELS = {
 LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Most of the time here is compilation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def mesh_of(*sizes: int) -> jax.sharding.Mesh:
@@ -267,6 +261,7 @@ def test_ten_steps_in_float64_are_those_of_one_device(kind, sizes):
     check(kind, sizes, jnp.float64)
 
 
+@pytest.mark.scale
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES + SMALL, ids=str)
 @pytest.mark.parametrize("kind", MODELS)

@@ -13,6 +13,7 @@ from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.training.step import in_chunks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ALL_LABELS = {
     "train": {"labels": "all"},
     "prime": {"combiner": "sum", "free_vector_init": "zero"},
@@ -47,7 +48,10 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sections", [{}, ALL_LABELS], ids=["sampled", "all"])
+@pytest.mark.parametrize(
+    "sections",
+    [pytest.param({}, id="sampled", marks=pytest.mark.scale), pytest.param(ALL_LABELS, id="all")],
+)
 def test_chunks_and_devices_do_not_change_a_step(fields, sections):
     fields = copy.deepcopy(fields)
     fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
@@ -190,6 +194,7 @@ def test_nothing_is_compiled_after_the_first_step_of_each_phase(fields, tmp_path
     assert epochs[3] == epochs[1] == len(compiled)
 
 
+@pytest.mark.scale
 @pytest.mark.slow
 def test_parameters_may_be_split(fields):
     """A step on (2, 2, 2) devices is the step on one."""

@@ -105,7 +105,7 @@ class Dense(nn.Module):
 
         def param(name: str, init: Initializer, axes: tuple[Axis, ...], *shape: int):
             value = self.param(name, nn.with_logical_partitioning(init, axes), shape)
-            return value.astype(self.dtype)
+            return sharding.gathered(value.astype(self.dtype), axes)
 
         x, width = x.astype(self.dtype), x.shape[-1]
         y = x @ param("kernel", self.kernel_init, self.axes, width, self.features)

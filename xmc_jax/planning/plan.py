@@ -160,13 +160,13 @@ def compile_one(
             seconds=None,
         )
     memory = compiled.memory_analysis()
-    given = memory.argument_size_in_bytes  # padded, and without what is not used
+    used = memory.argument_size_in_bytes  # padded, and without what is not used
     costs = hlo.read(compiled.as_text(), program.mesh.size)
     where = topology.slice(program.mesh)
     return Compiled(
         **common,
-        arguments=max(arguments, given),
-        activations=_peak(memory, topology) - given,
+        arguments=max(arguments, used),
+        activations=_peak(memory, topology) - used,
         costs=costs,
         seconds=None if where is None else hardware.seconds(where, operations, costs),
     )

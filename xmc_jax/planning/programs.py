@@ -113,8 +113,8 @@ def of(program: Program) -> list[Compilable]:
                 whole(shape.documents + 1, dtype=jnp.float32),
                 whole(1, shape.documents),
                 whole(2, 1, dtype=jnp.float32),
-                iterations=10,
-                block=1 << 26,
+                iterations=curriculum.ITERATIONS,
+                block=curriculum.BLOCK,
                 mesh=mesh,
             )
         )

@@ -11,9 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from xmc_jax import rng, sharding
+
+ITERATIONS = 20  # of 2-means, at each level
+BLOCK = 1 << 26  # numbers of a device's part of a table that it holds in float32 at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,8 @@ def plan(epoch: int, cfg: CurriculumConfig) -> EpochPlan:
         epoch: from 0.
         cfg: see `CurriculumConfig`.
 
-    Source: ViXML reference, utils.py, train: clustering, like doubling, is done at an epoch's end,
-        and
-    orders the epochs after it.
+    Source: ViXML reference, utils.py, train: clustering, like doubling, is done at an epoch's end
+    and orders the epochs after it.
     """
     if cfg.start is None:
         return EpochPlan(None, None)
@@ -142,9 +144,9 @@ def balanced_kmeans(
     embeddings: jax.Array,
     leaves: int,
     key: jax.Array,
-    iterations: int = 20,
+    iterations: int = ITERATIONS,
     rows: np.ndarray | None = None,
-    block: int = 1 << 26,
+    block: int = BLOCK,
 ) -> tuple[jax.Array, jax.Array]:
     """Recursive balanced 2-means under cosine: a split halves a cluster, give or take one point.
 
@@ -190,7 +192,7 @@ def balanced_kmeans(
             f"balanced_kmeans: leaves: expected at most one per point, {num_points}, got {leaves}; "
             "ask for fewer, or for larger clusters"
         )
-    mesh = mesh_of(embeddings)
+    mesh = sharding.mesh_of(embeddings)
     scale = _scale(embeddings, mesh=mesh)
     # What comes from the host goes into compiled functions as numpy, which makes it the same on all
     # devices of all processes.
@@ -212,13 +214,6 @@ def balanced_kmeans(
     column = np.arange(num_points) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     place = (leaf * slots.shape[1] + column).astype(np.int32)
     return _flatten(slots, place, leaf, num_rows=num_rows, mesh=mesh)
-
-
-def mesh_of(table: jax.Array) -> Mesh:
-    """The mesh that a table is on; a mesh of one device where it has none."""
-    if isinstance(table.sharding, NamedSharding):
-        return table.sharding.mesh
-    return sharding.make_mesh(sharding.MeshConfig(data=1), list(table.sharding.device_set))
 
 
 @functools.partial(jax.jit, static_argnames=("iterations", "block", "mesh"))

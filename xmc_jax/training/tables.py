@@ -118,7 +118,7 @@ def centroids_of(bank: jax.Array, pairs: Pairs) -> jax.Array:
 
 def _means(bank: jax.Array, pairs: Pairs) -> jax.Array:
     """`centroids_of`, float32 (or more, as the bank)."""
-    mesh = curriculum.mesh_of(bank)
+    mesh = sharding.mesh_of(bank)
     dtype = jnp.promote_types(bank.dtype, jnp.float32)
     sums = _zeros((len(pairs.counts), bank.shape[1]), dtype, mesh)
     for i, (documents, labels) in enumerate(zip(pairs.documents, pairs.labels)):
@@ -167,10 +167,10 @@ def leave_one_out(
         document_unit: [B, D], the documents' rows of the bank that the centroids are means of.
 
     Returns:
-        f32[B, P, D]; 0 for a label without another document.
+        f32[B, P, D], or more as the centroids; 0 for a label without another document.
     """
-    n = frequency[..., None]
-    rest = n * centroids.astype(jnp.float32) - document_unit[:, None].astype(jnp.float32)
+    n, dtype = frequency[..., None], jnp.promote_types(centroids.dtype, jnp.float32)
+    rest = n * centroids.astype(dtype) - document_unit[:, None].astype(dtype)
     return jnp.where(n > 1, rest / jnp.maximum(n - 1, 1), 0)
 
 
