@@ -35,7 +35,7 @@ ABSENT = ("grain", "huggingface_hub", "ml_collections", "orbax", "safetensors", 
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[dict, dict]:
+def small(quick_compilation, tmp_path_factory) -> tuple[dict, dict]:
     """What a small run returns, and what it writes."""
     out = tmp_path_factory.mktemp("results") / "small.json"
     content = decoder_step.main([*SMALL, f"--out={out}"])

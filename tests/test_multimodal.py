@@ -137,7 +137,7 @@ def test_images_change_the_embeddings_of_items_that_have_some(program, with_imag
         assert difference[count == 0].max() < 1e-6 and difference[count > 0].min() > 1e-3
 
 
-@pytest.mark.parametrize("tower", ["encoder", *DECODERS])
+@pytest.mark.parametrize("tower", [pytest.param("encoder", marks=pytest.mark.scale), *DECODERS])
 def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, tower):
     if tower == "encoder":
         fields, others = in_full, ((2, 2), (1, 1))
@@ -153,6 +153,7 @@ def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, tower)
         np.testing.assert_allclose(found, bank, rtol=0, atol=1e-5)
 
 
+@pytest.mark.reliability
 def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, monkeypatch):
     program = build.run(in_full)
     straight = loop.train(program, tmp_path / "straight")

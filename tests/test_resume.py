@@ -48,7 +48,15 @@ def assert_identical(ours, theirs):
 
 # In an epoch; before a boundary; after one; in the last epoch and before its boundary.
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [(3,), (5,), (6, 8), (10, 14, 15)])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param((3,), marks=pytest.mark.reliability),
+        pytest.param((5,), marks=pytest.mark.reliability),
+        (6, 8),
+        (10, 14, 15),
+    ],
+)
 def test_signals(program, straight, tmp_path, monkeypatch, stops):
     step = report.Reporter.step
     remaining = list(stops)

@@ -13,7 +13,7 @@ from xmc_jax.models import hf
 from xmc_jax.training import loop
 
 pytestmark = pytest.mark.slow
-STEPS = 64
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def fields(tmp_path_factory) -> dict:
     fields = vixml.get_config("tiny_decoder").to_dict()
     fields["data"]["data_dir"] = str(tmp_path_factory.mktemp("data"))
     fields["eval"]["compare_scann"] = False
+    fields["train"]["epochs"] = 2
     return fields
 
 
@@ -52,7 +53,7 @@ def test_trains_adapters_alone(program, straight):
 
 
 def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, monkeypatch):
-    step, stops = report.Reporter.step, [21, 32]
+    step, stops = report.Reporter.step, [9, 16]
 
     def kill_at(self, *arguments):
         result = step(self, *arguments)
@@ -62,7 +63,7 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, 
         return result
 
     monkeypatch.setattr(report.Reporter, "step", kill_at)
-    for stop in (21, 32):
+    for stop in (9, 16):
         with pytest.raises(loop.Interrupted, match=f"saved at step {stop}"):
             loop.train(program, tmp_path)
     resumed = loop.train(program, tmp_path)

@@ -209,7 +209,7 @@ def test_prompts_without_a_tokenizer_have_a_token_per_word(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu:2", "gpu:h100x8"])
+@pytest.mark.parametrize("name", [pytest.param("cpu:2", marks=pytest.mark.scale), "gpu:h100x8"])
 def test_a_run_is_planned_whole(fields, name):
     text, fits = report.make(fields, name)
     assert fits

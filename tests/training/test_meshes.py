@@ -269,6 +269,7 @@ def test_ten_steps_in_float32_are_those_of_one_device(kind, sizes):
     check(kind, sizes, jnp.float32)
 
 
+@pytest.mark.scale
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
 def test_ten_steps_against_all_labels_are_those_of_one_device(sizes):
