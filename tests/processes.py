@@ -153,7 +153,7 @@ def script(
     source: str,
     *arguments: str,
     devices: int = 1,
-    timeout: float = 120,
+    timeout: float = 300,
     check: bool = True,
     environment: dict[str, str] | None = None,
 ) -> list[Done]:

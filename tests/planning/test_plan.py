@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
+from xmc_jax import build
 from xmc_jax.planning import plan, programs, report, shape, topology
 from xmc_jax.planning.flops import Flops
 from xmc_jax.planning.hlo import Costs
@@ -211,6 +212,7 @@ def test_prompts_without_a_tokenizer_have_a_token_per_word(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("cpu:2", marks=pytest.mark.scale), "gpu:h100x8"])
 def test_a_run_is_planned_whole(fields, name):
+    build.data(fields)  # makes the dataset folder, whose counts are planned with
     text, fits = report.make(fields, name)
     assert fits
     assert ("ESTIMATE" in text) == name.startswith("gpu")
