@@ -187,8 +187,6 @@ def test_counts_are_those_published_where_there_is_no_folder(tmp_path):
 
 
 def test_counts_are_those_of_the_folder_where_it_is(fields):
-    from xmc_jax import build
-
     opened = build.data(fields)
     found, said = shape.of(fields)
     assert found == opened.shape
