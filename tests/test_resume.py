@@ -96,6 +96,7 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tm
         assert checkpoints.best() in checkpoints.steps()
 
 
+@pytest.mark.reliability
 @pytest.mark.slow
 def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
     """Documents against all labels, resumed bit for bit; and its checkpoint read by one device."""

@@ -123,7 +123,9 @@ def test_ema_centroids_need_sampled_labels(fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("centroids", ["stale", "exact", "ema"])
+@pytest.mark.parametrize(
+    "centroids", ["stale", pytest.param("exact", marks=pytest.mark.scale), "ema"]
+)
 def test_centroids_at_the_boundary(fields, centroids):
     program = make(fields, tables={"centroids": centroids})
     state = program.initial_state()
