@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow  # fakes of commands, processes that wait
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "gpu_node.sh"
 HOSTILE = ["--a=x y", '--b=it\'s $HOME `id` $(id); rm -rf "z"', "--c=first\nsecond", "--d=", "*"]
 H100 = "{0}, NVIDIA H100 80GB HBM3, 81559 MiB, {1}, 9.0"

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow  # fakes of commands, processes that wait
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 HOSTILE = ["--a=x y", '--b=it\'s $HOME `id` $(id); rm -rf "z"', "--c=first\nsecond", "--d=", "*"]
 
