@@ -13,7 +13,6 @@ from xmc_jax.training import curriculum, tables
 from xmc_jax.training.program import Program
 
 TRAIN_STEP = "train_step"
-_PAIRS = 16384  # of documents and labels, that are added to the centroids at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +86,11 @@ def of(program: Program) -> list[Compilable]:
             found.append(
                 one(
                     "centroids",
-                    shape.pairs / _PAIRS,
+                    shape.pairs / tables.PAIRS,
                     tables.add_pairs,
                     program.abstract_table(shape.labels, "float32"),
                     state.tables.document_bank,
-                    *(whole(_PAIRS), whole(_PAIRS)),
+                    *(whole(tables.PAIRS), whole(tables.PAIRS)),
                     mesh=mesh,
                 )
             )

@@ -18,6 +18,7 @@ from xmc_jax import sharding
 from xmc_jax.training import curriculum
 from xmc_jax.types import Tables
 
+PAIRS = 16384  # of a document and a label, that are added to the centroids at a time
 _IN_FLIGHT = 32  # blocks of pairs on the devices, or on their way
 
 
@@ -66,7 +67,7 @@ class Pairs:
 
 
 def label_pairs(
-    indptr: np.ndarray, indices: np.ndarray, num_labels: int, block: int = 16384
+    indptr: np.ndarray, indices: np.ndarray, num_labels: int, block: int = PAIRS
 ) -> Pairs:
     """The pairs of a CSR of positives.
 
