@@ -7,6 +7,7 @@ from xmc_jax import distributed
 
 # Of three processes the last has another config, and the last two share a host.
 VALUES = """
+import atexit, threading
 own = jax.process_index()
 out = {"first": distributed.is_first(), "devices": jax.device_count()}
 out["gathered"] = distributed.gather("own", {"number": own, "pair": (1, 2)})
@@ -29,7 +30,12 @@ def make():
 
 out["made"] = distributed.first_then_others("folder", make)
 out["stop"] = distributed.stop_requested(1)
-print(json.dumps(out))
+
+def say():
+    out["threads"] = [thread.name for thread in threading.enumerate()]
+    print(json.dumps(out))
+
+atexit.register(say)  # after `finish`
 """
 
 
@@ -51,6 +57,12 @@ def test_values_reach_all_processes(three):
         assert one["broadcast"] == {"number": 0}
         assert one["made"] == own
         assert one["stop"] is False
+
+
+@pytest.mark.slow
+def test_no_thread_of_a_finished_run_is_left_to_come_back_while_python_ends(three):
+    said, _ = three
+    assert ["end of the run" in one["threads"] for one in said] == [False] * 3
 
 
 @pytest.mark.slow

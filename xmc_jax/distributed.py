@@ -93,7 +93,7 @@ def initialize(
         clock.cancel()
     if not _alone():
         sys.excepthook = _fail_by
-        threading.Thread(target=_watch, name="end of the run", daemon=True).start()
+        _watcher.start()
         _check_count()
 
 
@@ -211,6 +211,8 @@ def finish() -> None:
     barrier("end")
     if is_first():
         _store().key_value_set(_END, "")
+    # A thread that comes back from C++ while Python shuts down aborts the process.
+    _watcher.join()
     sys.excepthook = sys.__excepthook__
 
 
@@ -347,6 +349,9 @@ def _watch() -> None:
     if reason and not reason.startswith(_self()):
         print(f"error: ended with {reason}", file=sys.stderr, flush=True)
         _leave(1)
+
+
+_watcher = threading.Thread(target=_watch, name="end of the run", daemon=True)
 
 
 def _self() -> str:
