@@ -145,6 +145,7 @@ BASE = {
         "positives_per_document": 1,  # reference code
         "sampling": "inverse_propensity",  # [script]: --pos_freq_sampling
         "labels": "sampled",  # reference code
+        "packed": True,  # [ours]: no padding is computed
         "encode_batch_size": 512,
         "checkpoint_every": 1000,
         "log_every": 10,

@@ -268,6 +268,13 @@ def constrain(x: jax.Array, *logical: Axis, name: str | None = None) -> jax.Arra
     return jax.lax.with_sharding_constraint(x, spec(logical, x.shape, mesh, name))
 
 
+def groups() -> int:
+    """Within `under`, into how many parts a batch is split that are not looked at one by one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else RULES["batch"]
+    return _extent(mesh, tuple(a for a in axes if a not in mesh.manual_axes))
+
+
 def gathered(x: jax.Array, logical: tuple[Axis, ...]) -> jax.Array:
     """A parameter as it is used: whole along what `fsdp` splits, other axes as they are.
 

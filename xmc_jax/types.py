@@ -45,6 +45,28 @@ class Prompts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Packing:
+    """Room for the sequences of a group, a device's part of a batch, without their padding.
+
+    Static: a program is compiled for each. The prompt that sequences begin with is not counted; it
+    is there once for all.
+
+    Attributes:
+        tokens: of all sequences together.
+        classes: (count, width), ascending in width: shortest first, so many sequences have room for
+            so many tokens each.
+    """
+
+    tokens: int
+    classes: tuple[tuple[int, int], ...]
+
+    @property
+    def padded(self) -> bool:
+        """Whether each sequence has all the room of its class, so that none need be moved."""
+        return self.tokens == sum(count * width for count, width in self.classes)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataShape:
     """Counts of a dataset: all that the shapes of a run's arrays depend on.
 
@@ -76,16 +98,34 @@ class Inputs:
     Attributes:
         tokens: i32[n, T], right padded; what stands past `lengths` is ignored.
         lengths: i32[n], tokens per text, in [1, T]; from 0 where texts are bare, for a decoder that
-            puts its prompts around them. The mask is `arange(T) < length`.
+            puts its prompts around them. The mask is `arange(T) < length`. -1 where there is no
+            item, which only packed inputs may lack: its embedding means nothing.
         images: f[n, K, E] frozen image embeddings (float16 from the image folder), or None for
             text only; what stands past `image_count` is ignored.
         image_count: i32[n], images per item, in [0, K]; or None for text only.
+        packing: how they are encoded without padding; None is with it.
     """
 
     tokens: Array
     lengths: Array
     images: Array | None = None
     image_count: Array | None = None
+    packing: Packing | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def own_tokens(lengths: Array, image_count: Array | None, prompts: Prompts) -> Array:
+    """Tokens of items in a sequence, images and prompts included but for those that all begin with.
+
+    Args:
+        lengths: i[n], of texts; -1 where there is no item.
+        image_count: i[n], or None for text only.
+        prompts: around each text.
+
+    Returns:
+        i[n], 0 where there is no item.
+    """
+    around = len(prompts.middle) + len(prompts.tail) + (0 if image_count is None else image_count)
+    return (lengths + around) * (lengths >= 0)
 
 
 @flax.struct.dataclass
@@ -96,12 +136,17 @@ class Batch:
         document: texts of the B documents.
         document_ids: i32[B], all different.
         label: texts of the U sampled labels; column `i * positives_per_document + p` was sampled
-            for row i. None, like the next two, where documents are compared with all labels.
-        label_ids: i32[U]; a label may occur more than once.
-        relevance: bool[B, U]; `relevance[i, j]` says label_ids[j] is a positive of document_ids[i].
+            for row i. None, like the next three, where documents are compared with all labels.
+            Packed, texts of the different labels among them, in any order, and no items.
+        label_ids: i32[U], which labels these are; a label may occur more than once. Packed, 0 where
+            there is no item.
+        relevance: bool[B, U]; `relevance[i, j]` says that the label of column j is a positive of
+            document_ids[i].
+        columns: i32[U], packed: which of `label` is the label of each column.
         positives: i32[B, P], all positives of each document, then L as padding; None, like the
             next, where labels are sampled.
         frequency: f32[B, P], training documents that have each of `positives`, 1 as padding.
+        packing: room for the documents and labels of a group; None is texts with their padding.
     """
 
     document: Inputs
@@ -111,6 +156,8 @@ class Batch:
     relevance: Array | None = None
     positives: Array | None = None
     frequency: Array | None = None
+    columns: Array | None = None
+    packing: Packing | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

@@ -49,7 +49,7 @@ def expected(ids):
 def test_all_items_in_order_with_one_shape(count, batch_size):
     one, shapes = encoder()
     with jax.transfer_guard("disallow"):
-        rows = encode.to_host(one, Texts(count), batch_size, ONE)
+        rows = encode.to_host(one, encode.Items(Texts(count), batch_size, ONE))
     np.testing.assert_array_equal(rows, expected(range(count)))
     assert rows.dtype == np.float32
     assert shapes == [(batch_size, 3)]
@@ -57,14 +57,14 @@ def test_all_items_in_order_with_one_shape(count, batch_size):
 
 def test_chosen_items():
     ids = [5, 0, 7, 7, 2]
-    rows = encode.to_host(encoder()[0], Texts(9), 2, ONE, ids)
+    rows = encode.to_host(encoder()[0], encode.Items(Texts(9), 2, ONE), ids)
     np.testing.assert_array_equal(rows, expected(ids))
 
 
 def test_streamed_to_a_file(tmp_path):
     out = tmp_path / "rows.npy"
     out.write_bytes(b"older")
-    encode.to_file(encoder()[0], Texts(9), 4, EIGHT, out)
+    encode.to_file(encoder()[0], encode.Items(Texts(9), 4, EIGHT), out)
     np.testing.assert_array_equal(np.load(out, allow_pickle=False), expected(range(9)))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
 
@@ -75,8 +75,8 @@ def test_tables_and_databases_hold_every_item_once(count, mesh):
     one, shapes = encoder()
     split = sharding.named((None, "table_width"), (count, 4), mesh, "table")
     abstract = jax.ShapeDtypeStruct((count, 4), jnp.float32, sharding=split)
-    table = encode.to_table(one, Texts(count), 8, mesh, abstract)
-    database = encode.to_database(one, Texts(count), 8, mesh, limit=3)
+    table = encode.to_table(one, encode.Items(Texts(count), 8, mesh), abstract)
+    database = encode.to_database(one, encode.Items(Texts(count), 8, mesh), limit=3)
     assert table.sharding == split and table.dtype == np.float32
     np.testing.assert_array_equal(table, expected(range(count)))
     np.testing.assert_array_equal(exact.to_host(database), expected(range(count)))
@@ -88,4 +88,4 @@ def test_tables_and_databases_hold_every_item_once(count, mesh):
 
 def test_nothing_to_encode_is_an_error():
     with pytest.raises(ValueError, match="got 0 items"):
-        encode.to_host(encoder()[0], Texts(0), 4, ONE)
+        encode.to_host(encoder()[0], encode.Items(Texts(0), 4, ONE))

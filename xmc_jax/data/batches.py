@@ -7,10 +7,12 @@ relevance for its own rows only; so any number of processes sees the same global
 import numpy as np
 
 from xmc_jax import rng
+from xmc_jax.data import packing
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.types import Batch
 
+_SAMPLES = 32  # batches that the room of a packed one is estimated from
 WEIGHTINGS = ("inverse_propensity", "uniform")
 LABELS = ("sampled", "all")
 
@@ -56,6 +58,7 @@ class Sampler:
         weighting: str = "inverse_propensity",
         seed: int = 0,
         labels: str = "sampled",
+        groups: packing.Groups | None = None,
     ):
         """
         Args:
@@ -66,6 +69,7 @@ class Sampler:
             seed: the run's seed.
             labels: "sampled", those of the batch; or "all", where nothing is sampled and a batch
                 has the positives of its documents instead.
+            groups: how batches are packed; None for texts with their padding.
 
         Raises:
             ValueError: names field, expected, got.
@@ -92,6 +96,12 @@ class Sampler:
         self._frequency = np.append(store.label_frequency, 1).astype(np.float32)
         uniform = weighting == "uniform"
         self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
+        self._groups, self._rooms = groups, ()
+        if groups is not None:
+            self._group = groups.of(batch_size)
+            self._rooms = packing.rooms(
+                [self._sampled_lengths(i) for i in range(_SAMPLES)], groups.width
+            )
 
     def build(
         self,
@@ -118,23 +128,88 @@ class Sampler:
         if self._all_labels:
             document_ids = batch[rows].astype(np.int32)
             positives = padded(self._positives.take(document_ids), self._most_positives)
+            room = None
+            if self._groups is not None:
+                tokens = self._store.train.own_tokens(batch, self._groups.prompts)
+                room = packing.choose(self._rooms, self._by_group(tokens))
             return Batch(
                 document=self._store.train.inputs(document_ids),
                 document_ids=document_ids,
                 positives=positives,
                 frequency=self._frequency[positives],
+                packing=room,
             )
         generator = rng.host(self._seed, rng.Stream.SAMPLE, global_step)
         label_ids = sample(self._positives.take(batch), self._weights, per_document, generator)
         document_ids = batch[rows].astype(np.int32)
-        local_labels = label_ids.reshape(size, per_document)[rows].ravel()
+        relevant = relevance(self._positives.take(document_ids), label_ids)
+        if self._groups is None:
+            local_labels = label_ids.reshape(size, per_document)[rows].ravel()
+            return Batch(
+                document=self._store.train.inputs(document_ids),
+                label=self._store.label.inputs(local_labels),
+                document_ids=document_ids,
+                label_ids=local_labels,
+                relevance=relevant,
+            )
+        at, columns, lengths = self._deal(batch, label_ids)
+        at = at.reshape(size, per_document)[rows].ravel()
+        local_labels = np.maximum(at, 0).astype(np.int32)
+        label = self._store.label.inputs(local_labels)
         return Batch(
             document=self._store.train.inputs(document_ids),
-            label=self._store.label.inputs(local_labels),
+            label=label.replace(lengths=np.where(at < 0, -1, label.lengths).astype(np.int32)),
             document_ids=document_ids,
             label_ids=local_labels,
-            relevance=relevance(self._positives.take(document_ids), label_ids),
+            relevance=relevant,
+            columns=columns.reshape(size, per_document)[rows].ravel(),
+            packing=packing.choose(self._rooms, lengths),
         )
+
+    def _deal(self, batch: np.ndarray, label_ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The different ones among the sampled labels, dealt to the groups of a batch.
+
+        Args:
+            batch: i[B], the documents.
+            label_ids: i32[U], sampled for them.
+
+        Returns:
+            at: i64[U], labels where they are encoded, place `i * positives_per_document + p` in the
+                group of row i; -1 where there is none.
+            columns: i32[U], the place of each of `label_ids`.
+            lengths: i64[g, m], tokens of the documents and labels of each group.
+        """
+        per_document, prompts = self._per_document, self._groups.prompts
+        documents = self._by_group(self._store.train.own_tokens(batch, prompts))
+        labels, of = np.unique(label_ids, return_inverse=True)
+        lengths = self._store.label.own_tokens(labels, prompts)
+        groups = packing.deal(documents.sum(axis=1), lengths, documents.shape[1] * per_document)
+        # The places of a group are dealt in turn.
+        places = np.argsort(np.repeat(self._group, per_document), kind="stable")
+        order = np.argsort(groups, kind="stable")
+        turn = np.arange(len(labels)) - np.searchsorted(groups[order], groups[order])
+        place = np.empty(len(labels), np.int64)
+        place[order] = places.reshape(len(documents), -1)[groups[order], turn]
+        at, tokens = np.full(len(label_ids), -1), np.zeros(len(label_ids), np.int64)
+        at[place], tokens[place] = labels, lengths
+        by_row = self._by_group(tokens.reshape(-1, per_document)).reshape(len(documents), -1)
+        return at, place[of].astype(np.int32), np.concatenate([documents, by_row], axis=1)
+
+    def _by_group(self, rows: np.ndarray) -> np.ndarray:
+        """[B, ...] -> [g, B / g, ...]."""
+        groups = self._groups.shards * self._groups.chunks
+        by_group = rows[np.argsort(self._group, kind="stable")]
+        return by_group.reshape(groups, -1, *rows.shape[1:])
+
+    def _sampled_lengths(self, number: int) -> np.ndarray:
+        """i64[g, m], tokens of each group of a batch of documents in random order."""
+        generator = rng.host(self._seed, rng.Stream.ROOM, number)
+        batch = generator.choice(self._store.num_documents, self._batch_size, replace=False)
+        if self._all_labels:
+            return self._by_group(self._store.train.own_tokens(batch, self._groups.prompts))
+        positives = self._positives.take(batch)
+        drawn = sample(positives, self._weights, self._per_document, generator)
+        return self._deal(batch, drawn)[2]
 
 
 def sample(

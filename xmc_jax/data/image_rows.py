@@ -23,6 +23,11 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
+    def count(self, ids: np.ndarray, limit: int) -> np.ndarray:
+        """i32[n], how many images each of the items i[n] has, at most `limit`."""
+        ids = np.asarray(ids)
+        return np.minimum(self.indptr[ids + 1] - self.indptr[ids], limit).astype(np.int32)
+
     def gather(self, ids: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """The first images of some items; reads and makes no more than it returns.
 
@@ -34,12 +39,11 @@ class ImageRows:
             f16[n, K, E], zero where an item has fewer; and i32[n], how many it has, at most K.
         """
         ids = np.asarray(ids)
-        first = self.indptr[ids]
-        count = np.minimum(self.indptr[ids + 1] - first, limit)
+        first, count = self.indptr[ids], self.count(ids, limit)
         images = np.zeros((len(ids), limit, self.rows.shape[1]), np.float16)
         there = np.arange(limit) < count[:, None]
         images[there] = self.rows[(first[:, None] + np.arange(limit))[there]]
-        return images, count.astype(np.int32)
+        return images, count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

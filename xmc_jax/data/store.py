@@ -21,7 +21,7 @@ import numpy as np
 from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
-from xmc_jax.types import DataShape, Inputs
+from xmc_jax.types import DataShape, Inputs, Prompts, own_tokens
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -54,9 +54,18 @@ class Split:
         texts = Inputs(tokens=self.tokens[ids], lengths=self.lengths[ids].astype(np.int32))
         if self.images is None:
             return texts
-        items = ids if self.image_items is None else self.image_items[ids]
-        images, count = self.images.gather(items, self.per_item)
+        images, count = self.images.gather(self._items(ids), self.per_item)
         return texts.replace(images=images, image_count=count)
+
+    def own_tokens(self, ids: np.ndarray, prompts: Prompts) -> np.ndarray:
+        """i64[n], see `types.own_tokens`, of the rows `ids`."""
+        count = None
+        if self.images is not None:
+            count = self.images.count(self._items(ids), self.per_item)
+        return own_tokens(self.lengths[ids].astype(np.int64), count, prompts)
+
+    def _items(self, ids: np.ndarray) -> np.ndarray:
+        return ids if self.image_items is None else self.image_items[ids]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

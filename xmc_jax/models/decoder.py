@@ -1,6 +1,7 @@
 """Decoder-only language models as text encoders, without head: Qwen2, Qwen3, Llama 3, Gemma 3."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from xmc_jax.models import fusion, layers
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
+from xmc_jax.models.packing import Packed
 from xmc_jax.sharding import Axis
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -46,13 +48,16 @@ class Layer(nn.Module):
     hidden_states: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary, masks, sliding) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, x: jax.Array, rotary, masks, packed: Packed | None, sliding
+    ) -> tuple[jax.Array, jax.Array | None]:
         """[n, S, D] -> [n, S, D], and that again as a scanned output if asked.
 
         Args:
-            x: [n, S, D].
+            x: [n, S, D]; packed, [g, prefix + t, D].
             rotary: cosine and sine of all layers, or of full and of sliding ones.
-            masks: bool[..., S, S] likewise.
+            masks: bool[..., S, S] likewise; packed, as `Packed.attention` takes them.
+            packed: how texts are packed, or None.
             sliding: bool[], or None where no layer slides.
         """
         c = self.config
@@ -89,7 +94,8 @@ class Layer(nn.Module):
         query, key = layers.rotate(query, *rotary), layers.rotate(key, *rotary)
         value = heads("value", c.kv_heads, "kv")
         scale = (c.query_width or c.head_dim) ** -0.5
-        y = layers.attention(query, key, value, masks, drop, scale)
+        attend = layers.attention if packed is None else packed.attention
+        y = attend(query, key, value, masks, drop, scale)
         y = dense("out", c.hidden, (("heads", c.heads), "embed"), y, c.out_bias)
         x += norm("attention_post_norm", y) if c.post_norms else y
 
@@ -125,6 +131,7 @@ class Decoder(nn.Module):
         hidden_states: bool = False,
         positions: jax.Array | None = None,
         images: tuple[jax.Array, jax.Array] | None = None,
+        packed: Packed | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Encodes texts; what stands past a text's length does not change its vectors.
 
@@ -136,16 +143,20 @@ class Decoder(nn.Module):
             hidden_states: return also the input of the first layer and the output of each, the last
                 normalised (as transformers does).
             positions: i32[n, S], ascending within a text; None is 0, 1, 2, ...
-            images: what stands in the place of some tokens, see `fusion.place`; or None.
+            images: what stands in the place of some tokens, see `fusion.place`, where nothing is
+                packed; or None.
+            packed: how the texts are packed: tokens and positions are i32[g, prefix + t].
 
         Returns:
-            dtype[n, S, D], or that and dtype[layers + 1, n, S, D].
+            dtype[n, S, D], or that and dtype[layers + 1, n, S, D]; packed, [g, prefix + t, D].
 
         Raises:
             ValueError: S is longer than the model's positions.
         """
         del lengths
         c, S = self.config, tokens.shape[1]
+        if packed is not None:
+            S = packed.prefix + packed.width
         if c.max_positions < S:
             raise ValueError(
                 f"encoder: expected texts of at most {c.max_positions} tokens, prompts included, "
@@ -154,29 +165,28 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(_normal, ("vocab", "token_width"))
         # asarray: weights as read from disk are numpy, which traced ids do not index
         table = jnp.asarray(self.param("token_embedding", init, (c.vocab_size, c.hidden)))
+        place = fusion.place if packed is None else packed.with_images
         x = layers.lookup(table, tokens)
         # Gemma's factor is rounded to bfloat16 where that is computed in, as in transformers.
         x = x.astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
-        first = x = x if images is None else fusion.place(x, *images)
+        first = x = x if images is None else place(x, *images)
 
         positions = jnp.arange(S)[None] if positions is None else positions
-        behind = jnp.arange(S)[:, None] - jnp.arange(S)
-        causal = (behind >= 0)[None, None]
-        rotary, mask, sliding = self._rotary(positions, c.rope_theta, c.rope), causal, None
+        rotary, sliding = self._rotary(positions, c.rope_theta, c.rope), None
+        mask = _masks(positions, packed)
         if c.sliding:
             local = rotary
             if c.local_rope_theta is not None:
                 local = self._rotary(positions, c.local_rope_theta, RopeScaling())
-            apart = positions[:, :, None] - positions[:, None]
             rotary = (rotary, local)
-            mask = (causal, causal & (apart < c.window)[:, None])
+            mask = (mask, _masks(positions, packed, c.window))
             sliding = jnp.asarray(c.sliding)
 
         per_layer = nn.broadcast if sliding is None else 0
-        in_axes = (nn.broadcast, nn.broadcast, per_layer)
+        in_axes = (nn.broadcast, nn.broadcast, nn.broadcast, per_layer)
         scanned = layers.stack(Layer, c.layers, self.remat, in_axes)
         x, outputs = scanned(c, self.dtype, self.lora, deterministic, hidden_states, name="layers")(
-            x, rotary, mask, sliding
+            x, rotary, mask, packed, sliding
         )
         x = layers.RMSNorm(c.eps, c.norm_offset, name="final_norm")(x)
         return (x, jnp.concatenate([first[None], outputs[:-1], x[None]])) if hidden_states else x
@@ -185,3 +195,33 @@ class Decoder(nn.Module):
         frequencies = rotary_frequencies(theta, self.config.head_dim, rope)
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         return layers.rotary_tables(positions, frequencies.astype(dtype))
+
+
+def _masks(positions: jax.Array, packed: Packed | None, window: int | None = None) -> Any:
+    """Which keys a query sees: those before it, less than `window` positions away.
+
+    Args:
+        positions: i32[n, S], or i32[1, S] where they are the same for all.
+        packed: how texts are packed, or None.
+        window: None is no limit.
+
+    Returns:
+        bool[n or 1, 1, S, S]; packed, of the prefix, if there is one, and of each class.
+    """
+
+    def mask(queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Of i32[n, T] and i32[n, S] positions, the last T of the keys being the queries."""
+        T, S = queries.shape[1], keys.shape[1]
+        causal = (jnp.arange(T)[:, None] + (S - T) >= jnp.arange(S))[None, None]
+        if window is None:
+            return causal
+        return causal & (queries[:, :, None] - keys[:, None] < window)[:, None]
+
+    if packed is None:
+        return mask(positions, positions)
+    h = packed.prefix
+    masks = [mask(positions[:, :h], positions[:, :h])] if h else []
+    for own in packed.apart(positions[:, h:]):
+        prefix = jnp.repeat(positions[:, :h], len(own) // len(positions), axis=0)
+        masks.append(mask(own, jnp.concatenate([prefix, own], axis=1)))
+    return tuple(masks)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from xmc_jax import rng, sharding
-from xmc_jax.models import backbone, fusion, layers
+from xmc_jax.models import backbone, fusion, layers, packing
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
 from xmc_jax.models.layers import NO_LORA, LoraConfig
-from xmc_jax.types import EncoderOutput, Inputs, Prompts
+from xmc_jax.types import EncoderOutput, Inputs, Prompts, own_tokens
 
 POOLINGS = ("mean", "cls", "last")
 DTYPES = ("float32", "bfloat16")
@@ -188,6 +188,9 @@ class DualEncoder(nn.Module):
             raise ValueError(
                 f"images: expected vectors {self.image_width} wide (0 is none), got {width}"
             )
+        if inputs.packing is not None:
+            pooled = self._packed(inputs, deterministic)
+            return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
         sequence = fusion.compose(inputs, self.prompts, self.order, self.positions)
         images = (self.projection(inputs.images), sequence.images) if width else None
         lengths = sequence.lengths
@@ -204,6 +207,40 @@ class DualEncoder(nn.Module):
             real = jnp.arange(hidden.shape[1]) < lengths[:, None]
             pooled = jnp.where(real[..., None], hidden, 0).sum(1) / lengths[:, None]
         return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
+
+    def _packed(self, inputs: Inputs, deterministic: bool) -> jax.Array:
+        """f32[n, D], pooled, of `Inputs.packing`. The prompt all begin with is encoded once."""
+        head = jnp.asarray(self.prompts.head, jnp.int32)
+        rest = dataclasses.replace(self.prompts, head=())
+        sequence = fusion.compose(inputs, rest, self.order, self.positions)
+        packed = packing.place(
+            own_tokens(inputs.lengths, inputs.image_count, rest),
+            sequence.tokens.shape[1],
+            inputs.packing,
+            sharding.groups(),
+            len(head),
+        )
+        groups = len(packed.order)
+
+        def behind(prefix: jax.Array, own: jax.Array) -> jax.Array:
+            shared = jnp.broadcast_to(prefix, (groups, len(head)))
+            return jnp.concatenate([shared, own], axis=1).astype(jnp.int32)
+
+        own = packed.source % packed.width
+        if sequence.positions is not None:
+            own = packed.pack(sequence.positions)
+        images = None
+        if self.image_width:
+            images = (self.projection(inputs.images), sequence.images)
+        hidden = self.backbone(
+            behind(head, packed.pack(sequence.tokens)),
+            None,
+            deterministic,
+            positions=behind(jnp.arange(len(head)), own + len(head)),
+            images=images,
+            packed=packed,
+        )
+        return packed.pool(layers.wide(hidden), self.pooling)
 
     def prototype(
         self,

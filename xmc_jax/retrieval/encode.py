@@ -1,69 +1,96 @@
 """Encode a split: fixed shapes, one block in flight; to the host, a file, a table or a database.
 
-Each process reads the rows of a block that its devices hold. Tables and databases never leave the
-devices, so nothing of the size of a split is on a host unless it is asked for.
+Items are encoded by length, so that a block has little padding; there are a few shapes, whatever
+the number of items. Each process reads the rows of a block that its devices hold. Tables and
+databases never leave the devices, so nothing of the size of a split is on a host unless it is asked
+for.
 """
 
+import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from xmc_jax import distributed, sharding
+from xmc_jax.data import packing
 from xmc_jax.data.store import Split
+from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import exact
-from xmc_jax.types import Inputs
+from xmc_jax.types import Inputs, Packing, Prompts
 
 Encode = Callable[[Inputs, jax.Array], jax.Array]
 """Jitted (inputs, ids i32[b]) -> [b, D]; ids are for what a model keeps per item."""
 
 
-def to_host(
-    encode: Encode, split: Split, batch_size: int, mesh: Mesh, ids: np.ndarray | None = None
-) -> np.ndarray:
-    """f32[n, D] in every process: embeddings of a split's items, in the order of `ids`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Items:
+    """What is encoded, and how.
+
+    Attributes:
+        split: the n items.
+        batch_size: rows per call, over all devices.
+        mesh: see `sharding.make_mesh`.
+        prompts: around each text, without what all begin with.
+        widths: ascending, of which a block gets the smallest that fits; see `packing.widths`. None
+            encodes items in their order and with their padding.
+    """
+
+    split: Split
+    batch_size: int
+    mesh: Mesh
+    prompts: Prompts = NO_PROMPTS
+    widths: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def lengths(self) -> np.ndarray | None:
+        """i64[n], tokens of each item; None if they are not looked at."""
+        if self.widths is None:
+            return None
+        return self.split.own_tokens(np.arange(len(self.split)), self.prompts)
+
+
+def to_host(encode: Encode, items: Items, ids: np.ndarray | None = None) -> np.ndarray:
+    """f32[n, D] in every process: embeddings of items, in the order of `ids`.
 
     Args:
         encode: see `Encode`.
-        split: the items.
-        batch_size: rows per call; the last one is completed with the first item and cut.
-        mesh: see `sharding.make_mesh`.
+        items: see `Items`.
         ids: i32[n] item numbers; all of them by default.
 
     Raises:
         ValueError: there is nothing to encode.
     """
-    _check(split, batch_size)
-    ids = np.arange(len(split), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
+    _check(items)
+    ids = np.arange(len(items), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
     rows = None
-    for start, block in _on_host(encode, split, batch_size, mesh, ids):
+    for places, block in _on_host(encode, items, ids):
         if rows is None:
             rows = np.empty((len(ids), block.shape[1]), np.float32)
-        rows[start : start + len(block)] = block
+        rows[places] = block
     return rows
 
 
-def to_file(encode: Encode, split: Split, batch_size: int, mesh: Mesh, out: epath.PathLike) -> None:
+def to_file(encode: Encode, items: Items, out: epath.PathLike) -> None:
     """Writes f32[n, D], the embeddings of all items, as .npy; the first process does.
 
     Args:
         encode: see `Encode`.
-        split: the items.
-        batch_size: rows per call.
-        mesh: see `sharding.make_mesh`.
+        items: see `Items`.
         out: local or remote. The rows go through a file in the folder for temporary files.
 
     Raises:
         ValueError: there is nothing to encode.
     """
-    _check(split, batch_size)
-    ids = np.arange(len(split), dtype=np.int32)
-    blocks = _on_host(encode, split, batch_size, mesh, ids)
+    _check(items)
+    blocks = _on_host(encode, items, np.arange(len(items), dtype=np.int32))
     if not distributed.is_first():
         for _ in blocks:  # all processes encode
             pass
@@ -71,134 +98,150 @@ def to_file(encode: Encode, split: Split, batch_size: int, mesh: Mesh, out: epat
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "rows.npy")
         rows = None
-        for start, block in blocks:
+        for places, block in blocks:
             if rows is None:
-                shape = (len(ids), block.shape[1])
+                shape = (len(items), block.shape[1])
                 rows = np.lib.format.open_memmap(local, "w+", np.float32, shape)
-            rows[start : start + len(block)] = block
+            rows[places] = block
         rows.flush()
         epath.Path(local).copy(epath.Path(out), overwrite=True)
 
 
-def to_table(
-    encode: Encode, split: Split, batch_size: int, mesh: Mesh, table: jax.ShapeDtypeStruct
-) -> jax.Array:
+def to_table(encode: Encode, items: Items, table: jax.ShapeDtypeStruct) -> jax.Array:
     """The embeddings of all items as a table that stays on the devices.
 
     Args:
         encode: see `Encode`.
-        split: the n items.
-        batch_size: rows per call.
-        mesh: see `sharding.make_mesh`.
+        items: see `Items`.
         table: [n, D] with its sharding; rows are cast to its dtype.
 
     Raises:
         ValueError: there is nothing to encode.
     """
-    _check(split, batch_size)
-    count = len(split)
-    starts = _starts(count, batch_size)
-    ids = (np.minimum(s + np.arange(batch_size), count - 1) for s in starts)
+    _check(items)
+    count, lengths = len(items), items.lengths()
+    lengths = None if lengths is None else lengths[None]
+    order, rooms = _blocks_of(items, lengths, count, items.batch_size)
+    order = order.reshape(len(order), -1)
     rows = jax.numpy.zeros(table.shape, table.dtype, device=table.sharding)
-    for start, block in zip(starts, _blocks(encode, split, ids, batch_size, mesh)):
-        rows = _write(rows, block, sharding.put_whole(np.int32(start), mesh), split=table.sharding)
+    blocks = _blocks(encode, items, np.minimum(order, count - 1), rooms)
+    for ids, block in zip(order, blocks):
+        ids = sharding.put_whole(ids, items.mesh)
+        rows = _write(rows, block, ids, split=table.sharding)
     return rows
 
 
-def to_database(
-    encode: Encode, split: Split, batch_size: int, mesh: Mesh, limit: int
-) -> exact.Database:
+def to_database(encode: Encode, items: Items, limit: int) -> exact.Database:
     """The embeddings of all items as a database for `exact.search`, float32.
 
     Each device encodes its own rows of the database, so that none moves.
 
     Args:
         encode: see `Encode`.
-        split: the n items.
-        batch_size: rows per call, over all devices.
-        mesh: see `sharding.make_mesh`.
+        items: see `Items`.
         limit: rows that a search scores at a time on a device, at most.
 
     Raises:
         ValueError: there is nothing to encode.
     """
-    _check(split, batch_size)
-    count = len(split)
+    _check(items)
+    count, mesh = len(items), items.mesh
     shards = sharding.num_shards("batch", mesh)
     (total, _), searched, by_rows = exact.layout(count, 1, mesh, limit)
-    per_shard, rows_per_shard = batch_size // shards, total // shards
-    starts = _starts(rows_per_shard, per_shard)
-    first = rows_per_shard * np.arange(shards)[:, None]
-    # What stands past the rows of a shard or of the database is written over, or never searched.
-    ids = (
-        np.minimum(first + np.minimum(s + np.arange(per_shard), rows_per_shard - 1), count - 1)
-        .astype(np.int32)
-        .ravel()
-        for s in starts
-    )
+    of_shard, per_shard = total // shards, items.batch_size // shards
+    lengths = items.lengths()
+    if lengths is not None:  # what stands past the last item is never searched
+        lengths = np.pad(lengths, (0, total - count)).reshape(shards, of_shard)
+    order, rooms = _blocks_of(items, lengths, of_shard, per_shard)
+    order = np.broadcast_to(order, (len(order), shards, per_shard))
+    ids = np.minimum(order, of_shard - 1) + of_shard * np.arange(shards)[:, None]
+    ids = np.minimum(ids, count - 1).reshape(len(order), -1)
     rows = None
-    for start, block in zip(starts, _blocks(encode, split, ids, batch_size, mesh)):
+    for places, block in zip(order, _blocks(encode, items, ids, rooms)):
         if rows is None:
             rows = jax.numpy.zeros((total, block.shape[1]), np.float32, device=by_rows)
-        rows = _write_shards(rows, block, sharding.put_whole(np.int32(start), mesh), split=by_rows)
+        places = sharding.put(places.reshape(-1), by_rows)
+        rows = _write_shards(rows, block, places, split=by_rows)
     return exact.Database(rows, count, searched)
 
 
-def _check(split: Split, batch_size: int) -> None:
-    if not len(split) or batch_size < 1:
-        raise ValueError(
-            f"encode: expected at least one item and one row per call, got {len(split)} items and "
-            f"batch_size {batch_size}"
-        )
+def _blocks_of(
+    items: Items, lengths: np.ndarray | None, count: int, size: int
+) -> tuple[np.ndarray, list[Packing | None]]:
+    """Blocks of numbers below `count`, and the room of each; shortest items first, if packed.
 
+    Args:
+        items: see `Items`.
+        lengths: i[parts, count]; a block has `size` of each part. None if not packed.
+        count: of numbers.
+        size: see above.
 
-def _starts(count: int, size: int) -> list[int]:
-    """Where blocks of `size` rows begin that cover `count`; the last may overlap the one before."""
-    last = max(count - size, 0)
-    return [min(start, last) for start in range(0, count, max(size, 1))]
+    Returns:
+        i32[blocks, parts, size], `count` for none; and the room of each.
+    """
+    missing = -count % size
+    if lengths is None:
+        order = np.arange(count + missing, dtype=np.int32).clip(max=count)
+        return order.reshape(-1, 1, size), [None] * ((count + missing) // size)
+    order = np.argsort(lengths, axis=1, kind="stable").astype(np.int32)
+    longest = np.take_along_axis(lengths, order, axis=1).max(axis=0)[size - 1 - missing :: size]
+    order = np.pad(order, ((0, 0), (missing, 0)), constant_values=count)
+    fitting = np.searchsorted(items.widths, longest)
+    rows = items.batch_size // sharding.num_shards("batch", items.mesh)
+    rooms = [packing.whole(rows, items.widths[i]) for i in fitting]
+    return order.reshape(len(lengths), -1, size).swapaxes(0, 1), rooms
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="split")
-def _write(table: jax.Array, block: jax.Array, start: jax.Array, split: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(_written(table, block, start), split)
+def _write(table: jax.Array, block: jax.Array, ids: jax.Array, split: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(_written(table, block, ids), split)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="split")
 def _write_shards(
-    rows: jax.Array, block: jax.Array, start: jax.Array, split: NamedSharding
+    rows: jax.Array, block: jax.Array, places: jax.Array, split: NamedSharding
 ) -> jax.Array:
-    """Writes the rows of a block that each device has at the same place of its own shard."""
+    """Writes the rows of a block that each device has into its own shard."""
     spec = split.spec
-    local = jax.shard_map(
-        _written, mesh=split.mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=spec
-    )
-    return local(rows, block, start)
+    local = jax.shard_map(_written, mesh=split.mesh, in_specs=(spec, spec, spec), out_specs=spec)
+    return local(rows, block, places)
 
 
-def _written(table: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-    rows = block[: len(table)].astype(table.dtype)
-    return jax.lax.dynamic_update_slice(table, rows, (start, jax.numpy.zeros_like(start)))
+def _written(table: jax.Array, block: jax.Array, ids: jax.Array) -> jax.Array:
+    return table.at[ids].set(block.astype(table.dtype), mode="drop")
 
 
-def _on_host(encode, split, batch_size, mesh, ids) -> Iterator[tuple[int, np.ndarray]]:
-    """(start, f[m, D]) block by block; one is fetched while the next is computed."""
-    starts = range(0, len(ids), batch_size)
-    padded = np.concatenate([ids, np.full(-len(ids) % batch_size, ids[0], np.int32)])
-    blocks = _blocks(encode, split, (padded[s : s + batch_size] for s in starts), batch_size, mesh)
-    for start, block in zip(starts, blocks):
-        yield start, sharding.fetch(block)[: len(ids) - start]
+def _on_host(encode, items: Items, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(places i[m] in `ids`, f[m, D]) by block; one is fetched while the next is computed."""
+    lengths = items.lengths()
+    lengths = None if lengths is None else lengths[None, ids]
+    order, rooms = _blocks_of(items, lengths, len(ids), items.batch_size)
+    order = order.reshape(len(order), -1)
+    blocks = _blocks(encode, items, ids[np.minimum(order, len(ids) - 1)], rooms)
+    for places, block in zip(order, blocks):
+        there = places < len(ids)
+        yield places[there], sharding.fetch(block)[there]
 
 
 def _blocks(
-    encode: Encode, split: Split, ids: Iterable[np.ndarray], batch_size: int, mesh: Mesh
+    encode: Encode, items: Items, ids: np.ndarray, rooms: list[Packing | None]
 ) -> Iterator[jax.Array]:
     """`encode` of one block of ids after another, the next one under way when one is given."""
-    mine, pending = sharding.local_rows(batch_size, mesh), None
-    for block in ids:
+    size, mesh, pending = items.batch_size, items.mesh, None
+    mine = sharding.local_rows(size, mesh)
+    for block, room in zip(ids, rooms):
         rows = block[mine].astype(np.int32)
-        inputs = sharding.put_batch((split.inputs(rows), rows), batch_size, mesh)
-        encoded = encode(*inputs)
+        inputs, rows = sharding.put_batch((items.split.inputs(rows), rows), size, mesh)
+        encoded = encode(inputs.replace(packing=room), rows)
         if pending is not None:
             yield pending.block_until_ready()
         pending = encoded
     yield pending
+
+
+def _check(items: Items) -> None:
+    if not len(items) or items.batch_size < 1:
+        raise ValueError(
+            f"encode: expected at least one item and one row per call, got {len(items)} items and "
+            f"batch_size {items.batch_size}"
+        )

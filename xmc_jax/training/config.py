@@ -26,6 +26,8 @@ class TrainConfig:
             it (reference); or "all", whose texts are encoded at each boundary and get no gradient.
             A step of "all" costs O(L D B) on the devices, half the encoding, and needs no luck with
             negatives; the two fields before have no meaning then.
+        packed: leave out the padding of texts and encode a label once that several documents of a
+            batch have; without, for comparisons, shapes are those of the longest text.
         encode_batch_size: rows per call where nothing is differentiated.
         checkpoint_every: steps between checkpoints within an epoch; every epoch ends with one.
         log_every: steps per record of metrics.jsonl.
@@ -42,6 +44,7 @@ class TrainConfig:
     positives_per_document: int = 1
     sampling: str = "inverse_propensity"
     labels: str = "sampled"
+    packed: bool = True
     encode_batch_size: int = 512
     checkpoint_every: int = 1000
     log_every: int = 10

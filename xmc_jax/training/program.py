@@ -4,6 +4,7 @@ Nothing here needs a dataset or weights, only their sizes: what a `Program` comp
 ahead of time, for devices that are not there.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +16,13 @@ from flax import traverse_util
 from flax.core import meta
 
 from xmc_jax import sharding
-from xmc_jax.data import batches
+from xmc_jax.data import batches, packing
 from xmc_jax.models import dual, hf
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.training import optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
-from xmc_jax.types import Batch, DataShape, Inputs, Prompts, Tables, TrainState
+from xmc_jax.types import Batch, DataShape, Inputs, Packing, Prompts, Tables, TrainState
 
 
 class Program:
@@ -40,6 +41,7 @@ class Program:
         sizes: of the backbone.
         model: the Siamese tower.
         num_free_vectors: C; 0 without PRIME.
+        groups: how batches are packed; None if they are not.
         abstract: the TrainState as ShapeDtypeStructs with shardings.
         abstract_frozen: `frozen` likewise.
         steps_per_epoch: ceil(N / B); the last batch is completed with the epoch's first documents.
@@ -97,6 +99,15 @@ class Program:
             num_free_vectors=self.num_free_vectors,
         )
 
+        self.groups = None
+        if train.packed:
+            rest = dataclasses.replace(prompts, head=())
+            self.groups = packing.Groups(
+                shards=sharding.num_shards("batch", self.mesh),
+                chunks=train.n_chunks,
+                prompts=rest,
+                width=shape.length + shape.images_per_item + len(rest.middle) + len(rest.tail),
+            )
         boxed = jax.eval_shape(lambda: dual.init_params(self.model, train.seed))
         params = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
@@ -183,11 +194,19 @@ class Program:
             )
         return self._as_batch(inputs)
 
-    def abstract_batch(self) -> Batch:
-        """What `train_step` takes, as ShapeDtypeStructs with shardings."""
-        train, shape = self.config.train, self.shape
+    def abstract_batch(self, room: Packing | None = None) -> Batch:
+        """What `train_step` takes, as ShapeDtypeStructs with shardings.
+
+        Args:
+            room: of a packed batch; by default one that fits any.
+        """
+        train, shape, groups = self.config.train, self.shape, self.groups
         size, i32 = train.batch_size, jnp.int32
+        sides = 1 if train.labels == "all" else 1 + train.positives_per_document
+        if groups is not None and room is None:
+            room = packing.whole(sides * size // (groups.shards * groups.chunks), groups.width)
         common = {
+            "packing": room,
             "document": self.abstract_inputs(size),
             "document_ids": jax.ShapeDtypeStruct((size,), i32),
         }
@@ -205,6 +224,7 @@ class Program:
                 label=self.abstract_inputs(columns),
                 label_ids=jax.ShapeDtypeStruct((columns,), i32),
                 relevance=jax.ShapeDtypeStruct((size, columns), jnp.bool_),
+                columns=None if groups is None else jax.ShapeDtypeStruct((columns,), i32),
                 **common,
             )
         )

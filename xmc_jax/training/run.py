@@ -1,6 +1,7 @@
 """A program over its dataset: the first state, boundaries between epochs, embedding, evaluation."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from xmc_jax import rng, sharding
-from xmc_jax.data import batches, store
+from xmc_jax.data import batches, packing, store
 from xmc_jax.models import backbone, hf
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import encode, evaluate, exact, scann
@@ -55,6 +56,7 @@ class Run(Program):
             train.sampling,
             train.seed,
             train.labels,
+            self.groups,
         )
         self.rows = sharding.local_rows(train.batch_size, self.mesh)
         self._check_texts(prompts)
@@ -162,20 +164,20 @@ class Run(Program):
             split: which items.
             pooled: before normalisation, instead of unit embeddings.
         """
-        return encode.to_host(self._encoder(params, pooled), *self._items(split))
+        return encode.to_host(self._encoder(params, pooled), self._items(split))
 
     def embed_to(self, params: Any, split: str, out: epath.PathLike) -> None:
         """Writes unit embeddings as .npy; see `encode.to_file`."""
-        encode.to_file(self._encoder(params), *self._items(split), out)
+        encode.to_file(self._encoder(params), self._items(split), out)
 
     def embed_index(self, state: TrainState) -> exact.Database:
         """f32[L, D], what is searched: label prototypes with PRIME, label embeddings without."""
         block = self.config.eval.database_block
-        return encode.to_database(self._index_encoder(state), *self._items("label"), block)
+        return encode.to_database(self._index_encoder(state), self._items("label"), block)
 
     def embed_index_to(self, state: TrainState, out: epath.PathLike) -> None:
         """Writes what `embed_index` gives as .npy; see `encode.to_file`."""
-        encode.to_file(self._index_encoder(state), *self._items("label"), out)
+        encode.to_file(self._index_encoder(state), self._items("label"), out)
 
     def merged(self, state: TrainState) -> Any:
         """All parameters, trained and frozen ones together."""
@@ -209,7 +211,7 @@ class Run(Program):
             compare_scann=False,
         )
         labels = encode.to_database(
-            self._encoder(state.params), *self._items("label"), config.database_block
+            self._encoder(state.params), self._items("label"), config.database_block
         )
         return evaluate.evaluate(
             self.embed(state.params, "test"), labels, self.data, config, mesh=self.mesh
@@ -229,15 +231,26 @@ class Run(Program):
 
         return one
 
-    def _items(self, split: str) -> tuple[store.Split, int, jax.sharding.Mesh]:
-        return getattr(self.data, split), self.config.train.encode_batch_size, self.mesh
+    def _items(self, split: str) -> encode.Items:
+        items = getattr(self.data, split), self.config.train.encode_batch_size, self.mesh
+        if self.groups is None:
+            return encode.Items(*items)
+        return encode.Items(*items, self.groups.prompts, self._widths)
+
+    @functools.cached_property
+    def _widths(self) -> tuple[int, ...]:
+        """Of blocks that are encoded; more where there are more blocks to save padding in."""
+        splits = [getattr(self.data, name) for name in store.SPLITS]
+        lengths = [s.own_tokens(np.arange(len(s)), self.groups.prompts) for s in splits]
+        blocks = sum(map(len, lengths)) // self.config.train.encode_batch_size
+        return packing.widths(np.concatenate(lengths), 1 + min(blocks // 16, 7))
 
     def _table(
         self, params: Any, split: str, pooled: bool = False, dtype: str | None = None
     ) -> jax.Array:
         """The embeddings of a split as a table that stays on the devices."""
         abstract = self.abstract_table(len(getattr(self.data, split)), dtype)
-        return encode.to_table(self._encoder(params, pooled), *self._items(split), abstract)
+        return encode.to_table(self._encoder(params, pooled), self._items(split), abstract)
 
     def _placed(self, state: TrainState) -> TrainState:
         return jax.device_put(state, shardings(self.abstract))

@@ -61,13 +61,14 @@ class Step:
 
         grads, (metrics, document_unit) = jax.grad(objective, has_aux=True)(state.params)
         document_unit = sharding.batch_to_width(document_unit)
+        label_ids = batch.label_ids if batch.columns is None else batch.label_ids[batch.columns]
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
         state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             tables=tables.after_step(
-                state.tables, batch.document_ids, document_unit, batch.label_ids, self.tables
+                state.tables, batch.document_ids, document_unit, label_ids, self.tables
             ),
         )
         return state, metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -127,17 +128,23 @@ class Step:
 
         def encode(params: Any, items: Inputs, key: jax.Array) -> EncoderOutput:
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), items)
-            output = self._encode(params, flat, key)
+            output = self._encode(params, flat.replace(packing=batch.packing), key)
             return jax.tree.map(lambda x: x.reshape(-1, 1 + per_document, x.shape[-1]), output)
 
         encode_key, prototype_key = jax.random.split(key)
         output = in_chunks(encode, params, items, encode_key, self.n_chunks)
         document_unit = output.unit[:, 0]
         label = jax.tree.map(lambda x: x[:, 1:].reshape(-1, x.shape[-1]), output)
-        raw, prototype = losses.cosines(document_unit, label.unit), None
+
+        def similarities(unit: jax.Array) -> jax.Array:
+            if batch.columns is not None:  # every document sees all labels, so that they meet here
+                unit = sharding.constrain(unit)[sharding.constrain(batch.columns)]
+            return losses.cosines(document_unit, unit)
+
+        raw, prototype = similarities(label.unit), None
         if self.model.prime is not None:
             unit = self._prototype(params, t, batch.label_ids, label.pooled, prototype_key)
-            prototype = losses.cosines(document_unit, unit)
+            prototype = similarities(unit)
         return document_unit, raw, prototype, batch.relevance
 
     def _with_all(self, params: Any, t: Tables, batch: Batch, key: jax.Array):
@@ -151,7 +158,7 @@ class Step:
         document_unit = in_chunks(
             lambda *arguments: self._encode(*arguments).unit,
             params,
-            batch.document,
+            batch.document.replace(packing=batch.packing),
             encode_key,
             self.n_chunks,
         )
