@@ -38,6 +38,25 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture
+def terminated_after(monkeypatch):
+    """A function that has this process get SIGTERM after each of some steps, once."""
+    from xmc_jax.training import loop
+
+    def arrange(*steps: int) -> None:
+        remaining, at = list(steps), loop._Signals.at
+
+        def signalled(self, step: int) -> int | None:
+            if remaining and step == remaining[0]:
+                remaining.pop(0)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return at(self, step)
+
+        monkeypatch.setattr(loop._Signals, "at", signalled)
+
+    return arrange
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory) -> None:
     """Commands that tests start keep their programs here, not in the user's home."""

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from xmc_jax import report
 from xmc_jax.data import store
 from xmc_jax.models import hf
 
@@ -57,7 +58,11 @@ def test_train_learns_and_leaves_everything(trained):
     assert f"{100 * found['plain']['P@1']:.2f}" in printed
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
-    assert losses[-1] < losses[0] and records[-1]["eval/P@1"] == found["plain"]["P@1"]
+    assert losses[-1] < losses[0] and records[-2]["eval/P@1"] == found["plain"]["P@1"]
+    shares = {name: x for name, x in records[-1].items() if name.startswith("time/share/")}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(shares[f"time/share/{phase}"] > 0 for phase in report.PHASES)
+    assert printed.splitlines()[-1].startswith("wall time")
     assert any(run.glob("tensorboard/events*"))
     predictions = np.load(run / "predictions" / "60.npz", allow_pickle=False)
     assert predictions["plain_ids"].shape == (60, 100)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build, checkpoint, report
+from xmc_jax import build, checkpoint
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -57,18 +56,8 @@ def assert_identical(ours, theirs):
         (10, 14, 15),
     ],
 )
-def test_signals(program, straight, tmp_path, monkeypatch, stops):
-    step = report.Reporter.step
-    remaining = list(stops)
-
-    def kill_at(self, *arguments):
-        result = step(self, *arguments)
-        if remaining and self.steps == remaining[0]:
-            remaining.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(report.Reporter, "step", kill_at)
+def test_signals(program, straight, tmp_path, terminated_after, stops):
+    terminated_after(*stops)
     for stop in stops:
         with pytest.raises(loop.Interrupted, match=f"SIGTERM: saved at step {stop}") as stopped:
             loop.train(program, tmp_path)
@@ -87,9 +76,10 @@ def test_signals(program, straight, tmp_path, monkeypatch, stops):
 
 @pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tmp_path):
-    loop.train(program, tmp_path)
+    before = loop.train(program, tmp_path).seconds
     again = loop.train(program, tmp_path)
     assert again.step == straight[0].step
+    assert again.seconds["step"] == before["step"] and again.seconds["eval"] > before["eval"]
     assert again.evaluation.metrics == straight[0].evaluation.metrics
     assert records(tmp_path) == straight[1]
     with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
@@ -98,7 +88,7 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tm
 
 @pytest.mark.reliability
 @pytest.mark.slow
-def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
+def test_our_own_recipe_and_another_mesh(fields, tmp_path, terminated_after):
     """Documents against all labels, resumed bit for bit; and its checkpoint read by one device."""
     fields = copy.deepcopy(fields)
     fields["train"] |= {"labels": "all", "epochs": 2}
@@ -106,16 +96,8 @@ def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
     fields["loss"] |= {"kind": "decoupled_softmax", "label_to_document": 0.0}
     program = Run(RunConfig.from_dict(fields), build.data(fields))
     straight = loop.train(program, tmp_path / "straight")
-    step = report.Reporter.step
-
-    def kill_at_7(self, *arguments):
-        result = step(self, *arguments)
-        if self.steps == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with monkeypatch.context() as context, pytest.raises(loop.Interrupted):
-        context.setattr(report.Reporter, "step", kill_at_7)
+    terminated_after(7)
+    with pytest.raises(loop.Interrupted):
         loop.train(program, tmp_path / "stopped")
     resumed = loop.train(program, tmp_path / "stopped")
     assert_identical(resumed.state, straight.state)

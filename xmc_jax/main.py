@@ -145,7 +145,7 @@ def _prepare(fields: Mapping[str, Any]) -> int:
 
 def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
     """Trains, the baseline of the config first if it has one; reports them side by side."""
-    from xmc_jax import build, checkpoint, distributed
+    from xmc_jax import build, checkpoint, distributed, report
     from xmc_jax.training import loop
 
     rows: dict[str, Any] = {}
@@ -174,6 +174,7 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
         found = _write(folder, trained.step, zero_shot, trained.evaluation)
         if folder == workdir:
             _show(folder, trained.step, found, trained.evaluation, run.data, rows)
+            print(report.format_seconds(trained.seconds))
         rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
     return 0
 
