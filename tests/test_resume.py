@@ -3,6 +3,7 @@
 import copy
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def program(fields) -> Run:
 @pytest.fixture(scope="module")
 def straight(program, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
-    return loop.train(program, workdir), records(workdir)
+    return loop.train(program, workdir), records(workdir), workdir
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
@@ -76,13 +77,16 @@ def test_signals(program, straight, tmp_path, terminated_after, stops):
 
 @pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tmp_path):
-    before = loop.train(program, tmp_path).seconds
-    again = loop.train(program, tmp_path)
-    assert again.step == straight[0].step
-    assert again.seconds["step"] == before["step"] and again.seconds["eval"] > before["eval"]
-    assert again.evaluation.metrics == straight[0].evaluation.metrics
-    assert records(tmp_path) == straight[1]
-    with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+    trained, lines, workdir = straight
+    copied = shutil.copytree(workdir, tmp_path / "run")
+    again = loop.train(program, copied)
+    assert again.step == trained.step
+    assert again.evaluation.metrics == trained.evaluation.metrics
+    # The seconds go on from those of the last checkpoint.
+    assert again.seconds["step"] == trained.seconds["step"] > 0
+    assert again.seconds["eval"] > trained.seconds["eval"] > 0
+    assert records(copied) == lines
+    with checkpoint.Checkpoints(copied, read_only=True) as checkpoints:
         assert checkpoints.best() in checkpoints.steps()
 
 
@@ -166,16 +170,16 @@ def test_another_config_is_refused(fields, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_shape_is_refused(program, fields, tmp_path):
-    loop.train(program, tmp_path)
+def test_a_checkpoint_of_another_shape_is_refused(program, straight, fields):
+    workdir = straight[2]
     changed = copy.deepcopy(fields)
     changed["prime"]["free_vectors"] = 8
     other = Run(RunConfig.from_dict(changed), program.data)
     with pytest.raises(
         ValueError, match=r"free_vectors: expected float32\[8, 32\], got float32\[16"
     ):
-        loop.restore(other, tmp_path)
+        loop.restore(other, workdir)
     with pytest.raises(ValueError, match=r"expected the checkpoint '7', found those of .*15\]"):
-        loop.restore(program, tmp_path, "7")
-    assert loop.restore(program, tmp_path, "14")[0] == 14
-    assert loop.restore(program, tmp_path, "best")[0] in (5, 10, 15)
+        loop.restore(program, workdir, "7")
+    assert loop.restore(program, workdir, "14")[0] == 14
+    assert loop.restore(program, workdir, "best")[0] in (5, 10, 15)

@@ -43,7 +43,7 @@ class Clock:
         self._now, self._thread = now, threading.get_ident()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._phase, self._since = "other", now()
-        self._compiled: list[tuple[float, float]] = []  # (start, seconds), of the phase up to now
+        self._compiled: list[tuple[float, float]] = []  # (middle, seconds), of this phase
 
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds up to now."""
@@ -89,11 +89,11 @@ class Clock:
     def _hear(self, event: str, seconds: float, **_: Any) -> None:
         if not event.startswith(_COMPILE_EVENTS) or threading.get_ident() != self._thread:
             return
-        # Tracing a function that calls others is heard last, and has the time of theirs.
-        start, own = self._now() - seconds, seconds
-        while self._compiled and self._compiled[-1][0] >= start:
+        # Tracing a function that calls others is heard after theirs, and has their time in it.
+        now, own = self._now(), seconds
+        while self._compiled and self._compiled[-1][0] > now - seconds:
             own -= self._compiled.pop()[1]
-        self._compiled.append((start, seconds))
+        self._compiled.append((now - seconds / 2, seconds))
         self._seconds["compile"] += own
         self._seconds[self._phase] -= own
 

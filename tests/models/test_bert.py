@@ -103,7 +103,7 @@ def test_first_layers_are_the_first_layers():
 
 
 @pytest.mark.slow
-def test_remat_changes_no_gradient(quick_compilation):
+def test_remat_changes_no_gradient():
     config, params, file = golden("bert")
 
     def gradient(remat):

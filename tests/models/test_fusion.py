@@ -139,7 +139,9 @@ def run(sizes, params, vectors, positions):
 
 
 @pytest.mark.parametrize("positions", fusion.POSITIONS)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("encoder", marks=pytest.mark.slow), *list(TOWERS)[1:]]
+)
 def test_towers_by_a_composition_in_numpy(name, positions):
     """0 to 3 images; each item by itself, unpadded, its embeddings composed in numpy."""
     sizes, prompts, order = TOWERS[name]

@@ -182,7 +182,7 @@ def width_split(x, sizes=(8, 1, 1)):
     return jax.device_put(x, sharding.named((None, "table_width"), x.shape, mesh, "bank"))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
     with jax.enable_x64(True):
         x, key = points(203, d=16, dtype=np.float64), jax.random.key(0)

@@ -197,6 +197,7 @@ def test_frequent_labels_have_private_vectors():
     assert not np.any(means[11])  # a vector that no label uses
 
 
+@pytest.mark.slow
 def test_free_vectors_of_labels_split_by_width_are_those_of_one_device():
     with jax.enable_x64(True):
         labels = np.random.default_rng(9).normal(size=(101, 16))
