@@ -170,11 +170,11 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
         except loop.Interrupted as interrupted:
             logging.info("%s", interrupted)
             return _BY_SIGNAL + interrupted.signum
+        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
         zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
         found = _write(folder, trained.step, zero_shot, trained.evaluation)
         if folder == workdir:
             _show(folder, trained.step, found, trained.evaluation, run.data, rows)
-            print(report.format_seconds(trained.seconds))
         rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
     return 0
 
