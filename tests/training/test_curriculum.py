@@ -137,6 +137,7 @@ def test_it_is_balanced_2_means(iterations):
         assert np.array_equal(order, numpy_kmeans(x, 8, key, iterations))
 
 
+@pytest.mark.slow
 def test_well_separated_blobs_are_found():
     rng = np.random.default_rng(5)
     blobs, size, dim = 8, 16, 16
@@ -203,6 +204,7 @@ def test_blocks_change_nothing(block):
         assert np.array_equal(whole, blocks)
 
 
+@pytest.mark.slow
 def test_some_rows_alone_are_clustered_as_a_table_of_their_own():
     with jax.enable_x64(True):
         x, key = points(90, dtype=np.float64), jax.random.key(2)

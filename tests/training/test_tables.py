@@ -182,6 +182,7 @@ def test_shared_free_vectors_are_balanced_clusters():
         np.testing.assert_allclose(means[v], labels[vector == v].mean(0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_frequent_labels_have_private_vectors():
     labels = jnp.asarray(np.random.default_rng(4).normal(size=(21, 6)), jnp.float32)
     frequency = np.ones(21, int)
