@@ -25,6 +25,12 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOPICS, TRAIN, TEST = 40, 200, 60
+KEPT = (
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +44,44 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation_of_folders(request) -> None:
+    """Most programs of these tests are small, and each is run a few times."""
+    if request.path.parent.name in ("models", "retrieval", "training"):
+        request.getfixturevalue("quick_compilation")
+
+
+@pytest.fixture
+def terminated_after(monkeypatch):
+    """A function that has this process get SIGTERM after each of some steps, once."""
+    from xmc_jax.training import loop
+
+    def arrange(*steps: int) -> None:
+        remaining, at = list(steps), loop._Signals.at
+
+        def signalled(self, step: int) -> int | None:
+            if remaining and step == remaining[0]:
+                remaining.pop(0)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return at(self, step)
+
+        monkeypatch.setattr(loop._Signals, "at", signalled)
+
+    return arrange
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory) -> None:
-    """Commands that tests start keep their programs here, not in the user's home."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("caches"))
+    """What is compiled is kept for the session: for both processes of tests and what they start."""
+    from xmc_jax import compilation
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders lie in one
+        folder = folder.parent
+    os.environ["XDG_CACHE_HOME"] = str(folder / "caches")
+    compilation.keep(None)
+    for name in KEPT:  # for processes that run no command
+        os.environ[name.upper()] = str(getattr(jax.config, name))
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +126,8 @@ def backbone(tmp_path_factory) -> pathlib.Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     config = BertConfig(hidden=32, layers=2, heads=2, ff=64, max_positions=64)
-    params = meta.unbox(dual.init_params(dual.DualEncoder(config), 0))["backbone"]
+    init = jax.jit(lambda: meta.unbox(dual.init_params(dual.DualEncoder(config), 0)))
+    params = init()["backbone"]
     hf_export.merged(folder, params, config, pooling="mean", max_length=16)
     tokenizer.copy(packaged.minilm(), folder)
     return folder

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,6 +139,18 @@ def started(
             for process in group.processes:
                 process.kill()
                 process.wait()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Waits for what another process does.
+
+    Raises:
+        AssertionError: it does not do it in time.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing happened in {seconds} s"
+        time.sleep(0.02)
 
 
 def free_port() -> int:

@@ -34,6 +34,7 @@ def test_the_reference_makes_balanced_leaves_of_likes():
     assert clustering.cosine(unit, order, 8) > clustering.cosine(unit, shuffled, 8) + 0.2
 
 
+@pytest.mark.slow
 def test_leaves_are_at_least_as_alike_as_the_references():
     found = clustering.compare(blobs(600), 32, seeds=3)
     assert found["ours"].shape == found["reference"].shape == (3, 2)

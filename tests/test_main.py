@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from xmc_jax import report
 from xmc_jax.data import store
 from xmc_jax.models import hf
 
@@ -27,7 +28,7 @@ def command(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def trained(fields, tmp_path_factory):
-    """The folder of a config file and a workdir in which it was trained, and what was printed."""
+    """The folder of a config file and a workdir in which it was trained, and the process."""
     folder = tmp_path_factory.mktemp("main")
     fields = copy.deepcopy(fields)
     fields["name"] = "topics"
@@ -40,12 +41,13 @@ def trained(fields, tmp_path_factory):
     )
     done = command(f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    return folder, done
 
 
 @pytest.mark.slow
 def test_train_learns_and_leaves_everything(trained):
-    folder, printed = trained
+    folder, done = trained
+    printed = done.stdout
     run = folder / "run"
     found = json.loads((run / "metrics.json").read_text())
     assert set(found) >= {"zero-shot", "plain", "augmented"}
@@ -57,7 +59,11 @@ def test_train_learns_and_leaves_everything(trained):
     assert f"{100 * found['plain']['P@1']:.2f}" in printed
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
-    assert losses[-1] < losses[0] and records[-1]["eval/P@1"] == found["plain"]["P@1"]
+    assert losses[-1] < losses[0] and records[-2]["eval/P@1"] == found["plain"]["P@1"]
+    shares = {name: x for name, x in records[-1].items() if name.startswith("time/share/")}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(shares[f"time/share/{phase}"] > 0 for phase in report.PHASES)
+    assert "min: " in done.stderr.splitlines()[-1] and "data_wait" in done.stderr
     assert any(run.glob("tensorboard/events*"))
     predictions = np.load(run / "predictions" / "60.npz", allow_pickle=False)
     assert predictions["plain_ids"].shape == (60, 100)

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ import pytest
 import safetensors
 
 from configs import vixml
-from xmc_jax import build, checkpoint, report
+from xmc_jax import build, checkpoint
 from xmc_jax.data import batches, synthetic
 from xmc_jax.models import hf
 from xmc_jax.training import loop
@@ -154,20 +153,11 @@ def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, tower)
 
 
 @pytest.mark.reliability
-def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, monkeypatch):
+def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, terminated_after):
     program = build.run(in_full)
     straight = loop.train(program, tmp_path / "straight")
     assert straight.step == STEPS
-    step, stops = report.Reporter.step, [2, STEPS_PER_EPOCH]
-
-    def kill_at(self, *arguments):
-        result = step(self, *arguments)
-        if stops and self.steps == stops[0]:
-            stops.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(report.Reporter, "step", kill_at)
+    terminated_after(2, STEPS_PER_EPOCH)
     for stop in (2, STEPS_PER_EPOCH):
         with pytest.raises(loop.Interrupted, match=f"saved at step {stop}"):
             loop.train(program, tmp_path / "stopped")

@@ -174,7 +174,8 @@ def test_metrics_and_events_are_written_whole_each_time(workdir, server, monkeyp
             versions.setdefault(name, []).append(server.objects[name].data)
 
     monkeypatch.setattr(server, "before_write", keep)
-    with report.Reporter(workdir, 1, 2, 4) as reporter:
+    clock = report.Clock()
+    with report.Reporter(workdir, 1, 2, 4, clock) as reporter, clock.within("step"):
         for loss in (4.0, 3.0, 2.0):
             reporter.step({"loss": jnp.float32(loss), "violators": jnp.float32(0)}, 8)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -284,9 +285,10 @@ def state(seed):
     }
 # Each process has a folder of its own for reports: nothing may come into the second one's.
 def reporter():
-    return report.Reporter((folder, other)[index], 2, 4, 8)
+    return report.Reporter((folder, other)[index], 2, 4, 8, report.Clock())
 def history(reporter):
-    reporter.step({"loss": put(np.float32(2.5)), "violators": put(np.float32(0))}, 8)
+    with reporter.clock.within("step"):
+        reporter.step({"loss": put(np.float32(2.5)), "violators": put(np.float32(0))}, 8)
     return reporter.history()
 config = {"seed": 0}
 checkpoint.check_config(folder, config)

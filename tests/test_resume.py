@@ -2,8 +2,8 @@
 
 import copy
 import json
-import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build, checkpoint, report
+from xmc_jax import build, checkpoint
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -29,7 +29,7 @@ def program(fields) -> Run:
 @pytest.fixture(scope="module")
 def straight(program, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
-    return loop.train(program, workdir), records(workdir)
+    return loop.train(program, workdir), records(workdir), workdir
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
@@ -57,18 +57,8 @@ def assert_identical(ours, theirs):
         (10, 14, 15),
     ],
 )
-def test_signals(program, straight, tmp_path, monkeypatch, stops):
-    step = report.Reporter.step
-    remaining = list(stops)
-
-    def kill_at(self, *arguments):
-        result = step(self, *arguments)
-        if remaining and self.steps == remaining[0]:
-            remaining.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(report.Reporter, "step", kill_at)
+def test_signals(program, straight, tmp_path, terminated_after, stops):
+    terminated_after(*stops)
     for stop in stops:
         with pytest.raises(loop.Interrupted, match=f"SIGTERM: saved at step {stop}") as stopped:
             loop.train(program, tmp_path)
@@ -87,18 +77,22 @@ def test_signals(program, straight, tmp_path, monkeypatch, stops):
 
 @pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_not_trained(program, straight, tmp_path):
-    loop.train(program, tmp_path)
-    again = loop.train(program, tmp_path)
-    assert again.step == straight[0].step
-    assert again.evaluation.metrics == straight[0].evaluation.metrics
-    assert records(tmp_path) == straight[1]
-    with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+    trained, lines, workdir = straight
+    copied = shutil.copytree(workdir, tmp_path / "run")
+    again = loop.train(program, copied)
+    assert again.step == trained.step
+    assert again.evaluation.metrics == trained.evaluation.metrics
+    # The seconds go on from those of the last checkpoint.
+    assert again.seconds["step"] == trained.seconds["step"] > 0
+    assert again.seconds["eval"] > trained.seconds["eval"] > 0
+    assert records(copied) == lines
+    with checkpoint.Checkpoints(copied, read_only=True) as checkpoints:
         assert checkpoints.best() in checkpoints.steps()
 
 
 @pytest.mark.reliability
 @pytest.mark.slow
-def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
+def test_our_own_recipe_and_another_mesh(fields, tmp_path, terminated_after):
     """Documents against all labels, resumed bit for bit; and its checkpoint read by one device."""
     fields = copy.deepcopy(fields)
     fields["train"] |= {"labels": "all", "epochs": 2}
@@ -106,16 +100,8 @@ def test_our_own_recipe_and_another_mesh(fields, tmp_path, monkeypatch):
     fields["loss"] |= {"kind": "decoupled_softmax", "label_to_document": 0.0}
     program = Run(RunConfig.from_dict(fields), build.data(fields))
     straight = loop.train(program, tmp_path / "straight")
-    step = report.Reporter.step
-
-    def kill_at_7(self, *arguments):
-        result = step(self, *arguments)
-        if self.steps == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with monkeypatch.context() as context, pytest.raises(loop.Interrupted):
-        context.setattr(report.Reporter, "step", kill_at_7)
+    terminated_after(7)
+    with pytest.raises(loop.Interrupted):
         loop.train(program, tmp_path / "stopped")
     resumed = loop.train(program, tmp_path / "stopped")
     assert_identical(resumed.state, straight.state)
@@ -184,16 +170,16 @@ def test_another_config_is_refused(fields, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_shape_is_refused(program, fields, tmp_path):
-    loop.train(program, tmp_path)
+def test_a_checkpoint_of_another_shape_is_refused(program, straight, fields):
+    workdir = straight[2]
     changed = copy.deepcopy(fields)
     changed["prime"]["free_vectors"] = 8
     other = Run(RunConfig.from_dict(changed), program.data)
     with pytest.raises(
         ValueError, match=r"free_vectors: expected float32\[8, 32\], got float32\[16"
     ):
-        loop.restore(other, tmp_path)
+        loop.restore(other, workdir)
     with pytest.raises(ValueError, match=r"expected the checkpoint '7', found those of .*15\]"):
-        loop.restore(program, tmp_path, "7")
-    assert loop.restore(program, tmp_path, "14")[0] == 14
-    assert loop.restore(program, tmp_path, "best")[0] in (5, 10, 15)
+        loop.restore(program, workdir, "7")
+    assert loop.restore(program, workdir, "14")[0] == 14
+    assert loop.restore(program, workdir, "best")[0] in (5, 10, 15)

@@ -1,6 +1,7 @@
 """Real processes as one run: same batches, same training, checkpoints for any number of them."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,27 +20,25 @@ from xmc_jax.training import curriculum, loop
 
 fields, workdir, out = ast.literal_eval(pathlib.Path(sys.argv[1]).read_text()), *sys.argv[2:4]
 run = build.run(fields)
-if len(sys.argv) > 4:  # batches alone
-    order = np.random.default_rng(0).permutation(run.data.num_documents).astype(np.int32)
-    order = batches.complete(order, fields["train"]["batch_size"])
-    local = [run.sampler.build(order, step, 7 + step, run.rows) for step in range(2)]
-    arrays = {"rows": run.rows} | {
-        f"{step}/{jax.tree_util.keystr(path)}": leaf
-        for step, batch in enumerate(local)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-    }
-    np.savez(f"{out}-{jax.process_index()}.npz", **arrays)
-else:
-    start = run.initial_state().params
-    trained = loop.train(run, workdir)
-    arrays = {
-        name + jax.tree_util.keystr(path): sharding.fetch(leaf)
-        for name, tree in (("start", start), ("", trained.state))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    if distributed.is_first():
-        np.savez(out, **arrays)
-        print(json.dumps(trained.evaluation.metrics))
+order = np.random.default_rng(0).permutation(run.data.num_documents).astype(np.int32)
+order = batches.complete(order, fields["train"]["batch_size"])
+local = [run.sampler.build(order, step, 7 + step, run.rows) for step in range(2)]
+arrays = {"rows": run.rows} | {
+    f"{step}/{jax.tree_util.keystr(path)}": leaf
+    for step, batch in enumerate(local)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+}
+np.savez(f"{out}-{jax.process_index()}.npz", **arrays)
+start = run.initial_state().params
+trained = loop.train(run, workdir)
+arrays = {
+    name + jax.tree_util.keystr(path): sharding.fetch(leaf)
+    for name, tree in (("start", start), ("", trained.state))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+}
+if distributed.is_first():
+    np.savez(out, **arrays)
+    print(json.dumps(trained.evaluation.metrics))
 """
 
 
@@ -51,6 +50,7 @@ def small(fields, tmp_path_factory) -> dict:
     small["prime"]["dropout"] = 0.0
     small["curriculum"]["start"] = None  # rounding decides which side of a median a document is on
     small["train"] |= {"epochs": 2, "batch_size": 40, "checkpoint_every": 3, "log_every": 1}
+    small["train"] |= {"eval_every": 0, "zero_shot": False}  # evaluated at the end
     small["eval"]["augmented"] |= {"enabled": True}
     return small
 
@@ -71,14 +71,29 @@ def records(workdir) -> dict[int, dict]:
     return found
 
 
-def train(count, fields, folder, name, workdir=None, devices=1):
-    """Trains in `count` processes: (final state by path, records, metrics)."""
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What processes came to: each one's part of two batches, and the run's end."""
+
+    batches: list[dict[str, np.ndarray]]
+    state: dict[str, np.ndarray]
+    records: dict[int, dict]
+    metrics: dict[str, dict]
+
+
+def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as found:
+        return dict(found)
+
+
+def train(count, fields, folder, name, workdir=None, devices=1) -> Trained:
+    """Trains in `count` processes."""
     workdir = workdir or folder / name
     out = folder / f"{name}.npz"
     path = written(fields, folder, name)
     done = processes.script(count, _TRAIN, path, str(workdir), str(out), devices=devices)
-    with np.load(out, allow_pickle=False) as arrays:
-        return dict(arrays), records(workdir), done[0].json()
+    parts = [arrays(folder / f"{name}.npz-{own}.npz") for own in range(count)]
+    return Trained(parts, arrays(out), records(workdir), done[0].json())
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +103,7 @@ def alone(small, tmp_path_factory):
 
 def assert_same_run(found, expected):
     """Losses to 1e-5, parameters to 1e-3 of the norm of all updates, metrics alike."""
-    (state, seen, metrics), (want, wanted, best) = found, expected
+    state, seen, want, wanted = found.state, found.records, expected.state, expected.records
     assert seen.keys() == wanted.keys()
     for step in seen:
         losses = {k: v for k, v in seen[step].items() if k.startswith("train/loss")}
@@ -102,34 +117,28 @@ def assert_same_run(found, expected):
 
     update = norm(want[path] - want[path.replace(".params", "start", 1)] for path in paths)
     assert norm(state[path] - want[path] for path in paths) <= 1e-3 * update
-    for row, values in best.items():
-        assert metrics[row]["P@5"] == pytest.approx(values["P@5"], abs=0.01)
+    for row, values in expected.metrics.items():
+        assert found.metrics[row]["P@5"] == pytest.approx(values["P@5"], abs=0.01)
 
 
-BY_COUNT = pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.scale)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.scale)])
+def several(request, small, tmp_path_factory):
+    return train(request.param, small, tmp_path_factory.mktemp("several"), "several")
 
 
-@BY_COUNT
-def test_processes_build_the_same_global_batches(small, tmp_path, count):
-    whole, parts = [], []
-    for n, found in ((1, whole), (count, parts)):
-        out = tmp_path / f"of{n}"
-        processes.script(n, _TRAIN, written(small, tmp_path), "", str(out), "batches")
-        for i in range(n):
-            with np.load(f"{out}-{i}.npz", allow_pickle=False) as arrays:
-                found.append(dict(arrays))
+def test_processes_build_the_same_global_batches(alone, several):
+    (whole,), parts = alone.batches, several.batches
     rows = np.concatenate([part["rows"] for part in parts])
-    np.testing.assert_array_equal(np.sort(rows), whole[0]["rows"])
-    for name, array in whole[0].items():
+    np.testing.assert_array_equal(np.sort(rows), whole["rows"])
+    for name, array in whole.items():
         joined = np.concatenate([part[name] for part in parts])
         assert len(joined) == len(array) and len(parts[0][name]) < len(array), name
         if name != "rows":
             np.testing.assert_array_equal(joined, array, err_msg=name)
 
 
-@BY_COUNT
-def test_processes_train_as_one_does(small, alone, tmp_path, count):
-    assert_same_run(train(count, small, tmp_path, "several"), alone)
+def test_processes_train_as_one_does(alone, several):
+    assert_same_run(several, alone)
 
 
 @pytest.mark.scale
@@ -154,4 +163,4 @@ def test_checkpoints_of_four_are_read_by_one_and_two(small, alone, tmp_path):
         shutil.copytree(workdir, copied)
         kept[count] = train(count, clustered, tmp_path, f"of{count}", copied)
     assert_same_run(kept[2], kept[1])
-    assert kept[1][1].keys() == alone[1].keys()
+    assert kept[1].records.keys() == alone.records.keys()

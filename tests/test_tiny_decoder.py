@@ -1,14 +1,11 @@
 """`:tiny_decoder` on the bundled dataset: it learns, resumes bit for bit, and is exported whole."""
 
-import os
-import signal
-
 import jax
 import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import build, report
+from xmc_jax import build
 from xmc_jax.models import hf
 from xmc_jax.training import loop
 
@@ -52,17 +49,8 @@ def test_trains_adapters_alone(program, straight):
     assert "token_embedding" in frozen and "final_norm" in frozen
 
 
-def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, monkeypatch):
-    step, stops = report.Reporter.step, [9, 16]
-
-    def kill_at(self, *arguments):
-        result = step(self, *arguments)
-        if stops and self.steps == stops[0]:
-            stops.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(report.Reporter, "step", kill_at)
+def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, terminated_after):
+    terminated_after(9, 16)
     for stop in (9, 16):
         with pytest.raises(loop.Interrupted, match=f"saved at step {stop}"):
             loop.train(program, tmp_path)

@@ -78,7 +78,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the highest P@1 among those kept, or None if none was evaluated."""
-        self._manager.wait_until_finished()
+        self.wait()
         best = self._manager.best_step()
         return best if best is not None and self._manager.metrics(best) else None
 
@@ -99,7 +99,7 @@ class Checkpoints:
             metrics: evaluation metrics of this step, if it was evaluated; needs "P@1".
         """
         if step in self._manager.all_steps():
-            self._manager.wait_until_finished()
+            self.wait()
             self._manager.delete(step)
         self._manager.save(
             step,
@@ -144,6 +144,10 @@ class Checkpoints:
         )
         leaves = [restored["state"][name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["history"]
+
+    def wait(self) -> None:
+        """Waits until what is being written is committed."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the writes and releases the threads."""

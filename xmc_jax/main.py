@@ -145,7 +145,7 @@ def _prepare(fields: Mapping[str, Any]) -> int:
 
 def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
     """Trains, the baseline of the config first if it has one; reports them side by side."""
-    from xmc_jax import build, checkpoint, distributed
+    from xmc_jax import build, checkpoint, distributed, report
     from xmc_jax.training import loop
 
     rows: dict[str, Any] = {}
@@ -170,6 +170,7 @@ def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
         except loop.Interrupted as interrupted:
             logging.info("%s", interrupted)
             return _BY_SIGNAL + interrupted.signum
+        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
         zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
         found = _write(folder, trained.step, zero_shot, trained.evaluation)
         if folder == workdir:

@@ -1,16 +1,18 @@
 """What a run says of itself: metrics.jsonl, TensorBoard events and a progress bar; process 0 only.
 
-Records are a function of the training state and its data, except those named `time/...`: a resumed
-run writes what the straight run would have written. Values are fetched from the devices only when a
-record is due, never in the step.
+Records are a function of the training state and its data, except for values named `time/...`: a
+resumed run writes what the straight run would have written. Metrics are fetched from the devices
+only when a record is due, and only those of steps that are done.
 """
 
+import contextlib
 import json
 import math
 import pathlib
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +23,95 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 _FLUSH_SECONDS = 10  # between two writes of metrics.jsonl, which is written whole
+PHASES = ("step", "data_wait", "compile", "boundary", "eval", "save", "start", "other")
+_COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or the kept program
+
+
+class Clock:
+    """Wall time by phase: each second belongs to the innermost phase that it lies within.
+
+    What JAX compiles is heard from JAX itself, on the thread that made the clock, and taken off the
+    phase it falls in. Devices work asynchronously: a phase is what the host did or waited for. So
+    "step" has the waiting for steps in flight, and "data_wait" is an upper bound of what the
+    devices lacked, since they may have had steps in hand meanwhile.
+
+    Args:
+        now: seconds from any origin.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now, self._thread = now, threading.get_ident()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._phase, self._since = "other", now()
+        self._compiled: list[tuple[float, float]] = []  # (middle, seconds), of this phase
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds up to now."""
+        self._enter(self._phase)
+        return dict(self._seconds)
+
+    def shares(self) -> dict[str, float]:
+        """Phase -> its share of all seconds; their sum is 1."""
+        seconds = self.seconds()
+        return {phase: value / sum(seconds.values()) for phase, value in seconds.items()}
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Goes on from what `seconds` gave in the process before."""
+        for phase, value in seconds.items():
+            self._seconds[phase] += value
+
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Counts the time of its block as that of a phase, one of `PHASES`."""
+        outer = self._phase
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter(outer)
+
+    def awaiting(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; the time until each is there is "data_wait"."""
+        iterator = iter(batches)
+        while True:
+            with self.within("data_wait"):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _enter(self, phase: str) -> None:
+        now = self._now()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+        self._compiled = []
+
+    def _hear(self, event: str, seconds: float, **_: Any) -> None:
+        if not event.startswith(_COMPILE_EVENTS) or threading.get_ident() != self._thread:
+            return
+        # Tracing a function that calls others is heard after theirs, and has their time in it.
+        now, own = self._now(), seconds
+        while self._compiled and self._compiled[-1][0] > now - seconds:
+            own -= self._compiled.pop()[1]
+        self._compiled.append((now - seconds / 2, seconds))
+        self._seconds["compile"] += own
+        self._seconds[self._phase] -= own
+
+    def __enter__(self) -> "Clock":
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+
+def format_seconds(seconds: Mapping[str, float]) -> str:
+    """One line: the wall time and each phase's share of it, the largest first."""
+    total = sum(seconds.values())
+    shares = sorted(seconds.items(), key=lambda item: -item[1])
+    return f"wall time {total / 60:,.1f} min: " + ", ".join(
+        f"{name} {value / total:.1%}" for name, value in shares
+    )
 
 
 class _Events:
@@ -65,10 +156,12 @@ class Reporter:
         every: steps per training record.
         steps_per_epoch: the last step of an epoch is recorded too, whatever `every`.
         total_steps: of the whole run, for the progress bar.
+        clock: of the run; steps are reported while it is within "step".
         history: of a restored checkpoint; records after it are forgotten.
 
     Attributes:
         steps: reported up to now, those of a restored run with them.
+        clock: as given.
     """
 
     def __init__(
@@ -77,6 +170,7 @@ class Reporter:
         every: int,
         steps_per_epoch: int,
         total_steps: int,
+        clock: Clock,
         history: Mapping[str, Any] | None = None,
     ):
         self._path = epath.Path(workdir) / "metrics.jsonl"
@@ -84,8 +178,9 @@ class Reporter:
         self._records: list[dict[str, Any]] = list(history["records"]) if history else []
         self._pending: list[Any] = list(history["pending"]) if history else []
         self.steps = self._records_step() + len(self._pending)
+        self.clock = clock
+        self._last = (clock.seconds(), self.steps)
         self._writes = jax.process_index() == 0
-        self._last = (time.perf_counter(), self.steps)
         self._lines = [json.dumps(record) + "\n" for record in self._records]
         self._warned: set[str] = set()
         if self._writes:
@@ -97,10 +192,10 @@ class Reporter:
             self._flush()
 
     def step(self, metrics: Mapping[str, jax.Array], documents: int) -> dict[str, float] | None:
-        """Takes the metrics of one step without waiting for it.
+        """Takes the metrics of the next step, which is done: fetching them waits for no other.
 
         Args:
-            metrics: f32[] arrays, still being computed.
+            metrics: f32[] arrays.
             documents: in the batch.
 
         Returns:
@@ -121,11 +216,18 @@ class Reporter:
             for name in self._pending[0]
         }
         self._pending = []
-        now = time.perf_counter()
-        seconds = (now - self._last[0]) / max(self.steps - self._last[1], 1)
+        now, (before, steps) = self.clock.seconds(), self._last
         self._last = (now, self.steps)
+        waiting, seconds = (
+            sum(now[phase] - before[phase] for phase in phases) / (self.steps - steps)
+            for phases in (("data_wait",), ("data_wait", "step"))
+        )
         record = {f"train/{name}": value for name, value in means.items()}
-        record |= {"time/step": seconds, "time/documents_per_second": documents / seconds}
+        record |= {
+            "time/step": seconds,
+            "time/data_wait": waiting,
+            "time/documents_per_second": documents / seconds,
+        }
         self.record(self.steps, record)
         if self._writes:
             self._bar.set_postfix_str(
@@ -146,7 +248,7 @@ class Reporter:
                 self._flush()
 
     def history(self) -> dict[str, Any]:
-        """Everything reported up to now as JSON values, for a checkpoint; waits for the devices.
+        """Everything reported up to now as JSON values, for a checkpoint.
 
         Raises:
             FloatingPointError: a loss since the last record is not finite: the state is not worth
@@ -155,11 +257,11 @@ class Reporter:
         self._fetch()
         if self._writes:
             self._flush()
-        return {"records": list(self._records), "pending": list(self._pending)}
-
-    def resume_clock(self) -> None:
-        """Leaves the time since the last record (evaluation, re-clustering) out of `time/step`."""
-        self._last = (time.perf_counter(), self.steps)
+        return {
+            "records": list(self._records),
+            "pending": list(self._pending),
+            "seconds": self.clock.seconds(),
+        }
 
     def warn(self, text: str) -> None:
         """Logs a warning above the progress bar, once for all that begin alike up to a colon."""

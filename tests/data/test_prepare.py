@@ -288,6 +288,7 @@ def test_bundled_dataset(tokenizer_folder, tmp_path):
         bundled.path("nope")
 
 
+@pytest.mark.slow
 def test_command(raw_folder, tokenizer_folder, tmp_path, capsys):
     flags = [f"--raw={raw_folder}", f"--out={tmp_path}/out", f"--tokenizer={tokenizer_folder}"]
     flags += ["--dataset=ToyTitles", "--propensity", "0.6", "2.6"]

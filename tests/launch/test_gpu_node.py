@@ -4,8 +4,8 @@ import os
 import pathlib
 import signal
 import subprocess
-import time
 
+import processes
 import pytest
 
 pytestmark = pytest.mark.slow  # fakes of commands, processes that wait
@@ -105,18 +105,11 @@ def test_a_signal_reaches_python_whose_exit_code_is_passed_on(node, number):
     folder, run = node
     (folder / "codes").write_text("wait\n")
     process = run(popen=True)
-    _until((folder / "ready").exists)
+    processes.until((folder / "ready").exists)
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 143 and _runs(folder) == 1
     assert "the same command goes on" in said
-
-
-def _until(condition, seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def _common(code: str, *arguments: str, **environment: str) -> subprocess.Comple
     return _bash(f"{start}; {code}", *arguments, **environment)
 
 
+@pytest.mark.slow  # make lint has it too
 def test_shellcheck_finds_nothing():
     beside = pathlib.Path(sys.executable).with_name("shellcheck")
     program = beside if beside.exists() else shutil.which("shellcheck")

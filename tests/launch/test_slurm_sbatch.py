@@ -5,8 +5,8 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import time
 
+import processes
 import pytest
 
 pytestmark = pytest.mark.slow  # fakes of commands, processes that wait
@@ -112,10 +112,7 @@ def test_sigterm_from_slurm_reaches_python_and_the_job_outlives_it(job):
     folder, run = job
     (folder / "code").write_text("wait")
     process = run(popen=True)
-    end = time.monotonic() + 15
-    while not all((folder / f"ready-{node}").exists() for node in range(2)):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    processes.until(lambda: all((folder / f"ready-{node}").exists() for node in range(2)))
     # SLURM signals the steps; where it preempts, the batch script too.
     process.send_signal(signal.SIGTERM)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -11,8 +11,8 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import time
 
+import processes
 import pytest
 
 pytestmark = pytest.mark.slow  # fakes of commands, processes that wait
@@ -355,7 +355,7 @@ def test_a_restarted_worker_is_noticed(cloud):
     process = subprocess.Popen(
         cloud.command("up", arguments=RUN), env=cloud.environment, stderr=subprocess.PIPE, text=True
     )
-    _until(lambda: cloud.count("status") > 2)
+    processes.until(lambda: cloud.count("status") > 2)
     os.killpg(int((cloud.folder / "w0" / "xmc_jax" / "pid").read_text()), signal.SIGKILL)
     _, said = process.communicate(timeout=50)
     assert process.returncode == 0, said
@@ -366,7 +366,7 @@ def test_ctrl_c_leaves_the_run_which_is_followed_again_and_stopped(cloud):
     cloud.codes("wait", "wait")
     command = cloud.command("up", arguments=RUN)
     process = subprocess.Popen(command, env=cloud.environment, stderr=subprocess.PIPE, text=True)
-    _until(lambda: cloud.count("status") > 2)
+    processes.until(lambda: cloud.count("status") > 2)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and "left alone" in said.splitlines()[-1]
@@ -377,7 +377,7 @@ def test_ctrl_c_leaves_the_run_which_is_followed_again_and_stopped(cloud):
 
     process = subprocess.Popen(command, env=cloud.environment, stderr=subprocess.PIPE, text=True)
     before = cloud.count("status")
-    _until(lambda: cloud.count("status") > before + 1)
+    processes.until(lambda: cloud.count("status") > before + 1)
     assert cloud("stop").returncode == 0
     _, said = process.communicate(timeout=50)
     assert process.returncode == 143 and len(cloud.lines("runs")) == 2
@@ -385,13 +385,6 @@ def test_ctrl_c_leaves_the_run_which_is_followed_again_and_stopped(cloud):
 
     assert cloud().returncode == 0  # goes on
     assert len(cloud.lines("runs")) == 4
-
-
-def _until(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def test_a_slice_that_someone_deleted_is_not_created_again(cloud):

@@ -103,7 +103,7 @@ def test_first_layers_are_the_first_layers():
 
 
 @pytest.mark.slow
-def test_remat_changes_no_gradient(quick_compilation):
+def test_remat_changes_no_gradient():
     config, params, file = golden("bert")
 
     def gradient(remat):
@@ -163,6 +163,7 @@ def test_dropout_mask_is_bernoulli_and_a_function_of_the_seed():
     np.testing.assert_allclose(both, 0.01, rtol=0, atol=5 * np.sqrt(0.01 / 7e5))
 
 
+@pytest.mark.slow
 def test_dropout_of_the_encoder():
     config, params, file = golden("bert")
     model = dual.DualEncoder(config)
@@ -178,6 +179,7 @@ def test_dropout_of_the_encoder():
     assert np.isfinite(unit(jax.random.key(3, impl="rbg"))).all()
 
 
+@pytest.mark.slow
 def test_layers_do_not_share_dropout_masks():
     config, params, file = golden("bert")
     config = dataclasses.replace(config, dropout=0.5)

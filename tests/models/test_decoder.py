@@ -289,6 +289,7 @@ def test_remat_changes_no_gradient(remat):
     assert_same_gradients(gradient_with_dropout(remat), gradient_with_dropout("none"))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_pools_in_float32():
     config, params, file = golden("qwen3")
     inputs = Inputs(file["tokens"], file["lengths"])
@@ -328,6 +329,7 @@ def test_eight_devices_give_what_one_gives(family):
         np.testing.assert_allclose(encode(spread, inputs), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_of_attention():
     config, params, file = golden("qwen2")
     model = dual.DualEncoder(config.with_dropout(0.4))

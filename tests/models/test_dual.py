@@ -107,6 +107,7 @@ def test_normalize_of_zero_is_zero_with_a_finite_gradient():
     assert np.isfinite(jax.grad(lambda x: normalize(x).sum())(jnp.zeros(4))).all()
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives():
     model = prime_model()
     params = init(model)

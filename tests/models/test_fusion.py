@@ -139,7 +139,10 @@ def run(sizes, params, vectors, positions):
 
 
 @pytest.mark.parametrize("positions", fusion.POSITIONS)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in list(TOWERS)[:2]), *list(TOWERS)[2:]],
+)
 def test_towers_by_a_composition_in_numpy(name, positions):
     """0 to 3 images; each item by itself, unpadded, its embeddings composed in numpy."""
     sizes, prompts, order = TOWERS[name]
@@ -222,6 +225,7 @@ def test_gaps_move_what_follows_only_where_the_padding_counts(name):
     assert (~gaps).any() and np.abs(contiguous - padded)[gaps].max(-1).min() > 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_projection_from_what_is_there_alone():
     inputs, weights = items(), params(ENCODER)
 

@@ -111,6 +111,7 @@ def abstract(sizes, lora):
     return nn.unbox(boxed)["backbone"]
 
 
+@pytest.mark.slow
 def test_adapters_of_a_new_model():
     lora = LoraConfig(rank=4, targets=("query", "down"))
     model = dual.DualEncoder(DECODER, lora=lora)
@@ -126,6 +127,7 @@ def test_adapters_of_a_new_model():
         assert (a[0] != a[1]).all()  # layers are drawn apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -213,6 +213,7 @@ def test_import_has_the_tree_of_init(model, tmp_path):
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), expected)
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_bfloat16_is_close(model, tmp_path):
     config, params = load(write(tmp_path, model))
@@ -223,6 +224,7 @@ def test_bfloat16_is_close(model, tmp_path):
     assert (cosine / jnp.linalg.norm(expected, axis=-1) > 0.999).all()
 
 
+@pytest.mark.slow
 @FAMILIES
 def test_parameters_in_parts_and_images_over_devices(model, tmp_path):
     folder = write(tmp_path, model)

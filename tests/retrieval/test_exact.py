@@ -46,7 +46,9 @@ def test_padding_is_never_returned_even_when_all_products_are_negative():
     np.testing.assert_array_equal(scores, -4)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes", [*(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (2, 4, 1))), (2, 2, 2)]
+)
 def test_eight_devices_equal_one(sizes):
     mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
     for count, k in ((101, 20), (9, 9), (64, 5)):  # (9, 9): some devices hold padding alone

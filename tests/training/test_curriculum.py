@@ -92,7 +92,10 @@ def check_tree(order, leaf_of, n, leaves):
 
 @pytest.mark.parametrize(
     ("n", "leaves"),
-    [(1, 1), (5, 1), (2, 2), (3, 2), (7, 4), (8, 8), (11, 8)],
+    [
+        *((1, 1), (5, 1), (2, 2), (11, 8)),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 2), (7, 4), (8, 8))),
+    ],
 )
 def test_leaves_hold_every_point_once_and_differ_by_one(n, leaves):
     check_tree(*curriculum.balanced_kmeans(points(n), leaves, jax.random.key(n)), n, leaves)
@@ -129,7 +132,7 @@ def numpy_kmeans(x, leaves, key, iterations):
     return np.concatenate(clusters)
 
 
-@pytest.mark.parametrize("iterations", [0, 6])
+@pytest.mark.parametrize("iterations", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_it_is_balanced_2_means(iterations):
     with jax.enable_x64(True):
         x, key = points(203, dtype=np.float64), jax.random.key(3)
@@ -137,6 +140,7 @@ def test_it_is_balanced_2_means(iterations):
         assert np.array_equal(order, numpy_kmeans(x, 8, key, iterations))
 
 
+@pytest.mark.slow
 def test_well_separated_blobs_are_found():
     rng = np.random.default_rng(5)
     blobs, size, dim = 8, 16, 16
@@ -182,7 +186,7 @@ def width_split(x, sizes=(8, 1, 1)):
     return jax.device_put(x, sharding.named((None, "table_width"), x.shape, mesh, "bank"))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
     with jax.enable_x64(True):
         x, key = points(203, d=16, dtype=np.float64), jax.random.key(0)
@@ -194,7 +198,10 @@ def test_a_table_split_by_width_gives_the_leaves_of_one_device(sizes):
             assert b.sharding.is_fully_replicated and len(b.sharding.device_set) == 8
 
 
-@pytest.mark.parametrize("block", [1, 5 * 16, 40 * 16])  # in points: 1, 5, 40 of 203
+# In points: 1, 5, 40 of 203.
+@pytest.mark.parametrize(
+    "block", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 40 * 16)), 5 * 16]
+)
 def test_blocks_change_nothing(block):
     with jax.enable_x64(True):
         x, key = jnp.asarray(points(203, d=16, dtype=np.float64)), jax.random.key(0)
@@ -203,6 +210,7 @@ def test_blocks_change_nothing(block):
         assert np.array_equal(whole, blocks)
 
 
+@pytest.mark.slow
 def test_some_rows_alone_are_clustered_as_a_table_of_their_own():
     with jax.enable_x64(True):
         x, key = points(90, dtype=np.float64), jax.random.key(2)

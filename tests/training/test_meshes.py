@@ -45,9 +45,6 @@ MODELS = {
 LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def mesh_of(*sizes: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 

@@ -182,6 +182,7 @@ def test_shared_free_vectors_are_balanced_clusters():
         np.testing.assert_allclose(means[v], labels[vector == v].mean(0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_frequent_labels_have_private_vectors():
     labels = jnp.asarray(np.random.default_rng(4).normal(size=(21, 6)), jnp.float32)
     frequency = np.ones(21, int)
@@ -197,6 +198,7 @@ def test_frequent_labels_have_private_vectors():
     assert not np.any(means[11])  # a vector that no label uses
 
 
+@pytest.mark.slow
 def test_free_vectors_of_labels_split_by_width_are_those_of_one_device():
     with jax.enable_x64(True):
         labels = np.random.default_rng(9).normal(size=(101, 16))

@@ -427,6 +427,7 @@ def test_vectors_do_not_depend_on_batches_or_devices(tower, shared):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_stored_as_such(tower, shared):
     prepared = list(np.random.default_rng(2).integers(0, 256, (8, SIDE, SIDE, 3), np.uint8))
     narrow = encoders.Tower(str(tower), 16)
@@ -612,6 +613,7 @@ def test_an_interrupt_is_no_error(topics, pictures, tmp_path, capsys, monkeypatc
     assert "run the same command again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fused_attention_takes_the_place_of_the_written_out(monkeypatch):
     calls, fused = [], jax.nn.dot_product_attention
 
@@ -679,6 +681,7 @@ def test_the_benchmark_runs(tmp_path, capsys, monkeypatch):
             vision_embed.main([flag])
 
 
+@pytest.mark.slow
 def test_the_benchmark_needs_no_more_than_jax_and_flax():
     absent = (
         *("PIL", "grain", "huggingface_hub", "ml_collections", "orbax", "safetensors", "scann"),

@@ -40,12 +40,15 @@ class Trained:
         evaluation: of that state.
         zero_shot: metrics of the weights that training began with, as fractions; empty if
             `train.zero_shot` is off.
+        seconds: by phase, see `report.Clock`; of a resumed run, up to each checkpoint that it went
+            on from and since.
     """
 
     step: int
     state: TrainState
     evaluation: Evaluation
     zero_shot: Mapping[str, float]
+    seconds: Mapping[str, float]
 
 
 def train(run: Run, workdir: epath.PathLike) -> Trained:
@@ -61,42 +64,42 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
         Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint.
     """
     config = run.config.train
-    with checkpoint.Checkpoints(workdir, config.keep) as checkpoints, _Signals() as signals:
-        step = checkpoints.latest()
-        if step is None:
-            state, history, step = run.initial_state(), None, 0
-        else:
-            state, history = checkpoints.restore(step, run.abstract)
-            logging.info("%s: going on from step %d", workdir, step)
-        epoch, total = int(state.boundaries), config.epochs * run.steps_per_epoch
-        evaluation = None
-        with report.Reporter(
-            workdir, config.log_every, run.steps_per_epoch, total, history
-        ) as reporter:
-            if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
-                found = run.evaluate_zero_shot(state).metrics["plain"]
-                reporter.record(0, _prefixed("zero-shot", found))
-            while epoch < config.epochs:
-                state, step = _steps(run, state, epoch, step, reporter, checkpoints, signals)
-                started = time.perf_counter()
-                state = jax.block_until_ready(run.boundary(state, epoch))
-                epoch += 1
-                reporter.record(step, {"time/boundary": time.perf_counter() - started})
-                evaluation = None
-                due = config.eval_every and epoch % config.eval_every == 0
-                if due or epoch == config.epochs:
-                    evaluation = _evaluate(run, state, step, reporter)
-                checkpoints.save(
-                    step, state, reporter.history(), evaluation and evaluation.metrics["plain"]
-                )
-                if stop := signals.at(step):
-                    raise Interrupted(stop, step)
-                reporter.resume_clock()
-            zero_shot = reporter.latest(_PREFIX["zero-shot"])
-    if evaluation is None:
-        logging.info("%s: the run is complete; evaluating it again", workdir)
-        evaluation = run.evaluate(state)
-    return Trained(step, state, evaluation, zero_shot)
+    with report.Clock() as clock:
+        with checkpoint.Checkpoints(workdir, config.keep) as checkpoints, _Signals() as signals:
+            with clock.within("start"):
+                step = checkpoints.latest()
+                if step is None:
+                    state, history, step = run.initial_state(), None, 0
+                else:
+                    state, history = checkpoints.restore(step, run.abstract)
+                    clock.add(history["seconds"])
+                    logging.info("%s: going on from step %d", workdir, step)
+            epoch, total = int(state.boundaries), config.epochs * run.steps_per_epoch
+            evaluation = None
+            with report.Reporter(
+                workdir, config.log_every, run.steps_per_epoch, total, clock, history
+            ) as reporter:
+                if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
+                    with clock.within("eval"):
+                        found = run.evaluate_zero_shot(state).metrics["plain"]
+                    reporter.record(0, _prefixed("zero-shot", found))
+                while epoch < config.epochs:
+                    state, step = _steps(run, state, epoch, step, reporter, checkpoints, signals)
+                    state, evaluation = _boundary(run, state, epoch, step, reporter)
+                    epoch += 1
+                    metrics = evaluation and evaluation.metrics["plain"]
+                    with clock.within("save"):
+                        checkpoints.save(step, state, reporter.history(), metrics)
+                    if stop := signals.at(step):
+                        raise Interrupted(stop, step)
+                zero_shot = reporter.latest(_PREFIX["zero-shot"])
+            with clock.within("save"):
+                checkpoints.wait()
+        if evaluation is None:
+            logging.info("%s: the run is complete; evaluating it again", workdir)
+            with clock.within("eval"):
+                evaluation = run.evaluate(state)
+        return Trained(step, state, evaluation, zero_shot, clock.seconds())
 
 
 def restore(run: Run, workdir: epath.PathLike, which: str = "latest") -> tuple[int, TrainState]:
@@ -131,7 +134,7 @@ def _steps(
     signals: "_Signals",
 ) -> tuple[TrainState, int]:
     """The steps that are left of an epoch, none if only its boundary is."""
-    config, before = run.config.train, epoch * run.steps_per_epoch
+    config, before, clock = run.config.train, epoch * run.steps_per_epoch, reporter.clock
     plan = curriculum.plan(epoch, run.config.curriculum)
     leaf_order = jax.device_get(state.tables.leaf_order)
     order = batches.complete(
@@ -144,35 +147,57 @@ def _steps(
         put=run.put,
         prefetch=config.prefetch,
     )
-    in_flight, frozen = collections.deque(), run.frozen  # read here, not within the guard
-    for batch in stream:
-        with jax.transfer_guard("disallow"):
-            state, metrics = run.train_step(state, frozen, batch)
-        step += 1
-        in_flight.append(metrics["loss"])
-        if len(in_flight) > _IN_FLIGHT:
-            in_flight.popleft().block_until_ready()
-        means = reporter.step(metrics, config.batch_size)
-        if means is not None and (seen := losses.collapse(means, run.config.loss)):
-            reporter.warn(seen)
-        # The last step of an epoch is saved after the boundary, unless there is no time for it.
-        within = step < before + run.steps_per_epoch
-        stop = signals.at(step)
-        if stop or (within and step % config.checkpoint_every == 0):
-            checkpoints.save(step, state, reporter.history())
-        if stop:
-            raise Interrupted(stop, step)
+    with clock.within("start"):
+        frozen = run.frozen  # read here, not within the guard
+    in_flight: collections.deque[Mapping[str, jax.Array]] = collections.deque()
+
+    def report_done(ahead: int) -> None:
+        """Waits until the devices are at most so many steps behind, and reports the others."""
+        while len(in_flight) > ahead:
+            means = reporter.step(jax.block_until_ready(in_flight.popleft()), config.batch_size)
+            if means is not None and (seen := losses.collapse(means, run.config.loss)):
+                reporter.warn(seen)
+
+    with clock.within("step"):
+        for batch in clock.awaiting(stream):
+            with jax.transfer_guard("disallow"):
+                state, metrics = run.train_step(state, frozen, batch)
+            step += 1
+            in_flight.append(metrics)
+            report_done(_IN_FLIGHT)
+            # The last step of an epoch is saved after the boundary, unless there is no time for it.
+            within = step < before + run.steps_per_epoch
+            stop = signals.at(step)
+            if stop or (within and step % config.checkpoint_every == 0):
+                report_done(0)
+                with clock.within("save"):
+                    checkpoints.save(step, state, reporter.history())
+            if stop:
+                raise Interrupted(stop, step)
+        report_done(0)
     return state, step
 
 
-def _evaluate(run: Run, state: TrainState, step: int, reporter: report.Reporter) -> Evaluation:
+def _boundary(
+    run: Run, state: TrainState, epoch: int, step: int, reporter: report.Reporter
+) -> tuple[TrainState, Evaluation | None]:
+    """What follows an epoch's steps: its boundary, and an evaluation if one is due."""
+    config, clock, evaluation = run.config.train, reporter.clock, None
     started = time.perf_counter()
-    evaluation = run.evaluate(state)
-    record = {"time/eval": time.perf_counter() - started}
-    for row, metrics in evaluation.metrics.items():
-        record |= _prefixed(row, metrics)
-    reporter.record(step, record)
-    return evaluation
+    with clock.within("boundary"):
+        state = jax.block_until_ready(run.boundary(state, epoch))
+    reporter.record(step, {"time/boundary": time.perf_counter() - started})
+    due = config.eval_every and (epoch + 1) % config.eval_every == 0
+    if due or epoch + 1 == config.epochs:
+        started = time.perf_counter()
+        with clock.within("eval"):
+            evaluation = run.evaluate(state)
+        record = {"time/eval": time.perf_counter() - started}
+        for row, metrics in evaluation.metrics.items():
+            record |= _prefixed(row, metrics)
+        reporter.record(step, record)
+    reporter.record(step, {f"time/share/{name}": x for name, x in clock.shares().items()})
+    return state, evaluation
 
 
 def _prefixed(row: str, metrics: Mapping[str, float]) -> dict[str, float]:

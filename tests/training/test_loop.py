@@ -1,0 +1,165 @@
+"""What the loop waits for, and when it asks: a run of fakes, and a clock that they move."""
+
+import json
+import pathlib
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import vixml
+from xmc_jax import report
+from xmc_jax.data import pipeline
+from xmc_jax.training import loop
+from xmc_jax.training.config import RunConfig
+
+STEPS, EVERY, SAVED, BATCH = 7, 3, 5, 8
+BUILD, DISPATCH, COMPUTE, SAVE = 0.5, 0.25, 2.0, 4.0  # seconds
+
+
+class Time:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Metric:
+    """A value that can be had once it has been waited for."""
+
+    def __init__(self, value: float, time: Time):
+        self.value, self.time, self.done = value, time, False
+
+    def block_until_ready(self) -> "Metric":
+        if not self.done:
+            self.time.passes(COMPUTE)
+        self.done = True
+        return self
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        assert self.done, "fetched before it was there"
+        return np.asarray(self.value, dtype)
+
+
+class Fakes:
+    """A run, its pipeline and its checkpoints: an epoch of seven steps with given losses."""
+
+    def __init__(self, config: RunConfig, workdir: pathlib.Path, losses: list[float]):
+        self.config, self.steps_per_epoch = config, STEPS
+        self.frozen = self.rows = self.put = None
+        self.time, self.workdir, self.losses = Time(), workdir, losses
+        self.clock = report.Clock(self.time)
+        self.dispatched: list[Metric] = []
+        self.saved: list[tuple[int, dict]] = []
+
+    def batches(self, build, first, steps, put, prefetch):
+        for step in range(first, steps):
+            self.time.passes(BUILD)
+            yield step
+
+    def train_step(self, state, frozen, batch):
+        self.time.passes(DISPATCH)
+        loss = Metric(self.losses[batch], self.time)
+        self.dispatched.append(loss)
+        assert sum(not metric.done for metric in self.dispatched) <= 1 + loop._IN_FLIGHT
+        return state, {"loss": loss, "violators": 0.5, "similarity_spread": 1.0}
+
+    def save(self, step, state, history):
+        self.time.passes(SAVE)
+        self.saved.append((step, history))
+
+    def train(self) -> list[dict]:
+        """The records of the epoch."""
+        tables = types.SimpleNamespace(leaf_order=np.arange(STEPS * BATCH, dtype=np.int32))
+        state = types.SimpleNamespace(tables=tables)
+        with (
+            report.Reporter(self.workdir, EVERY, STEPS, STEPS, self.clock) as reporter,
+            loop._Signals() as signals,
+        ):
+            loop._steps(self, state, 0, 0, reporter, self, signals)
+        lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def fakes(tmp_path, monkeypatch):
+    fields = vixml.get_config("tiny").to_dict()
+    fields["train"] |= {"log_every": EVERY, "checkpoint_every": SAVED, "batch_size": BATCH}
+    config = RunConfig.from_dict(fields)
+
+    def make(losses: list[float]) -> Fakes:
+        made = Fakes(config, tmp_path, losses)
+        monkeypatch.setattr(pipeline, "open", made.batches)
+        return made
+
+    return make
+
+
+def test_each_second_has_its_phase(fakes):
+    run = fakes([1.0] * STEPS)
+    records, seconds = run.train(), run.clock.seconds()
+    assert {phase: x for phase, x in seconds.items() if x} == {
+        "data_wait": BUILD * STEPS,
+        "step": (DISPATCH + COMPUTE) * STEPS,
+        "save": SAVE,
+    }
+    assert run.time.now == sum(seconds.values())
+    assert sum(run.clock.shares().values()) == pytest.approx(1)
+    # Of step 3 it is known that it is done when two more are dispatched; no save is in a step.
+    assert [record["step"] for record in records] == [3, 6, 7]
+    assert records[0]["time/data_wait"] == pytest.approx(5 * BUILD / 3)
+    assert records[0]["time/step"] == pytest.approx((5 * (BUILD + DISPATCH) + 3 * COMPUTE) / 3)
+    total = sum(record["time/step"] * steps for record, steps in zip(records, (3, 3, 1)))
+    assert total == pytest.approx((BUILD + DISPATCH + COMPUTE) * STEPS)
+
+
+def test_metrics_are_fetched_of_steps_that_are_done_and_all_of_them_saved(fakes):
+    run = fakes([float(step) for step in range(STEPS)])
+    records = run.train()
+    assert [record["train/loss"] for record in records] == [1.0, 4.0, 6.0]
+    ((step, history),) = run.saved
+    assert step == SAVED
+    assert [record["step"] for record in history["records"]] == [3]
+    assert [metrics["loss"] for metrics in history["pending"]] == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("bad", [1, 3, 4, 7])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(fakes, bad):
+    run = fakes([np.nan if step == bad else 1.0 for step in range(1, STEPS + 1)])
+    with pytest.raises(FloatingPointError, match=f"the loss of step {bad} is nan"):
+        run.train()
+    assert [step for step, _ in run.saved] == [SAVED] * (bad > SAVED)
+    assert len(run.dispatched) <= -(-bad // EVERY) * EVERY + loop._IN_FLIGHT
+
+
+def test_what_is_compiled_is_taken_off_the_phase_once():
+    time = Time()
+    with report.Clock(time) as clock:
+        with clock.within("eval"):
+            time.passes(1)
+            for seconds in (1, 2, 4):  # tracing: the last called the one before; then, lowering
+                time.passes(1 if seconds < 4 else 4)
+                jax.monitoring.record_event_duration_secs("/jax/core/compile/any", seconds)
+            jax.monitoring.record_event_duration_secs("/of/something/else", 1)
+            time.passes(3)
+        with clock.within("step"):
+            time.passes(2)
+            jax.monitoring.record_event_duration_secs("/jax/core/compile/any", 2)
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/any", 2)
+    seconds = clock.seconds()
+    assert {phase: x for phase, x in seconds.items() if x} == {"compile": 8, "eval": 4}
+    clock.add(seconds)
+    time.passes(8)
+    assert clock.shares() == dict.fromkeys(report.PHASES, 0.0) | {
+        "compile": 0.5,
+        "eval": 0.25,
+        "other": 0.25,
+    }
+    assert report.format_seconds(clock.seconds()).startswith(
+        "wall time 0.5 min: compile 50.0%, eval 25.0%, other 25.0%, step 0.0%"
+    )
