@@ -14,7 +14,7 @@ from flax.core import meta
 from ml_collections import config_flags
 
 from configs import vixml
-from xmc_jax import build, main, packaged
+from xmc_jax import build, main, packaged, sharding
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.synthetic import SyntheticConfig
 from xmc_jax.models import dual
@@ -239,9 +239,8 @@ def test_a_step_can_be_traced(variant, fields, small, traced):
 def trace(config: dict, dataset, prompts: Prompts) -> None:
     program = Run(RunConfig.from_dict(config), dataset, prompts)
     batch = program.sampler.build(np.arange(200, dtype=np.int32), 0, 0)
-    state, metrics = jax.eval_shape(
-        program.step.train, program.abstract, program.abstract_frozen, batch
-    )
+    step = sharding.under(program.mesh, program.step.train)
+    state, metrics = jax.eval_shape(step, program.abstract, program.abstract_frozen, batch)
     assert jax.tree.structure(state) == jax.tree.structure(program.abstract)
     for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
         assert (after.shape, after.dtype) == (before.shape, before.dtype)

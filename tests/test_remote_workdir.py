@@ -218,7 +218,9 @@ def test_results_arrive_whole(workdir):
     out = workdir / "embeddings" / "1" / "test.npy"
     out.parent.mkdir(parents=True, exist_ok=True)
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    encode.to_file(jax.jit(lambda inputs, ids: inputs.tokens * 1.5), encode.Items(Texts(), 2, one), out)
+    encode.to_file(
+        jax.jit(lambda inputs, ids: inputs.tokens * 1.5), encode.Items(Texts(), 2, one), out
+    )
     rows = np.load(io.BytesIO(out.read_bytes()))
     np.testing.assert_array_equal(rows, 1.5 * np.arange(5)[:, None].repeat(2, 1))
 
