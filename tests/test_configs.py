@@ -223,7 +223,7 @@ def test_a_step_can_be_traced(variant, fields, small, traced):
         config["encoder"] |= section
         config["prime"] |= {"free_vectors": 16, "ff_dim": 64}
         chunks = min(config["train"]["n_chunks"], 2)
-        config["train"] |= {"batch_size": 40, "epochs": 3, "n_chunks": chunks}
+        config["train"] |= {"batch_size": 48, "epochs": 3, "n_chunks": chunks}
         config["eval"] = fields["eval"]
         dataset = texts if config["data"]["images"]["name"] is None else images
         untraced = ("data", "eval", "export", "fusion", "name", "baseline")

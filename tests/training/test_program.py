@@ -24,7 +24,7 @@ def decoder_fields(topics, tmp_path_factory) -> dict:
     data_dir = str(tmp_path_factory.mktemp("data"))
     fields["data"] |= {"dataset": "Topics-40", "raw_dir": str(topics), "data_dir": data_dir}
     fields["prime"]["free_vectors"] = 16
-    fields["train"]["batch_size"] = 40
+    fields["train"]["batch_size"] = 48
     return fields
 
 

@@ -237,11 +237,12 @@ def place(lengths: jax.Array, width: int, shape: Packing, groups: int, prefix: i
         ends = jnp.cumsum(lengths, axis=1)
         starts, fits = ends - lengths, ends[:, -1] <= t
         read = jnp.where(there, starts[:, row] + number, t)
-        # Of every token likewise.
-        token = jnp.arange(t)
-        row = jax.vmap(lambda ends: jnp.searchsorted(ends, token, side="right"))(ends)
+        # Of every token likewise: as many sequences end before it.
+        ending = jnp.zeros((groups, t + 1), jnp.int32)
+        ending = ending.at[jnp.arange(groups)[:, None], jnp.minimum(ends, t)].add(1)
+        row = jnp.cumsum(ending, axis=1)[:, :t]
         there, row = row < m, jnp.minimum(row, m - 1)
-        number = token - jnp.take_along_axis(starts, row, axis=1)
+        number = jnp.arange(t) - jnp.take_along_axis(starts, row, axis=1)
         write = jnp.where(there, jnp.asarray(first)[row] + number, p)
     source = order[:, row] if shape.padded else jnp.take_along_axis(order, row, axis=1)
     source = jnp.where(there, source * width + number, m * width)
