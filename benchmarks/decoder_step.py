@@ -45,11 +45,12 @@ from flax.core import meta
 
 from benchmarks.environment import environment
 from xmc_jax import rng, sharding
+from xmc_jax.data import packing
 from xmc_jax.models import decoder_config, dual, layers
 from xmc_jax.models.decoder_config import DecoderConfig, RopeScaling
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.step import Step
-from xmc_jax.types import Batch, Inputs, Prompts, Tables, TrainState
+from xmc_jax.types import Batch, Inputs, Prompts, Tables, TrainState, own_tokens
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 WARM_UP = 2  # steps before those that are timed
@@ -131,6 +132,7 @@ class Settings:
         combiner_ff: of the label prototype network.
         steps: timed steps.
         seed: of everything drawn.
+        padded: keep the padding of texts; by default they are packed.
 
     Source: ViXML supp. A; reference code, run script for decoders.
     """
@@ -150,6 +152,7 @@ class Settings:
     combiner_ff: int = 1024
     steps: int = 5
     seed: int = 0
+    padded: bool = False
 
     def __post_init__(self):
         for name in ("batch", "length", "chunks", "lora_rank", "labels", "free_vectors", "steps"):
@@ -186,6 +189,7 @@ class Program:
         device: where it runs, or is compiled for.
 
     Attributes:
+        room: that the timed batches are packed in; None with their padding.
         abstract: the TrainState as ShapeDtypeStructs with shardings.
         frozen: the base likewise.
     """
@@ -203,6 +207,18 @@ class Program:
             prime=dual.PrimeConfig(heads=s.combiner_heads, ff_dim=s.combiner_ff),
             num_free_vectors=s.free_vectors,
         )
+        self.room = None
+        if not s.padded:
+            after = dataclasses.replace(self.model.prompts, head=())
+            groups = packing.Groups(1, s.chunks, after, s.length + len(after.tail))
+            of_row = np.argsort(groups.of(s.batch), kind="stable")
+            found = []
+            for step in range(WARM_UP + s.steps):
+                batch = batch_of(s, sizes, step)
+                sides = (batch.document.lengths, batch.label.lengths)
+                both = np.stack([own_tokens(side, None, after) for side in sides], axis=1)
+                found.append(both[of_row].reshape(s.chunks, -1))
+            (self.room,) = {packing.choose(packing.rooms(found, groups.width), x) for x in found}
         config = optimizer.OptimizerConfig(
             lr=(("backbone/.*", 5e-5), (".*", 5e-4)),
             trainable=((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True)),
@@ -238,6 +254,7 @@ class Program:
     def compile(self) -> tuple[Any, float]:
         """The compiled step, and the seconds it took to trace and compile."""
         batch = self._whole(jax.eval_shape(lambda: batch_of(self.settings, self.model.sizes, 0)))
+        batch = batch.replace(packing=self.room)
         start = time.perf_counter()
         compiled = self.jitted.lower(self.abstract, self.frozen, batch).compile()
         return compiled, time.perf_counter() - start
@@ -266,7 +283,16 @@ class Program:
 
     def put(self, batch: Batch) -> Batch:
         """Hands a batch over to the device."""
+        batch = batch.replace(packing=self.room)
         return jax.device_put(batch, sharding.of_batch(batch, self.mesh))
+
+    @property
+    def positions(self) -> int:
+        """Places that a step computes, whether a token is there or not."""
+        s = self.settings
+        if self.room is None:
+            return 2 * s.batch * (s.length + s.prompt_tokens)
+        return s.chunks * (self.room.tokens + len(self.model.prompts.head))
 
     def parameters(self) -> dict[str, int]:
         """Parameters by what the step does with them."""
@@ -478,7 +504,7 @@ def measure(program: Program, device: jax.Device) -> dict[str, Any]:
         "step_seconds_each": timed,
         "pairs_per_second": s.batch / step_seconds,
         "tokens_per_step": mean_tokens,
-        "positions_per_step": _positions(s),
+        "positions_per_step": program.positions,
         "matmul_tflops": tflops,
         "mfu": mfu(parameters, mean_tokens, step_seconds, tflops),
         "memory": memory(compiled, device),
@@ -499,7 +525,7 @@ def plan(program: Program, device: jax.Device) -> dict[str, Any]:
     return {
         "parameters": program.parameters(),
         "compile_seconds": compile_seconds,
-        "positions_per_step": _positions(program.settings),
+        "positions_per_step": program.positions,
         "memory": memory(compiled, device),
     }
 
@@ -522,7 +548,7 @@ def lines(results: dict[str, Any]) -> list[str]:
             "MFU": f"{100 * results['mfu']:.1f} %",
             "loss": " ".join(f"{loss:.4f}" for loss in results["loss_each"]),
         }
-    found["positions"] = f"{results['positions_per_step']:,} a step, padding included"
+    found["positions"] = f"{results['positions_per_step']:,} a step that are computed"
     sizes = results["memory"] | {"peak in use": results.get("peak_bytes")}
     found |= {f"memory, {name}": _gigabytes(n) for name, n in sizes.items() if n is not None}
     return [f"{name:<28}{value}" for name, value in found.items()]
@@ -542,10 +568,6 @@ def _compilations() -> Iterator[list[str]]:
         yield found
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
-
-
-def _positions(settings: Settings) -> int:
-    return 2 * settings.batch * (settings.length + settings.prompt_tokens)
 
 
 def _gigabytes(count: int) -> str:
@@ -580,7 +602,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             shown += f"; tiny: {TINY[field.name]}"
         if field.name == "dtype":
             shown += "; on CPU: float32"
-        parser.add_argument(f"--{field.name}", type=type(field.default), help=shown)
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true", default=None, help=shown)
+        else:
+            parser.add_argument(f"--{field.name}", type=type(field.default), help=shown)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file of the results")
     parser.add_argument("--compile_only", action="store_true", help="memory, nothing allocated")
     parser.add_argument("--topology", help="compile for one chip of this TPU, such as v5p:2x2x1")

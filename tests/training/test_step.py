@@ -186,7 +186,9 @@ def test_centroids_at_the_boundary(fields, centroids):
         np.testing.assert_allclose(after.tables.centroids, means(exact), atol=1e-5)
     else:
         moved = np.any(before.tables.centroids != start.centroids, axis=1)
-        np.testing.assert_array_equal(np.flatnonzero(moved), np.unique(batch.label_ids[batch.columns]))
+        np.testing.assert_array_equal(
+            np.flatnonzero(moved), np.unique(batch.label_ids[batch.columns])
+        )
         np.testing.assert_array_equal(after.tables.centroids, before.tables.centroids)
     # The last boundary is exact in every mode.
     last = jax.device_get(program.boundary(state, program.config.train.epochs - 1))
