@@ -7,7 +7,7 @@ import pytest
 
 from xmc_jax import sharding
 from xmc_jax.retrieval import encode, exact
-from xmc_jax.types import Inputs
+from xmc_jax.types import Inputs, Prompts
 
 ONE = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
 EIGHT = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
@@ -21,6 +21,9 @@ class Texts:
 
     def __len__(self):
         return self.count
+
+    def own_tokens(self, ids, prompts):
+        return 2 + ids % 7 + len(prompts.tail)
 
     def inputs(self, ids):
         tokens = np.stack([ids, 2 * ids, 0 * ids], axis=1).astype(np.int32)
@@ -84,6 +87,35 @@ def test_tables_and_databases_hold_every_item_once(count, mesh):
     assert again.rows.sharding.is_equivalent_to(database.rows.sharding, 2)
     np.testing.assert_array_equal(exact.to_host(again), expected(range(count)))
     assert set(shapes) == {(8, 3)}
+
+
+@pytest.mark.parametrize("count", [5, 21])
+@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
+def test_items_are_encoded_by_length(count, mesh, tmp_path):
+    prompts, rooms = Prompts(head=(1, 2), tail=(3,)), []
+    plain, _ = encoder()
+
+    def one(inputs, ids):
+        lengths = Texts.own_tokens(None, np.asarray(ids), prompts)
+        (room,) = inputs.packing.classes
+        rows = 8 // sharding.num_shards("batch", mesh)
+        assert inputs.packing.padded and room[0] == rows and lengths.max() <= room[1]
+        rooms.append(room[1])
+        return plain(inputs.replace(packing=None), ids)
+
+    items = encode.Items(Texts(count), 8, mesh, prompts, (5, 9))
+    np.testing.assert_array_equal(encode.to_host(one, items), expected(range(count)))
+    assert rooms == [5, 9, 9][-len(rooms) :]  # short ones first; of five items, in the last block
+    chosen = [4, 2, 2, 0]
+    np.testing.assert_array_equal(encode.to_host(one, items, chosen), expected(chosen))
+    encode.to_file(one, items, tmp_path / "rows.npy")
+    written = np.load(tmp_path / "rows.npy", allow_pickle=False)
+    np.testing.assert_array_equal(written, expected(range(count)))
+    split = sharding.named((None, "table_width"), (count, 4), mesh, "table")
+    abstract = jax.ShapeDtypeStruct((count, 4), jnp.float32, sharding=split)
+    np.testing.assert_array_equal(encode.to_table(one, items, abstract), expected(range(count)))
+    database = encode.to_database(one, items, limit=3)
+    np.testing.assert_array_equal(exact.to_host(database), expected(range(count)))
 
 
 def test_nothing_to_encode_is_an_error():

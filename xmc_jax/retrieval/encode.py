@@ -121,13 +121,12 @@ def to_table(encode: Encode, items: Items, table: jax.ShapeDtypeStruct) -> jax.A
     _check(items)
     count, lengths = len(items), items.lengths()
     lengths = None if lengths is None else lengths[None]
-    order, rooms = _blocks_of(items, lengths, count, items.batch_size)
-    order = order.reshape(len(order), -1)
+    order, ids, rooms = _blocks_of(items, lengths, count, items.batch_size)
+    order, ids = (x.reshape(len(order), -1) for x in (order, ids))
     rows = jax.numpy.zeros(table.shape, table.dtype, device=table.sharding)
-    blocks = _blocks(encode, items, np.minimum(order, count - 1), rooms)
-    for ids, block in zip(order, blocks):
-        ids = sharding.put_whole(ids, items.mesh)
-        rows = _write(rows, block, ids, split=table.sharding)
+    for places, block in zip(order, _blocks(encode, items, ids, rooms)):
+        places = sharding.put_whole(places, items.mesh)
+        rows = _write(rows, block, places, split=table.sharding)
     return rows
 
 
@@ -150,12 +149,12 @@ def to_database(encode: Encode, items: Items, limit: int) -> exact.Database:
     (total, _), searched, by_rows = exact.layout(count, 1, mesh, limit)
     of_shard, per_shard = total // shards, items.batch_size // shards
     lengths = items.lengths()
-    if lengths is not None:  # what stands past the last item is never searched
-        lengths = np.pad(lengths, (0, total - count)).reshape(shards, of_shard)
-    order, rooms = _blocks_of(items, lengths, of_shard, per_shard)
+    if lengths is not None:  # what stands past the last item is that again, and never searched
+        lengths = np.pad(lengths, (0, total - count), mode="edge").reshape(shards, of_shard)
+    order, rows_of, rooms = _blocks_of(items, lengths, of_shard, per_shard)
     order = np.broadcast_to(order, (len(order), shards, per_shard))
-    ids = np.minimum(order, of_shard - 1) + of_shard * np.arange(shards)[:, None]
-    ids = np.minimum(ids, count - 1).reshape(len(order), -1)
+    ids = np.minimum(rows_of + of_shard * np.arange(shards)[:, None], count - 1)
+    ids = ids.reshape(len(order), -1)
     rows = None
     for places, block in zip(order, _blocks(encode, items, ids, rooms)):
         if rows is None:
@@ -167,8 +166,8 @@ def to_database(encode: Encode, items: Items, limit: int) -> exact.Database:
 
 def _blocks_of(
     items: Items, lengths: np.ndarray | None, count: int, size: int
-) -> tuple[np.ndarray, list[Packing | None]]:
-    """Blocks of numbers below `count`, and the room of each; shortest items first, if packed.
+) -> tuple[np.ndarray, np.ndarray, list[Packing | None]]:
+    """Blocks of numbers below `count`, and their rooms; shortest items first, if packed.
 
     Args:
         items: see `Items`.
@@ -177,24 +176,30 @@ def _blocks_of(
         size: see above.
 
     Returns:
-        i32[blocks, parts, size], `count` for none; and the room of each.
+        i32[blocks, parts, size], `count` for none; the same with a number in its place that the
+        block has room for; and the room of each block.
     """
     missing = -count % size
     if lengths is None:
-        order = np.arange(count + missing, dtype=np.int32).clip(max=count)
-        return order.reshape(-1, 1, size), [None] * ((count + missing) // size)
+        order = np.arange(count + missing, dtype=np.int32).clip(max=count).reshape(-1, 1, size)
+        return order, np.minimum(order, count - 1), [None] * len(order)
     order = np.argsort(lengths, axis=1, kind="stable").astype(np.int32)
     longest = np.take_along_axis(lengths, order, axis=1).max(axis=0)[size - 1 - missing :: size]
-    order = np.pad(order, ((0, 0), (missing, 0)), constant_values=count)
+    ahead = ((0, 0), (missing, 0))
+    blocks = [
+        x.reshape(len(lengths), -1, size).swapaxes(0, 1)
+        for x in (np.pad(order, ahead, constant_values=count), np.pad(order, ahead, mode="edge"))
+    ]
     fitting = np.searchsorted(items.widths, longest)
     rows = items.batch_size // sharding.num_shards("batch", items.mesh)
-    rooms = [packing.whole(rows, items.widths[i]) for i in fitting]
-    return order.reshape(len(lengths), -1, size).swapaxes(0, 1), rooms
+    return *blocks, [packing.whole(rows, items.widths[i]) for i in fitting]
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="split")
-def _write(table: jax.Array, block: jax.Array, ids: jax.Array, split: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(_written(table, block, ids), split)
+def _write(
+    table: jax.Array, block: jax.Array, places: jax.Array, split: NamedSharding
+) -> jax.Array:
+    return jax.lax.with_sharding_constraint(_written(table, block, places), split)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="split")
@@ -207,18 +212,17 @@ def _write_shards(
     return local(rows, block, places)
 
 
-def _written(table: jax.Array, block: jax.Array, ids: jax.Array) -> jax.Array:
-    return table.at[ids].set(block.astype(table.dtype), mode="drop")
+def _written(table: jax.Array, block: jax.Array, places: jax.Array) -> jax.Array:
+    return table.at[places].set(block.astype(table.dtype), mode="drop")
 
 
 def _on_host(encode, items: Items, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(places i[m] in `ids`, f[m, D]) by block; one is fetched while the next is computed."""
     lengths = items.lengths()
     lengths = None if lengths is None else lengths[None, ids]
-    order, rooms = _blocks_of(items, lengths, len(ids), items.batch_size)
-    order = order.reshape(len(order), -1)
-    blocks = _blocks(encode, items, ids[np.minimum(order, len(ids) - 1)], rooms)
-    for places, block in zip(order, blocks):
+    order, chosen, rooms = _blocks_of(items, lengths, len(ids), items.batch_size)
+    order, chosen = (x.reshape(len(order), -1) for x in (order, chosen))
+    for places, block in zip(order, _blocks(encode, items, ids[chosen], rooms)):
         there = places < len(ids)
         yield places[there], sharding.fetch(block)[there]
 
