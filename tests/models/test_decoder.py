@@ -240,7 +240,7 @@ def squares_by_a_loop(model, params, tokens, lengths):
         )
         one = decoder.Layer(c, model.dtype, layers.NO_LORA, True, False)
         own = jax.tree.map(lambda leaf: leaf[layer], params["layers"])  # noqa: B023
-        x, _ = one.apply({"params": own}, x, tables, mask[None, None], None)
+        x, _ = one.apply({"params": own}, x, tables, mask[None, None], None, None)
     x = layers.RMSNorm(c.eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
     return jnp.square(x[np.arange(S) < lengths[:, None], :3]).sum()
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xmc_jax import sharding
+from xmc_jax.data import packing
 from xmc_jax.retrieval import exact
 from xmc_jax.training import curriculum, tables
 from xmc_jax.training.program import Program
@@ -60,6 +61,9 @@ def of(program: Program) -> list[Compilable]:
         + evaluations * (shape.test + shape.labels)
     )
     inputs = program.abstract_inputs(rows)
+    if program.groups is not None:
+        room = packing.whole(rows // program.groups.shards, program.groups.width)
+        inputs = inputs.replace(packing=room)
     found = [
         one(
             TRAIN_STEP,
