@@ -4,13 +4,15 @@ Every process samples the label ids of the whole batch, which is cheap, and gath
 relevance for its own rows only; so any number of processes sees the same global batch.
 """
 
+import functools
+
 import numpy as np
 
 from xmc_jax import rng
 from xmc_jax.data import packing
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
-from xmc_jax.types import Batch
+from xmc_jax.types import Batch, Packing
 
 _SAMPLES = 32  # batches that the room of a packed one is estimated from
 WEIGHTINGS = ("inverse_propensity", "uniform")
@@ -96,12 +98,7 @@ class Sampler:
         self._frequency = np.append(store.label_frequency, 1).astype(np.float32)
         uniform = weighting == "uniform"
         self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
-        self._groups, self._rooms = groups, ()
-        if groups is not None:
-            self._group = groups.of(batch_size)
-            self._rooms = packing.rooms(
-                [self._sampled_lengths(i) for i in range(_SAMPLES)], groups.width
-            )
+        self._groups = groups
 
     def build(
         self,
@@ -165,6 +162,16 @@ class Sampler:
             columns=columns.reshape(size, per_document)[rows].ravel(),
             packing=packing.choose(self._rooms, lengths),
         )
+
+    @functools.cached_property
+    def _group(self) -> np.ndarray:
+        """i64[B], the group of each row of a batch; a ValueError where they differ in size."""
+        return self._groups.of(self._batch_size)
+
+    @functools.cached_property
+    def _rooms(self) -> tuple[Packing, ...]:
+        samples = [self._sampled_lengths(number) for number in range(_SAMPLES)]
+        return packing.rooms(samples, self._groups.width)
 
     def _deal(self, batch: np.ndarray, label_ids: np.ndarray) -> tuple[np.ndarray, ...]:
         """The different ones among the sampled labels, dealt to the groups of a batch.
