@@ -177,8 +177,9 @@ BASE = {
             "reorder": 4,
         },
         "compare_scann": False,  # beside exact search: a ScaNN index, its recall and both speeds
-        "query_block": 512,
-        "database_block": 32_768,
+        "query_block": 256,
+        "database_block": 262_144,
+        "recall_target": 1.0,
     },
     "export": {"format": "merged", "dtype": "float32"},
     # Another run, trained first and shown beside this one: its name, and the fields that differ.

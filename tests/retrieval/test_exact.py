@@ -28,6 +28,9 @@ def integers(seed, *shape):
         (3, 40, 40, 2, 7),  # all rows, k larger than a block
         (1, 1, 1, 4, 4),
         (5, 64, 3, 5, 16),  # nothing to pad
+        (9, 3001, 20, 4, 32_768),  # by maxima of groups, the last of which is ragged
+        (9, 3001, 5, 4, 1024),  # likewise, in blocks
+        (3, 2049, 4, 3, 1056),  # a block ends in groups of padding alone
     ],
 )
 def test_equals_a_full_sort(q, count, k, query_block, database_block):
@@ -66,6 +69,35 @@ def test_one_compilation_for_all_blocks_and_calls_and_no_implicit_transfer():
         exact.search(queries, database, 4, 8, 16)
         exact.search(queries[:3], database, 4, 8, 16)
     assert exact.search_block._cache_size() == before + 1
+
+
+def test_tpus_may_approximate_and_others_find_all():
+    queries, database = integers(4, 5, 6), integers(5, 700, 6)
+    want = exact.search(queries, database, 4)
+    for got, expected in zip(exact.search(queries, database, 4, recall_target=0.9), want):
+        np.testing.assert_array_equal(got, expected)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    placed = exact.place(database, mesh)
+    fields = {"k": 4, "count": 700, "block": placed.block, "mesh": mesh}
+
+    def lowered(recall_target):
+        traced = exact.search_block.trace(
+            jnp.asarray(queries), placed.rows, **fields, recall_target=recall_target
+        )
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "ApproxTopK" in lowered(0.9)
+    assert "ApproxTopK" not in lowered(1.0)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_more_rows_than_the_host_hands_over_at_a_time(sizes, monkeypatch):
+    monkeypatch.setattr(exact, "_ROWS", 7)
+    rows = integers(6, 101, 6)
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    placed = exact.place(rows, mesh)
+    np.testing.assert_array_equal(np.asarray(placed.rows)[:101], rows)
+    assert not np.asarray(placed.rows)[101:].any()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])

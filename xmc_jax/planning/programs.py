@@ -137,6 +137,7 @@ def of(program: Program) -> list[Compilable]:
                 count=count,
                 block=block,
                 mesh=mesh,
+                recall_target=search.recall_target,
             )
         )
     return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xmc_jax import sharding
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would else multiply in bfloat16 or TF32
+# Rows that share a maximum. The k groups of highest maxima hold the k best rows, so that what is
+# sorted is few numbers; a sort of all scores would take half as long as the products.
+_GROUP = 32
+# By default, 268 MB of scores at a time.
+QUERY_BLOCK, BLOCK = 256, 262_144
+_ROWS = 32_768  # that the host hands over at a time
+_AT_A_TIME = 3  # blocks of queries: one core looks for the best, and the others multiply meanwhile
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,14 +61,14 @@ def layout(
     rows = -(-count // shards)
     blocks = -(-rows // limit)
     block = -(-rows // blocks)
+    whole = -(-block // _GROUP) * _GROUP
+    block = whole if whole <= limit else block
     by_rows = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
     return (shards * blocks * block, width), block, by_rows
 
 
-def place(
-    database: np.ndarray, mesh: Mesh, limit: int = 32_768, dtype: str = "float32"
-) -> Database:
-    """Hands a database over to the devices, block by block; the host copies no more than a block.
+def place(database: np.ndarray, mesh: Mesh, limit: int = BLOCK, dtype: str = "float32") -> Database:
+    """Hands a database over to the devices, `_ROWS` at a time, which is what the host copies.
 
     Each process reads the rows of its own devices.
 
@@ -78,9 +86,11 @@ def place(
         first, end, _ = index[0].indices(shape[0])
         on_device = jax.sharding.SingleDeviceSharding(device)
         part = _zeros((end - first, width), dtype, on_device)
-        for start in range(first, min(end, count), block):
-            rows = np.zeros((block, width), part.dtype)
-            found = database[start : min(start + block, count)]
+        size = min(_ROWS, end - first)
+        for start in range(first, min(end, count), size):
+            start = min(start, end - size)  # the last write repeats rows rather than pass the end
+            rows = np.zeros((size, width), part.dtype)
+            found = database[start : min(start + size, count)]
             rows[: len(found)] = found
             part = _write(part, *jax.device_put((rows, np.int32(start - first)), device))
             part.block_until_ready()  # else the host would hold all blocks
@@ -89,7 +99,7 @@ def place(
     return Database(rows, count, block)
 
 
-def from_table(table: jax.Array, mesh: Mesh, limit: int = 32_768) -> Database:
+def from_table(table: jax.Array, mesh: Mesh, limit: int = BLOCK) -> Database:
     """A database of the rows of a table, which is split by width; nothing passes a host.
 
     Args:
@@ -114,14 +124,16 @@ def search(
     queries: np.ndarray,
     database: np.ndarray | Database,
     k: int,
-    query_block: int = 512,
-    database_block: int = 32_768,
+    query_block: int = QUERY_BLOCK,
+    database_block: int = BLOCK,
     mesh: Mesh | None = None,
+    recall_target: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of the database with the highest inner product, for each query.
 
     Each device scans its rows in blocks, keeping its best k; one merge ends it. No more than a
-    block of scores exists at a time. All processes call it with the same queries, and get the same.
+    block of scores exists at a time, on a single device three. All processes call it with the same
+    queries, and get the same.
 
     Args:
         queries: f32[Q, D].
@@ -131,6 +143,9 @@ def search(
         database_block: at most this many rows of the database are scored at a time on a device.
         mesh: see `sharding.make_mesh`; the first device alone by default. Like `database_block`,
             not for a database that is on the devices.
+        recall_target: below 1, TPUs look for the best of a block by `jax.lax.approx_max_k`, which
+            finds this share of them in the mean. Other devices have no such instruction: all is
+            found.
 
     Returns:
         f32[Q, k] inner products, descending, and i32[Q, k] row numbers; ties go to the lower one.
@@ -156,8 +171,8 @@ def search(
     if bad:
         name, row = bad[0]
         raise ValueError(f"search: expected finite embeddings, got row {row} of {name} not so")
-    scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int32)
-    for start in range(0, len(queries), query_block):
+
+    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.zeros((query_block, width), np.float32)
         part = queries[start : start + query_block]
         rows[: len(part)] = part
@@ -168,9 +183,17 @@ def search(
             count=count,
             block=database.block,
             mesh=mesh,
+            recall_target=recall_target,
         )
-        for out, values in zip((scores, ids), jax.device_get(best)):
-            out[start : start + len(part)] = values[: len(part)]
+        return tuple(x[: len(part)] for x in jax.device_get(best))
+
+    scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int32)
+    starts = range(0, len(queries), query_block)
+    # Several devices must be given their programs in one order, so one after the other.
+    with futures.ThreadPoolExecutor(_AT_A_TIME if mesh.size == 1 else 1) as pool:
+        for start, best in zip(starts, pool.map(block, starts)):
+            for out, values in zip((scores, ids), best):
+                out[start : start + query_block] = values
     return scores, ids
 
 
@@ -196,8 +219,17 @@ def _first_not_finite(rows: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(finite, len(rows), number))
 
 
-@functools.partial(jax.jit, static_argnames=("k", "count", "block", "mesh"))
-def search_block(queries, database, *, k: int, count: int, block: int, mesh: Mesh):
+@functools.partial(jax.jit, static_argnames=("k", "count", "block", "mesh", "recall_target"))
+def search_block(
+    queries,
+    database,
+    *,
+    k: int,
+    count: int,
+    block: int,
+    mesh: Mesh,
+    recall_target: float = 1.0,
+):
     """(f32[q, k], i32[q, k]) of a block of queries; database rows past `count` are padding."""
     axes = sharding.RULES["batch"]
 
@@ -208,10 +240,9 @@ def search_block(queries, database, *, k: int, count: int, block: int, mesh: Mes
             number, vectors = part
             vectors = vectors.astype(queries.dtype)
             scores = jnp.einsum("qd,ld->ql", queries, vectors, precision=_HIGHEST)
-            ids = first + number * block + jnp.arange(block, dtype=jnp.int32)
-            scores = jnp.where(ids < count, scores, -jnp.inf)
-            scores, position = jax.lax.top_k(scores, min(k, block))
-            merged = zip(best, (scores, ids[position]))
+            start = first + number * block
+            found = _best(scores, min(k, block), count - start, recall_target)
+            merged = zip(best, (found[0], start + found[1]))
             return _top(k, *(jnp.concatenate(pair, axis=1) for pair in merged)), None
 
         # Earlier blocks come first in the merge, and top_k takes the first of equals: lower ids.
@@ -229,6 +260,51 @@ def search_block(queries, database, *, k: int, count: int, block: int, mesh: Mes
     )
     best = _top(k, *per_device(queries, database))
     return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh))
+
+
+def _best(
+    scores: jax.Array, k: int, count: jax.Array, recall_target: float
+) -> tuple[jax.Array, jax.Array]:
+    """`top_k` of the first `count` (i32[]) columns of f32[q, n]; of equal ones the first."""
+    n = scores.shape[1]
+
+    def exact(scores):
+        if n % _GROUP or n < 4 * k * _GROUP:
+            return tuple(jax.lax.top_k(_masked(scores, jnp.arange(n), count), k))
+        return _by_groups(scores, k, count)
+
+    def approximate(scores):
+        scores = _masked(scores, jnp.arange(n), count)
+        return tuple(jax.lax.approx_max_k(scores, k, recall_target=recall_target))
+
+    if recall_target == 1:
+        return exact(scores)
+    return jax.lax.platform_dependent(scores, tpu=approximate, default=exact)
+
+
+def _by_groups(scores: jax.Array, k: int, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`_best` by the maxima of groups of columns; n is a multiple of `_GROUP`.
+
+    Of groups with equal maxima the first are taken, so the groups that are left out hold nothing
+    that comes before any of k columns of the others.
+    """
+    q, n = scores.shape
+    groups, member = scores.reshape(q, -1, _GROUP), jnp.arange(_GROUP)
+    # The mask is left out of the maximum of all, which on CPU would take ten times as long: the
+    # group that `count` is in is looked at once more.
+    cut = jnp.clip(count // _GROUP, 0, n // _GROUP - 1)
+    ragged = jax.lax.dynamic_index_in_dim(groups, cut, axis=1, keepdims=False)
+    maxima = groups.max(axis=2)
+    maxima = maxima.at[:, cut].set(_masked(ragged, cut * _GROUP + member, count).max(axis=1))
+    maxima = _masked(maxima, _GROUP * jnp.arange(n // _GROUP), count)
+    chosen = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=1)[..., None]
+    columns = (chosen * _GROUP + member).reshape(q, -1)  # ascending: of equal ones the first
+    found = jnp.take_along_axis(groups, chosen, axis=1, mode="clip").reshape(q, -1)
+    return _top(k, _masked(found, columns, count), columns)
+
+
+def _masked(scores: jax.Array, columns: jax.Array, count: jax.Array) -> jax.Array:
+    return jnp.where(columns < count, scores, -jnp.inf)
 
 
 def _top(k: int, scores: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
