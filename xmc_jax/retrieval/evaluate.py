@@ -166,7 +166,9 @@ class _Search:
     def __init__(self, test: np.ndarray, config: EvalConfig, mesh: Mesh | None):
         self.index: dict[str, dict[str, float]] = {}
         self._test, self._config, self._mesh = test, config, mesh
-        self._some = test[:: -(-len(test) // _COMPARED)]
+        step = -(-len(test) // _COMPARED)
+        # An index is measured on some and tuned on others, unless there are too few.
+        self._some, self._others = test[::step], test[step // 2 :: step]
 
     def __call__(self, name: str, database, k: int) -> tuple[np.ndarray, np.ndarray]:
         config, k = self._config, min(k, len(database))
@@ -176,8 +178,8 @@ class _Search:
             tree = dataclasses.replace(config.scann, brute_force_below=0)
             rows = exact.to_host(database)
             if distributed.is_first():
-                built = scann.ScannIndex.build(rows, tree)
                 k_compared = min(config.k, len(rows))
+                built = scann.ScannIndex.build(rows, tree, self._others, k_compared)
                 self.index[name] = scann.compare(built, rows, self._some, k_compared)
         blocks = config.query_block, config.database_block
         return exact.search(self._test, database, k, *blocks, self._mesh, config.recall_target)
@@ -194,7 +196,7 @@ class _Search:
     def _approximate(self, name, rows, config, k):
         if not distributed.is_first():
             return None
-        built = scann.ScannIndex.build(rows, config)
+        built = scann.ScannIndex.build(rows, config, self._others, k)
         self.index[name] = scann.compare(built, rows, self._some, k)
         return built.search(self._test, k)
 

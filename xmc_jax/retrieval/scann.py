@@ -1,5 +1,6 @@
 """ScaNN index: approximate maximum-inner-product search on the host; scann is imported on use."""
 
+import bisect
 import dataclasses
 import hashlib
 import importlib.util
@@ -11,42 +12,64 @@ import tempfile
 import time
 from typing import Any
 
+import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
+from xmc_jax import sharding
 from xmc_jax.retrieval import exact
 
 _MANIFEST = "index.json"
 
 
+_SAMPLE = 1_000  # at most this many queries tune an index
+# What is tried: shares of the leaves, a factor of 1.25 apart, and candidates in multiples of k.
+_SHARES = tuple(0.8**i for i in reversed(range(25)))
+_REORDERS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
+# A candidate scored exactly takes as long as so many of a leaf's rows by their codes (2 cores of an
+# AMD EPYC, D = 384, 131,073 rows).
+_CANDIDATE = 50
+
+
 @dataclasses.dataclass(frozen=True)
 class ScannConfig:
-    """How an index is built and searched; what is None follows from the database [L, D].
+    """How an index is built and searched.
+
+    What is None follows from the database [L, D] and, the last two, from what reaches
+    `recall_target` on a sample of queries at the least cost.
 
     Attributes:
         brute_force_below: a database of fewer rows is searched exhaustively.
-        leaves: of the tree; sqrt(L) by default.
-        leaves_searched: fraction of the leaves that a query visits; more where they hold too few.
+        recall_target: share of the exact k that is to be found.
+        leaves: of the tree; 3 sqrt(L) by default.
         dimensions_per_block: quantised together; 2, or what makes 256 blocks of a larger D, which
             ScaNN's fast path needs.
+        leaves_searched: fraction of the leaves that a query visits; more where they hold too few.
         reorder: candidates scored exactly, in multiples of k.
     """
 
     brute_force_below: int = 20_000
+    recall_target: float = 0.98
     leaves: int | None = None
-    leaves_searched: float = 0.3
     dimensions_per_block: int | None = None
-    reorder: int = 4
+    leaves_searched: float | None = None
+    reorder: float | None = None
 
     def __post_init__(self):
         for name in ("leaves", "dimensions_per_block", "reorder"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"eval.scann.{name}: expected at least 1, got {value}")
-        if not 0 < self.leaves_searched <= 1:
+        if self.leaves_searched is not None and not 0 < self.leaves_searched <= 1:
             raise ValueError(
                 f"eval.scann.leaves_searched: expected a fraction of the leaves, got "
                 f"{self.leaves_searched}"
+            )
+        if not 0 < self.recall_target < 1:
+            raise ValueError(
+                f"eval.scann.recall_target: expected a fraction in (0, 1), got "
+                f"{self.recall_target}; all is found by --config.eval.index=exact"
             )
 
 
@@ -68,12 +91,21 @@ class ScannIndex:
     _searcher: Any
 
     @classmethod
-    def build(cls, database: np.ndarray, config: ScannConfig) -> "ScannIndex":
+    def build(
+        cls,
+        database: np.ndarray,
+        config: ScannConfig,
+        queries: np.ndarray | None = None,
+        k: int = 100,
+    ) -> "ScannIndex":
         """Builds an index for inner products; above `brute_force_below` a tree with SOAR spilling.
 
         Args:
             database: f32[L, D], finite.
             config: see `ScannConfig`.
+            queries: f32[Q, D], like those to come, of which up to 1,000 tune the search; rows of
+                the database, which are found more easily, by default.
+            k: how many are to be searched for.
 
         Raises:
             ValueError: scann is not installed, or an embedding is not finite.
@@ -85,11 +117,11 @@ class ScannIndex:
             raise ValueError("scann: expected finite embeddings in the database, got others")
         config = dataclasses.replace(
             config,
-            leaves=config.leaves or round(math.sqrt(count)),
+            leaves=config.leaves or min(round(3 * math.sqrt(count)), count),
             dimensions_per_block=config.dimensions_per_block or max(2, -(-width // 256)),
         )
         builder = scann.scann_ops_pybind.builder(database, 1, "dot_product")
-        if count < config.brute_force_below:
+        if exhaustive := count < config.brute_force_below:
             builder = builder.score_brute_force()
         else:
             builder = builder.tree(
@@ -100,8 +132,52 @@ class ScannIndex:
             )
             builder = builder.score_ah(
                 config.dimensions_per_block, anisotropic_quantization_threshold=0.2
-            ).reorder(config.reorder)
-        return cls(config, count, width, _digest(database), builder.build())
+            ).reorder(1)
+        index = cls(config, count, width, _digest(database), builder.build())
+        if exhaustive:
+            return index._with(leaves_searched=1.0, reorder=1.0)
+        return index._tuned(database, database if queries is None else queries, min(k, count))
+
+    def _with(self, **fields) -> "ScannIndex":
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **fields))
+
+    def _tuned(self, database: np.ndarray, queries: np.ndarray, k: int) -> "ScannIndex":
+        """With the cheapest search that reaches the target by two standard errors of the sample.
+
+        Costs are counted and not timed, so that the same index is searched alike every time.
+        """
+        config = self.config
+        shares = _SHARES if config.leaves_searched is None else (config.leaves_searched,)
+        reorders = _REORDERS if config.reorder is None else (config.reorder,)
+        if len(shares) == len(reorders) == 1:
+            return self
+        sample = queries[:: -(-len(queries) // _SAMPLE)]
+        _, exactly = exact.search(sample, database, k)
+
+        def reaches(share: float, reorder: float) -> bool:
+            found = self._with(leaves_searched=share, reorder=reorder).search(sample, k)[1]
+            each = _found(found, exactly, self.count)
+            error = each.std() / math.sqrt(len(each))
+            return each.mean() - 2 * error >= config.recall_target
+
+        best, least = None, math.inf
+        for reorder in reorders:
+            at = bisect.bisect_left(shares, True, key=lambda share: reaches(share, reorder))
+            if at < len(shares):
+                cost = shares[at] * self.count + _CANDIDATE * reorder * k
+                if cost < least:
+                    best, least = (shares[at], reorder), cost
+        if best is None:
+            best = shares[-1], reorders[-1]
+            logging.warning(
+                "scann: no search finds %.1f %% of the exact %d for %d queries; the most thorough "
+                "is kept: lower --config.eval.scann.recall_target, set "
+                "--config.eval.scann.dimensions_per_block=1, or search exactly",
+                100 * config.recall_target,
+                k,
+                len(sample),
+            )
+        return self._with(leaves_searched=best[0], reorder=best[1])
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """About the k rows with the highest inner product, on all cores.
@@ -126,7 +202,7 @@ class ScannIndex:
             raise ValueError(f"scann: expected k in [1, {self.count}], the rows indexed, got {k}")
         options = {"final_num_neighbors": k}
         if self.count >= self.config.brute_force_below:
-            candidates = min(self.config.reorder * k, self.count)
+            candidates = min(math.ceil(self.config.reorder * k), self.count)
             share = max(self.config.leaves_searched, candidates / self.count)
             options["pre_reorder_num_neighbors"] = candidates
             options["leaves_to_search"] = math.ceil(share * self.config.leaves)
@@ -216,23 +292,30 @@ def compare(
         "recall", the mean fraction of the exact k that the index finds; "queries_per_second" and
         "exact_queries_per_second", each after a warm-up.
     """
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.local_devices()[:1])
+    placed = exact.place(database, mesh)
     seconds, found = {}, {}
     for name, search in (
         ("scann", index.search),
-        ("exact", lambda x, k: exact.search(x, database, k)),
+        ("exact", lambda x, k: exact.search(x, placed, k)),
     ):
         search(queries[:1], k)
         start = time.perf_counter()
         _, found[name] = search(queries, k)
         seconds[name] = time.perf_counter() - start
-    # Searched by (query, row) keys; -1 matches nothing.
-    row = np.arange(len(queries))[:, None] * index.count
-    hits = np.isin((row + found["scann"])[found["scann"] >= 0], row + found["exact"]).sum()
     return {
-        "recall": float(hits / found["exact"].size),
+        "recall": float(_found(found["scann"], found["exact"], index.count).mean()),
         "queries_per_second": len(queries) / seconds["scann"],
         "exact_queries_per_second": len(queries) / seconds["exact"],
     }
+
+
+def _found(ids: np.ndarray, exactly: np.ndarray, count: int) -> np.ndarray:
+    """f64[Q], the share of the `exactly` i32[Q, k] that is among `ids`, which are -1 for none."""
+    # Looked for by (query, row) keys; -1 matches nothing.
+    row = np.arange(len(ids))[:, None] * count
+    hits = np.isin(row + exactly, (row + ids)[ids >= 0])
+    return hits.mean(axis=1)
 
 
 def available() -> bool:
