@@ -26,7 +26,7 @@ def test_absence_is_one_clear_error(monkeypatch):
         ScannIndex.build(embeddings(1, 10), ScannConfig())
 
 
-@pytest.mark.parametrize("field", ["leaves", "reorder", "leaves_searched"])
+@pytest.mark.parametrize("field", ["leaves", "reorder", "leaves_searched", "recall_target"])
 def test_bad_config_names_its_field(field):
     with pytest.raises(ValueError, match=rf"eval\.scann\.{field}: .*got 0"):
         ScannConfig(**{field: 0})
@@ -63,9 +63,45 @@ class TestWithScann:
         assert result["queries_per_second"] > 0
         assert result["exact_queries_per_second"] > 0
 
+    def test_a_tree_is_tuned_to_its_target_at_the_least_cost(self):
+        database, documents = embeddings(1, 4000), embeddings(2, 700)
+        queries, others = documents[:200], documents[200:]
+        want = exact.search(queries, database, 20)[1]
+        found, cost = {}, {}
+        for target in (0.7, 0.95):
+            config = ScannConfig(brute_force_below=0, recall_target=target)
+            index = ScannIndex.build(database, config, others, 20)
+            again = ScannIndex.build(database, config, others, 20)
+            assert again.config == index.config  # counted, not timed
+            assert index.config.leaves == round(3 * 4000**0.5)
+            ids = index.search(queries, 20)[1]
+            found[target] = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, want)])
+            cost[target] = index.config.leaves_searched * 4000 + 50 * index.config.reorder * 20
+            assert found[target] > target - 0.02
+        assert cost[0.7] < cost[0.95]
+        assert found[0.7] < found[0.95]
+
+    def test_what_is_set_is_not_tuned(self):
+        database = embeddings(1, 1000)
+        config = ScannConfig(brute_force_below=0, leaves_searched=0.2, reorder=3.0)
+        built = ScannIndex.build(database, config, embeddings(2, 50), 10).config
+        assert (built.leaves_searched, built.reorder) == (0.2, 3.0)
+        half = ScannConfig(brute_force_below=0, reorder=6.0)
+        built = ScannIndex.build(database, half, embeddings(2, 50), 10).config
+        assert built.reorder == 6.0
+        assert 0 < built.leaves_searched <= 1
+
+    def test_a_target_out_of_reach_is_said_and_the_most_thorough_search_kept(self, caplog):
+        config = ScannConfig(brute_force_below=0, recall_target=0.99, leaves_searched=0.01)
+        with caplog.at_level("WARNING"):
+            built = ScannIndex.build(embeddings(1, 2000), config, embeddings(2, 40), 10).config
+        assert (built.leaves_searched, built.reorder) == (0.01, 10.0)
+        assert "no search finds 99.0 % of the exact 10" in caplog.text
+
     def test_what_was_not_found_is_minus_one(self):
         database = embeddings(1, 600)
-        index = ScannIndex.build(database, ScannConfig(brute_force_below=0, leaves_searched=0.01))
+        config = ScannConfig(brute_force_below=0, leaves_searched=0.01, reorder=4.0)
+        index = ScannIndex.build(database, config)
         # ScaNN itself, asked for more than the leaf holds, answers row 0 and NaN.
         raw, nan = index._searcher.search_batched(
             database[5:7], final_num_neighbors=400, leaves_to_search=1

@@ -236,21 +236,16 @@ def search_block(
     def local(queries, rows):
         first, width = jax.lax.axis_index(axes) * len(rows), rows.shape[1]
 
-        def step(best, part):
+        def search(part):
             number, vectors = part
             vectors = vectors.astype(queries.dtype)
             scores = jnp.einsum("qd,ld->ql", queries, vectors, precision=_HIGHEST)
             start = first + number * block
-            found = _best(scores, min(k, block), count - start, recall_target)
-            merged = zip(best, (found[0], start + found[1]))
-            return _top(k, *(jnp.concatenate(pair, axis=1) for pair in merged)), None
+            found, columns = _best(scores, min(k, block), count - start, recall_target)
+            return found, start + columns
 
-        # Earlier blocks come first in the merge, and top_k takes the first of equals: lower ids.
-        shape = (len(queries), k)
-        start = jnp.full(shape, -jnp.inf, queries.dtype), jnp.full(shape, count, jnp.int32)
-        start = jax.lax.pcast(start, axes, to="varying")
         parts = jnp.arange(len(rows) // block, dtype=jnp.int32), rows.reshape(-1, block, width)
-        return jax.lax.scan(step, start, parts)[0]
+        return _merged(k, *(jnp.concatenate(list(x), axis=1) for x in jax.lax.map(search, parts)))
 
     per_device = jax.shard_map(
         local,
@@ -258,8 +253,13 @@ def search_block(
         in_specs=(PartitionSpec(), PartitionSpec(axes)),
         out_specs=PartitionSpec(None, axes),
     )
-    best = _top(k, *per_device(queries, database))
+    best = _merged(k, *per_device(queries, database))
     return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh))
+
+
+def _merged(k: int, scores: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The k best of blocks side by side; earlier blocks have lower ids, and so win ties."""
+    return _top(k, scores, ids) if scores.shape[1] > k else (scores, ids)
 
 
 def _best(
