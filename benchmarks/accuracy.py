@@ -9,8 +9,8 @@ Any --config.field=value is an override, the seed apart. The run of seed n is in
 where the hash is of the variant's config and the overrides, in their order. A finished run that is
 there already is not repeated, an interrupted one goes on, a changed recipe is another folder.
 
-The results go to --output: "variant", the config's "name", "overrides", "split" ("test", or
-"validation" where data.validation_fraction held documents out), environment
+The results go to --output: "benchmark", "settings" ("variant", the config's "name", "overrides",
+and "split": "test", or "validation" where data.validation_fraction held documents out), environment
 ("processor", "cores", "python", "versions", "date", "commit") and the printed tables ("results").
 """
 
@@ -108,12 +108,13 @@ def main() -> None:
         print(format_table(table))
     print(f"\nthe runs are in {workdir}")
     if arguments.output:
-        content = {
+        settings = {
             "variant": _name(arguments.variant),
             "name": config["name"],
             "overrides": overrides,
             "split": split,
         }
+        content = {"benchmark": "accuracy", "settings": settings}
         content |= environment(PACKAGES) | {"results": tables}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")

@@ -10,9 +10,10 @@ seed. Where the dataset is synthetic, beside them what predictors reach that kno
 its labels and see the attributes (the ceiling), the title, or title and pictures. A finished run is
 not repeated (`accuracy`).
 
-The results go to --output: "variant", "images" (their encoder, and the percent of items that have
-one), environment ("processor", "cores", "python", "versions", "date", "commit"), "oracles" and
-"results", by kind of retrieval ("plain", "augmented") and run.
+The results go to --output: "benchmark", "settings" ("variant", "dataset", and "images": their
+encoder, and the percent of items that have one), environment ("processor", "cores", "python",
+"versions", "date", "commit") and "results": "oracles", and by kind of retrieval ("plain",
+"augmented") and run.
 """
 
 import argparse
@@ -126,9 +127,10 @@ def main() -> None:
         print(f"\n{data.name}, {kind}, test split, {len(arguments.seeds)} seeds, percent\n")
         print(format_table(rows | table(by_run), SHOWN))
     if arguments.output:
-        content = {"variant": variant, "dataset": data.name}
-        content["images"] = {"encoder": data.images.encoder, "percent": data.images.shares}
-        content |= environment(accuracy.PACKAGES) | {"oracles": known, "results": results}
+        settings = {"variant": variant, "dataset": data.name}
+        settings["images"] = {"encoder": data.images.encoder, "percent": data.images.shares}
+        content = {"benchmark": "image_gain", "settings": settings}
+        content |= environment(accuracy.PACKAGES) | {"results": {"oracles": known} | results}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 

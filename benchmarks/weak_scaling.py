@@ -179,17 +179,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of chips; default: all")
     parser.add_argument("--plot", type=pathlib.Path, help=".png file to draw")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    out, content = arguments.output, {"benchmark": "weak_scaling", "variant": VARIANT}
+    out, results = arguments.output, {}
     if out is not None and out.exists():
-        content = json.loads(out.read_text(encoding="utf-8"))
-    results = content.setdefault("results", {})
+        results = json.loads(out.read_text(encoding="utf-8"))["results"]
     for row in ROWS:
         chosen = arguments.only is None or row.chips in arguments.only
         if not chosen or row.name in results:
             continue
         results[row.name] = measure(row, arguments.model)
-        content |= environment(PACKAGES)
         if out is not None:
+            content = {"benchmark": "weak_scaling", "settings": {"variant": VARIANT}}
+            content |= environment(PACKAGES) | {"results": results}
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(results))
