@@ -109,7 +109,7 @@ def test_duplicates_and_zeros_still_halve(x):
     check_tree(*result, 11, 8)
 
 
-def numpy_kmeans(x, leaves, key, iterations):
+def numpy_kmeans(x, leaves, key, iterations, tolerance):
     """The definition, cluster by cluster, from the seeds that the key draws."""
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     clusters = [np.arange(len(x))]
@@ -121,23 +121,42 @@ def numpy_kmeans(x, leaves, key, iterations):
             first = int(draws[0, node] * size)
             second = (first + 1 + int(draws[1, node] * (size - 1))) % size
             assert first != second
-            centers = y[[first, second]]
-            for _ in range(iterations):
+            centers, before = y[[first, second]], -np.inf
+            for _ in range(iterations + 1):
                 split = np.array_split(np.argsort(y @ (centers[1] - centers[0]), kind="stable"), 2)
                 centers = np.stack([y[half].mean(0) for half in split])
                 centers /= np.linalg.norm(centers, axis=1, keepdims=True)
-            split = np.array_split(np.argsort(y @ (centers[1] - centers[0]), kind="stable"), 2)
+                cosines = [y[half] @ center for half, center in zip(split, centers)]
+                similarity = np.concatenate(cosines).mean()
+                if tolerance is not None and similarity - before < tolerance:
+                    break
+                before = similarity
             halves += [np.sort(members[half]) for half in split]
         clusters = halves
     return np.concatenate(clusters)
 
 
-@pytest.mark.parametrize("iterations", [pytest.param(0, marks=pytest.mark.slow), 6])
-def test_it_is_balanced_2_means(iterations):
+@pytest.mark.parametrize(
+    ("iterations", "tolerance"),
+    [
+        (6, None),
+        *(pytest.param(*limits, marks=pytest.mark.slow) for limits in ((0, None), (3, 0.01))),
+    ],
+)
+def test_it_is_balanced_2_means(iterations, tolerance):
     with jax.enable_x64(True):
         x, key = points(203, dtype=np.float64), jax.random.key(3)
-        order, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, iterations)
-        assert np.array_equal(order, numpy_kmeans(x, 8, key, iterations))
+        order, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, iterations, tolerance)
+        assert np.array_equal(order, numpy_kmeans(x, 8, key, iterations, tolerance))
+
+
+@pytest.mark.parametrize("block", [203 * 6, 30 * 6])  # clusters together; one by one, or in tiles
+def test_each_cluster_stops_where_it_gains_too_little(block):
+    with jax.enable_x64(True):
+        x, key = points(203, dtype=np.float64), jax.random.key(3)
+        order, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, 20, 0.01, block=block)
+        assert np.array_equal(order, numpy_kmeans(x, 8, key, 20, 0.01))
+        assert not np.array_equal(order, numpy_kmeans(x, 8, key, 20, None))
 
 
 @pytest.mark.slow
@@ -229,8 +248,9 @@ def test_a_table_in_bfloat16_is_clustered_in_float32():
     assert np.array_equal(half, full)
 
 
-@pytest.mark.parametrize("block", [1 << 26, 64 * 2])  # whole clusters; tiles of 64 points
-def test_devices_exchange_a_number_per_point_and_never_rows(block):
+# Whole clusters; tiles of 64 points.
+@pytest.mark.parametrize(("block", "tolerance"), [(1 << 26, 1e-5), (64 * 2, None)])
+def test_devices_exchange_a_number_per_point_and_never_rows(block, tolerance):
     n, d = 512, 16
     table = width_split(points(n, d=d))
     lowered = curriculum.split.lower(
@@ -239,6 +259,7 @@ def test_devices_exchange_a_number_per_point_and_never_rows(block):
         jax.ShapeDtypeStruct((2, n // 2), jnp.int32),
         jax.ShapeDtypeStruct((2, 2), jnp.float32),
         iterations=3,
+        tolerance=tolerance,
         block=block,
         mesh=table.sharding.mesh,
     )
