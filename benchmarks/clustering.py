@@ -1,16 +1,31 @@
-"""Balanced clustering beside a plain numpy version of the reference's: how alike leaves are.
+"""Balanced clustering beside a plain numpy version of the reference's: how alike leaves are, time.
 
 python -m benchmarks.clustering --raw=xmc_jax/data/bundled/LF-DebianTitles-3K
+python -m benchmarks.clustering --raw=.../LF-DebianTitles-26K --vectors=minilm --leaves 4096 32768
 
-The training titles of a raw dataset folder become TF-IDF vectors of words, reduced to --width
-numbers by SVD. Both clusterings make the same leaves, as many as the curriculum makes of
---cluster_size, once per seed. "cosine" is the mean over titles of the cosine to the mean direction
-of their leaf. Both times are of one process; ours leaves out compilation.
+The vectors are of a raw dataset folder:
+
+    tfidf     the training titles, as TF-IDF vectors of words, reduced to --width numbers by SVD
+    minilm    the titles of training documents, labels and test documents, in this order, as the
+              packaged MiniLM embeds them; 384 numbers
+
+Both clusterings make the same leaves, as many as --leaves says, by default as the curriculum makes
+of --cluster_size. "cosine" is the mean over titles of the cosine to the mean direction of their
+leaf; "seconds" are of one process, in turn where both cluster with a seed, and leave out
+compilation, which is in "first_seconds". "leaf_sizes" are of the smallest and the largest leaf of
+all seeds.
+
+The results go to --output: "benchmark", "settings", environment and "results", by leaves.
 """
 
 import argparse
+import json
 import pathlib
+import statistics
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +33,14 @@ import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from xmc_jax import rng
+from benchmarks.environment import environment
+from configs import vixml
+from xmc_jax import build, rng
 from xmc_jax.data import raw
 from xmc_jax.training import curriculum
+
+PACKAGES = ("jax", "jaxlib", "numpy", "scikit-learn")
+_NAMES = ("ours", "reference")
 
 
 def reference(unit: np.ndarray, leaves: int, generator: np.random.Generator) -> np.ndarray:
@@ -73,60 +93,129 @@ def cosine(unit: np.ndarray, order: np.ndarray, leaves: int) -> float:
     return float(np.linalg.norm(sums, axis=1).sum() / len(unit))
 
 
-def vectors(titles: list[str], width: int) -> np.ndarray:
-    """f32[n, width], of length 1: TF-IDF, then SVD."""
+def tfidf_vectors(folder: pathlib.Path, width: int) -> np.ndarray:
+    """f32[N, width], of length 1: training titles as TF-IDF vectors, reduced by SVD.
+
+    Args:
+        folder: of the raw files.
+        width: numbers of a vector.
+    """
+    titles = raw.read_items(folder / "trn.json.gz").titles
     matrix = TfidfVectorizer(sublinear_tf=True).fit_transform(titles)
     found = TruncatedSVD(width, random_state=0).fit_transform(matrix).astype(np.float32)
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
 
-def compare(unit: np.ndarray, leaves: int, seeds: int) -> dict[str, np.ndarray]:
+def minilm_vectors(folder: pathlib.Path) -> np.ndarray:
+    """f32[N + L + M, 384], of length 1: all titles by the packaged MiniLM, untrained.
+
+    Args:
+        folder: of the raw files.
+    """
+    fields = vixml.get_config("minilm_l6/debian_26k,ngame").to_dict()
+    with tempfile.TemporaryDirectory() as made:
+        fields["data"] |= {
+            "raw_dir": str(folder.absolute()),
+            "dataset": folder.name,
+            "data_dir": made,
+        }
+        run = build.run(fields)
+        params = run.initial_params(run.abstract.params)
+        return np.concatenate([run.embed(params, split) for split in ("train", "label", "test")])
+
+
+def compare(
+    unit: np.ndarray, leaves: int, seeds: int, reference_seeds: int | None = None
+) -> dict[str, Any]:
     """Both clusterings, once per seed.
 
     Args:
         unit: f32[n, D], of length 1.
         leaves: a power of two, at most n.
         seeds: how many.
+        reference_seeds: how many of them, the first, the reference clusters with too; all of them
+            by default.
 
     Returns:
-        "ours" and "reference", each f64[seeds, 2]: cosine, and seconds.
+        "ours" and "reference", each with "cosine" and "seconds", a number per seed; "leaf_sizes",
+        our smallest and largest; "first_seconds", of our first clustering, compilation included.
     """
     table = jnp.asarray(unit)
 
-    def ours(seed):
+    def ours(seed: int) -> tuple[np.ndarray, np.ndarray]:
         key = rng.key(seed, rng.Stream.KMEANS, 0)
-        return np.asarray(curriculum.balanced_kmeans(table, leaves, key)[0])
+        return jax.device_get(curriculum.balanced_kmeans(table, leaves, key))
 
-    found = {
-        "ours": ours,
-        "reference": lambda seed: reference(unit, leaves, np.random.default_rng(seed)),
-    }
-    ours(seeds)  # compiles
-    results = {name: [] for name in found}
+    first_seconds, _ = _timed(ours, seeds)
+    results: dict[str, Any] = {name: {"cosine": [], "seconds": []} for name in _NAMES}
+    sizes = []
     for seed in range(seeds):
-        for name, cluster in found.items():
-            start = time.perf_counter()
-            order = cluster(seed)
-            results[name].append((cosine(unit, order, leaves), time.perf_counter() - start))
-    return {name: np.array(rows) for name, rows in results.items()}
+        seconds, (order, leaf_of) = _timed(ours, seed)
+        _add(results["ours"], unit, order, leaves, seconds)
+        sizes += np.bincount(leaf_of, minlength=leaves).tolist()
+        if reference_seeds is None or seed < reference_seeds:
+            generator = np.random.default_rng(seed)
+            seconds, order = _timed(reference, unit, leaves, generator)
+            _add(results["reference"], unit, order, leaves, seconds)
+    return results | {"leaf_sizes": [min(sizes), max(sizes)], "first_seconds": first_seconds}
 
 
-def main() -> None:
+def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def _add(results: dict[str, list], unit: np.ndarray, order, leaves: int, seconds: float) -> None:
+    results["cosine"].append(cosine(unit, order, leaves))
+    results["seconds"].append(seconds)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs a command line; what it printed, as it is written to --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--raw", type=pathlib.Path, required=True, help="raw dataset folder")
-    parser.add_argument("--cluster_size", type=int, default=16, help="default 16")
-    parser.add_argument("--width", type=int, default=128, help="of the vectors, default 128")
+    parser.add_argument("--vectors", choices=("tfidf", "minilm"), default="tfidf")
+    parser.add_argument("--leaves", type=int, nargs="+", help="powers of two")
+    parser.add_argument("--cluster_size", type=int, default=16, help="without --leaves; default 16")
+    parser.add_argument("--width", type=int, default=128, help="of TF-IDF vectors, default 128")
     parser.add_argument("--seeds", type=int, default=5, help="default 5")
-    arguments = parser.parse_args()
+    parser.add_argument("--reference_seeds", type=int, help="by default as many")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file of the results")
+    arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    unit = vectors(raw.read_items(arguments.raw / "trn.json.gz").titles, arguments.width)
-    leaves = curriculum.num_leaves(len(unit), arguments.cluster_size)
-    print(f"{len(unit):,} titles, {leaves:,} leaves, {arguments.seeds} seeds")
-    for name, rows in compare(unit, leaves, arguments.seeds).items():
-        mean, low, high = rows[:, 0].mean(), rows[:, 0].min(), rows[:, 0].max()
-        print(
-            f"{name:9}  cosine {mean:.4f} ({low:.4f} to {high:.4f})  {rows[:, 1].mean():.2f} s each"
-        )
+    if arguments.vectors == "minilm":
+        unit = minilm_vectors(arguments.raw)
+    else:
+        unit = tfidf_vectors(arguments.raw, arguments.width)
+    results = {}
+    for leaves in arguments.leaves or [curriculum.num_leaves(len(unit), arguments.cluster_size)]:
+        found = compare(unit, leaves, arguments.seeds, arguments.reference_seeds)
+        results[str(leaves)] = found
+        low, high = found["leaf_sizes"]
+        print(f"{len(unit):,} titles, {leaves:,} leaves of {low} to {high}", flush=True)
+        for name in _NAMES:
+            cosines, seconds = found[name]["cosine"], found[name]["seconds"]
+            print(
+                f"{name:9}  cosine {statistics.mean(cosines):.4f} ({min(cosines):.4f} to "
+                f"{max(cosines):.4f})  {statistics.median(seconds):.2f} s each, of {len(seconds)}",
+                flush=True,
+            )
+    content = {
+        "benchmark": "clustering",
+        "settings": {
+            "dataset": arguments.raw.name,
+            "vectors": arguments.vectors,
+            "shape": list(unit.shape),
+            "seeds": arguments.seeds,
+        },
+        **environment(PACKAGES),
+        "results": results,
+    }
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {arguments.output}")
+    return content
 
 
 if __name__ == "__main__":

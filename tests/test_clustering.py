@@ -1,9 +1,12 @@
 """benchmarks/clustering.py: the reference's algorithm in numpy, and ours beside it."""
 
+import json
+
 import numpy as np
 import pytest
 
 from benchmarks import clustering
+from xmc_jax.data import bundled
 from xmc_jax.training import curriculum
 
 
@@ -36,6 +39,31 @@ def test_the_reference_makes_balanced_leaves_of_likes():
 
 @pytest.mark.slow
 def test_leaves_are_at_least_as_alike_as_the_references():
-    found = clustering.compare(blobs(600), 32, seeds=3)
-    assert found["ours"].shape == found["reference"].shape == (3, 2)
-    assert found["ours"][:, 0].mean() >= found["reference"][:, 0].mean()
+    found = clustering.compare(blobs(600), 32, seeds=4, reference_seeds=3)
+    for name, seeds in (("ours", 4), ("reference", 3)):
+        assert len(found[name]["cosine"]) == len(found[name]["seconds"]) == seeds
+    assert np.mean(found["ours"]["cosine"]) >= np.mean(found["reference"]["cosine"])
+    assert found["leaf_sizes"] == [18, 19]
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_it_measured(tmp_path):
+    path = tmp_path / "clustering.json"
+    folder = bundled.path("LF-DebianTitles-3K")
+    found = clustering.main(
+        [
+            f"--raw={folder}",
+            "--vectors=minilm",
+            "--leaves",
+            "4",
+            "8",
+            "--seeds=1",
+            f"--output={path}",
+        ]
+    )
+    assert json.loads(path.read_text(encoding="utf-8")) == found
+    assert found["settings"]["shape"][1] == 384 and found["settings"]["shape"][0] > 3000
+    assert list(found["results"]) == ["4", "8"]
+    for each in found["results"].values():
+        assert np.ptp(each["leaf_sizes"]) <= 1
+        assert 0 < each["reference"]["cosine"][0] < each["ours"]["cosine"][0] + 0.01 < 1

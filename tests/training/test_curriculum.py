@@ -109,35 +109,61 @@ def test_duplicates_and_zeros_still_halve(x):
     check_tree(*result, 11, 8)
 
 
-def numpy_kmeans(x, leaves, key, iterations):
-    """The definition, cluster by cluster, from the seeds that the key draws."""
+def test_likes_stay_together_whichever_of_them_a_cluster_starts_from():
+    x = jnp.asarray(points(2)[[0, 1, 0, 1]])
+    found = {
+        tuple(curriculum.balanced_kmeans(x, 2, jax.random.key(seed))[0].tolist())
+        for seed in range(8)
+    }
+    assert found == {(0, 2, 1, 3), (1, 3, 0, 2)}
+
+
+def numpy_kmeans(x, leaves, key, iterations, tolerance):
+    """The definition, cluster by cluster, from the points that the key draws."""
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     clusters = [np.arange(len(x))]
-    draws = np.asarray(jax.random.uniform(key, (2, leaves)))
+    draws = np.asarray(jax.random.uniform(key, (leaves,)))
     while len(clusters) < leaves:
         halves = []
         for node, members in enumerate(clusters, start=len(clusters)):
             size, y = len(members), x[members]
-            first = int(draws[0, node] * size)
-            second = (first + 1 + int(draws[1, node] * (size - 1))) % size
-            assert first != second
-            centers = y[[first, second]]
-            for _ in range(iterations):
+            seed = y[int(draws[node] * size)]
+            centers, before = np.stack([seed, y[np.argmin(y @ seed)]]), -np.inf
+            for _ in range(iterations + 1):
                 split = np.array_split(np.argsort(y @ (centers[1] - centers[0]), kind="stable"), 2)
                 centers = np.stack([y[half].mean(0) for half in split])
                 centers /= np.linalg.norm(centers, axis=1, keepdims=True)
-            split = np.array_split(np.argsort(y @ (centers[1] - centers[0]), kind="stable"), 2)
+                cosines = [y[half] @ center for half, center in zip(split, centers)]
+                similarity = np.concatenate(cosines).mean()
+                if tolerance is not None and similarity - before < tolerance:
+                    break
+                before = similarity
             halves += [np.sort(members[half]) for half in split]
         clusters = halves
     return np.concatenate(clusters)
 
 
-@pytest.mark.parametrize("iterations", [pytest.param(0, marks=pytest.mark.slow), 6])
-def test_it_is_balanced_2_means(iterations):
+@pytest.mark.parametrize(
+    ("iterations", "tolerance"),
+    [
+        (6, None),
+        *(pytest.param(*limits, marks=pytest.mark.slow) for limits in ((0, None), (3, 0.01))),
+    ],
+)
+def test_it_is_balanced_2_means(iterations, tolerance):
     with jax.enable_x64(True):
         x, key = points(203, dtype=np.float64), jax.random.key(3)
-        order, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, iterations)
-        assert np.array_equal(order, numpy_kmeans(x, 8, key, iterations))
+        order, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, iterations, tolerance)
+        assert np.array_equal(order, numpy_kmeans(x, 8, key, iterations, tolerance))
+
+
+@pytest.mark.parametrize("block", [203 * 6, 30 * 6])  # clusters together; one by one, or in tiles
+def test_each_cluster_stops_where_it_gains_too_little(block):
+    with jax.enable_x64(True):
+        x, key = points(203, dtype=np.float64), jax.random.key(3)
+        order, _ = curriculum.balanced_kmeans(jnp.asarray(x), 8, key, 20, 0.01, block=block)
+        assert np.array_equal(order, numpy_kmeans(x, 8, key, 20, 0.01))
+        assert not np.array_equal(order, numpy_kmeans(x, 8, key, 20, None))
 
 
 @pytest.mark.slow
@@ -229,16 +255,18 @@ def test_a_table_in_bfloat16_is_clustered_in_float32():
     assert np.array_equal(half, full)
 
 
-@pytest.mark.parametrize("block", [1 << 26, 64 * 2])  # whole clusters; tiles of 64 points
-def test_devices_exchange_a_number_per_point_and_never_rows(block):
+# Whole clusters; tiles of 64 points.
+@pytest.mark.parametrize(("block", "tolerance"), [(1 << 26, 1e-5), (64 * 2, None)])
+def test_devices_exchange_a_number_per_point_and_never_rows(block, tolerance):
     n, d = 512, 16
     table = width_split(points(n, d=d))
     lowered = curriculum.split.lower(
         table,
         jax.ShapeDtypeStruct((n + 1,), jnp.float32),
         jax.ShapeDtypeStruct((2, n // 2), jnp.int32),
-        jax.ShapeDtypeStruct((2, 2), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
         iterations=3,
+        tolerance=tolerance,
         block=block,
         mesh=table.sharding.mesh,
     )

@@ -115,8 +115,9 @@ def of(program: Program) -> list[Compilable]:
                 state.tables.document_bank,
                 whole(shape.documents + 1, dtype=jnp.float32),
                 whole(1, shape.documents),
-                whole(2, 1, dtype=jnp.float32),
+                whole(1, dtype=jnp.float32),
                 iterations=curriculum.ITERATIONS,
+                tolerance=None,  # how many a cluster needs is not known: all that it may take
                 block=curriculum.BLOCK,
                 mesh=mesh,
             )
