@@ -458,7 +458,12 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _device(topology: str | None) -> jax.Device:
+def device_of(topology: str | None) -> jax.Device:
+    """The first device here; or of a TPU topology, to compile for, which takes libtpu and no TPU.
+
+    Args:
+        topology: such as "v5p:2x2x1", or None.
+    """
     if topology is None:
         return jax.devices()[0]
     from jax.experimental import topologies
@@ -515,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     if arguments.torch:  # its process needs memory of the device, too
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    device = _device(arguments.topology)
+    device = device_of(arguments.topology)
     name = arguments.model or ("tiny" if device.platform == "cpu" else "qwen2.5-3b")
     try:
         if arguments.config_json:
