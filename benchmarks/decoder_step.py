@@ -43,141 +43,27 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
+from benchmarks import decoder_peer
+from benchmarks.decoder_workload import (
+    EPOCHS,
+    MODELS,
+    TINY,
+    Settings,
+    batch_of,
+    real_tokens,
+)
 from benchmarks.environment import environment
 from xmc_jax import rng, sharding
 from xmc_jax.data import packing
 from xmc_jax.models import decoder_config, dual, layers
-from xmc_jax.models.decoder_config import DecoderConfig, RopeScaling
+from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.step import Step
-from xmc_jax.types import Batch, Inputs, Prompts, Tables, TrainState, own_tokens
+from xmc_jax.types import Batch, Tables, TrainState, own_tokens
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 WARM_UP = 2  # steps before those that are timed
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event of a compilation
-
-_LLAMA_ROPE = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
-_QWEN = {"rope_theta": 1e6, "bos_id": 151643, "eos_id": 151645}
-_qwen25 = functools.partial(DecoderConfig, "qwen2", qkv_bias=True, **_QWEN)
-_qwen3 = functools.partial(DecoderConfig, "qwen3", max_positions=40960, qk_norm=True, **_QWEN)
-_llama32 = functools.partial(
-    DecoderConfig,
-    "llama",
-    max_positions=131072,
-    eps=1e-5,
-    rope_theta=5e5,
-    rope=_LLAMA_ROPE,
-    bos_id=128000,
-    eos_id=(128001, 128008, 128009),
-)
-
-
-def _gemma3(vocab_size: int, hidden: int, layer_count: int, *sizes: int, **more) -> DecoderConfig:
-    return DecoderConfig(
-        *("gemma3", vocab_size, hidden, layer_count, *sizes),
-        hidden_act="gelu_pytorch_tanh",
-        qk_norm=True,
-        post_norms=True,
-        norm_offset=1.0,
-        embedding_scale=math.sqrt(hidden),
-        query_width=256,
-        rope_theta=1e6,
-        sliding=tuple((layer + 1) % 6 != 0 for layer in range(layer_count)),
-        local_rope_theta=1e4,
-        pad_id=0,
-        bos_id=2,
-        **more,
-    )
-
-
-# The published sizes: V, D, layers, H, G, width of a head, F.
-MODELS = {
-    "tiny": _qwen25(512, 64, 2, 4, 2, 16, 128),
-    "qwen2.5-0.5b": _qwen25(151936, 896, 24, 14, 2, 64, 4864),
-    "qwen2.5-1.5b": _qwen25(151936, 1536, 28, 12, 2, 128, 8960),
-    "qwen2.5-3b": _qwen25(151936, 2048, 36, 16, 2, 128, 11008),
-    "qwen2.5-7b": _qwen25(152064, 3584, 28, 28, 4, 128, 18944, tied=False),
-    "llama3.2-1b": _llama32(128256, 2048, 16, 32, 8, 64, 8192),
-    "llama3.2-3b": _llama32(128256, 3072, 28, 24, 8, 128, 8192),
-    "qwen3-0.6b": _qwen3(151936, 1024, 28, 16, 8, 128, 3072),
-    "qwen3-4b": _qwen3(151936, 2560, 36, 32, 8, 128, 9728),
-    "gemma3-1b": _gemma3(262144, 1152, 26, 4, 1, 256, 6912, window=512, eos_id=(1, 106)),
-    "gemma3-4b": _gemma3(
-        *(262208, 2560, 34, 8, 4, 256, 10240),
-        max_positions=131072,
-        rope=RopeScaling("linear", 8.0),
-        window=1024,
-        eos_id=1,
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is measured; the defaults are LF-AmazonTitles-131K and the decoder script's recipe.
-
-    Attributes:
-        model: a name of `MODELS`, or that of a config.json.
-        batch: B; as many labels are sampled, so that 2 B texts are encoded.
-        length: T, without prompts.
-        prompt_tokens: around every text: the last after it, the others before.
-        chunks: parts in which a batch is encoded.
-        remat: see `dual.EncoderConfig`.
-        dtype: of activations and products; the base is bfloat16, what is trained float32.
-        lora_rank: R; alpha is 256, rsLoRA, on all seven projections.
-        documents: N, rows of the document bank, float32.
-        labels: L, rows of the centroids, float32.
-        free_vectors: C.
-        combiner_heads: of the label prototype network.
-        combiner_ff: of the label prototype network.
-        steps: timed steps.
-        seed: of everything drawn.
-        padded: keep the padding of texts; by default they are packed.
-
-    Source: ViXML supp. A; reference code, run script for decoders.
-    """
-
-    model: str
-    batch: int = 2048
-    length: int = 32
-    prompt_tokens: int = 4
-    chunks: int = 16
-    remat: str = "projections"
-    dtype: str = "bfloat16"
-    lora_rank: int = 256
-    documents: int = 294_805
-    labels: int = 131_073
-    free_vectors: int = 65_536
-    combiner_heads: int = 8
-    combiner_ff: int = 1024
-    steps: int = 5
-    seed: int = 0
-    padded: bool = False
-
-    def __post_init__(self):
-        for name in ("batch", "length", "chunks", "lora_rank", "labels", "free_vectors", "steps"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name}: expected at least 1, got {value}")
-        for name, fits, expected in (
-            ("prompt_tokens", self.prompt_tokens >= 0, "at least 0"),
-            ("documents", self.documents >= self.batch, f"at least the batch, {self.batch}"),
-            ("remat", self.remat in layers.REMAT, f"one of {layers.REMAT}"),
-            ("dtype", self.dtype in dual.DTYPES, f"one of {dual.DTYPES}"),
-            ("chunks", self.batch % self.chunks == 0, f"a divisor of the batch, {self.batch}"),
-        ):
-            if not fits:
-                raise ValueError(f"--{name}: expected {expected}, got {getattr(self, name)!r}")
-
-
-TINY = {
-    "batch": 64,
-    "chunks": 4,
-    "lora_rank": 8,
-    "documents": 4096,
-    "labels": 2048,
-    "free_vectors": 256,
-    "combiner_ff": 128,
-}
 
 
 class Program:
@@ -197,26 +83,34 @@ class Program:
     def __init__(self, settings: Settings, sizes: DecoderConfig, device: jax.Device):
         s = self.settings = settings
         self.mesh = sharding.make_mesh(sharding.MeshConfig(data=1), [device])
-        prompt = tuple(range(s.prompt_tokens))
         self.model = dual.DualEncoder(
             sizes=sizes,
             compute_dtype=s.dtype,
             remat=s.remat,
             lora=layers.LoraConfig(rank=s.lora_rank, alpha=256.0),
-            prompts=Prompts(head=prompt[:-1], tail=prompt[-1:]),
-            prime=dual.PrimeConfig(heads=s.combiner_heads, ff_dim=s.combiner_ff),
+            prompts=s.prompts,
+            order="text_image",
+            image_width=s.image_width if s.images else 0,
+            prime=dual.PrimeConfig(
+                heads=s.combiner_heads, ff_dim=s.combiner_ff, dropout=s.combiner_dropout
+            ),
             num_free_vectors=s.free_vectors,
         )
         self.room = None
         if not s.padded:
             after = dataclasses.replace(self.model.prompts, head=())
-            groups = packing.Groups(1, s.chunks, after, s.length + len(after.tail))
+            groups = packing.Groups(1, s.chunks, after, s.width - len(s.prompts.head))
             of_row = np.argsort(groups.of(s.batch), kind="stable")
             found = []
             for step in range(WARM_UP + s.steps):
                 batch = batch_of(s, sizes, step)
-                sides = (batch.document.lengths, batch.label.lengths)
-                both = np.stack([own_tokens(side, None, after) for side in sides], axis=1)
+                both = np.stack(
+                    [
+                        own_tokens(side.lengths, side.image_count, after)
+                        for side in (batch.document, batch.label)
+                    ],
+                    axis=1,
+                )
                 found.append(both[of_row].reshape(s.chunks, -1))
             (self.room,) = {packing.choose(packing.rooms(found, groups.width), x) for x in found}
         config = optimizer.OptimizerConfig(
@@ -232,10 +126,9 @@ class Program:
         )
         trainable, frozen = optimizer.partition(params, config.trainable)
         self.frozen = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), frozen)
-        steps_per_epoch = math.ceil(s.documents / s.batch)
         self.step = Step(
             model=self.model,
-            transform=optimizer.build(config, trainable, 30 * steps_per_epoch),
+            transform=optimizer.build(config, trainable, EPOCHS * math.ceil(s.documents / s.batch)),
             loss=losses.LossConfig(),
             tables=tables.TablesConfig(),
             n_chunks=s.chunks,
@@ -291,7 +184,7 @@ class Program:
         """Places that a step computes, whether a token is there or not."""
         s = self.settings
         if self.room is None:
-            return 2 * s.batch * (s.length + s.prompt_tokens)
+            return 2 * s.batch * s.width
         return s.chunks * (self.room.tokens + len(self.model.prompts.head))
 
     def parameters(self) -> dict[str, int]:
@@ -351,54 +244,6 @@ def _draw_frozen(
     return jax.lax.map(lambda key: normal(key, shape[1:]), jax.random.split(key, shape[0]))
 
 
-def text_lengths(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
-    """i32[n] in [1, T], as token counts of titles are spread: log-normal, a mean of about 0.6 T.
-
-    Args:
-        generator: of numbers.
-        n: of texts.
-        length: T, where texts are cut.
-    """
-    drawn = np.exp(generator.normal(math.log(0.56 * length), 0.5, n))
-    return np.clip(np.round(drawn), 1, length).astype(np.int32)
-
-
-def batch_of(settings: Settings, sizes: DecoderConfig, step: int) -> Batch:
-    """The batch of a step as numpy arrays: drawn texts, documents and labels.
-
-    Args:
-        settings: what is measured.
-        sizes: of the decoder.
-        step: which.
-    """
-    s, generator = settings, rng.host(settings.seed, rng.Stream.SAMPLE, step)
-
-    def texts() -> Inputs:
-        lengths = text_lengths(generator, s.batch, s.length)
-        tokens = generator.integers(sizes.vocab_size, size=(s.batch, s.length), dtype=np.int32)
-        return Inputs(tokens=tokens, lengths=lengths)
-
-    label_ids = generator.integers(s.labels, size=s.batch, dtype=np.int32)
-    return Batch(
-        document=texts(),
-        document_ids=generator.choice(s.documents, s.batch, replace=False).astype(np.int32),
-        label=texts(),
-        label_ids=label_ids,
-        relevance=label_ids[:, None] == label_ids,
-    )
-
-
-def real_tokens(batch: Batch, prompt_tokens: int) -> int:
-    """Tokens that a step encodes, prompts included, padding not.
-
-    Args:
-        batch: of numpy arrays.
-        prompt_tokens: around every text.
-    """
-    sides = (batch.document.lengths, batch.label.lengths)
-    return sum(int(lengths.sum()) + len(lengths) * prompt_tokens for lengths in sides)
-
-
 def matmul_rate(device: jax.Device, dtype: str) -> float:
     """TFLOP/s of the product of two square matrices, the best of several.
 
@@ -422,17 +267,14 @@ def matmul_rate(device: jax.Device, dtype: str) -> float:
     return products * 2 * size**3 / best / 1e12
 
 
-def mfu(parameters: dict[str, int], tokens: float, seconds: float, tflops: float) -> float:
-    """Share of the matmul rate that a step makes use of; see the module for what counts.
+def flops(parameters: dict[str, int], tokens: float) -> float:
+    """FLOPs that a step needs; see the module for what counts.
 
     Args:
         parameters: of `Program.parameters`.
         tokens: real ones per step.
-        seconds: per step.
-        tflops: of `matmul_rate`.
     """
-    flops = (4 * parameters["frozen_matmul"] + 6 * parameters["lora"]) * tokens
-    return flops / seconds / (tflops * 1e12)
+    return (4 * parameters["frozen_matmul"] + 6 * parameters["lora"]) * tokens
 
 
 def memory(compiled: Any, device: jax.Device) -> dict[str, int | None]:
@@ -461,12 +303,15 @@ def memory(compiled: Any, device: jax.Device) -> dict[str, int | None]:
     }
 
 
-def measure(program: Program, device: jax.Device) -> dict[str, Any]:
+def measure(
+    program: Program, device: jax.Device, after: Callable[[int], None] = lambda step: None
+) -> dict[str, Any]:
     """Compiles, draws, runs and times the step.
 
     Args:
         program: what runs.
         device: where.
+        after: called after each step with its number, outside the time that counts.
 
     Raises:
         RuntimeError: a loss is not finite, or something was compiled while steps were timed.
@@ -486,9 +331,10 @@ def measure(program: Program, device: jax.Device) -> dict[str, Any]:
             state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
             seconds.append(time.perf_counter() - start)
             reported.append({name: float(value) for name, value in metrics.items()})
-            tokens.append(real_tokens(host, s.prompt_tokens))
+            tokens.append(real_tokens(host, s.prompts))
             if not math.isfinite(reported[-1]["loss"]):
                 raise RuntimeError(f"step {step}: expected a finite loss, got {reported[-1]}")
+            after(step)
     if compilations:
         raise RuntimeError(
             f"expected no compilation after {WARM_UP} steps, got {len(compilations)}; a shape, a "
@@ -497,6 +343,7 @@ def measure(program: Program, device: jax.Device) -> dict[str, Any]:
     timed, tokens = seconds[WARM_UP:], tokens[WARM_UP:]
     step_seconds, mean_tokens = statistics.median(timed), statistics.mean(tokens)
     parameters = program.parameters()
+    needed = flops(parameters, mean_tokens)
     return {
         "parameters": parameters,
         "compile_seconds": compile_seconds,
@@ -504,14 +351,43 @@ def measure(program: Program, device: jax.Device) -> dict[str, Any]:
         "step_seconds_each": timed,
         "pairs_per_second": s.batch / step_seconds,
         "tokens_per_step": mean_tokens,
+        "flops_per_step": needed,
         "positions_per_step": program.positions,
         "matmul_tflops": tflops,
-        "mfu": mfu(parameters, mean_tokens, step_seconds, tflops),
+        "mfu": needed / step_seconds / (tflops * 1e12),
         "memory": memory(compiled, device),
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
         "loss_each": [metrics["loss"] for metrics in reported],
         "metrics": reported[-1],
     }
+
+
+def beside_torch(
+    program: Program, device: jax.Device, apart: bool, checkpointing: bool
+) -> dict[str, Any]:
+    """`measure` with torch's steps of the same batches, as results "torch".
+
+    Args:
+        program: what runs.
+        device: where; torch takes the same kind.
+        apart: take all of torch's steps first, and end its process, so that device memory needs to
+            hold one of the two at a time; otherwise steps are taken in turn.
+        checkpointing: see `decoder_peer.Peer`.
+    """
+    s = program.settings
+    peer = decoder_peer.Peer(s, program.model.sizes, device.platform, WARM_UP, checkpointing)
+    with peer:
+        if apart:
+            for step in range(WARM_UP + s.steps):
+                peer.take(step)
+        else:
+            results = measure(program, device, peer.take)
+    if apart:
+        results = measure(program, device)
+    theirs = peer.results(
+        results["step_seconds_each"], results["flops_per_step"], results["matmul_tflops"]
+    )
+    return results | {"torch": {"apart": apart} | theirs}
 
 
 def plan(program: Program, device: jax.Device) -> dict[str, Any]:
@@ -551,6 +427,8 @@ def lines(results: dict[str, Any]) -> list[str]:
     found["positions"] = f"{results['positions_per_step']:,} a step that are computed"
     sizes = results["memory"] | {"peak in use": results.get("peak_bytes")}
     found |= {f"memory, {name}": _gigabytes(n) for name, n in sizes.items() if n is not None}
+    if "torch" in results:
+        found |= decoder_peer.lines(results["torch"])
     return [f"{name:<28}{value}" for name, value in found.items()]
 
 
@@ -580,7 +458,12 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _device(topology: str | None) -> jax.Device:
+def device_of(topology: str | None) -> jax.Device:
+    """The first device here; or of a TPU topology, to compile for, which takes libtpu and no TPU.
+
+    Args:
+        topology: such as "v5p:2x2x1", or None.
+    """
     if topology is None:
         return jax.devices()[0]
     from jax.experimental import topologies
@@ -608,19 +491,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.add_argument(f"--{field.name}", type=type(field.default), help=shown)
     parser.add_argument("--out", type=pathlib.Path, help="JSON file of the results")
     parser.add_argument("--compile_only", action="store_true", help="memory, nothing allocated")
+    parser.add_argument("--torch", action="store_true", help="beside transformers and peft")
+    parser.add_argument(
+        "--torch_apart", action="store_true", help="all of torch's steps before ours, not in turn"
+    )
+    parser.add_argument(
+        "--torch_checkpointing", action="store_true", help="layers computed again, on torch's side"
+    )
     parser.add_argument("--topology", help="compile for one chip of this TPU, such as v5p:2x2x1")
     arguments = parser.parse_args(argv)
     if arguments.model and arguments.config_json:
         parser.error("expected --model or --config_json, got both")
     if arguments.topology and not arguments.compile_only:
         parser.error("--topology: expected with --compile_only: there is no such device here")
+    if arguments.torch and arguments.compile_only:
+        parser.error("--torch: expected without --compile_only, which takes no step")
+    for name in ("torch_apart", "torch_checkpointing"):
+        if getattr(arguments, name) and not arguments.torch:
+            parser.error(f"--{name}: expected with --torch")
+    if arguments.torch and (package := decoder_peer.missing()):
+        needed = ", ".join(decoder_peer.PACKAGES)
+        parser.error(f"--torch: expected the packages {needed}, found no {package}")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs a command line; what it printed, as it is written to --out."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    device = _device(arguments.topology)
+    if arguments.torch:  # its process needs memory of the device, too
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    device = device_of(arguments.topology)
     name = arguments.model or ("tiny" if device.platform == "cpu" else "qwen2.5-3b")
     try:
         if arguments.config_json:
@@ -642,7 +542,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     except ValueError as error:
         sys.exit(f"error: {error}")
     program = Program(settings, sizes, device)
-    results = (plan if arguments.compile_only else measure)(program, device)
+    if arguments.compile_only:
+        results = plan(program, device)
+    elif arguments.torch:
+        results = beside_torch(
+            program, device, arguments.torch_apart, arguments.torch_checkpointing
+        )
+    else:
+        results = measure(program, device)
     content = {
         "benchmark": "decoder_step",
         "model": name,
@@ -660,11 +567,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     out = arguments.out
     if out is None and not arguments.compile_only:
         kind = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower())
-        out = pathlib.Path(__file__).parent / "results" / f"decoder_step_{name}_{kind}.json"
+        what = f"{name}_images" if settings.images else name
+        out = pathlib.Path(__file__).parent / "results" / f"decoder_step_{what}_{kind}.json"
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=1) + "\n")
         print(f"\nwritten to {out}")
+    if failure := results.get("torch", {}).get("failure"):
+        sys.exit(f"error: --torch: {failure}")
     return content
 
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decoder_step
-from benchmarks.decoder_step import MODELS, Settings
+from benchmarks import decoder_peer, decoder_step, decoder_workload
+from benchmarks.decoder_workload import MODELS, Settings
 from xmc_jax.models import decoder_config
+from xmc_jax.types import Prompts
 
 PUBLISHED = pathlib.Path(__file__).parent / "models" / "published"
 FILES = {
@@ -67,16 +68,29 @@ def test_needs_no_more_than_jax_and_flax():
 
 
 def test_texts_are_as_long_as_titles():
-    lengths = decoder_step.text_lengths(np.random.default_rng(0), 100_000, 32)
+    lengths = decoder_workload.text_lengths(np.random.default_rng(0), 100_000, 32)
     assert lengths.dtype == np.int32
     assert (lengths.min() >= 1, lengths.max()) == (True, 32)
     assert lengths.mean() / 32 == pytest.approx(0.6, abs=0.02)
 
 
+def test_texts_are_as_long_as_those_of_the_debian_titles():
+    drawn = {
+        kind: decoder_workload.text_lengths(np.random.default_rng(0), 100_000, 32, "26k", kind)
+        for kind in ("train", "label")
+    }
+    for kind, (titles, mean) in {"train": (32606, 18.4698), "label": (25799, 18.4000)}.items():
+        assert sum(decoder_workload._TITLES_26K[kind]) == titles
+        assert (drawn[kind].min() >= 4, drawn[kind].max()) == (True, 32)
+        assert drawn[kind].mean() == pytest.approx(mean, abs=0.05)
+    # Where they are cut, there are as many as were longer.
+    assert (drawn["train"] == 32).mean() == pytest.approx((625 + 185) / 32606, abs=0.002)
+
+
 def test_batches_differ_from_step_to_step_and_not_from_run_to_run():
     settings = Settings("tiny", batch=16, length=8, labels=8)
     first, again, second = (
-        decoder_step.batch_of(settings, MODELS["tiny"], step) for step in (0, 0, 1)
+        decoder_workload.batch_of(settings, MODELS["tiny"], step) for step in (0, 0, 1)
     )
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     assert not np.array_equal(first.document.tokens, second.document.tokens)
@@ -89,9 +103,33 @@ def test_batches_differ_from_step_to_step_and_not_from_run_to_run():
 
 def test_real_tokens_have_prompts_and_no_padding():
     settings = Settings("tiny", batch=16, length=8)
-    batch = decoder_step.batch_of(settings, MODELS["tiny"], 0)
+    batch = decoder_workload.batch_of(settings, MODELS["tiny"], 0)
     texts = [*batch.document.lengths, *batch.label.lengths]
-    assert decoder_step.real_tokens(batch, 3) == sum(length + 3 for length in texts)
+    found = decoder_workload.real_tokens(batch, settings.prompts)
+    assert found == sum(length + 4 for length in texts)
+
+
+def test_images_stand_between_prompts():
+    settings = Settings("tiny", batch=16, length=8, images=2, image_width=5)
+    assert settings.prompts == Prompts(head=(0, 1, 2), middle=(4, 5, 6), tail=(3,))
+    text_only = Settings("tiny", batch=16, length=8)
+    batch, plain = (decoder_workload.batch_of(s, MODELS["tiny"], 0) for s in (settings, text_only))
+    for side, other in ((batch.document, plain.document), (batch.label, plain.label)):
+        assert (side.images.shape, side.images.dtype) == ((16, 2, 5), np.float16)
+        assert (side.image_count == 2).all()
+        np.testing.assert_array_equal(side.tokens, other.tokens)
+    extra = 2 * 16 * (3 + 2)
+    found, without = (
+        decoder_workload.real_tokens(b, s.prompts)
+        for b, s in ((batch, settings), (plain, text_only))
+    )
+    assert found == without + extra
+    # All items have all images: what is padded is the same.
+    padded, plain = (
+        program(batch=16, chunks=1, length=8, documents=64, padded=True, images=images).positions
+        for images in (2, 0)
+    )
+    assert padded == plain + extra
 
 
 def test_parameters_are_told_apart():
@@ -112,9 +150,9 @@ def test_the_base_is_of_the_published_size():
     assert found["lora"] == 36 * 256 * (query_and_out + key_and_value + feed_forward)
 
 
-def test_mfu_counts_what_training_needs():
+def test_flops_are_what_training_needs():
     parameters = {"frozen_matmul": 10**9, "lora": 10**8, "frozen_embedding": 10**12}
-    assert decoder_step.mfu(parameters, 1000, 2.0, 100.0) == pytest.approx(4.6e12 / 2 / 1e14)
+    assert decoder_step.flops(parameters, 1000) == pytest.approx(4.6e12)
 
 
 @pytest.mark.slow
@@ -208,6 +246,8 @@ def test_compiling_after_the_warm_up_is_an_error():
         (("--documents=8",), "--documents: expected at least the batch, 64, got 8"),
         (("--remat=everything",), "--remat: expected one of"),
         (("--steps=0",), "--steps: expected at least 1, got 0"),
+        (("--images=-1",), "--images: expected at least 0, got -1"),
+        (("--lengths=27k",), "--lengths: expected one of"),
     ],
 )
 def test_a_mistaken_flag_is_one_line(flags, message):
@@ -219,6 +259,28 @@ def test_a_topology_is_only_compiled_for(capsys):
     with pytest.raises(SystemExit):
         decoder_step.main(["--topology=v5p:2x2x1"])
     assert "--topology: expected with --compile_only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--torch_apart",), "--torch_apart: expected with --torch"),
+        (("--torch_checkpointing",), "--torch_checkpointing: expected with --torch"),
+        (("--torch", "--compile_only"), "--torch: expected without --compile_only"),
+        (("--torch",), "--torch: expected the packages torch, no_such_package, found no no_such"),
+    ],
+)
+def test_flags_of_torch_that_do_not_fit_are_refused(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(decoder_peer, "PACKAGES", ("torch", "no_such_package"))
+    monkeypatch.setattr(decoder_peer, "missing", lambda: "no_such_package")
+    with pytest.raises(SystemExit):
+        decoder_step.main(["--model=tiny", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_what_torch_lacks_is_found(monkeypatch):
+    monkeypatch.setattr(decoder_peer, "PACKAGES", ("json", "no_such_package", "nor_this"))
+    assert decoder_peer.missing() == "no_such_package"
 
 
 def test_sizes_may_come_from_a_file():

@@ -239,7 +239,7 @@ def test_a_tokenizer_needs_no_weights(folder, tmp_path, monkeypatch):
         hf.resolve(str(folder))
     asked = []
 
-    def snapshot_download(name, revision, allow_patterns):
+    def snapshot_download(name, revision, allow_patterns, local_files_only):
         asked.append(allow_patterns)
         return str(folder)
 

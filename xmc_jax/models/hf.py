@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.constants
 import huggingface_hub.errors
 import jax
 import numpy as np
@@ -306,7 +307,13 @@ def _download(name: str, revision: str | None, weights: bool) -> pathlib.Path:
     if weights:
         patterns += ["model*.safetensors", INDEX, "preprocessor_config.json"]
     try:
-        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            # Said, because some versions ask the hub for the files of a commit, offline or not.
+            local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE,
+        )
     except (OSError, huggingface_hub.errors.HFValidationError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
