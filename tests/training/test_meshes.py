@@ -382,3 +382,24 @@ def test_the_largest_of_a_row_are_found_where_it_is():
     for a, b in zip(jax.jit(sharding.under(mesh, largest))(split), jax.lax.top_k(x, 3)):
         np.testing.assert_array_equal(a, b)
     assert not collectives(compiled_on(mesh, largest, split))
+
+
+def test_loops_within_a_device_move_nothing():
+    """What is whole is sent before, its gradient summed after, whatever axes split the rows."""
+    mesh, rng = mesh_of(2, 2, 2), np.random.default_rng(0)
+    w = rng.standard_normal((16, 16)).astype(np.float32)
+    x = rng.standard_normal((32, 16)).astype(np.float32)
+
+    def loss(w, x):
+        def loop(w, x):
+            return jax.lax.map(lambda row: jnp.tanh(row @ w), x)
+
+        return jnp.sum(sharding.on_shards(loop, w, x) ** 2)
+
+    grad = jax.grad(loss, argnums=(0, 1))
+    arguments = on(mesh, None, None)(w), on(mesh, "batch", None)(x)
+    for got, expected in zip(jax.jit(sharding.under(mesh, grad))(*arguments), grad(w, x)):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    program = compiled_on(mesh, grad, *arguments)
+    moves = [line for line in program.splitlines() if COLLECTIVE.search(line)]
+    assert len(moves) == 1 and "/while/" not in moves[0]
