@@ -58,6 +58,7 @@ class Run:
         mesh: jax.sharding.Mesh,
         dtype=jnp.float32,
         labels: str = "sampled",
+        block: int | None = None,
     ):
         self.mesh, self.labels = mesh, labels
         # Against all labels, the combiner of our recipe for it: one with parameters is computed for
@@ -87,7 +88,7 @@ class Run:
         step = Step(
             model=self.model,
             transform=transform,
-            loss=losses.LossConfig(num_negatives=5, prototype_to_document=0.5),
+            loss=losses.LossConfig(num_negatives=5, prototype_to_document=0.5, block=block),
             tables=tables.TablesConfig(),
             n_chunks=2 if lora else 1,
             seed=0,
@@ -210,11 +211,17 @@ def difference(ours, theirs):
     return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, ours, theirs)
 
 
-def check(kind: str, sizes: tuple[int, int, int], dtype, labels: str = "sampled") -> None:
+def check(
+    kind: str,
+    sizes: tuple[int, int, int],
+    dtype,
+    labels: str = "sampled",
+    block: int | None = None,
+) -> None:
     """Ten steps on a mesh against ten on one device, and what moves between devices in a step."""
     with jax.enable_x64(dtype == jnp.float64):
         before, expected, losses_of_one = on_one_device(kind, dtype, labels)
-        run = Run(kind, mesh_of(*sizes), dtype, labels)
+        run = Run(kind, mesh_of(*sizes), dtype, labels, block)
         _, found, losses_here = run.go()
     width, devices = ENCODER.hidden, math.prod(sizes)
     largest = max(size for _, size in collectives(run.train.as_text()))
@@ -271,6 +278,13 @@ def test_ten_steps_in_float32_are_those_of_one_device(kind, sizes):
 @pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
 def test_ten_steps_against_all_labels_are_those_of_one_device(sizes):
     check("encoder", sizes, jnp.float32, "all")
+
+
+@pytest.mark.scale
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["sampled", "all"])
+def test_ten_steps_in_blocks_of_the_loss_are_those_at_once(labels):
+    check("encoder", (2, 2, 2), jnp.float64 if labels == "sampled" else jnp.float32, labels, 4)
 
 
 COLLECTIVE = re.compile(
