@@ -107,6 +107,7 @@ BASE = {
         "prototype_to_document": 0.0,  # not in the reference
         "regularizer": 0.1,  # [script]: --mi_reg_weight
         "regularizer_margin": 0.1,  # reference code, RegLoss
+        "block": config_dict.placeholder(int),  # None: all documents at once while that is small
     },
     "optimizer": {
         "lr": _lr(5e-4, 5e-4),

@@ -153,7 +153,8 @@ def fields(topics, backbone, tmp_path_factory) -> dict:
     }
     # PRIME in full; the tests of our own recipe change what it changes.
     fields["prime"] = copy.deepcopy(vixml.BASE["prime"]) | {"free_vectors": 16, "ff_dim": 64}
-    fields["loss"] = copy.deepcopy(vixml.BASE["loss"]) | {"num_negatives": 8, "weighted": False}
+    loss = {"num_negatives": 8, "weighted": False, "block": None}
+    fields["loss"] = copy.deepcopy(vixml.BASE["loss"]) | loss
     fields["optimizer"]["lr"] = ((".*", 2e-3),)
     fields["curriculum"] |= {"start": 0, "update": 1, "cluster_size": 8, "double_at": (1,)}
     fields["train"] |= {

@@ -329,11 +329,31 @@ def by_row(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
         function: of [m, ...] to a pytree of [m, ...].
         x: [m, ...].
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or _extent(mesh, RULES["batch"]) == 1 or len(x) % _extent(mesh, RULES["batch"]):
+    if len(x) % groups():
         return function(x)
-    split = PartitionSpec(RULES["batch"])
-    return jax.shard_map(function, in_specs=split, out_specs=split)(x)
+    return on_shards(lambda _, x: function(x), (), x)
+
+
+def on_shards(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:
+    """`function(whole, rows)`, which treats rows alike, on each device's rows.
+
+    What is whole is sent to every device once, and its gradient summed over them once, whatever
+    loops there are within.
+
+    Args:
+        function: of (whole, [m, ...]) to a pytree of [m, ...]; sees one device.
+        whole: pytree of arrays.
+        rows: pytree of arrays split like a batch, whose devices divide their rows.
+    """
+    if groups() == 1:
+        return function(whole, rows)
+    axes = RULES["batch"]
+    split = PartitionSpec(axes)
+
+    def on_shard(whole, rows):
+        return function(jax.lax.pcast(whole, axes, to="varying"), rows)
+
+    return jax.shard_map(on_shard, in_specs=(PartitionSpec(), split), out_specs=split)(whole, rows)
 
 
 def on_copies(function: Callable[..., Any], params: Any, items: Any) -> Any:

@@ -161,6 +161,29 @@ class Batch:
 
 
 @flax.struct.dataclass
+class Pairs:
+    """Embeddings of a batch's documents and of the labels they are compared with: unit vectors.
+
+    Attributes:
+        document: f32[B, D].
+        label: f32[U, D], of label texts.
+        prototype: f32[U, D], label prototypes; None without PRIME.
+        relevance: bool[B, U]; None for all labels.
+        positives: i32[B, P], all labels: which of them are positives, then U as padding. Labels are
+            then split over the devices, and similarities by column.
+        own: f32[B, P], all labels and PRIME: cosines of documents and prototypes that stand in the
+            place of those of `positives`.
+    """
+
+    document: Array
+    label: Array
+    prototype: Array | None = None
+    relevance: Array | None = None
+    positives: Array | None = None
+    own: Array | None = None
+
+
+@flax.struct.dataclass
 class EncoderOutput:
     """Embeddings of n items.
 

@@ -2,14 +2,19 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax import sharding
+from xmc_jax.sharding import MeshConfig
 from xmc_jax.training import losses
 from xmc_jax.training.losses import LossConfig
+from xmc_jax.types import Pairs
 
 # (rows, columns, negatives): fewer than there are, all there are, more than there are.
 SHAPES = [(6, 9, 3), (7, 5, 5), (4, 12, 20), (9, 8, 7), (3, 16, 1)]
@@ -77,9 +82,7 @@ def numpy_regularizer(raw, proto, y, p, cfg):
 @functools.partial(jax.jit, static_argnames="cfg")
 def of_units(document, label, prototype, y, key, cfg):
     """The objective of unit embeddings."""
-    raw = losses.cosines(document, label)
-    judged = None if prototype is None else losses.cosines(document, prototype)
-    return losses.objective(raw, judged, y, key, cfg)
+    return losses.objective(Pairs(document, label, prototype, relevance=y), key, cfg)
 
 
 def check(ours, theirs, dtype):
@@ -236,6 +239,15 @@ def test_draw_positive_is_uniform_among_the_positives():
         np.testing.assert_allclose(share[positives], 1 / positives.sum(), atol=0.025)
 
 
+def test_rows_of_a_matrix_draw_what_they_draw_with_all_of_it():
+    y, key = np.random.default_rng(10).random((40, 30)) < 0.3, jax.random.key(1)
+    whole = losses.draw_positive(y, key)
+    drawn = jnp.where(y, jax.random.uniform(key, y.shape), -1)
+    np.testing.assert_array_equal(whole, np.argmax(drawn, axis=1))
+    rows = np.array([7, 3, 39])
+    np.testing.assert_array_equal(losses.draw_positive(y[rows], key, rows), whole[rows])
+
+
 def test_pairs_between_the_margins_have_half_a_gradient():
     # Gaps of 0.05, 0.2 and 0.5: hinge in force, margin equal to the gap, past the largest margin.
     s = jnp.array([[0.5, 0.45, 0.3, 0.0]], jnp.float32)
@@ -351,6 +363,7 @@ def test_a_collapsed_run_is_seen_and_a_sound_one_is_not(weighted):
         {"softmax_temperature": float("nan")},
         {"regularizer": -1.0},
         {"label_to_document": -1.0},
+        {"block": 0},
     ],
 )
 def test_config_names_the_field_at_fault(fields):
@@ -368,3 +381,132 @@ def test_objective_refuses_what_does_not_fit():
     off = dataclasses.replace(LossConfig(), document_to_label=0.0)
     with pytest.raises(ValueError, match="every loss weight in use is 0"):
         of_units(x, u, None, np.eye(4, dtype=bool), key, off)
+
+
+def pairs_of(labels: str, dtype=np.float64) -> Pairs:
+    """Of 32 documents: labels sampled for them, with or without prototypes, or all labels."""
+    rng = np.random.default_rng(9)
+    count = 83 if labels == "all" else 64  # which no number of blocks divides
+    x, u, z = (units(rng, n, 5).astype(dtype) for n in (32, count, count))
+    if labels == "all":
+        positives = np.argsort(rng.random((32, count)), axis=1)[:, :3].astype(np.int32)
+        positives[::3, 1:] = count
+        own = rng.uniform(-1, 1, positives.shape).astype(dtype)
+        return Pairs(x, u, z, positives=np.sort(positives), own=own)
+    y = (np.arange(32)[:, None] == np.arange(count) // 2) | (rng.random((32, count)) < 0.1)
+    y[3] = False  # without positives
+    y[4] = True  # without negatives
+    return Pairs(x, u, z if labels == "sampled" else None, relevance=y)
+
+
+def with_gradients(pairs: Pairs, key: jax.Array, cfg: LossConfig, mesh=None):
+    """Loss, metrics and gradients; and the text of the program."""
+    floats = {
+        name: value
+        for name, value in vars(pairs).items()
+        if value is not None and np.issubdtype(value.dtype, np.floating)
+    }
+
+    def objective(floats, pairs, key):
+        return losses.objective(pairs.replace(**floats), key, cfg)
+
+    function = jax.value_and_grad(objective, has_aux=True)
+    arguments = floats, pairs, key
+    if mesh is not None:
+        function = sharding.under(mesh, function)
+
+        def put(x):
+            divides = len(x) % sharding.num_shards("batch", mesh) == 0
+            split = sharding.of_batch(x, mesh) if divides else sharding.replicated(mesh)
+            return jax.device_put(x, split)
+
+        placed = {name: put(x) for name, x in vars(pairs).items() if x is not None}
+        arguments = {name: placed[name] for name in floats}, pairs.replace(**placed), key
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return jax.device_get(compiled(*arguments)), compiled.as_text()
+
+
+def assert_same(ours, theirs, rtol):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
+        assert np.any(b)
+        largest = max(np.abs(b).max(), 1e-3)  # cosines cancel in a mean
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * largest, err_msg=str(path))
+
+
+VARIANTS = [
+    {},
+    {"kind": "decoupled_softmax"},
+    pytest.param({"weighted": False}, marks=pytest.mark.slow),
+    pytest.param({"num_negatives": 100}, marks=pytest.mark.slow),  # all there are
+    {"document_to_prototype": 0.0, "document_to_label": 0.0, "regularizer": 0.0},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.parametrize("labels", ["sampled", "all"])
+def test_blocks_do_not_change_the_objective(labels, fields):
+    cfg = LossConfig(**{"num_negatives": 4, "prototype_to_document": 0.5} | fields)
+    key = jax.random.key(3)
+    with jax.enable_x64(True):
+        whole, _ = with_gradients(pairs_of(labels), key, cfg)
+        blocks = dataclasses.replace(cfg, block=8)
+        assert_same(with_gradients(pairs_of(labels), key, blocks)[0], whole, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["margin", "decoupled_softmax"])
+def test_blocks_do_not_change_the_objective_without_prototypes_and_in_float32(kind):
+    cfg, key = LossConfig(kind=kind, num_negatives=4), jax.random.key(3)
+    whole, _ = with_gradients(pairs_of("ngame", np.float32), key, cfg)
+    blocks = dataclasses.replace(cfg, block=8)
+    assert_same(with_gradients(pairs_of("ngame", np.float32), key, blocks)[0], whole, 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["margin", "decoupled_softmax"])
+@pytest.mark.parametrize("labels", ["sampled", "all"])
+def test_blocks_on_a_mesh_do_not_change_the_objective(labels, kind, sizes):
+    cfg = LossConfig(kind=kind, num_negatives=4, prototype_to_document=0.5)
+    mesh, key = sharding.make_mesh(MeshConfig(*sizes)), jax.random.key(3)
+    with jax.enable_x64(True):
+        whole, _ = with_gradients(pairs_of(labels), key, cfg)
+        blocks = dataclasses.replace(cfg, block=8)
+        found, program = with_gradients(pairs_of(labels), key, blocks, mesh)
+    assert_same(found, whole, 1e-12)
+    if labels == "sampled":  # everything is there before the blocks, and gradients are summed after
+        moves = re.findall(r"^.* (?:all-|collective-|reduce-scatter).*$", program, re.MULTILINE)
+        assert moves and not any("/while/" in line for line in moves)
+
+
+@pytest.mark.parametrize("kind", ["margin", "decoupled_softmax"])
+@pytest.mark.parametrize("labels", ["sampled", "all"])
+def test_blocks_hold_no_number_of_every_pair(labels, kind):
+    def largest(cfg):
+        _, program = with_gradients(pairs_of(labels, np.float32), jax.random.key(3), cfg)
+        shapes = re.findall(r"\b(?:f|s|u)(?:32|64)\[([\d,]+)\]", program)
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    cfg = LossConfig(kind=kind, num_negatives=4, prototype_to_document=0.5)
+    pairs = 32 * (83 if labels == "all" else 64)
+    assert largest(cfg) >= pairs
+    assert largest(dataclasses.replace(cfg, block=4)) < pairs / 4
+
+
+def test_blocks_are_chosen_from_the_number_of_similarities():
+    cfg = LossConfig()
+    for documents, labels, shards, expected in (
+        (20, 30, 1, 1),
+        (8192, 8192, 1, 1),  # 2^26 are not yet too many
+        (16384, 16384, 1, 16),
+        (16384, 16384, 4, 1),
+        (32768, 32768, 8, 8),
+        (2048, 1_300_000, 1, 32),  # 64 documents, whatever the labels
+        (10_007, 10_007, 1, 10_007),  # a prime
+    ):
+        assert losses.num_blocks(documents, labels, cfg, shards) == expected
+    assert losses.num_blocks(48, 10, LossConfig(block=16), 8) == 3
+    for block, shards in ((32, 1), (96, 1), (4, 8)):
+        with pytest.raises(
+            ValueError, match=rf"loss\.block: .*48 documents.* {shards} sh.*{block}$"
+        ):
+            losses.num_blocks(48, 10, LossConfig(block=block), shards)

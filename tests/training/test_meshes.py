@@ -58,6 +58,7 @@ class Run:
         mesh: jax.sharding.Mesh,
         dtype=jnp.float32,
         labels: str = "sampled",
+        block: int | None = None,
     ):
         self.mesh, self.labels = mesh, labels
         # Against all labels, the combiner of our recipe for it: one with parameters is computed for
@@ -87,7 +88,7 @@ class Run:
         step = Step(
             model=self.model,
             transform=transform,
-            loss=losses.LossConfig(num_negatives=5, prototype_to_document=0.5),
+            loss=losses.LossConfig(num_negatives=5, prototype_to_document=0.5, block=block),
             tables=tables.TablesConfig(),
             n_chunks=2 if lora else 1,
             seed=0,
@@ -210,11 +211,17 @@ def difference(ours, theirs):
     return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, ours, theirs)
 
 
-def check(kind: str, sizes: tuple[int, int, int], dtype, labels: str = "sampled") -> None:
+def check(
+    kind: str,
+    sizes: tuple[int, int, int],
+    dtype,
+    labels: str = "sampled",
+    block: int | None = None,
+) -> None:
     """Ten steps on a mesh against ten on one device, and what moves between devices in a step."""
     with jax.enable_x64(dtype == jnp.float64):
         before, expected, losses_of_one = on_one_device(kind, dtype, labels)
-        run = Run(kind, mesh_of(*sizes), dtype, labels)
+        run = Run(kind, mesh_of(*sizes), dtype, labels, block)
         _, found, losses_here = run.go()
     width, devices = ENCODER.hidden, math.prod(sizes)
     largest = max(size for _, size in collectives(run.train.as_text()))
@@ -271,6 +278,13 @@ def test_ten_steps_in_float32_are_those_of_one_device(kind, sizes):
 @pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
 def test_ten_steps_against_all_labels_are_those_of_one_device(sizes):
     check("encoder", sizes, jnp.float32, "all")
+
+
+@pytest.mark.scale
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["sampled", "all"])
+def test_ten_steps_in_blocks_of_the_loss_are_those_at_once(labels):
+    check("encoder", (2, 2, 2), jnp.float64 if labels == "sampled" else jnp.float32, labels, 4)
 
 
 COLLECTIVE = re.compile(
@@ -382,3 +396,24 @@ def test_the_largest_of_a_row_are_found_where_it_is():
     for a, b in zip(jax.jit(sharding.under(mesh, largest))(split), jax.lax.top_k(x, 3)):
         np.testing.assert_array_equal(a, b)
     assert not collectives(compiled_on(mesh, largest, split))
+
+
+def test_loops_within_a_device_move_nothing():
+    """What is whole is sent before, its gradient summed after, whatever axes split the rows."""
+    mesh, rng = mesh_of(2, 2, 2), np.random.default_rng(0)
+    w = rng.standard_normal((16, 16)).astype(np.float32)
+    x = rng.standard_normal((32, 16)).astype(np.float32)
+
+    def loss(w, x):
+        def loop(w, x):
+            return jax.lax.map(lambda row: jnp.tanh(row @ w), x)
+
+        return jnp.sum(sharding.on_shards(loop, w, x) ** 2)
+
+    grad = jax.grad(loss, argnums=(0, 1))
+    arguments = on(mesh, None, None)(w), on(mesh, "batch", None)(x)
+    for got, expected in zip(jax.jit(sharding.under(mesh, grad))(*arguments), grad(w, x)):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    program = compiled_on(mesh, grad, *arguments)
+    moves = [line for line in program.splitlines() if COLLECTIVE.search(line)]
+    assert len(moves) == 1 and "/while/" not in moves[0]

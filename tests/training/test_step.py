@@ -8,7 +8,7 @@ import pytest
 
 from xmc_jax import build, sharding
 from xmc_jax.data import batches
-from xmc_jax.training import loop
+from xmc_jax.training import loop, losses
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.training.step import in_chunks
@@ -66,6 +66,24 @@ def test_chunks_and_devices_do_not_change_a_step(fields, sections):
     assert not np.allclose(whole.tables.document_bank[:40], 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", [{}, ALL_LABELS], ids=["sampled", "all"])
+def test_blocks_of_the_loss_do_not_change_a_step(fields, sections):
+    """On one device at once, on 8 devices in 5 blocks."""
+    fields = copy.deepcopy(fields)
+    fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
+    loss = sections.get("loss", {})
+    whole, metrics = run(make(fields, 1, **sections), 2)
+    blocks, found = run(make(fields, 8, **sections | {"loss": loss | {"block": 8}}), 2)
+    assert_close(metrics, found)
+    assert_close(whole.tables.document_bank, blocks.tables.document_bank)
+
+
+def test_blocks_of_the_loss_that_do_not_divide_are_refused(fields):
+    with pytest.raises(ValueError, match=r"loss\.block: .*the 40 documents .*the 8 shards.*got 20"):
+        make(fields, loss={"block": 20})
+
+
 def test_chunks_refuse_a_batch_they_do_not_divide():
     with pytest.raises(ValueError, match="divisor of the 6 documents of a data shard, got 4"):
         in_chunks(lambda params, x, key: x, None, np.zeros((6, 2)), jax.random.key(0), 4)
@@ -88,8 +106,13 @@ def test_documents_meet_all_labels_without_their_own_part_of_the_centroids(field
     params = state.params | {
         "free_vectors": jax.random.normal(jax.random.key(1), state.params["free_vectors"].shape)
     }
-    unit, raw, prototype, relevance = jax.device_get(
-        jax.jit(sharding.under(program.mesh, program.step._with_all))(
+
+    def compared(*arguments):
+        pairs = program.step._with_all(*arguments)
+        return pairs.document, losses.similarities(pairs)
+
+    unit, (raw, prototype, relevance) = jax.device_get(
+        jax.jit(sharding.under(program.mesh, compared))(
             params, state.tables, batch, jax.random.key(0)
         )
     )

@@ -2,16 +2,21 @@
 regulariser, DEXML's decoupled softmax, and the test for a collapsed run. Pure functions of arrays.
 
 Rows without a positive or without a negative contribute 0, and stay in the mean over rows.
+
+Similarities [B, U] are looked at whole where they are small, else in blocks of rows, which are
+computed again for the gradient: memory is that of a block, and the results are the same.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from xmc_jax import sharding
+from xmc_jax.types import Pairs
 
 # In order of importance: `violators` is of the first one in use.
 _TERMS = (
@@ -20,6 +25,17 @@ _TERMS = (
     "label_to_document",
     "prototype_to_document",
 )
+
+_OF_LABELS = ("label_to_document", "prototype_to_document")  # whose rows are labels
+
+# Unless `LossConfig.block` says otherwise: up to so many similarities on a device are whole ...
+_WHOLE = 2**26
+# ... and more are in blocks of so many ...
+_BLOCK = 2**24
+# ... or of so many documents of a device, if that is more: each block reads all labels.
+_DOCUMENTS = 64
+# What a block keeps for its gradient: little, and from it the margin loss needs no search again.
+_KEPT = "hardest"
 
 # The similarity a softmax weight is made of where the hinge is zero: no weight beside any violator.
 # ViXML reference, loss.py.
@@ -51,6 +67,9 @@ class LossConfig:
         prototype_to_document: weight of the term label prototypes -> documents; not in the paper.
         regularizer: weight of `regularizer`.
         regularizer_margin: what prototypes must gain over label texts, in cosine.
+        block: documents compared at a time, on all devices together: a divisor of B, and a multiple
+            of the devices that a batch is split over; labels likewise, in as many blocks. None: all
+            of them up to 2^26 similarities on a device, else as many as have 2^24.
     """
 
     kind: Literal["margin", "decoupled_softmax"] = "margin"
@@ -66,6 +85,7 @@ class LossConfig:
     prototype_to_document: float = 0.0
     regularizer: float = 0.1
     regularizer_margin: float = 0.1
+    block: int | None = None
 
     def __post_init__(self):
         if self.kind not in ("margin", "decoupled_softmax"):
@@ -74,6 +94,8 @@ class LossConfig:
             )
         if self.num_negatives < 1:
             raise ValueError(f"loss.num_negatives: expected at least 1, got {self.num_negatives}")
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"loss.block: expected at least 1, or None, got {self.block}")
         if not 0 <= self.margin_min <= self.margin_max:
             raise ValueError(
                 "loss.margin_min, loss.margin_max: expected 0 <= margin_min <= margin_max, got "
@@ -87,17 +109,69 @@ class LossConfig:
                 raise ValueError(f"loss.{name}: expected at least 0, got {getattr(self, name)}")
 
 
-def draw_positive(relevance: jax.Array, key: jax.Array) -> jax.Array:
+def num_blocks(documents: int, labels: int, cfg: LossConfig, shards: int = 1) -> int:
+    """In how many blocks similarities are computed; see `LossConfig.block`.
+
+    Args:
+        documents: B.
+        labels: U.
+        cfg: see `LossConfig`.
+        shards: devices that a batch is split over.
+
+    Raises:
+        ValueError: the block does not fit the batch or the devices.
+    """
+    if cfg.block is not None:
+        if documents % cfg.block or cfg.block % shards:
+            raise ValueError(
+                f"loss.block: expected a divisor of the {documents} documents of a batch and a "
+                f"multiple of the {shards} shards it is split into, got {cfg.block}"
+            )
+        return documents // cfg.block
+    rows = documents // shards
+    if rows * labels <= _WHOLE:
+        return 1
+    fewest = -(-rows // max(_BLOCK // labels, _DOCUMENTS))
+    return next(n for n in range(fewest, rows + 1) if rows % n == 0)
+
+
+def similarities(pairs: Pairs) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """f32[B, U], cosines of documents and label texts; the same to prototypes; bool[B, U]."""
+    raw, prototype, relevance = cosines(pairs.document, pairs.label), None, pairs.relevance
+    if pairs.prototype is not None:
+        prototype = cosines(pairs.document, pairs.prototype)
+    if pairs.positives is None:
+        return raw, prototype, relevance
+    # What moves is a device's share of the labels and all of the documents, nothing of B times U.
+    raw = sharding.constrain(raw, None, "batch")
+    at = (jnp.arange(len(raw))[:, None], pairs.positives)
+    relevance = sharding.constrain(jnp.zeros(raw.shape, bool), None, "batch")
+    relevance = relevance.at[at].set(True, mode="drop")
+    if prototype is not None:
+        prototype = sharding.constrain(prototype, None, "batch")
+        prototype = prototype.at[at].set(pairs.own, mode="drop")
+    return raw, prototype, relevance
+
+
+def draw_positive(relevance: jax.Array, key: jax.Array, rows: jax.Array | None = None) -> jax.Array:
     """One positive of each row, uniform among them.
 
     Args:
         relevance: bool[rows, columns].
         key: device key.
+        rows: i32[rows], which rows of a matrix these are, for what is drawn with it whole; None for
+            all of it.
 
     Returns:
         i32[rows], columns; 0 for a row without a positive.
     """
-    scores = jnp.where(relevance, jax.random.uniform(key, relevance.shape), -1.0)
+    height, width = relevance.shape
+    rows = jnp.arange(height) if rows is None else rows
+    # The bits that `jax.random.bits` gives to a place of the matrix, as many as its floats have.
+    place = rows.astype(jnp.uint32)[:, None] * jnp.uint32(width) + jnp.arange(width, dtype="uint32")
+    halves = jax.random.key_data(jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(place))
+    bits = (halves[..., 0] ^ halves[..., 1]) >> 9
+    scores = jnp.where(relevance, bits.astype(jnp.int32), -1)
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
 
 
@@ -128,21 +202,8 @@ def margin_loss(
     Source: ViXML reference, loss.py, with `reduction` "custom" when weighted and "mean" when not;
     ViXML eq. 2 is its plain form.
     """
-    # Departs: where a row has fewer than num_negatives negatives, the reference fills up with its
-    # positives; here it has fewer terms, and the plain mean is over those.
-    columns, valid = _hardest(similarity, relevance, cfg.num_negatives)
-    s_p = _take(similarity, positive[:, None])
-    s_n = _take(similarity, columns)
-    gap = s_p - s_n
-    margin = jax.lax.stop_gradient(jnp.clip(jnp.abs(gap), cfg.margin_min, cfg.margin_max))
-    hinge = jnp.where(valid, jnp.maximum(margin - gap, 0), 0)
-    if cfg.weighted:
-        logits = jnp.where(hinge > 0, s_n, _NO_VIOLATOR) / cfg.weight_temperature
-        rows = jnp.sum(jax.nn.softmax(logits, axis=1) * hinge, axis=1)
-    else:
-        rows = jnp.sum(hinge, axis=1) / jnp.maximum(jnp.sum(valid, axis=1), 1)
-    violators = jnp.sum(hinge > 0) / jnp.maximum(jnp.sum(valid), 1)
-    return jnp.mean(rows), violators.astype(similarity.dtype)
+    loss, violators, chosen = _margin_of_rows(similarity, relevance, positive, cfg)
+    return jnp.mean(loss), _share(violators, chosen).astype(similarity.dtype)
 
 
 def decoupled_softmax(similarity: jax.Array, relevance: jax.Array, temperature: float) -> jax.Array:
@@ -161,10 +222,7 @@ def decoupled_softmax(similarity: jax.Array, relevance: jax.Array, temperature: 
 
     Source: DEXML (Gupta et al., 2024), decoupled softmax.
     """
-    logits = similarity / temperature
-    negatives = jax.nn.logsumexp(jnp.where(relevance, -jnp.inf, logits), axis=1, keepdims=True)
-    losses = jnp.where(relevance, jax.nn.softplus(negatives - logits), 0)
-    return jnp.mean(jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(relevance, axis=1), 1))
+    return jnp.mean(_softmax_of_rows(similarity, relevance, temperature))
 
 
 def regularizer(
@@ -188,27 +246,16 @@ def regularizer(
 
     Source: PRIME; ViXML reference, loss.py, RegLoss.
     """
-    columns, valid = _hardest(prototype, relevance, cfg.num_negatives)
-    gain_p = _take(prototype - raw, positive[:, None])
-    gain_n = _take(prototype - raw, columns)
-    has_positive = jnp.any(relevance, axis=1, keepdims=True)
-    a = jnp.where(has_positive, jnp.maximum(cfg.regularizer_margin - gain_p, 0), 0)
-    b = jnp.where(valid, jnp.maximum(cfg.regularizer_margin + gain_n, 0), 0)
-    return (_mean_of_nonzero(a) + _mean_of_nonzero(b)) / 2
+    return _regularizer(_regularizer_sums(raw, prototype, relevance, positive, cfg))
 
 
 def cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
     """f32[m, n], inner products of unit vectors [m, D] and [n, D], at full precision."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    return jnp.matmul(rows.astype(dtype), columns.astype(dtype).T, precision="highest")
+    return jnp.matmul(_wide(rows), _wide(columns).T, precision="highest")
 
 
 def objective(
-    raw: jax.Array,
-    prototype: jax.Array | None,
-    relevance: jax.Array,
-    key: jax.Array,
-    cfg: LossConfig,
+    pairs: Pairs, key: jax.Array, cfg: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The training objective of a batch.
 
@@ -216,9 +263,7 @@ def objective(
     its own. Without: the term documents -> label texts alone (NGAME), whatever the other weights.
 
     Args:
-        raw: f32[B, U], cosines of documents and label texts.
-        prototype: f32[B, U], cosines of documents and label prototypes; None without PRIME.
-        relevance: bool[B, U].
+        pairs: what is compared.
         key: device key, of the POSITIVE stream.
         cfg: see `LossConfig`.
 
@@ -232,53 +277,46 @@ def objective(
             mean positive.
 
     Raises:
-        ValueError: shapes do not fit, or every weight in use is 0.
+        ValueError: shapes do not fit, blocks do not, or every weight in use is 0.
 
     Source: PRIME; ViXML reference, utils.py, train.
     """
-    judged = raw if prototype is None else prototype
-    if not raw.shape == judged.shape == relevance.shape:
-        raise ValueError(
-            "objective: expected raw, prototype and relevance of one shape [B, U], got "
-            f"{raw.shape}, {judged.shape} and {relevance.shape}"
-        )
-    terms = {"document_to_label": (raw, relevance)}
-    if prototype is not None:
-        terms |= {
-            "document_to_prototype": (prototype, relevance),
-            "label_to_document": (_transposed(raw), _transposed(relevance)),
-            "prototype_to_document": (_transposed(prototype), _transposed(relevance)),
-        }
-    names = [name for name in _TERMS if name in terms and getattr(cfg, name) > 0]
-    if not names:
+    _expect_one_shape(pairs)
+    in_use = _TERMS if pairs.prototype is not None else ("document_to_label",)
+    terms = [name for name in _TERMS if name in in_use and getattr(cfg, name) > 0]
+    if not terms:
         raise ValueError(
             "objective: every loss weight in use is 0; set --config.loss.document_to_label=1.0"
         )
+    size, width = len(pairs.document), len(pairs.label)
+    blocks = num_blocks(size, width, cfg, sharding.groups())
+    if blocks == 1:
+        found = _whole(pairs, terms, key, cfg)
+    else:
+        found = _in_blocks(pairs, terms, key, cfg, blocks)
 
-    loss, metrics = jnp.zeros((), raw.dtype), {}
-    for name in names:
-        similarity, target = terms[name]
+    judged = found["judged"]
+    dtype = judged["mean"].dtype
+    loss, metrics = jnp.zeros((), dtype), {}
+    for name in terms:
+        rows = found[name]
         if cfg.kind == "margin":
-            positive = draw_positive(target, jax.random.fold_in(key, _TERMS.index(name)))
-            value, violators = margin_loss(similarity, target, positive, cfg)
-            metrics.setdefault("violators", violators)
-        else:
-            value = decoupled_softmax(similarity, target, cfg.softmax_temperature)
-        metrics[name] = value
-        loss += getattr(cfg, name) * value
-    if prototype is not None and cfg.regularizer > 0:
-        positive = draw_positive(relevance, jax.random.fold_in(key, len(_TERMS)))
-        metrics["regularizer"] = regularizer(raw, judged, relevance, positive, cfg)
+            metrics.setdefault("violators", _share(rows["violators"], rows["chosen"]).astype(dtype))
+        metrics[name] = jnp.mean(rows["loss"])
+        loss += getattr(cfg, name) * metrics[name]
+    if "regularizer" in found:
+        metrics["regularizer"] = _regularizer(found["regularizer"])
         loss += cfg.regularizer * metrics["regularizer"]
-
-    judged = jax.lax.stop_gradient(judged)
+    # As floats: the sums of these counts may be too large for integers.
+    positives = judged["positives"].astype(dtype)
+    negatives = width - positives
     if cfg.kind == "decoupled_softmax":
-        mean_positive = _masked_mean(judged, relevance, axis=1, keepdims=True)
-        metrics["violators"] = _masked_mean((judged > mean_positive) * 1.0, ~relevance)
+        metrics["violators"] = _share(judged["violators"].astype(dtype), negatives)
     metrics["loss"] = loss
-    metrics["similarity_positive"] = _masked_mean(judged, relevance)
-    metrics["similarity_negative"] = _masked_mean(judged, ~relevance)
-    metrics["similarity_spread"] = jnp.std(judged)
+    metrics["similarity_positive"] = _share(judged["positive_sum"], positives)
+    metrics["similarity_negative"] = _share(judged["negative_sum"], negatives)
+    # The variance within rows and that between them; whole, the latter is 0.
+    metrics["similarity_spread"] = jnp.sqrt(jnp.mean(judged["variance"]) + jnp.var(judged["mean"]))
     return loss, metrics
 
 
@@ -315,6 +353,203 @@ def collapse(metrics: Mapping[str, float], cfg: LossConfig) -> str | None:
     return f"training has collapsed: {seen}; start again with {', '.join(remedies)}"
 
 
+def _expect_one_shape(pairs: Pairs) -> None:
+    judged = pairs.label if pairs.prototype is None else pairs.prototype
+    size = len(pairs.document)
+    shapes = [(size, len(pairs.label)), (size, len(judged))]
+    if pairs.relevance is not None:
+        shapes.append(pairs.relevance.shape)
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "objective: expected raw, prototype and relevance of one shape [B, U], got "
+            f"{', '.join(map(str, shapes[:2]))} and {shapes[-1]}"
+        )
+
+
+def _whole(pairs: Pairs, terms: Sequence[str], key: jax.Array, cfg: LossConfig) -> dict[str, Any]:
+    """What `objective` is made of: terms by row, and sums of the rest."""
+    raw, prototype, relevance = similarities(pairs)
+    found = _of_documents(raw, prototype, relevance, terms, key, cfg)
+    if not set(terms).isdisjoint(_OF_LABELS):
+        similarity = dict(zip(_OF_LABELS, (_transposed(raw), _transposed(prototype))))
+        found |= _by_term(similarity, _transposed(relevance), terms, key, cfg)
+    return found
+
+
+def _in_blocks(
+    pairs: Pairs, terms: Sequence[str], key: jax.Array, cfg: LossConfig, blocks: int
+) -> dict[str, Any]:
+    """As `_whole`, all of it by row: blocks of documents, then blocks of labels."""
+    pairs = jax.tree.map(_wide, pairs)  # gradients are summed over blocks
+    labels = (pairs.label, pairs.prototype)
+    documents = (pairs.replace(label=None, prototype=None), jnp.arange(len(pairs.document)))
+
+    def of_documents(labels: tuple, documents: tuple) -> dict[str, Any]:
+        def of_block(block: tuple) -> dict[str, Any]:
+            documents, rows = block
+            compared = documents.replace(label=labels[0], prototype=labels[1])
+            return _of_documents(*similarities(compared), terms, key, cfg, rows)
+
+        return _by_block(of_block, documents, blocks)
+
+    if pairs.positives is None:
+        found = sharding.on_shards(of_documents, labels, documents)
+    else:  # all labels stay where they are, and documents go to them
+        found = of_documents(labels, jax.tree.map(sharding.constrain, documents))
+    if not set(terms).isdisjoint(_OF_LABELS):
+        found |= _labels_in_blocks(pairs, terms, key, cfg, blocks)
+    return found
+
+
+def _labels_in_blocks(
+    pairs: Pairs, terms: Sequence[str], key: jax.Array, cfg: LossConfig, blocks: int
+) -> dict[str, Any]:
+    count = len(pairs.label)
+    missing = -count % (blocks * sharding.groups())
+    labels = (pairs.label, pairs.prototype)
+    if missing:  # rows without positives, which give 0
+        labels = jax.tree.map(lambda x: jnp.pad(x, [(0, missing), (0, 0)]), labels)
+    relevance = None if pairs.relevance is None else _transposed(pairs.relevance)
+    labels = (*labels, relevance, jnp.arange(count + missing))
+
+    def of_labels(documents: Pairs, labels: tuple) -> dict[str, Any]:
+        def of_block(block: tuple) -> dict[str, Any]:
+            label, prototype, relevance, rows = block
+            raw = cosines(label, documents.document)
+            prototype = cosines(prototype, documents.document)
+            if relevance is None:
+                places = documents.positives - rows[0]
+                here = (places >= 0) & (places < len(rows)) & (documents.positives < count)
+                at = (jnp.where(here, places, len(rows)), jnp.arange(len(places))[:, None])
+                relevance = jnp.zeros(raw.shape, bool).at[at].set(True, mode="drop")
+                prototype = prototype.at[at].set(documents.own, mode="drop")
+            similarity = dict(zip(_OF_LABELS, (raw, prototype)))
+            return _by_term(similarity, relevance, terms, key, cfg, rows)
+
+        return _by_block(of_block, labels, blocks)
+
+    documents = pairs.replace(label=None, prototype=None, relevance=None)
+    found = sharding.on_shards(of_labels, documents, labels)
+    return jax.tree.map(lambda x: x[:count], found)
+
+
+def _by_block(function: Callable[[Any], Any], rows: Any, blocks: int) -> Any:
+    """`function`, from some rows to arrays [m], of one block of rows after the other."""
+    parts = jax.tree.map(lambda x: x.reshape(blocks, -1, *x.shape[1:]), rows)
+    kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    function = jax.checkpoint(function, policy=kept, prevent_cse=False)  # a loop keeps them apart
+    return jax.tree.map(lambda x: x.reshape(-1), jax.lax.map(function, parts))
+
+
+def _of_documents(
+    raw: jax.Array,
+    prototype: jax.Array | None,
+    relevance: jax.Array,
+    terms: Sequence[str],
+    key: jax.Array,
+    cfg: LossConfig,
+    rows: jax.Array | None = None,
+) -> dict[str, Any]:
+    """Terms by row, and sums of the rest: by row, too, where rows are given, a part of a batch."""
+    axis = None if rows is None else 1
+    similarity = {"document_to_label": raw, "document_to_prototype": prototype}
+    found: dict[str, Any] = _by_term(similarity, relevance, terms, key, cfg, rows)
+    if prototype is not None and cfg.regularizer > 0:
+        positive = _positive(relevance, len(_TERMS), key, rows)
+        found["regularizer"] = _regularizer_sums(raw, prototype, relevance, positive, cfg, axis)
+
+    judged = jax.lax.stop_gradient(raw if prototype is None else prototype)
+    positives = jnp.sum(relevance, axis=1)
+    found["judged"] = {
+        "positives": positives,
+        "positive_sum": jnp.sum(jnp.where(relevance, judged, 0), axis=axis),
+        "negative_sum": jnp.sum(jnp.where(~relevance, judged, 0), axis=axis),
+        "mean": jnp.mean(judged, axis=axis),
+        "variance": jnp.var(judged, axis=axis),
+    }
+    if cfg.kind == "decoupled_softmax":
+        total = jnp.sum(jnp.where(relevance, judged, 0), axis=1)
+        mean = (total / jnp.maximum(positives, 1))[:, None]
+        found["judged"]["violators"] = jnp.sum((judged > mean) & ~relevance, axis=1)
+    return found
+
+
+def _by_term(
+    similarity: Mapping[str, jax.Array | None],
+    relevance: jax.Array,
+    terms: Sequence[str],
+    key: jax.Array,
+    cfg: LossConfig,
+    rows: jax.Array | None = None,
+) -> dict[str, dict[str, jax.Array]]:
+    """Each term's loss by row, and how many negatives violate, of how many."""
+    found = {}
+    for name in (name for name in similarity if name in terms):
+        if cfg.kind == "decoupled_softmax":
+            loss = _softmax_of_rows(similarity[name], relevance, cfg.softmax_temperature)
+            found[name] = {"loss": loss}
+        else:
+            positive = _positive(relevance, _TERMS.index(name), key, rows)
+            of_rows = _margin_of_rows(similarity[name], relevance, positive, cfg)
+            found[name] = dict(zip(("loss", "violators", "chosen"), of_rows))
+    return found
+
+
+def _positive(relevance: jax.Array, term: int, key: jax.Array, rows: jax.Array | None) -> jax.Array:
+    return _keep(draw_positive(relevance, jax.random.fold_in(key, term), rows))
+
+
+def _margin_of_rows(
+    similarity: jax.Array, relevance: jax.Array, positive: jax.Array, cfg: LossConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each row's loss, how many of its negatives violate, and of how many."""
+    # Departs: where a row has fewer than num_negatives negatives, the reference fills up with its
+    # positives; here it has fewer terms, and the plain mean is over those.
+    columns, valid = _hardest(similarity, relevance, cfg.num_negatives)
+    s_p = _take(similarity, positive[:, None])
+    s_n = _take(similarity, columns)
+    gap = s_p - s_n
+    margin = jax.lax.stop_gradient(jnp.clip(jnp.abs(gap), cfg.margin_min, cfg.margin_max))
+    hinge = jnp.where(valid, jnp.maximum(margin - gap, 0), 0)
+    chosen = jnp.sum(valid, axis=1)
+    if cfg.weighted:
+        logits = jnp.where(hinge > 0, s_n, _NO_VIOLATOR) / cfg.weight_temperature
+        loss = jnp.sum(jax.nn.softmax(logits, axis=1) * hinge, axis=1)
+    else:
+        loss = jnp.sum(hinge, axis=1) / jnp.maximum(chosen, 1)
+    return loss, jnp.sum(hinge > 0, axis=1), chosen
+
+
+def _softmax_of_rows(similarity: jax.Array, relevance: jax.Array, temperature: float) -> jax.Array:
+    logits = similarity / temperature
+    negatives = jax.nn.logsumexp(jnp.where(relevance, -jnp.inf, logits), axis=1, keepdims=True)
+    losses = jnp.where(relevance, jax.nn.softplus(negatives - logits), 0)
+    return jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(relevance, axis=1), 1)
+
+
+def _regularizer_sums(
+    raw: jax.Array,
+    prototype: jax.Array,
+    relevance: jax.Array,
+    positive: jax.Array,
+    cfg: LossConfig,
+    axis: int | None = None,
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """Sum and number of the non-zero entries, of positives and of negatives."""
+    columns, valid = _hardest(prototype, relevance, cfg.num_negatives)
+    gain_p = _take(prototype - raw, positive[:, None])
+    gain_n = _take(prototype - raw, columns)
+    has_positive = _keep(jnp.any(relevance, axis=1, keepdims=True))
+    a = jnp.where(has_positive, jnp.maximum(cfg.regularizer_margin - gain_p, 0), 0)
+    b = jnp.where(valid, jnp.maximum(cfg.regularizer_margin + gain_n, 0), 0)
+    return tuple((jnp.sum(x, axis=axis), jnp.sum(x > 0, axis=axis)) for x in (a, b))
+
+
+def _regularizer(sums: tuple[tuple[jax.Array, jax.Array], ...]) -> jax.Array:
+    a, b = (_share(total, count) for total, count in sums)
+    return (a + b) / 2
+
+
 def _hardest(
     similarity: jax.Array, relevance: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -326,7 +561,8 @@ def _hardest(
         return jnp.broadcast_to(jnp.arange(width), similarity.shape), usable
     masked = jnp.where(usable, jax.lax.stop_gradient(similarity), -jnp.inf)
     values, columns = sharding.by_row(lambda rows: jax.lax.top_k(rows, count), masked)
-    return columns, values != -jnp.inf  # true for NaN, so that a broken run shows in its loss
+    # True for NaN, so that a broken run shows in its loss.
+    return _keep(columns), _keep(values != -jnp.inf)
 
 
 def _transposed(x: jax.Array) -> jax.Array:
@@ -335,12 +571,20 @@ def _transposed(x: jax.Array) -> jax.Array:
 
 
 def _take(similarity: jax.Array, columns: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(similarity, columns, axis=1)
+    taken = jnp.take_along_axis(similarity, columns, axis=1)
+    return _keep(taken) if taken.shape[1] < similarity.shape[1] else taken
 
 
-def _mean_of_nonzero(x: jax.Array) -> jax.Array:
-    return jnp.sum(x) / jnp.maximum(jnp.sum(x > 0), 1)
+def _keep(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, _KEPT)
 
 
-def _masked_mean(x: jax.Array, mask: jax.Array, **axis) -> jax.Array:
-    return jnp.sum(jnp.where(mask, x, 0), **axis) / jnp.maximum(jnp.sum(mask, **axis), 1)
+def _share(part: jax.Array, of: jax.Array) -> jax.Array:
+    return jnp.sum(part) / jnp.maximum(jnp.sum(of), 1)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """At least float32, if it is a float."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

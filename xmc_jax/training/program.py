@@ -19,7 +19,7 @@ from xmc_jax import sharding
 from xmc_jax.data import batches, packing
 from xmc_jax.models import dual, hf
 from xmc_jax.models.fusion import NO_PROMPTS
-from xmc_jax.training import optimizer, tables
+from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
 from xmc_jax.types import Batch, DataShape, Inputs, Packing, Prompts, Tables, TrainState
@@ -72,6 +72,11 @@ class Program:
             )
         for name in ("batch_size", "encode_batch_size"):
             sharding.spec(("batch",), (getattr(train, name),), self.mesh, f"train.{name}")
+        labels = shape.labels
+        if train.labels == "sampled":
+            labels = train.batch_size * train.positives_per_document
+        shards = sharding.num_shards("batch", self.mesh)
+        losses.num_blocks(train.batch_size, labels, config.loss, shards)  # or refused
         self.source = hf.resolve(
             config.encoder.backbone,
             config.encoder.revision,

@@ -12,7 +12,7 @@ from xmc_jax import rng, sharding
 from xmc_jax.models import layers
 from xmc_jax.models.dual import DualEncoder
 from xmc_jax.training import losses, optimizer, tables
-from xmc_jax.types import Batch, EncoderOutput, Inputs, Tables, TrainState
+from xmc_jax.types import Batch, EncoderOutput, Inputs, Pairs, Tables, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Step:
 
         def objective(params):
             params = optimizer.merge(params, frozen)
-            document_unit, raw, prototype, relevance = compare(params, state.tables, batch, key)
-            loss, metrics = losses.objective(raw, prototype, relevance, positive, self.loss)
-            return loss, (metrics, jax.lax.stop_gradient(document_unit))
+            pairs = compare(params, state.tables, batch, key)
+            loss, metrics = losses.objective(pairs, positive, self.loss)
+            return loss, (metrics, jax.lax.stop_gradient(pairs.document))
 
         grads, (metrics, document_unit) = jax.grad(objective, has_aux=True)(state.params)
         document_unit = sharding.batch_to_width(document_unit)
@@ -108,9 +108,8 @@ class Step:
             method="prototype",
         )
 
-    def _with_sampled(self, params: Any, t: Tables, batch: Batch, key: jax.Array):
-        """Documents and the labels sampled for them: (f32[B, D], f32[B, U], the same to prototypes
-        or None, bool[B, U]). Labels are encoded, with gradient.
+    def _with_sampled(self, params: Any, t: Tables, batch: Batch, key: jax.Array) -> Pairs:
+        """Documents and the labels sampled for them, which are encoded, with gradient.
 
         Each document goes through the tower next to its own labels: the first axis stays that of
         the batch's sharding, and taking every n-th row for a chunk gives each device its share of
@@ -136,18 +135,20 @@ class Step:
         document_unit = output.unit[:, 0]
         label = jax.tree.map(lambda x: x[:, 1:].reshape(-1, x.shape[-1]), output)
 
-        def similarities(unit: jax.Array) -> jax.Array:
-            if batch.columns is not None:  # every document sees all labels, so that they meet here
-                unit = sharding.constrain(unit)[sharding.constrain(batch.columns)]
-            return losses.cosines(document_unit, unit)
+        def by_column(unit: jax.Array) -> jax.Array:
+            if batch.columns is None:
+                return unit
+            # Every document sees all labels, so that they meet here.
+            return sharding.constrain(unit)[sharding.constrain(batch.columns)]
 
-        raw, prototype = similarities(label.unit), None
+        prototype = None
         if self.model.prime is not None:
-            unit = self._prototype(params, t, batch.label_ids, label.pooled, prototype_key)
-            prototype = similarities(unit)
-        return document_unit, raw, prototype, batch.relevance
+            prototype = by_column(
+                self._prototype(params, t, batch.label_ids, label.pooled, prototype_key)
+            )
+        return Pairs(document_unit, by_column(label.unit), prototype, relevance=batch.relevance)
 
-    def _with_all(self, params: Any, t: Tables, batch: Batch, key: jax.Array):
+    def _with_all(self, params: Any, t: Tables, batch: Batch, key: jax.Array) -> Pairs:
         """Documents and all labels, U = L, whose texts are as encoded at the last boundary.
 
         A document's own embedding is left out of the centroids of its positives: it would find
@@ -162,19 +163,12 @@ class Step:
             encode_key,
             self.n_chunks,
         )
-        # Labels are split over the devices like a batch, and similarities [B, L] by column: what
-        # moves is a device's share of the table and all of the documents, nothing of B times L.
+        # Labels are split over the devices like a batch: a device's share of the table moves.
         pooled = layers.wide(sharding.width_to_batch(t.label_bank))
-        rows, num_labels = jnp.arange(len(document_unit))[:, None], len(pooled)
-        relevance = jnp.zeros((len(document_unit), num_labels), bool)
-        relevance = sharding.constrain(relevance, None, "batch")
-        relevance = relevance.at[rows, batch.positives].set(True, mode="drop")
-        raw, prototype = losses.cosines(document_unit, layers.normalize(pooled)), None
-        raw = sharding.constrain(raw, None, "batch")
+        label, prototype, own = layers.normalize(pooled), None, None
         if self.model.prime is not None:
-            unit = self._prototype(params, t, jnp.arange(num_labels), pooled, prototype_key)
-            prototype = losses.cosines(document_unit, unit)
-            prototype = sharding.constrain(prototype, None, "batch")
+            num_labels = len(pooled)
+            prototype = self._prototype(params, t, jnp.arange(num_labels), pooled, prototype_key)
             ids = jnp.minimum(batch.positives, num_labels - 1)  # what padding gives is dropped
             others = tables.leave_one_out(
                 sharding.rows(t.centroids, ids),
@@ -193,8 +187,7 @@ class Step:
             own = jnp.einsum(
                 "bd,bpd->bp", document_unit, unit.reshape(others.shape), precision="highest"
             )
-            prototype = prototype.at[rows, batch.positives].set(own, mode="drop")
-        return document_unit, raw, prototype, relevance
+        return Pairs(document_unit, label, prototype, positives=batch.positives, own=own)
 
     def _encode(self, params: Any, inputs: Inputs, key: jax.Array) -> EncoderOutput:
         return self.model.apply(
