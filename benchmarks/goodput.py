@@ -5,8 +5,9 @@ python -m benchmarks.goodput --output benchmarks/results/goodput.json \
 
 Trains --variant by the command in a folder of its own and reads what the run has noted of itself.
 By default MiniLM with three layers and the reference's settings on LF-DebianTitles-26K for three
-epochs, with centroids and leaves anew at every boundary: the first compiles them, the second is what
-they take from then on, the last encodes all documents anew. Any --config.field=value is an override.
+epochs, with centroids and leaves anew at every boundary: the first compiles them, the second is
+what they take from then on, the last encodes all documents anew. Any --config.field=value is an
+override.
 
     boundary     seconds of it, over those of the epoch's steps and of itself
     data_wait    seconds in which the loop had no batch, over those of its steps: an upper bound of
