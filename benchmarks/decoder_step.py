@@ -45,9 +45,9 @@ from flax.core import meta
 
 from benchmarks import decoder_peer
 from benchmarks.decoder_workload import (
+    CHOSEN,
     EPOCHS,
     MODELS,
-    TINY,
     Settings,
     batch_of,
     real_tokens,
@@ -481,8 +481,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config_json", type=pathlib.Path, help="sizes of another decoder")
     for field in dataclasses.fields(Settings)[1:]:
         shown = f"default {field.default}"
-        if field.name in TINY:
-            shown += f"; tiny: {TINY[field.name]}"
+        for model, chosen in CHOSEN.items():
+            if field.name in chosen:
+                shown += f"; {model}: {chosen[field.name]}"
         if field.name == "dtype":
             shown += "; on CPU: float32"
         if field.type is bool:
@@ -530,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
         else:
             sizes = MODELS[name]
-        chosen = dict(TINY) if name == "tiny" else {}
+        chosen = dict(CHOSEN.get(name, {}))
         if device.platform == "cpu":
             chosen["dtype"] = "float32"
         chosen |= {

@@ -5,9 +5,8 @@ python -m benchmarks.remat --topology=v5p:2x2x1 --model=qwen2.5-3b --batch=2048 
 
 The step is that of `benchmarks.decoder_step`, once with each policy of `encoder.remat`. The first
 command takes steps on this machine, one with each policy in turn; of --steps rounds after one that
-does not count, the medians. Its decoder is the first --layers layers of --model with a vocabulary
-of 4,096. The second allocates nothing and takes no step: memory is what the compiled step asks for,
-on one chip of a TPU that need not be there (package libtpu), of the whole model.
+does not count, the medians. The second allocates nothing and takes no step: memory is what the
+compiled step asks for, on one chip of a TPU that need not be there (package libtpu).
 
 The results go to --out: "benchmark", "settings", environment and "results"; bytes and seconds.
 
@@ -27,18 +26,10 @@ from typing import Any
 import jax
 
 from benchmarks import decoder_step
-from benchmarks.decoder_workload import MODELS, Settings, batch_of
+from benchmarks.decoder_workload import CHOSEN, MODELS, Settings, batch_of
 from benchmarks.environment import environment
 from xmc_jax.models import layers
 from xmc_jax.models.decoder_config import DecoderConfig
-
-# What is not given; what takes steps is small.
-MEASURED = {"batch": 32, "chunks": 2, "lora_rank": 64, "dtype": "float32", "steps": 5} | {
-    "documents": 4096,
-    "labels": 4096,
-    "free_vectors": 4096,
-}
-_VOCABULARY = 4096
 
 
 def compiled(
@@ -119,18 +110,18 @@ def lines(results: dict[str, dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs a command line; what it printed, as it is written to --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="qwen2.5-0.5b")
-    parser.add_argument("--layers", type=int, default=4, help="that take steps; default 4")
+    parser.add_argument("--model", choices=MODELS, default="small")
     for name in ("batch", "length", "chunks", "lora_rank", "steps"):
-        shown = f"steps are taken with {MEASURED[name]}" if name in MEASURED else None
-        parser.add_argument(f"--{name}", type=int, help=shown)
+        parser.add_argument(f"--{name}", type=int, help="see benchmarks.decoder_step")
     parser.add_argument("--policies", nargs="+", choices=layers.REMAT, default=layers.REMAT)
     parser.add_argument("--topology", help="compile for one chip of this TPU, such as v5p:2x2x1")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file of the results")
     arguments = parser.parse_args(argv)
     device = decoder_step.device_of(arguments.topology)
     sizes = MODELS[arguments.model]
-    chosen = {} if arguments.topology else dict(MEASURED)
+    chosen = CHOSEN.get(arguments.model, {}) | {
+        "dtype": "float32" if device.platform == "cpu" else "bfloat16",
+    }
     chosen |= {
         field.name: value
         for field in dataclasses.fields(Settings)[1:]
@@ -144,7 +135,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         programs = compiled(settings, sizes, device, arguments.policies)
         results = {policy: found for policy, (_, _, found) in programs.items()}
     else:
-        sizes = dataclasses.replace(sizes.first(arguments.layers), vocab_size=_VOCABULARY)
         results = measure(settings, sizes, device, arguments.policies)
     content = {
         "benchmark": "remat",

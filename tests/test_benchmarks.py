@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decoder_peer, decoder_step, decoder_workload
+from benchmarks import decoder_peer, decoder_step, decoder_workload, remat
 from benchmarks.decoder_workload import MODELS, Settings
 from xmc_jax.models import decoder_config
 from xmc_jax.types import Prompts
@@ -47,8 +47,8 @@ def program(name: str = "tiny", **settings) -> decoder_step.Program:
     return decoder_step.Program(Settings(name, **settings), MODELS[name], jax.devices()[0])
 
 
-def test_every_model_but_the_tiny_one_is_published():
-    assert set(MODELS) == {"tiny", *FILES}
+def test_every_model_but_the_small_ones_is_published():
+    assert set(MODELS) == {"tiny", "small", *FILES}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -289,3 +289,24 @@ def test_sizes_may_come_from_a_file():
     assert (arguments.model, arguments.config_json) == (None, path)
     with pytest.raises(SystemExit):
         decoder_step.parse([f"--config_json={path}", "--model=tiny"])
+
+
+@pytest.mark.slow
+def test_what_is_kept_changes_memory_and_no_result(quick_compilation, tmp_path, capsys):
+    out = tmp_path / "remat.json"
+    flags = ("--model=tiny", "--batch=16", "--chunks=1", "--steps=2", f"--out={out}")
+    remat.main([*flags, "--policies", "none", "nothing_saveable"])
+    results = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert list(results) == ["none", "nothing_saveable"]
+    everything, nothing = results.values()
+    assert everything["loss"] == pytest.approx(nothing["loss"], abs=1e-5)
+    assert nothing["memory"]["temporary"] < everything["memory"]["temporary"]
+    assert everything["times_first"] == 1
+    assert all(len(one["step_seconds_each"]) == 2 for one in results.values())
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[:2]] == ["none", "nothing_saveable"]
+
+
+def test_a_mistaken_flag_of_remat_is_one_line():
+    with pytest.raises(SystemExit, match="--chunks: expected a divisor of the batch, 64, got 3"):
+        remat.main(["--model=tiny", "--chunks=3"])
