@@ -224,8 +224,9 @@ def plot(content: dict[str, Any], path: pathlib.Path) -> None:
         xlabel=f"share of the exact {content['settings']['k']} that is found",
         ylabel="queries/s",
         title=f"{found['rows']:,} labels, {content['cores']} cores of an {content['processor']}",
-        ylim=(0, None),
+        ylim=(0, 1.1 * max(rates)),
     )
+    axes.margins(x=0.1)
     axes.legend()
     figure.savefig(path, dpi=150)
     print(f"drawn to {path}")
