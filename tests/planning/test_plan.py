@@ -87,7 +87,7 @@ def test_calls_are_those_of_an_epoch(config, where):
     assert calls["train_step"] == 640 / 40
     # Three epochs, three evaluations and one before: all once at the start, documents at the end.
     assert calls["encode"] == (2 * 640 + 320 + 4 * (64 + 320)) / 64 / 3
-    assert calls["search labels"] == 4 * 64 / 512 / 3
+    assert calls["search labels"] == 4 * 64 / 256 / 3
 
 
 def compiled(name: str, memory: int, fits: bool = True) -> Compiled:
