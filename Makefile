@@ -53,7 +53,7 @@ lint: $(VENV)/.dev
 	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/parity tests/test_decoder_peer.py $(PYTEST_FLAGS)
 
 wheel: $(VENV)/.dev
 	rm -rf build
