@@ -14,7 +14,7 @@ from flax.core import meta
 from ml_collections import config_flags
 
 from configs import vixml
-from xmc_jax import build, main, packaged, sharding
+from xmc_jax import build, modes, packaged, sharding
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.synthetic import SyntheticConfig
 from xmc_jax.models import dual
@@ -95,7 +95,7 @@ def runs(config: dict) -> list[dict]:
     if not (baseline := config["baseline"]):
         return [config]
     differing = {section: fields for section, fields in baseline.items() if section != "name"}
-    return [config, main._override(config, differing)]
+    return [config, modes.override(config, differing)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

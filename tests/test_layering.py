@@ -11,8 +11,9 @@ PACKAGE = ROOT / "xmc_jax"
 
 # From left to right: a part of the package imports only parts to its right, and itself.
 LAYERS = (
-    ("main", "serve"),
-    ("planning",),
+    ("main",),
+    ("modes",),
+    ("planning", "serve"),
     ("build",),
     ("training",),
     ("retrieval",),

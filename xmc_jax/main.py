@@ -20,7 +20,7 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -61,7 +61,6 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     None,
     "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
-_ROWS = {"plain": "trained", "augmented": "trained + augmented"}
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
 
 
@@ -69,157 +68,18 @@ def main(argv: list[str]) -> int:
     """Runs the mode that the flags name; returns the exit code."""
     del argv
     # Imported here, so that a mistyped flag is answered at once.
-    import jax
-
-    from xmc_jax import build, checkpoint, distributed
-    from xmc_jax.retrieval import evaluate, exact, scann
-    from xmc_jax.training import loop
-    from xmc_jax.training.config import RunConfig
+    from xmc_jax import distributed, modes
 
     fields = _CONFIG.value.to_dict()
-    mode, workdir = _MODE.value, epath.Path(_WORKDIR.value or f"runs/{fields['name']}")
-    config = RunConfig.from_dict(fields)
-    distributed.agree("--mode", [mode, str(workdir), _STEP.value])
+    asked = modes.Asked(
+        fields=fields,
+        workdir=epath.Path(_WORKDIR.value or f"runs/{fields['name']}"),
+        step=_STEP.value,
+        topology=_TOPOLOGY.value,
+    )
+    distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
     distributed.agree("config", fields)
-    if mode == "plan":
-        return _plan(fields)
-    if mode == "export" and jax.process_count() > 1:
-        raise ValueError(
-            f"--mode=export: expected one process, got {jax.process_count()}; one reads the "
-            "checkpoints of many: --distributed=off"
-        )
-    if mode == "prepare":
-        return _prepare(fields)
-    if mode == "train":
-        return _train(fields, workdir)
-
-    checkpoint.read_config(workdir)  # an absent run is answered before anything is loaded
-    run = build.run(fields)
-    distributed.agree("provenance", run.provenance())
-    checkpoint.check_config(workdir, fields | {"provenance": run.provenance()}, new=False)
-    step, state = loop.restore(run, workdir, _STEP.value)
-    if mode == "evaluate":
-        # Apart from what training left: the settings may be others.
-        workdir, evaluation = workdir / "evaluate", run.evaluate(state)
-        _show(workdir, step, _write(workdir, step, {}, evaluation), evaluation, run.data)
-    elif mode == "embed":
-        folder = workdir / "embeddings" / str(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        for split in ("test", "train"):
-            run.embed_to(state.params, split, folder / f"{split}.npy")
-        run.embed_index_to(state, folder / "label.npy")
-        print(f"wrote test.npy, train.npy and label.npy to {folder}")
-    elif mode == "index":
-        labels, folder = exact.to_host(run.embed_index(state)), workdir / "index" / str(step)
-        documents = run.embed(state.params, "test")
-        if distributed.is_first():
-            k = min(config.eval.k, len(labels))
-            scann.ScannIndex.build(labels, config.eval.scann, documents[1::2], k).save(folder)
-            index = scann.ScannIndex.load(folder, labels)
-            found = scann.compare(index, labels, documents[::2], k)
-            print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
-    elif mode == "export":
-        print(f"wrote {build.export(fields, run, state, workdir)}")
-    return 0
-
-
-def _plan(fields: Mapping[str, Any]) -> int:
-    """Prints what a run needs on a topology; fails if there is not enough."""
-    from xmc_jax.planning import report
-
-    text, fits = report.make(fields, _TOPOLOGY.value)
-    print(text)
-    return 0 if fits else _FAILED
-
-
-def _prepare(fields: Mapping[str, Any]) -> int:
-    """Prints what is in the folders; of known datasets the shares of items with images must fit."""
-    from xmc_jax import build
-    from xmc_jax.data import image_import, images, prepare
-
-    data = build.data(fields)
-    print(prepare.report(data.folder))
-    if data.images is not None:
-        print(images.report(data.images.folder))
-        image_import.check_shares(data.name, data.images.shares)
-    return 0
-
-
-def _train(fields: Mapping[str, Any], workdir: epath.Path) -> int:
-    """Trains, the baseline of the config first if it has one; reports them side by side."""
-    from xmc_jax import build, checkpoint, distributed, report
-    from xmc_jax.training import loop
-
-    rows: dict[str, Any] = {}
-    runs = [("", workdir, fields)]
-    if fields["baseline"]:
-        name, differing = fields["baseline"]["name"], dict(fields["baseline"])
-        del differing["name"]
-        own = _override(fields, differing) | {"baseline": {}}
-        runs.insert(0, (name, workdir / "baseline", own))
-    for name, folder, own in runs:
-        run = build.run(own)
-        distributed.agree("provenance", run.provenance())
-        config = own | {"provenance": run.provenance()}
-        checkpoint.check_config(folder, config, new=True)
-        distributed.barrier("config compared")
-        checkpoint.write_config(folder, config)
-        distributed.barrier("config written")
-        checkpoint.check_config(folder, config, new=False)  # fails where others see no such folder
-        logging.info("%s: %s", folder, name or fields["name"])
-        try:
-            trained = loop.train(run, folder)
-        except loop.Interrupted as interrupted:
-            logging.info("%s", interrupted)
-            return _BY_SIGNAL + interrupted.signum
-        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
-        zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
-        found = _write(folder, trained.step, zero_shot, trained.evaluation)
-        if folder == workdir:
-            _show(folder, trained.step, found, trained.evaluation, run.data, rows)
-        rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
-    return 0
-
-
-def _override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested fields with some replaced."""
-    merged = dict(fields)
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and isinstance(fields.get(key), Mapping)
-        merged[key] = _override(fields[key], value) if nested else value
-    return merged
-
-
-def _write(workdir: epath.Path, step: int, rows: dict[str, Any], evaluation) -> dict[str, Any]:
-    """Writes metrics.json and predictions/<step>.npz; returns `rows` and the evaluation's."""
-    from xmc_jax import distributed
-    from xmc_jax.retrieval import evaluate
-
-    if distributed.is_first():
-        evaluate.write(
-            evaluation, workdir / "metrics.json", workdir / "predictions" / f"{step}.npz", rows
-        )
-    return rows | {_ROWS[kind]: metrics for kind, metrics in evaluation.metrics.items()}
-
-
-def _show(workdir: epath.Path, step: int, rows, evaluation, data, baseline=None) -> None:
-    """Prints which images there are and the tables, the rows of the baseline first."""
-    from xmc_jax.data import images
-    from xmc_jax.retrieval import evaluate
-
-    side_by_side = rows
-    if data.images is not None:
-        print(f"{images.report(data.images.folder)}\n")
-    if baseline:
-        name = f"text + {data.images.encoder}"
-        side_by_side = baseline | {f"{name}: {row}": found for row, found in rows.items()}
-    print(evaluate.format_table(side_by_side))
-    print()
-    print(evaluate.format_full_table(rows))
-    if evaluation.index:
-        print()
-        print(evaluate.format_index(evaluation.index))
-    print(f"\nstep {step}; the same in {workdir / 'metrics.json'}")
+    return modes.run(_MODE.value, asked)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -1,0 +1,209 @@
+"""What `python -m xmc_jax.main` does, mode by mode; each returns the exit code."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from xmc_jax import build, checkpoint, distributed, report
+from xmc_jax.data import image_import, images, prepare
+from xmc_jax.data.store import Store
+from xmc_jax.planning import report as planning_report
+from xmc_jax.retrieval import evaluate, exact, scann
+from xmc_jax.retrieval.evaluate import Evaluation
+from xmc_jax.training import loop
+from xmc_jax.training.config import RunConfig
+from xmc_jax.training.run import Run
+from xmc_jax.types import TrainState
+
+_ROWS = {"plain": "trained", "augmented": "trained + augmented"}
+_FAILED, _BY_SIGNAL = 1, 128  # exit codes; of a signal, its number more
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the flags ask for.
+
+    Attributes:
+        fields: the config, as nested mappings.
+        workdir: where the run lives.
+        step: which checkpoint: "latest", "best" or a step's number.
+        topology: of the mode plan.
+    """
+
+    fields: Mapping[str, Any]
+    workdir: epath.Path
+    step: str = "latest"
+    topology: str = "cpu"
+
+
+def run(mode: str, asked: Asked) -> int:
+    """Does what a mode is for, and prints what there is to say.
+
+    Args:
+        mode: see `xmc_jax.main`.
+        asked: see `Asked`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: one line on what is wrong.
+    """
+    RunConfig.from_dict(asked.fields)  # mistaken fields first
+    if mode == "export" and jax.process_count() > 1:
+        raise ValueError(
+            f"--mode=export: expected one process, got {jax.process_count()}; one reads the "
+            "checkpoints of many: --distributed=off"
+        )
+    whole = {"plan": _plan, "prepare": _prepare, "train": _train}
+    if mode in whole:
+        return whole[mode](asked)
+    of_checkpoint = {
+        "evaluate": _evaluate,
+        "embed": _embed,
+        "index": _index,
+        "export": _export,
+    }
+    of_checkpoint[mode](asked, *_restored(asked))
+    return 0
+
+
+def _plan(asked: Asked) -> int:
+    """Prints what a run needs on a topology; fails if there is not enough."""
+    text, fits = planning_report.make(asked.fields, asked.topology)
+    print(text)
+    return 0 if fits else _FAILED
+
+
+def _prepare(asked: Asked) -> int:
+    """Prints what is in the folders; of known datasets the shares of items with images must fit."""
+    data = build.data(asked.fields)
+    print(prepare.report(data.folder))
+    if data.images is not None:
+        print(images.report(data.images.folder))
+        image_import.check_shares(data.name, data.images.shares)
+    return 0
+
+
+def _train(asked: Asked) -> int:
+    """Trains, the baseline of the config first if it has one; reports them side by side."""
+    fields, workdir = asked.fields, asked.workdir
+    rows: dict[str, Any] = {}
+    runs = [("", workdir, fields)]
+    if fields["baseline"]:
+        name, differing = fields["baseline"]["name"], dict(fields["baseline"])
+        del differing["name"]
+        own = override(fields, differing) | {"baseline": {}}
+        runs.insert(0, (name, workdir / "baseline", own))
+    for name, folder, own in runs:
+        run = build.run(own)
+        distributed.agree("provenance", run.provenance())
+        config = own | {"provenance": run.provenance()}
+        checkpoint.check_config(folder, config, new=True)
+        distributed.barrier("config compared")
+        checkpoint.write_config(folder, config)
+        distributed.barrier("config written")
+        checkpoint.check_config(folder, config, new=False)  # fails where others see no such folder
+        logging.info("%s: %s", folder, name or fields["name"])
+        try:
+            trained = loop.train(run, folder)
+        except loop.Interrupted as interrupted:
+            logging.info("%s", interrupted)
+            return _BY_SIGNAL + interrupted.signum
+        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
+        zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
+        found = _write(folder, trained.step, zero_shot, trained.evaluation)
+        if folder == workdir:
+            _show(folder, trained.step, found, trained.evaluation, run.data, rows)
+        rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
+    return 0
+
+
+def _restored(asked: Asked) -> tuple[Run, int, TrainState]:
+    """The run in the workdir, and a checkpoint of it: its step and its state."""
+    checkpoint.read_config(asked.workdir)  # an absent run is answered before anything is loaded
+    run = build.run(asked.fields)
+    provenance = run.provenance()
+    distributed.agree("provenance", provenance)
+    checkpoint.check_config(asked.workdir, asked.fields | {"provenance": provenance}, new=False)
+    return run, *loop.restore(run, asked.workdir, asked.step)
+
+
+def _evaluate(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+    # Apart from what training left: the settings may be others.
+    workdir, evaluation = asked.workdir / "evaluate", run.evaluate(state)
+    _show(workdir, step, _write(workdir, step, {}, evaluation), evaluation, run.data)
+
+
+def _embed(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+    folder = asked.workdir / "embeddings" / str(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("test", "train"):
+        run.embed_to(state.params, split, folder / f"{split}.npy")
+    run.embed_index_to(state, folder / "label.npy")
+    print(f"wrote test.npy, train.npy and label.npy to {folder}")
+
+
+def _index(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+    labels, folder = exact.to_host(run.embed_index(state)), asked.workdir / "index" / str(step)
+    documents = run.embed(state.params, "test")
+    if distributed.is_first():
+        config = run.config.eval
+        k = min(config.k, len(labels))
+        scann.ScannIndex.build(labels, config.scann, documents[1::2], k).save(folder)
+        index = scann.ScannIndex.load(folder, labels)
+        found = scann.compare(index, labels, documents[::2], k)
+        print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
+
+
+def _export(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+    del step
+    print(f"wrote {build.export(asked.fields, run, state, asked.workdir)}")
+
+
+def override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields with some replaced."""
+    merged = dict(fields)
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and isinstance(fields.get(key), Mapping)
+        merged[key] = override(fields[key], value) if nested else value
+    return merged
+
+
+def _write(
+    workdir: epath.Path, step: int, rows: dict[str, Any], evaluation: Evaluation
+) -> dict[str, Any]:
+    """Writes metrics.json and predictions/<step>.npz; returns `rows` and the evaluation's."""
+    if distributed.is_first():
+        evaluate.write(
+            evaluation, workdir / "metrics.json", workdir / "predictions" / f"{step}.npz", rows
+        )
+    return rows | {_ROWS[kind]: metrics for kind, metrics in evaluation.metrics.items()}
+
+
+def _show(
+    workdir: epath.Path,
+    step: int,
+    rows: Mapping[str, Any],
+    evaluation: Evaluation,
+    data: Store,
+    baseline: Mapping[str, Any] | None = None,
+) -> None:
+    """Prints which images there are and the tables, the rows of the baseline first."""
+    side_by_side = rows
+    if data.images is not None:
+        print(f"{images.report(data.images.folder)}\n")
+    if baseline:
+        name = f"text + {data.images.encoder}"
+        side_by_side = baseline | {f"{name}: {row}": found for row, found in rows.items()}
+    print(evaluate.format_table(side_by_side))
+    print()
+    print(evaluate.format_full_table(rows))
+    if evaluation.index:
+        print()
+        print(evaluate.format_index(evaluation.index))
+    print(f"\nstep {step}; the same in {workdir / 'metrics.json'}")
