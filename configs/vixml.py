@@ -184,7 +184,14 @@ BASE = {
         "database_block": 262_144,
         "recall_target": 1.0,
     },
-    "export": {"format": "merged", "dtype": "float32"},
+    "export": {
+        "format": "merged",
+        "dtype": "float32",
+        "documents": True,
+        "prototypes": True,
+        "index": "auto",
+        "vision": "named",
+    },
     # Another run, trained first and shown beside this one: its name, and the fields that differ.
     "baseline": {},
 }

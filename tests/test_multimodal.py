@@ -15,6 +15,7 @@ import safetensors
 from configs import vixml
 from xmc_jax import build, checkpoint
 from xmc_jax.data import batches, synthetic
+from xmc_jax.export import write
 from xmc_jax.models import hf
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
@@ -172,7 +173,7 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, terminated
 def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
     """The exported folder is a backbone like any other, with its projection or without."""
     _, state, _ = stepped
-    folder = build.export(with_images, program, state, tmp_path)
+    folder = write.encoder(with_images, program, state, tmp_path)
     with safetensors.safe_open(folder / hf.PROJECTION, "np") as file:
         projection = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata()["encoder.name"] == "hog-colour"
@@ -202,7 +203,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
     fields = changed(decoder_fields, fusion={"order": order})
     program = build.run(fields)
     _, state, _ = run(program)
-    folder = build.export(fields, program, state, tmp_path)
+    folder = write.encoder(fields, program, state, tmp_path)
     again = changed(
         fields,
         encoder={
@@ -223,7 +224,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
 def test_a_projection_of_other_images_is_refused(
     with_images, program, stepped, with_random_images, tmp_path
 ):
-    folder = build.export(with_images, program, stepped[1], tmp_path)
+    folder = write.encoder(with_images, program, stepped[1], tmp_path)
     data = with_random_images(program.data, tmp_path / "images-x")
     again = changed(with_images, encoder={"backbone": str(folder)})
     with pytest.raises(ValueError, match=r"of images 8 wide, found one of \[32, 452\]") as refused:

@@ -6,6 +6,7 @@ import pytest
 
 from configs import vixml
 from xmc_jax import build
+from xmc_jax.export import write
 from xmc_jax.models import hf
 from xmc_jax.training import loop
 
@@ -63,7 +64,7 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, 
 
 def test_goes_on_from_its_export(fields, program, straight, tmp_path):
     """The exported folder is a backbone like any other: same prompts, same embeddings."""
-    folder = build.export(fields, program, straight.state, tmp_path)
+    folder = write.encoder(fields, program, straight.state, tmp_path)
     again = fields | {
         "encoder": fields["encoder"]
         | {
@@ -83,7 +84,7 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
     assert hf.resolve(str(folder)).digest
     with pytest.raises(ValueError, match=r"export\.format: expected 'merged'"):
-        build.export(again, merged, straight.state, tmp_path)
+        write.encoder(again, merged, straight.state, tmp_path)
     other = again | {"fusion": fields["fusion"] | {"prefix": "Another text"}}
     with pytest.raises(ValueError, match="prefix there 'This product text', here 'Another text'"):
         build.run(other)

@@ -1,19 +1,18 @@
-"""What a config names, found and opened: data, images, prompts, the run over them, exports."""
+"""What a config names, found and opened: data, images, prompts, and the run over them."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
 from xmc_jax import distributed
 from xmc_jax.data import bundled, prepare, prompts, store, synthetic, tokenizer
 from xmc_jax.data import images as image_folders
-from xmc_jax.models import backbone, hf, hf_export
+from xmc_jax.models import backbone, hf
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
-from xmc_jax.types import Prompts, TrainState
+from xmc_jax.types import Prompts
 
 BUNDLED, SYNTHETIC = "bundled", "synthetic"  # values of data.raw_dir that are no folders
 
@@ -36,59 +35,8 @@ def data(fields: Mapping[str, Any]) -> store.Store:
     return distributed.first_then_others("data", lambda: _data(fields))
 
 
-def export(
-    fields: Mapping[str, Any], run: Run, state: TrainState, workdir: epath.Path
-) -> epath.Path:
-    """Writes the encoder, or its adapters, its projection of images, and its tokenizer.
-
-    Args:
-        fields: the config of the run.
-        run: see `Run`.
-        state: what to export.
-        workdir: gets `export/`, or `export-adapter/`, which is returned.
-
-    Raises:
-        ValueError: adapters are asked for and there are none, or nothing to load them onto.
-    """
-    config, T = run.config, fields["data"]["max_length"]
-    around = prompts.around_text(run.model.prompts, _order(fields))
-    folder = workdir / ("export-adapter" if config.export.format == "adapter" else "export")
-    common = {
-        "lora": config.encoder.lora,
-        "pooling": config.encoder.pooling,
-        "max_length": len(around.head) + T + len(around.tail),
-    }
-    params = run.merged(state)
-    if config.export.format == "adapter":
-        if config.encoder.init == "random":
-            raise ValueError(
-                "export.format: expected 'merged' for a backbone with random weights, which nobody "
-                "can load adapters onto, got 'adapter'"
-            )
-        hf_export.adapter(folder, params["backbone"], run.sizes, source=run.source, **common)
-    else:
-        dtype = config.export.dtype
-        hf_export.merged(folder, params["backbone"], run.sizes, dtype=dtype, **common)
-    if "projection" in params:
-        encoder = run.data.images.manifest["encoder"]
-        hf_export.projection(folder, params["projection"], encoder)
-    source = _tokenizer(fields).folder
-    if _decodes(fields):
-        prompts.export(
-            source,
-            folder,
-            **_prompt_texts(fields),
-            pooling=config.encoder.pooling,
-            max_length=T,
-            order=_order(fields),
-        )
-    else:
-        tokenizer.copy(source, folder)
-    return folder
-
-
 def _data(fields: Mapping[str, Any]) -> store.Store:
-    section, source = fields["data"], _tokenizer(fields)
+    section, source = fields["data"], tokenizer_source(fields)
     opened = store.open(
         prepare.prepare(
             prepare.PrepareConfig(
@@ -98,7 +46,7 @@ def _data(fields: Mapping[str, Any]) -> store.Store:
                 tokenizer_name=pathlib.PurePath(source.name).name,
                 max_length=section["max_length"],
                 raw=_raw(section),
-                special_tokens=not _decodes(fields),
+                special_tokens=not decodes(fields),
                 encoding=section["encoding"],
                 text=section["text"],
                 propensity=(section["propensity_a"], section["propensity_b"]),
@@ -163,46 +111,48 @@ def _images(section: Mapping[str, Any]) -> image_folders.ImageStore:
     return opened
 
 
-def _order(fields: Mapping[str, Any]) -> str | None:
+def order(fields: Mapping[str, Any]) -> str | None:
     """Of text and images; None without images."""
     return None if fields["data"]["images"]["name"] is None else fields["fusion"]["order"]
 
 
-def _prompt_texts(fields: Mapping[str, Any]) -> dict[str, str]:
+def prompt_texts(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The prompts of a config as they are written."""
     return {name: fields["fusion"][name] for name in ("prefix", "image_prefix", "suffix")}
 
 
 def _prompts(fields: Mapping[str, Any]) -> Prompts:
     """The prompts of a config as token ids; none for encoders, which take none."""
-    texts = _prompt_texts(fields)
-    if not _decodes(fields):
+    texts = prompt_texts(fields)
+    if not decodes(fields):
         given = [name for name, text in texts.items() if text]
         if given:
             raise ValueError(f"fusion.{given[0]}: expected '', encoders take no prompts, got text")
         return Prompts()
-    folder = _tokenizer(fields).folder
-    exported, order = prompts.read_settings(folder), _order(fields)
+    folder = tokenizer_source(fields).folder
+    exported, asked_order = prompts.read_settings(folder), order(fields)
     if exported is not None:
         for field, trained, asked in (
             ("encoder.pooling", exported.pooling, fields["encoder"]["pooling"]),
             # Images may be new to it, or left out.
-            ("fusion.order", exported.order, order or exported.order),
+            ("fusion.order", exported.order, asked_order or exported.order),
         ):
             if trained not in (None, asked):
                 raise ValueError(
                     f"{folder}: expected {field} as it was trained with, {trained!r}, got "
                     f"{asked!r}; set --config.{field}={trained}"
                 )
-    return prompts.tokenize(tokenizer.load(folder), folder, **texts, order=order)
+    return prompts.tokenize(tokenizer.load(folder), folder, **texts, order=asked_order)
 
 
-def _decodes(fields: Mapping[str, Any]) -> bool:
+def decodes(fields: Mapping[str, Any]) -> bool:
+    """Whether the backbone of a config is a decoder."""
     encoder = fields["encoder"]
     source = hf.resolve(encoder["backbone"], encoder["revision"], weights=False)
     return backbone.is_decoder(hf.load_config(source))
 
 
-def _tokenizer(fields: Mapping[str, Any]) -> hf.Source:
+def tokenizer_source(fields: Mapping[str, Any]) -> hf.Source:
     """Where the tokenizer of a config lies: the backbone's own, or that of `data.tokenizer`."""
     name = fields["data"]["tokenizer"]
     if name is not None:

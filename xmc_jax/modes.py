@@ -11,6 +11,7 @@ from etils import epath
 from xmc_jax import build, checkpoint, distributed, report
 from xmc_jax.data import image_import, images, prepare
 from xmc_jax.data.store import Store
+from xmc_jax.export import write
 from xmc_jax.planning import report as planning_report
 from xmc_jax.retrieval import evaluate, exact, scann
 from xmc_jax.retrieval.evaluate import Evaluation
@@ -161,8 +162,11 @@ def _index(asked: Asked, run: Run, step: int, state: TrainState) -> None:
 
 
 def _export(asked: Asked, run: Run, step: int, state: TrainState) -> None:
-    del step
-    print(f"wrote {build.export(asked.fields, run, state, asked.workdir)}")
+    if run.config.export.format == "adapter":
+        folder = write.encoder(asked.fields, run, state, asked.workdir)
+    else:
+        folder = write.whole(asked.fields, run, step, state, asked.workdir)
+    print(f"wrote {folder}")
 
 
 def override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

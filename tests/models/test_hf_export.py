@@ -15,6 +15,7 @@ import safetensors.numpy
 from xmc_jax import sharding
 from xmc_jax.models import backbone, bert, decoder_config, dual, hf, hf_export, hf_names
 from xmc_jax.models.layers import NO_LORA, LoraConfig
+from xmc_jax.training.config import ExportConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FAMILIES = (*bert.FAMILIES, *decoder_config.FAMILIES)
@@ -365,4 +366,4 @@ def test_config_json_is_read_back(family, tmp_path):
 )
 def test_config_errors(fields, message):
     with pytest.raises(ValueError, match=message):
-        hf_export.ExportConfig(**fields)
+        ExportConfig(**fields)

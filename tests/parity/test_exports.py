@@ -11,6 +11,7 @@ import pytest
 
 from configs import vixml
 from xmc_jax import build, packaged
+from xmc_jax.export import write
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -93,7 +94,7 @@ def test_decoders(family, pooling, topics, tmp_path):
     for kind in ("merged", "adapter"):
         asked = copy.deepcopy(fields) | {"export": {"format": kind, "dtype": "float32"}}
         run = build.run(asked)
-        folder = build.export(asked, run, state, tmp_path / "run")
+        folder = write.encoder(asked, run, state, tmp_path / "run")
         model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
         theirs = model.encode(titles(topics), batch_size=16)
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5, err_msg=kind)
@@ -105,7 +106,7 @@ def test_an_encoder(fields, topics, tmp_path):
     fields["data"]["max_length"] = 8
     run = build.run(fields)
     state = run.initial_state()
-    folder = build.export(fields, run, state, tmp_path)
+    folder = write.encoder(fields, run, state, tmp_path)
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     ours = run.embed(state.params, "train")[:100]
     np.testing.assert_allclose(model.encode(titles(topics)), ours, rtol=0, atol=1e-5)

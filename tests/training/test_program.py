@@ -10,8 +10,9 @@ import pytest
 
 from configs import vixml
 from xmc_jax import build
-from xmc_jax.models import fusion, hf, hf_export
-from xmc_jax.training.config import RunConfig
+from xmc_jax.export import write
+from xmc_jax.models import fusion, hf
+from xmc_jax.training.config import ExportConfig, RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
 
@@ -69,7 +70,7 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
 
 def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder, initial, tmp_path):
     fields = copy.deepcopy(decoder_fields)
-    folder = build.export(fields, decoder, initial, tmp_path)
+    folder = write.encoder(fields, decoder, initial, tmp_path)
     fields["encoder"] |= {"backbone": str(folder), "init": "pretrained"}
     read = build.run(fields)
     for path, leaf in paths(decoder.frozen).items():
@@ -119,10 +120,10 @@ def test_encoders_refuse_prompts_by_name(fields):
 
 def test_adapters_need_a_pretrained_model(decoder_fields, decoder, tmp_path):
     asked = decoder_fields | {"export": {"format": "adapter", "dtype": "float32"}}
-    config = dataclasses.replace(decoder.config, export=hf_export.ExportConfig("adapter"))
+    config = dataclasses.replace(decoder.config, export=ExportConfig("adapter"))
     decoder.config, whole = config, decoder.config
     try:
         with pytest.raises(ValueError, match=r"expected 'merged' for a backbone with random weigh"):
-            build.export(asked, decoder, decoder.abstract, tmp_path)
+            write.encoder(asked, decoder, decoder.abstract, tmp_path)
     finally:
         decoder.config = whole

@@ -216,6 +216,26 @@ def load_projection(source: Source, width: int) -> dict[str, np.ndarray] | None:
     return {"kernel": np.ascontiguousarray(weight.T, np.float32), "bias": np.float32(bias)}
 
 
+def load_tree(path: pathlib.Path, abstract: Any) -> dict[str, Any]:
+    """Parameters that `hf_export.tree` wrote, as numpy float32.
+
+    Args:
+        path: a safetensors file.
+        abstract: nested dicts of leaves with a shape: what must be there.
+
+    Raises:
+        ValueError: a damaged file, or other parameters.
+    """
+    wanted = traverse_util.flatten_dict(abstract, sep="/")
+    with _open(path) as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        expected = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+        if found != expected:
+            raise ValueError(f"{path}: expected {expected}, found {found}; export the model again")
+        flat = {name: np.float32(file.get_tensor(name)) for name in wanted}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def _homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, tuple[pathlib.Path, str]]:
     # Name of our table -> file and name there, after all are found to be there and to fit.
     home: dict[str, pathlib.Path] = {}

@@ -4,8 +4,8 @@ They hold the backbone, all that documents need: label prototypes are rows of an
 files are `data.tokenizer.export`'s.
 """
 
-import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,27 +25,6 @@ DTYPES = ("float32", "bfloat16")
 _SHARD = "2GB"  # a shard is in memory twice while it is written
 _ADAPTER = "adapter_model.safetensors"
 _POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportConfig:
-    """What the mode export writes.
-
-    Attributes:
-        format: "merged", a model by itself, adapters added to its weights; or "adapter", a folder
-            for `peft`, which needs the model that training began with.
-        dtype: of the merged weights; in bfloat16 embeddings differ from ours by its rounding.
-    """
-
-    format: str = "merged"
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        for name, known in (("format", FORMATS), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"export.{name}: expected one of {known}, got {getattr(self, name)!r}"
-                )
 
 
 def merged(
@@ -181,6 +160,15 @@ def projection(folder: epath.PathLike, params: dict[str, Any], encoder: Mapping[
     metadata = {"format": "pt", **{f"encoder.{key}": str(v) for key, v in encoder.items()}}
     content = safetensors.numpy.save(tensors, metadata=metadata)
     (epath.Path(folder) / hf.PROJECTION).write_bytes(content)
+
+
+def tree(path: pathlib.Path, params: Mapping[str, Any]) -> None:
+    """Writes parameters by their paths, float32; `hf.load_tree` reads them."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors = {
+        name: np.ascontiguousarray(jax.device_get(leaf), np.float32) for name, leaf in flat.items()
+    }
+    path.write_bytes(safetensors.numpy.save(tensors))
 
 
 def _merged(flat: dict[str, Any], path: str, layer: int, lora: LoraConfig) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from xmc_jax.data.csr import Csr
+from xmc_jax.retrieval.metrics import drop_filtered
 
 _BLOCK = 1_024  # documents whose (label, weight) entries are summed at a time
 
@@ -76,6 +77,34 @@ def union(
     document_ids = np.where(document_ids < 0, -1, document_ids + num_labels)
     scores = np.concatenate([label_scores, document_scores], axis=1)
     return scores, np.concatenate([label_ids, document_ids], axis=1).astype(np.int32)
+
+
+def to_mix(
+    config: AugmentedConfig,
+    nearest: tuple[np.ndarray, np.ndarray],
+    retrieved: tuple[np.ndarray, np.ndarray],
+    pairs: np.ndarray,
+    extra: int,
+    num_labels: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids of what `augment` mixes, of what was searched.
+
+    Args:
+        config: see `AugmentedConfig`.
+        nearest: f32[M, K], i32[M, K] of labels, best first.
+        retrieved: the same of documents, in split mode; of labels and documents in joint mode.
+        pairs: i32[p, 2], (row, label) that may not be predicted.
+        extra: the most pairs of any one row, by which searches of labels asked for more.
+        num_labels: L.
+    """
+    if config.mode == "joint":
+        wanted = config.labels + config.documents
+        return drop_filtered(*retrieved, pairs, wanted) if config.filter_first else retrieved
+    margin = extra if config.filter_first else 0
+    scores, ids = (x[:, : config.labels + margin] for x in nearest)
+    if config.filter_first:
+        scores, ids = drop_filtered(scores, ids, pairs, config.labels)
+    return union(scores, ids, *retrieved, num_labels)
 
 
 def augment(

@@ -135,7 +135,7 @@ def evaluate(
     found = {"plain": nearest}
     if distributed.is_first():
         if mix is not None:
-            items = _augmented_items(mix, nearest, retrieved, pairs, extra, len(labels))
+            items = augmented.to_mix(mix, nearest, retrieved, pairs, extra, len(labels))
             found["augmented"] = augmented.augment(
                 *items, store.positives("train"), mix, config.k + extra
             )
@@ -199,18 +199,6 @@ class _Search:
         built = scann.ScannIndex.build(rows, config, self._others, k)
         self.index[name] = scann.compare(built, rows, self._some, k)
         return built.search(self._test, k)
-
-
-def _augmented_items(config, nearest, retrieved, pairs, extra, num_labels):
-    """(scores, ids) of labels and documents to mix, of what was found."""
-    if config.mode == "joint":
-        wanted = config.labels + config.documents
-        return drop_filtered(*retrieved, pairs, wanted) if config.filter_first else retrieved
-    margin = extra if config.filter_first else 0
-    scores, ids = (x[:, : config.labels + margin] for x in nearest)
-    if config.filter_first:
-        scores, ids = drop_filtered(scores, ids, pairs, config.labels)
-    return augmented.union(scores, ids, *retrieved, num_labels)
 
 
 def write(

@@ -1,4 +1,4 @@
-"""The typed sections of a config; each but `TrainConfig` is defined beside its consumer."""
+"""The typed sections of a config; each is defined beside its consumer, but for the last two."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -74,8 +74,43 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What the mode export writes; see `inference.artifact`.
+
+    Attributes:
+        format: "merged", a model by itself, adapters added to its weights, with all that it ranks;
+            or "adapter", a folder for `peft`, which needs the model that training began with.
+        dtype: of the merged weights; in bfloat16 embeddings differ from ours by its rounding.
+        documents: with the training documents' embeddings, for augmented ranking and neighbours.
+        prototypes: with what label prototypes are made of, for adding and changing labels.
+        index: "auto", a ScaNN index where there are `eval.scann.brute_force_below` labels or more
+            and scann is installed; "scann", always; "none".
+        vision: "named", the image encoder by name, revision and digest; or "carried", its files.
+    """
+
+    format: str = "merged"
+    dtype: str = "float32"
+    documents: bool = True
+    prototypes: bool = True
+    index: str = "auto"
+    vision: str = "named"
+
+    def __post_init__(self):
+        for name, known in (
+            ("format", hf_export.FORMATS),
+            ("dtype", hf_export.DTYPES),
+            ("index", ("auto", "scann", "none")),
+            ("vision", ("named", "carried")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"export.{name}: expected one of {known}, got {getattr(self, name)!r}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The typed sections of a config; each is defined beside its consumer."""
+    """The typed sections of a config."""
 
     encoder: dual.EncoderConfig
     fusion: fusion.FusionConfig
@@ -87,7 +122,7 @@ class RunConfig:
     mesh: sharding.MeshConfig
     train: TrainConfig
     eval: evaluate.EvalConfig
-    export: hf_export.ExportConfig
+    export: ExportConfig
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Mapping[str, Any]]) -> "RunConfig":

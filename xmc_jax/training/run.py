@@ -166,9 +166,9 @@ class Run(Program):
         """
         return encode.to_host(self._encoder(params, pooled), self._items(split))
 
-    def embed_to(self, params: Any, split: str, out: epath.PathLike) -> None:
-        """Writes unit embeddings as .npy; see `encode.to_file`."""
-        encode.to_file(self._encoder(params), self._items(split), out)
+    def embed_to(self, params: Any, split: str, out: epath.PathLike, pooled: bool = False) -> None:
+        """Writes what `embed` gives as .npy; see `encode.to_file`."""
+        encode.to_file(self._encoder(params, pooled), self._items(split), out)
 
     def embed_index(self, state: TrainState) -> exact.Database:
         """f32[L, D], what is searched: label prototypes with PRIME, label embeddings without."""
@@ -183,13 +183,17 @@ class Run(Program):
         """All parameters, trained and frozen ones together."""
         return optimizer.merge(state.params, self.frozen)
 
-    def evaluate(self, state: TrainState) -> Evaluation:
+    def evaluate(self, state: TrainState, config: evaluate.EvalConfig | None = None) -> Evaluation:
         """Evaluates on the test documents.
 
         Retrieval-augmented inference searches the document bank: exact after the last epoch, before
         that each document's embedding as of its last visit.
+
+        Args:
+            state: see `TrainState`.
+            config: the run's own by default.
         """
-        config = self.config.eval
+        config = config or self.config.eval
         documents = None
         if config.augmented.enabled:
             bank = state.tables.document_bank

@@ -1,0 +1,163 @@
+"""What a person reads in an exported folder: a model card, a data card, licences."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from xmc_jax.data import bundled
+from xmc_jax.models import hf
+from xmc_jax.retrieval import evaluate
+from xmc_jax.training.run import Run
+
+_ROWS = {"plain": "labels by inner product", "augmented": "mixed with neighbouring documents"}
+
+_LICENSE_TEXT = """The files of this folder come under the licences of what they are made of:
+
+- the weights are derived from {base}: see that model's licence;
+- label and document texts, identifiers and what is computed of them, are those of {dataset}: see
+  DATA_CARD.md;
+- xmc_jax, which wrote the folder, is under the Apache License 2.0, which asks nothing of what it
+  writes.
+
+Who ships this folder says here under which licence.
+"""
+
+
+def make(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> dict[str, str]:
+    """File name -> text.
+
+    Args:
+        content: of artifact.json.
+        fields: the config of the run.
+        run: see `Run`.
+    """
+    return {
+        "README.md": _model_card(content, fields, run),
+        "DATA_CARD.md": _data_card(content, fields, run),
+        "LICENSE.md": _LICENSE_TEXT.format(base=_base(run), dataset=content["dataset"]["name"]),
+    }
+
+
+def _base(run: Run) -> str:
+    config = run.config.encoder
+    if config.init == "random":
+        return f"random weights in the shape of {config.backbone}"
+    name = hf.resolve(config.backbone, config.revision, weights=False).public_name
+    return pathlib.Path(name).name if pathlib.Path(name).is_absolute() else name
+
+
+def _model_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> str:
+    dataset, base, model = content["dataset"]["name"], _base(run), content["model"]
+    front = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "tags: [xmc_jax, extreme-multi-label-classification, retrieval, sentence-transformers]",
+        *([f"base_model: {json.dumps(base)}"] if base.count("/") == 1 else []),
+        "---",
+    ]
+    columns = evaluate.COLUMNS
+    rows = [
+        f"| {_ROWS.get(kind, kind)} | "
+        + " | ".join(f"{100 * found[name]:.2f}" if name in found else "-" for name in columns)
+        + " |"
+        for kind, found in content["metrics"].items()
+    ]
+    images = model["images"]
+    takes = "texts" if images is None else f"texts and up to {images['per_item']} pictures"
+    lines = [
+        *front,
+        f"# {content['name']}",
+        "",
+        f"Ranks the {content['labels']['count']:,} labels of {dataset} for documents of {takes}. "
+        f"One Siamese tower of {base}, trained with xmc_jax "
+        f"{content['versions']['xmc_jax']} ({content['step']:,} steps); exported "
+        f"{content['created']}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from xmc_jax.inference.predictor import Predictor",
+        'predictor = Predictor.open("path/to/this/folder")',
+        'predictor.predict(["a new document"], k=10)',
+        "```",
+        "",
+        "`python -m xmc_jax.main --mode=predict --artifact=path/to/this/folder --input=new.jsonl "
+        "--output=out.jsonl` does the same for files, `--mode=serve --artifact=...` over HTTP. "
+        '`SentenceTransformer("path/to/this/folder").encode(texts)` gives the same embeddings of '
+        "texts; the labels to compare them with are `labels/embeddings.npy`.",
+        "",
+        "## How good it is",
+        "",
+        f"On the {run.data.num_test:,} test documents of {dataset}, percent:",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+        *rows,
+    ]
+    if content["index"]:
+        index = content["index"]
+        lines += [
+            "",
+            f"The ScaNN index finds {100 * index['recall']:.2f} % of the {index['k']} labels that "
+            f"exact search finds, on {index['queries']:,} test documents.",
+        ]
+    lines += ["", "## What it takes", ""]
+    lines += [f"- texts of at most {model['max_length']} tokens; more is cut"]
+    if images is None:
+        lines += ["- no pictures"]
+    else:
+        carried = "carried in `vision/`" if images["folder"] else "not in this folder"
+        revision = f" at {images['revision']}" if images["revision"] else ""
+        lines += [
+            f"- pictures, as vectors of {images['encoder']}{revision} "
+            f"(sha256 {images['digest']}), {carried}"
+        ]
+    lines += [
+        "- embeddings are unit vectors, " + f"{model['width']} wide, pooled by {model['pooling']}",
+        "",
+        "## Limits",
+        "",
+        "It knows what its training documents and their labels show, and repeats their biases: "
+        "labels that few documents have are predicted worse (PSP@k against P@k above says how much "
+        "worse). Scores order labels; they are no probabilities.",
+        "",
+        "## Made with",
+        "",
+        ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+        + ". The whole config is in `artifact.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _data_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> str:
+    report = content["dataset"]["report"]
+    lines = [
+        f"# {content['dataset']['name']}",
+        "",
+        "What the model was trained and tested on.",
+        "",
+    ]
+    for split, facts in report.items():
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items())
+        lines.append(f"- **{split}**: {shown}")
+    if run.data.images is not None:
+        shares = run.data.images.shares
+        lines.append(
+            "- **pictures**: "
+            + ", ".join(f"{share:.1f} % of {split}" for split, share in shares.items())
+        )
+    raw = fields["data"]["raw_dir"]
+    own = (
+        bundled.path(content["dataset"]["name"]) if raw == "bundled" else pathlib.Path(raw)
+    ) / "DATA_CARD.md"
+    if own.is_file():
+        lines += ["", "---", "", own.read_text(encoding="utf-8").strip()]
+    else:
+        lines += [
+            "",
+            "Its origin and licence are not recorded; who ships this folder says them here.",
+        ]
+    return "\n".join(lines) + "\n"

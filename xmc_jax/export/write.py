@@ -1,0 +1,292 @@
+"""Writes what `--mode=export` leaves: an encoder, its adapters, or a whole artifact."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import pathlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from xmc_jax import build, sharding
+from xmc_jax.data import prompts, store, texts, tokenizer
+from xmc_jax.export import cards
+from xmc_jax.inference import artifact
+from xmc_jax.models import hf, hf_export
+from xmc_jax.retrieval import scann
+from xmc_jax.training.run import Run
+from xmc_jax.types import TrainState
+
+_VERSIONS = ("flax", "jax", "numpy", "safetensors", "scann", "tokenizers", "transformers")
+_VISION_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", hf.INDEX)
+
+
+def encoder(
+    fields: Mapping[str, Any], run: Run, state: TrainState, workdir: epath.PathLike
+) -> epath.Path:
+    """Writes the encoder, or its adapters, its projection of images, and its tokenizer.
+
+    Args:
+        fields: the config of the run.
+        run: see `Run`.
+        state: what to export.
+        workdir: gets `export/`, or `export-adapter/`, which is returned.
+
+    Raises:
+        ValueError: adapters are asked for and there are none, or nothing to load them onto.
+    """
+    config, T = run.config, fields["data"]["max_length"]
+    around = prompts.around_text(run.model.prompts, build.order(fields))
+    folder = epath.Path(workdir) / (
+        "export-adapter" if config.export.format == "adapter" else "export"
+    )
+    common = {
+        "lora": config.encoder.lora,
+        "pooling": config.encoder.pooling,
+        "max_length": len(around.head) + T + len(around.tail),
+    }
+    params = run.merged(state)
+    if config.export.format == "adapter":
+        if config.encoder.init == "random":
+            raise ValueError(
+                "export.format: expected 'merged' for a backbone with random weights, which nobody "
+                "can load adapters onto, got 'adapter'"
+            )
+        hf_export.adapter(folder, params["backbone"], run.sizes, source=run.source, **common)
+    else:
+        dtype = config.export.dtype
+        hf_export.merged(folder, params["backbone"], run.sizes, dtype=dtype, **common)
+    if "projection" in params:
+        made_by = run.data.images.manifest["encoder"]
+        hf_export.projection(folder, params["projection"], made_by)
+    source = build.tokenizer_source(fields).folder
+    if build.decodes(fields):
+        prompts.export(
+            source,
+            folder,
+            **build.prompt_texts(fields),
+            pooling=config.encoder.pooling,
+            max_length=T,
+            order=build.order(fields),
+        )
+    else:
+        tokenizer.copy(source, folder)
+    return folder
+
+
+def whole(
+    fields: Mapping[str, Any], run: Run, step: int, state: TrainState, workdir: epath.PathLike
+) -> epath.Path:
+    """Writes an artifact: see `inference.artifact`. It is evaluated as it is written.
+
+    Args:
+        fields: the config of the run.
+        run: see `Run`.
+        step: optimizer steps done.
+        state: what to export.
+        workdir: gets `export/`, which is returned; replaced if it is there.
+
+    Raises:
+        ValueError: an image encoder that is to be carried and is not there.
+    """
+    target = epath.Path(workdir) / "export"
+    with tempfile.TemporaryDirectory(prefix="xmc_jax-export-") as temporary:
+        # Beside the target where that is local, so that it goes there in one move.
+        if "://" not in str(target):
+            pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.mkdtemp(prefix=".export-", dir=workdir)
+        try:
+            local = pathlib.Path(str(encoder(fields, run, state, temporary)))
+            _fill(local, fields, run, step, state)
+            if target.exists():
+                target.rmtree()
+            if "://" in str(target):
+                _copy(local, target)
+            else:
+                local.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _fill(
+    folder: pathlib.Path, fields: Mapping[str, Any], run: Run, step: int, state: TrainState
+) -> None:
+    """Everything but the encoder, the manifest last."""
+    config, data = run.config.export, run.data
+    # Exactly, and without the comparison with an index that is not shipped.
+    judged = dataclasses.replace(run.config.eval, index="exact", compare_scann=False)
+    evaluation = run.evaluate(state, judged)
+    model = _model(folder, fields, run)
+    content: dict[str, Any] = {
+        "name": fields["name"],
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "dataset": {"name": data.name, "digest": data.digest, "report": data.manifest["report"]},
+        "step": step,
+        "model": dataclasses.asdict(model),
+        "metrics": evaluation.metrics,
+        "labels": None,
+        "prototypes": None,
+        "documents": None,
+        "index": None,
+        "config": _json(fields),
+    }
+    embeddings = _labels(folder / "labels", run, state)
+    content["labels"] = _part("labels", data.num_labels, model)
+    if config.prototypes and run.model.prime is not None:
+        _prototypes(folder / "prototypes", run, state)
+        content["prototypes"] = _part("prototypes", data.num_labels, model) | {
+            "config": dataclasses.asdict(run.config.prime)
+        }
+    mix = run.config.eval.augmented
+    if config.documents:
+        _documents(folder / "documents", run, state)
+        content["documents"] = _part("documents", data.num_documents, model)
+    content["ranking"] = dataclasses.asdict(
+        dataclasses.replace(mix, enabled=mix.enabled and config.documents)
+    )
+    many = data.num_labels >= run.config.eval.scann.brute_force_below
+    if config.index == "scann" or (config.index == "auto" and many and scann.available()):
+        content["index"] = _part("index", data.num_labels, model) | _index(
+            folder / "index", run, state, embeddings
+        )
+    for name, text in cards.make(content, fields, run).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    artifact.write_manifest(folder, content)
+
+
+def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifact.ModelInput:
+    images = None
+    if run.data.images is not None:
+        manifest = run.data.images.manifest
+        made_by, source = manifest["encoder"], manifest["source"]
+        processing = source.get("processing", {})
+        asked = fields["data"]["images"]
+        images = artifact.ImageInput(
+            encoder=made_by["name"],
+            revision=made_by["revision"],
+            digest=made_by["digest"],
+            width=made_by["E"],
+            per_item=run.data.train.per_item,
+            layout=processing.get("layout", asked["layout"]),
+            alpha=source.get("alpha", "white"),
+            dtype=processing.get("dtype", asked["dtype"]),
+            folder=None,
+        )
+        if run.config.export.vision == "carried":
+            images = dataclasses.replace(images, folder=_carry(folder, images))
+    model = run.model
+    return artifact.ModelInput(
+        digest=artifact.digest_of_model(
+            {path.name: store.sha256(path) for path in folder.iterdir() if path.is_file()}
+        ),
+        width=run.sizes.hidden,
+        max_length=fields["data"]["max_length"],
+        special_tokens=run.data.special_tokens,
+        prompts=model.prompts,
+        pooling=model.pooling,
+        compute_dtype=model.compute_dtype,
+        order=model.order,
+        positions=model.positions,
+        images=images,
+    )
+
+
+def _carry(folder: pathlib.Path, images: artifact.ImageInput) -> str | None:
+    """Copies the image encoder; a descriptor has no files."""
+    from xmc_jax.vision import descriptor  # an extra
+
+    if images.encoder == descriptor.NAME:
+        return None
+    source = hf.resolve(images.encoder, images.revision)
+    if source.digest != images.digest:
+        raise ValueError(
+            f"{images.encoder}: expected the image encoder of the run (sha256 "
+            f"{images.digest[:12]}), found another (sha256 {source.digest[:12]})"
+        )
+    (folder / "vision").mkdir()
+    for pattern in _VISION_FILES:
+        for path in source.folder.glob(pattern):
+            shutil.copyfile(path, folder / "vision" / path.name)
+    return "vision"
+
+
+def _labels(folder: pathlib.Path, run: Run, state: TrainState) -> np.ndarray:
+    """Writes the labels; returns their embeddings, memory-mapped."""
+    folder.mkdir()
+    run.embed_index_to(state, folder / "embeddings.npy")
+    np.save(folder / "frequency.npy", run.data.label_frequency.astype(np.int64))
+    texts.save(folder, "ids", run.data.uids("label"))
+    texts.save(folder, "texts", run.data.texts("label"))
+    return np.load(folder / "embeddings.npy", mmap_mode="r")
+
+
+def _prototypes(folder: pathlib.Path, run: Run, state: TrainState) -> None:
+    folder.mkdir()
+    run.embed_to(state.params, "label", folder / "text.npy", pooled=True)
+    np.save(folder / "centroids.npy", np.float32(sharding.fetch(state.tables.centroids)))
+    free_vector_of = sharding.fetch(state.tables.free_vector_of)
+    np.save(folder / "free_vector_of.npy", free_vector_of.astype(np.int32))
+    params = run.merged(state)
+    np.save(folder / "free_vectors.npy", np.float32(sharding.fetch(params["free_vectors"])))
+    hf_export.tree(folder / "combiner.safetensors", params.get("combiner", {}))
+
+
+def _documents(folder: pathlib.Path, run: Run, state: TrainState) -> None:
+    folder.mkdir()
+    bank = sharding.fetch(state.tables.document_bank)
+    np.save(folder / "embeddings.npy", np.asarray(bank, np.float32))
+    positives = run.data.positives("train")
+    np.save(folder / "positives.indptr.npy", positives.indptr.astype(np.int64))
+    np.save(folder / "positives.indices.npy", positives.indices.astype(np.int32))
+    texts.save(folder, "ids", run.data.uids("train"))
+    texts.save(folder, "texts", run.data.texts("train"))
+
+
+def _index(
+    folder: pathlib.Path, run: Run, state: TrainState, embeddings: np.ndarray
+) -> dict[str, Any]:
+    """Writes the ScaNN index; returns its recall and the documents that measured it."""
+    k = min(run.config.eval.k, len(embeddings))
+    queries = run.embed(state.params, "test")
+    # Measured on some and tuned on others.
+    index = scann.ScannIndex.build(embeddings, run.config.eval.scann, queries[1::2], k)
+    index.save(folder)
+    found = scann.compare(index, np.asarray(embeddings), queries[::2], k)
+    logging.info("ScaNN finds %.2f %% of the exact %d", 100 * found["recall"], k)
+    return {"recall": found["recall"], "k": k, "queries": len(queries[::2])}
+
+
+def _part(folder: str, count: int, model: artifact.ModelInput) -> dict[str, Any]:
+    return dataclasses.asdict(artifact.Part(folder, count, model.digest))
+
+
+def _versions() -> dict[str, str]:
+    found = {"xmc_jax": importlib.metadata.version("xmc_jax"), "python": platform.python_version()}
+    for name in _VERSIONS:
+        if name != "scann" or scann.available():
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _json(tree: Any) -> Any:
+    """A config as JSON has it: tuples as lists."""
+    if isinstance(tree, Mapping):
+        return {key: _json(value) for key, value in tree.items()}
+    return [_json(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _copy(local: pathlib.Path, target: epath.Path) -> None:
+    """To a remote folder, the manifest last."""
+    paths = [path for path in local.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name == artifact.MANIFEST):
+        place = target / path.relative_to(local).as_posix()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(path).copy(place, overwrite=True)

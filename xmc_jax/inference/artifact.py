@@ -1,0 +1,486 @@
+"""The folder that is shipped: a model, what it ranks, and how good it was; it opens offline.
+
+    artifact.json            what is in it: see `Artifact`; digests of all files it names
+    config.json, model*.safetensors, tokenizer.json, modules.json, ...
+                             the encoder, as transformers and sentence-transformers open it
+    image_projection.safetensors of images
+    labels/                  embeddings.npy f32[L, D], what is searched; frequency.npy i64[L];
+                             ids and texts, see `xmc_jax.data.texts`
+    prototypes/              what prototypes of changed labels are made of: text.npy f32[L, D],
+                             centroids.npy f32[L, D], free_vector_of.npy i32[L], free_vectors.npy
+                             f32[C, D], combiner.safetensors
+    documents/               embeddings.npy f32[N, D]; their labels: positives.indptr.npy,
+                             positives.indices.npy; ids and texts
+    index/                   of ScaNN, over the labels
+    vision/                  the image encoder, where it is carried
+    README.md, DATA_CARD.md, LICENSE, NOTICE
+
+`artifact.json` is written last and names the folders of the parts, so that a part can be replaced
+as a whole: the new one is written beside the old one, and the manifest decides.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xmc_jax.data import texts
+from xmc_jax.data.csr import Csr
+from xmc_jax.data.store import sha256
+from xmc_jax.models import dual, hf
+from xmc_jax.retrieval.augmented import AugmentedConfig
+from xmc_jax.types import ORDERS, Prompts
+
+FORMAT = 1
+"""Version of the folder's layout."""
+MANIFEST = "artifact.json"
+PARTS = ("labels", "prototypes", "documents", "index", "vision")
+"""Folders of the artifact, or what their names begin with: `labels`, `labels-2`, ..."""
+
+_MODEL_FILE = re.compile(
+    rf"config\.json|model.*\.safetensors|{re.escape(hf.PROJECTION)}|tokenizer\.json"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInput:
+    """What makes the vectors of an item's images, and how.
+
+    Attributes:
+        encoder: its name.
+        revision: on the hub; None for a folder or what has no revisions.
+        digest: of its weights; another encoder is refused.
+        width: E.
+        per_item: K, images taken of an item.
+        layout: see `vision.encoders`.
+        alpha: see `vision.images.decode`.
+        dtype: of the encoder's products.
+        folder: within the artifact; None where it is only named.
+    """
+
+    encoder: str
+    revision: str | None
+    digest: str
+    width: int
+    per_item: int
+    layout: str
+    alpha: str
+    dtype: str
+    folder: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInput:
+    """How the encoder takes an item.
+
+    Attributes:
+        digest: of the encoder's files; parts that name another were made by another model.
+        width: D.
+        max_length: T, tokens of a text.
+        special_tokens: whether texts get the tokenizer's; without, `prompts` stand around them.
+        prompts: token ids around every text of a decoder.
+        pooling: see `dual.EncoderConfig`.
+        compute_dtype: likewise.
+        order: see `fusion.FusionConfig`.
+        positions: likewise.
+        images: None for text only.
+    """
+
+    digest: str
+    width: int
+    max_length: int
+    special_tokens: bool
+    prompts: Prompts
+    pooling: str
+    compute_dtype: str
+    order: str
+    positions: str
+    images: ImageInput | None
+
+    def __post_init__(self):
+        for name, known in (
+            ("pooling", dual.POOLINGS),
+            ("compute_dtype", dual.DTYPES),
+            ("order", ORDERS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        for name in ("width", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A folder of the artifact.
+
+    Attributes:
+        folder: its name.
+        count: of labels or documents.
+        model: `ModelInput.digest` of the model that embedded them.
+    """
+
+    folder: str
+    count: int
+    model: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labels:
+    """The L labels.
+
+    Attributes:
+        ids: identifiers, all different.
+        texts: what they say.
+        embeddings: f32[L, D], unit vectors: prototypes with PRIME, else of their texts.
+        frequency: i64[L], training documents of each; 0 for those added later.
+    """
+
+    ids: texts.Texts
+    texts: texts.Texts
+    embeddings: np.ndarray
+    frequency: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents:
+    """The N training documents, for retrieval-augmented ranking.
+
+    Attributes:
+        ids: identifiers.
+        texts: what they say.
+        embeddings: f32[N, D], unit vectors.
+        positives: [N, L].
+    """
+
+    ids: texts.Texts
+    texts: texts.Texts
+    embeddings: np.ndarray
+    positives: Csr
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prototypes:
+    """What prototypes are made of; see the module and `dual.DualEncoder.prototype`.
+
+    Attributes:
+        config: of the combiner.
+        text: f32[L, D], pooled embeddings of the labels' texts.
+        centroids: f32[L, D].
+        free_vector_of: i32[L].
+        free_vectors: f32[C, D].
+        combiner: file of its parameters; one without any has none.
+    """
+
+    config: dual.PrimeConfig
+    text: np.ndarray
+    centroids: np.ndarray
+    free_vector_of: np.ndarray
+    free_vectors: np.ndarray
+    combiner: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Artifact:
+    """An opened artifact; arrays are memory-mapped.
+
+    Attributes:
+        folder: where it lies.
+        manifest: artifact.json.
+        digest: SHA-256 of artifact.json: two with the same are the same.
+        model: see `ModelInput`.
+        ranking: weights of the score, see `AugmentedConfig`; not enabled without documents.
+        labels: see `Labels`.
+        documents: None where they were left out.
+        index: folder of the labels' ScaNN index; None without.
+    """
+
+    folder: pathlib.Path
+    manifest: Mapping[str, Any]
+    digest: str
+    model: ModelInput
+    ranking: AugmentedConfig
+    labels: Labels
+    documents: Documents | None
+    index: pathlib.Path | None
+
+    @property
+    def name(self) -> str:
+        """What the config called the run."""
+        return self.manifest["name"]
+
+    def prototypes(self) -> Prototypes | None:
+        """What prototypes are made of; None without PRIME, or where it was left out.
+
+        Raises:
+            ValueError: damaged files.
+        """
+        section = self.manifest.get("prototypes")
+        if section is None:
+            return None
+        folder = self.folder / section["folder"]
+        shape = self.labels.embeddings.shape
+        free_vectors = _array(folder / "free_vectors.npy", np.float32, (None, shape[1]))
+        return Prototypes(
+            config=parse(dual.PrimeConfig, section["config"], f"{self.folder}/{MANIFEST}"),
+            text=_array(folder / "text.npy", np.float32, shape),
+            centroids=_array(folder / "centroids.npy", np.float32, shape),
+            free_vector_of=_ids(
+                folder / "free_vector_of.npy", np.int32, shape[:1], len(free_vectors)
+            ),
+            free_vectors=free_vectors,
+            combiner=folder / "combiner.safetensors",
+        )
+
+
+def open(folder, verify: bool = True) -> Artifact:
+    """Opens an artifact after checking it against its manifest.
+
+    Args:
+        folder: local.
+        verify: also hash every file (2 GB a second, about); sizes are always checked.
+
+    Raises:
+        ValueError: no artifact, one of another format, a file that is missing or not the recorded
+            one, or labels, documents or an index of another model.
+    """
+    folder = pathlib.Path(folder)
+    where = folder / MANIFEST
+    try:
+        content = where.read_bytes()
+        manifest = json.loads(content)
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder}: expected an exported model with {MANIFEST}, found none that can be read; "
+            "make one with python -m xmc_jax.main --mode=export"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{where}: expected format {FORMAT}, found {manifest.get('format')!r}; export the "
+            "model again with this version"
+        )
+    check_files(folder, files, verify)
+    model = parse(ModelInput, manifest.get("model"), f"{where}: model")
+    recorded = {name: str(facts.get("sha256")) for name, facts in files.items()}
+    if (digest := digest_of_model(recorded)) != model.digest:
+        raise ValueError(
+            f"{folder}: expected the model {model.digest[:12]}, found {digest[:12]}; its labels "
+            "are of another model: export both together"
+        )
+    sections = {}
+    for name in ("labels", "documents", "index"):
+        section = manifest.get(name)
+        if section is None and name != "labels":
+            sections[name] = None
+            continue
+        sections[name] = part = parse(Part, section, f"{where}: {name}", partly=True)
+        _check_inside(where, part.folder)
+        if part.model != model.digest:
+            raise ValueError(
+                f"{folder / part.folder}: expected {name} of the model {model.digest[:12]}, found "
+                f"those of {part.model[:12]}; export labels and model together"
+            )
+    shape = sections["labels"].count, model.width
+    labels = _labels(folder / sections["labels"].folder, shape)
+    documents = None
+    if sections["documents"] is not None:
+        part = sections["documents"]
+        documents = _documents(folder / part.folder, (part.count, model.width), shape[0])
+    index = sections["index"]
+    if index is not None and index.count != len(labels):
+        raise ValueError(
+            f"{folder / index.folder}: expected an index of the {len(labels)} labels, found one of "
+            f"{index.count}; build it again"
+        )
+    return Artifact(
+        folder=folder,
+        manifest=manifest,
+        digest=hashlib.sha256(content).hexdigest(),
+        model=model,
+        ranking=parse(AugmentedConfig, manifest.get("ranking"), f"{where}: ranking"),
+        labels=labels,
+        documents=documents,
+        index=None if index is None else folder / index.folder,
+    )
+
+
+def check_files(folder: pathlib.Path, files: Any, verify: bool) -> None:
+    """Raises ValueError unless the recorded files, and only such within the folder, are there."""
+    where = folder / MANIFEST
+    if not isinstance(files, dict) or not all(isinstance(f, dict) for f in files.values()):
+        raise ValueError(f"{where}: files: expected names with bytes and sha256, found others")
+    for name, recorded in files.items():
+        _check_inside(where, name)
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != recorded.get("bytes"):
+            raise ValueError(
+                f"{path}: expected {recorded.get('bytes')} bytes, found "
+                f"{'no file' if found is None else found}; copy or export the folder again"
+            )
+        if verify and (digest := sha256(path)) != recorded.get("sha256"):
+            raise ValueError(
+                f"{path}: expected sha256 {recorded.get('sha256')}, found {digest}: a damaged "
+                "file, or one of another model; copy or export the folder again"
+            )
+
+
+def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes artifact.json, with the digests of all files of the parts that it names.
+
+    In one move: who opens the folder meanwhile sees what was there before, or this.
+
+    Args:
+        folder: local.
+        content: all but "format" and "files".
+    """
+    used = {content[name]["folder"] for name in PARTS[:-1] if content[name]}
+    images = content["model"]["images"]
+    used |= {images["folder"]} if images else set()
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        top = name.parts[0]
+        replaced = top.partition("-")[0] in PARTS and top not in used
+        if path.is_file() and name.name != MANIFEST and not (replaced or top.startswith(".")):
+            files[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    text = json.dumps({"format": FORMAT, **content, "files": files}, indent=1, allow_nan=False)
+    partial = folder / f".{MANIFEST}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MANIFEST)
+
+
+def digest_of_model(files: Mapping[str, str]) -> str:
+    """SHA-256 of what an encoder's embeddings follow from: weights, sizes, projection, tokenizer.
+
+    Args:
+        files: name -> SHA-256 of the files of an encoder's folder.
+    """
+    lines = (f"{name} {files[name]}\n" for name in sorted(files) if _MODEL_FILE.fullmatch(name))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def parse(kind: type, tree: Any, where: str, partly: bool = False) -> Any:
+    """A dataclass from JSON, every field there and of its type.
+
+    Args:
+        kind: the dataclass; fields may be dataclasses and tuples.
+        tree: what was read.
+        where: what an error begins with.
+        partly: whether other fields may be there.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: expected an object, found {tree!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(tree) - set(hints))
+    if unknown and not partly:
+        raise ValueError(f"{where}: {unknown[0]}: no such field in this version")
+    values = {}
+    for name, hint in hints.items():
+        if name not in tree:
+            raise ValueError(f"{where}: {name}: expected a value, found none")
+        values[name] = _value(hint, tree[name], f"{where}: {name}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        options = (str,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return parse(option, value, where)
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            each = typing.get_args(option)[0]
+            return tuple(_value(each, one, where) for one in value)
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"{where}: expected {expected}, found {value!r}")
+
+
+def _labels(folder: pathlib.Path, shape: tuple[int, int]) -> Labels:
+    return Labels(
+        ids=_texts(folder, "ids", shape[0]),
+        texts=_texts(folder, "texts", shape[0]),
+        embeddings=_array(folder / "embeddings.npy", np.float32, shape),
+        frequency=_array(folder / "frequency.npy", np.int64, shape[:1]),
+    )
+
+
+def _documents(folder: pathlib.Path, shape: tuple[int, int], num_labels: int) -> Documents:
+    indptr = _array(folder / "positives.indptr.npy", np.int64, (shape[0] + 1,))
+    if indptr[0] != 0 or (np.diff(indptr) < 0).any():
+        raise ValueError(f"{folder}/positives.indptr.npy: expected ascending offsets from 0")
+    path = folder / "positives.indices.npy"
+    indices = _ids(path, np.int32, (int(indptr[-1]),), num_labels)
+    return Documents(
+        ids=_texts(folder, "ids", shape[0]),
+        texts=_texts(folder, "texts", shape[0]),
+        embeddings=_array(folder / "embeddings.npy", np.float32, shape),
+        positives=Csr(indptr, indices, None, num_labels),
+    )
+
+
+def _texts(folder: pathlib.Path, name: str, count: int) -> texts.Texts:
+    opened = texts.open(folder, name)
+    if len(opened) != count:
+        raise ValueError(f"{folder / name}: expected {count} texts, found {len(opened)}")
+    return opened
+
+
+def _ids(path: pathlib.Path, dtype: type, shape: tuple[int, ...], limit: int) -> np.ndarray:
+    ids = _array(path, dtype, shape)
+    if len(ids) and (ids.min() < 0 or ids.max() >= limit):
+        raise ValueError(f"{path}: expected numbers in [0, {limit}), found others")
+    return ids
+
+
+def _array(path: pathlib.Path, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
+    try:
+        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: expected an array, found: {error}") from error
+    fits = len(array.shape) == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, array.shape)
+    )
+    if array.dtype != dtype or not fits:
+        raise ValueError(
+            f"{path}: expected {np.dtype(dtype)}{list(shape)}, found "
+            f"{array.dtype}{list(array.shape)}"
+        )
+    return array
+
+
+def _check_inside(where: pathlib.Path, name: Any) -> None:
+    parts = pathlib.PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or ".." in parts or pathlib.PurePosixPath(name).is_absolute() or "\0" in name:
+        raise ValueError(f"{where}: expected a name within the folder, found {name!r}")

@@ -1,0 +1,39 @@
+"""Settings of predictions; apart, since flags are made of them before anything is loaded."""
+
+import dataclasses
+
+INDEXES = ("auto", "exact", "scann")
+RANKINGS = ("auto", "plain", "augmented")
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """How labels are ranked for new documents.
+
+    Attributes:
+        k: labels per document.
+        index: "exact", "scann", or "auto": ScaNN where the artifact has an index and scann is
+            installed.
+        ranking: "plain" is labels by inner product; "augmented" mixes them with the labels of near
+            training documents; "auto" is augmented where the artifact says so.
+        only: file of label ids, one per line: no others are predicted. Searched exactly.
+        exclude: file of label ids, one per line, that are never predicted.
+        batch_size: documents at a time; results do not depend on it.
+    """
+
+    k: int = 10
+    index: str = "auto"
+    ranking: str = "auto"
+    only: str = ""
+    exclude: str = ""
+    batch_size: int = 1024
+
+    def __post_init__(self):
+        for name, known in (("index", INDEXES), ("ranking", RANKINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"predict.{name}: expected one of {known}, got {getattr(self, name)!r}"
+                )
+        for name in ("k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"predict.{name}: expected at least 1, got {getattr(self, name)}")
