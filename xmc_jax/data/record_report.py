@@ -10,20 +10,18 @@ from xmc_jax.data.record_scan import Scan
 _BAR = 40  # characters of the longest bar
 
 
-def make(scan: Scan, out: np.ndarray, treated: str) -> dict[str, Any]:
+def make(scan: Scan, treated: str) -> dict[str, Any]:
     """Counts of a scan; they follow from the records alone, not from their format.
 
     Args:
         scan: see `Scan`.
-        out: bool[pairs], labels of test documents that are taken out, since they may not be
-            predicted.
         treated: what was done with unknown labels.
     """
     labels, documents, test = scan.labels, scan.documents, scan.test
     chosen = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
-    owner = documents.owners[~out]
+    owner = documents.owners[~scan.filtered]
     counts = np.bincount(owner, minlength=len(documents))
-    tested, positive = test[owner], documents.labels[~out]
+    tested, positive = test[owner], documents.labels[~scan.filtered]
     in_train = np.bincount(positive[~tested], minlength=len(labels))
     in_test = np.bincount(positive[tested], minlength=len(labels))
     of_filter = documents.filter[:, 0]
@@ -40,7 +38,7 @@ def make(scan: Scan, out: np.ndarray, treated: str) -> dict[str, Any]:
             "duplicate_texts": int(again[rows].sum()),
             **_images(documents.images[rows], documents.missing[rows]),
         }
-    splits["test"]["positives_filtered"] = int(out.sum())
+    splits["test"]["positives_filtered"] = int(scan.filtered.sum())
     unseen = (in_test > 0) & (in_train == 0)
     group = documents.first_of_group()
     return {

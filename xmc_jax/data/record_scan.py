@@ -31,6 +31,8 @@ class Scan:
         documents: facts about the documents.
         groups: i64[n], see `Documents.groups`.
         test: bool[n], the split.
+        filtered: bool[pairs], which labels of test documents are taken out, since they may not be
+            predicted, and so would never be right.
         unknown: ids of labels that none had, or as many as there are; and pairs with them.
         filter_unknown: pairs of filters with labels that there are not, which filter nothing.
     """
@@ -39,6 +41,7 @@ class Scan:
     documents: Documents
     groups: np.ndarray
     test: np.ndarray
+    filtered: np.ndarray
     unknown: tuple[int, int]
     filter_unknown: int
 
@@ -80,19 +83,25 @@ def read(
         test = np.frombuffer(documents.test, bool)
     else:
         test = holdout.choose(groups, fraction, seed)
+    columns = len(scanning.labels)
+    listed = documents.filter[:, 0].astype(np.int64) * columns + documents.filter[:, 1]
+    filtered = np.isin(documents.owners * columns + documents.labels, listed)
+    filtered &= test[documents.owners]
+    labelled = np.bincount(documents.owners[~filtered], minlength=len(documents))
     there = [one.table.path.name for split in ("train", "test") for one in opened[split]]
     for name, chosen in (("training", ~test), ("test", test)):
-        if not documents.counts[chosen].any():
+        if not labelled[chosen].any():
             kind = "documents with labels" if chosen.any() else "documents"
             raise ValueError(
-                f"{', '.join(there)}: expected {name} {kind}, found none among "
-                f"{len(documents)} documents of {len(np.unique(groups))} groups"
+                f"{', '.join(there)}: expected {name} {kind}, found none among {len(documents)} "
+                f"documents of {len(np.unique(groups))} groups"
             )
     return Scan(
         scanning.labels,
         documents,
         groups,
         test,
+        filtered,
         (len(scanning.unknown_ids), scanning.unknown_pairs),
         scanning.filter_unknown,
     )

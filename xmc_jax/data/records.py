@@ -135,7 +135,7 @@ def check(config: RecordsConfig) -> dict[str, Any]:
         ValueError: bad records.
     """
     scan = _scan(config, _open(config), lambda *item: None)
-    return record_report.make(scan, _filtered(scan), config.unknown_labels)
+    return record_report.make(scan, config.unknown_labels)
 
 
 def _open(config: RecordsConfig) -> dict[str, list[Opened]]:
@@ -227,14 +227,6 @@ def _scan(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]], keep) -
     )
 
 
-def _filtered(scan: Scan) -> np.ndarray:
-    """bool[pairs], labels of test documents that may not be predicted: they are never right."""
-    documents, columns = scan.documents, len(scan.labels)
-    listed = documents.filter[:, 0].astype(np.int64) * columns + documents.filter[:, 1]
-    keys = documents.owners * columns + documents.labels
-    return np.isin(keys, listed) & scan.test[documents.owners]
-
-
 def _write(
     partial: pathlib.Path,
     config: RecordsConfig,
@@ -252,7 +244,7 @@ def _write(
             files[kind].write(f"{uid}\t{line}\t{listed}\n".encode())
 
         scan = _scan(config, opened, keep)
-    documents, images, out = scan.documents, _Images(partial, opened, scan), _filtered(scan)
+    documents, images, out = scan.documents, _Images(partial, opened, scan), scan.filtered
     changed = set(documents.owners[out].tolist())
     ends = np.cumsum(documents.counts, dtype=np.int64)
     grouped = documents.grouped or len(np.unique(scan.groups)) < len(documents)
@@ -280,7 +272,7 @@ def _write(
         row_of = np.cumsum(chosen) - 1
         text = "".join(f"{row_of[number]} {label}\n" for number, label in pairs.tolist())
         (partial / f"filter_labels_{split}.txt").write_text(text, encoding="ascii")
-    report = record_report.make(scan, out, config.unknown_labels)
+    report = record_report.make(scan, config.unknown_labels)
     _write_json(partial / "report.json", report)
     written = {
         path.name: {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
