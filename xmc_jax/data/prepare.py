@@ -228,7 +228,8 @@ def _parse(
     names = {field.name for field in dataclasses.fields(defaults)} - {"overwrite"}
     given = {name: value for name in names if (value := fields.pop(name)) is not None}
     if "records" not in given and (given or only_check):
-        raise ValueError(f"--{'check' if only_check else min(given)}: expected --records with it")
+        flag = "check" if only_check else min(given).replace("columns", "column")
+        raise ValueError(f"--{flag}: expected --records with it")
     for flag, value in (("--dataset", fields["dataset"]), ("--out", fields["data_dir"])):
         if value is None and not only_check:
             raise ValueError(f"the following arguments are required: {flag}; see --help")

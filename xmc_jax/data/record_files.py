@@ -44,6 +44,7 @@ _KINDS = re.compile(
     r"(large_)?(string|binary)(_view)?\b|u?int\d+|halffloat|float|double|bool|null|struct<"
     r"|dictionary<"
 )
+_ENDED = object()
 _NAMES = {"train": ("train", "trn"), "test": ("test", "tst"), "label": ("label", "labels", "lbl")}
 
 
@@ -252,11 +253,19 @@ class _Parquet(Table):
     def rows(
         self, names: Sequence[str], required: Sequence[str] = ()
     ) -> Iterator[tuple[int, list[Any]]]:
-        if not names:
-            yield from ((row, []) for row in range(self._table.num_rows))
-            return
         columns = [self._cells(name) for name in names]
-        yield from ((row, list(cells)) for row, cells in enumerate(zip(*columns, strict=True)))
+        row = 0
+        for cells in itertools.zip_longest(*columns, fillvalue=_ENDED):
+            if any(cell is _ENDED for cell in cells):
+                row = -1
+                break
+            yield row, list(cells)
+            row += 1
+        if row != self._table.num_rows:
+            raise ValueError(
+                f"{self.path}: expected {self._table.num_rows} cells in every column, as the file "
+                f"says, found other numbers of {', '.join(names)}"
+            )
 
     def _cells(self, name: str) -> Iterator[Any]:
         kind = leaf = self._table.columns[name]
@@ -348,7 +357,8 @@ def columns(table: Table, fields: Iterable[str], named: Mapping[str, Sequence[st
         ValueError: several columns are one field.
     """
     asked = {
-        field: [name for name in names if name in table.columns] for field, names in named.items()
+        field: [name for name in dict.fromkeys(names) if name in table.columns]
+        for field, names in named.items()
     }
     taken = {name for names in asked.values() for name in names}
     found = {}
@@ -369,21 +379,20 @@ def columns(table: Table, fields: Iterable[str], named: Mapping[str, Sequence[st
     return found
 
 
-def missing(table: Table, field: str, named: Mapping[str, Sequence[str]]) -> ValueError:
-    """That a table has no column for a field, with the nearest one that it has."""
-    wanted = [*filter(None, named.get(field, ())), *FIELDS[field]]
+def missing(table: Table, field: str, names: Sequence[str]) -> ValueError:
+    """That a table has none of these columns for a field, with the nearest one that it has."""
     nearest = [
         match
-        for name in wanted
+        for name in names
         for match in difflib.get_close_matches(name, [c for c in table.columns if c], 1)
     ]
     remedy = f"--column {field}={nearest[0] if nearest else 'NAME'}"
     if len(table.columns) == 1 and (other := re.search(r"[;\t|]", table.columns[0])):
         remedy = f"separate cells by commas, not by {other[0]!r}"
-    names = ", ".join(table.columns)
+    there = ", ".join(table.columns)
     return ValueError(
-        f"{table.path}: expected a column {' or '.join(dict.fromkeys(wanted))}, found "
-        f"{names[:200]}{'...' if len(names) > 200 else ''}; {remedy}"
+        f"{table.path}: expected a column {' or '.join(names)}, found "
+        f"{there[:200]}{'...' if len(there) > 200 else ''}; {remedy}"
     )
 
 

@@ -88,13 +88,14 @@ def read(
     filtered = np.isin(documents.owners * columns + documents.labels, listed)
     filtered &= test[documents.owners]
     labelled = np.bincount(documents.owners[~filtered], minlength=len(documents))
-    there = [one.table.path.name for split in ("train", "test") for one in opened[split]]
+    there = [str(one.table.path) for split in ("train", "test") for one in opened[split]]
+    dropped = f"; {scanning.unknown_pairs} labels were unknown" if scanning.unknown_pairs else ""
     for name, chosen in (("training", ~test), ("test", test)):
         if not labelled[chosen].any():
             kind = "documents with labels" if chosen.any() else "documents"
             raise ValueError(
                 f"{', '.join(there)}: expected {name} {kind}, found none among {len(documents)} "
-                f"documents of {len(np.unique(groups))} groups"
+                f"documents of {len(np.unique(groups))} groups{dropped}"
             )
     return Scan(
         scanning.labels,
@@ -144,6 +145,8 @@ class _Scanning:
             rows = list(map(number_of, ids))
             if None in rows:
                 rows = self._resolve(record, ids)
+            if self.unknown_ids and self._unknown == "add":
+                self.unknown_pairs += sum(map(self.unknown_ids.__contains__, ids))
             line = {"target_ind": [found for found in rows if found is not None]}
             if record.has("weights"):
                 weights = record("weights", record_cells.weights, separator, len(ids))
@@ -203,13 +206,14 @@ class _Scanning:
         numbers = self.labels.numbers
         unknown = [uid for uid in ids if uid not in numbers]
         self.unknown_ids.update(unknown)
-        self.unknown_pairs += len(unknown)
         if self._unknown == "add":
             for uid in dict.fromkeys(unknown):
                 numbers[uid] = len(numbers)
                 self.labels.add_bare(uid)
                 self._keep("label", uid, encode({"uid": uid, "title": uid, "content": ""}), [])
-        elif self._unknown == "error" and self._first_unknown is None:
+        else:
+            self.unknown_pairs += len(unknown)
+        if self._unknown == "error" and self._first_unknown is None:
             problem = f"expected ids of labels, found {unknown[0]!r:.60}"
             self._first_unknown = record.error("labels", problem + self._hint(unknown[0]))
         return list(map(numbers.get, ids))

@@ -146,8 +146,10 @@ def _open(config: RecordsConfig) -> dict[str, list[Opened]]:
         if not paths["train"]:
             suffixes = ", ".join(record_files.SUFFIXES)
             raise ValueError(f"{records}: expected a file train.*, one of {suffixes}, found none")
-    else:
+    elif records.is_file():
         paths = {"train": [records], "test": [], "label": []}
+    else:
+        raise ValueError(f"{records}: expected a folder of records or a file, found none")
     if config.labels is not None:
         paths["label"] = [pathlib.Path(config.labels)]
     if not paths["label"] and config.unknown_labels != "add":
@@ -165,7 +167,8 @@ def _open(config: RecordsConfig) -> dict[str, list[Opened]]:
             found = record_files.columns(table, fields[role], named)
             for field in ("text",) if role == "label" else ("text", "labels"):
                 if field not in found:
-                    raise record_files.missing(table, field, named)
+                    names = [*filter(None, named.get(field, ())), *record_files.FIELDS[field]]
+                    raise record_files.missing(table, field, list(dict.fromkeys(names)))
             opened[role].append(Opened(table, found))
     _check_named(config, opened)
     _check_split(opened)
@@ -179,7 +182,7 @@ def _check_named(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) 
     for field, names in config.named.items():
         for name in names:
             if name and (field, name) not in used:
-                raise record_files.missing(tables[0].table, field, {field: [name]})
+                raise record_files.missing(tables[0].table, field, [name])
 
 
 def _check_split(opened: Mapping[str, Sequence[Opened]]) -> None:
