@@ -1,6 +1,7 @@
 """A validation split made as the test split was: some sources' training documents, held out."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -19,10 +20,39 @@ def choose(source_of: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Returns:
         bool[n], whether a document is of these sources.
     """
+    sources, sizes = _drawn(source_of, seed)
+    count = np.searchsorted(np.cumsum(sizes), fraction * len(source_of)) + 1
+    return np.isin(source_of, sources[:count])
+
+
+def choose_within(source_of: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Whole sources in a random order, those left out that would make it more than a share.
+
+    Args:
+        source_of: i[n], the source of each document, numbered from 0.
+        fraction: that share, at most, but for rounding it up; more if even the smallest source is.
+        seed: of the order.
+
+    Returns:
+        bool[n], whether a document is of these sources.
+    """
+    sources, sizes = _drawn(source_of, seed)
+    left = math.ceil(fraction * len(source_of))
+    taken = []
+    for source, size in zip(sources.tolist(), sizes.tolist()):
+        if size <= left:
+            taken.append(source)
+            left -= size
+            if not left:
+                break
+    return np.isin(source_of, taken or sources[np.argmin(sizes)])
+
+
+def _drawn(source_of: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sources in a random order, and how many documents each has."""
     # One draw outside of training: no stream of rng is for it.
     sources = np.random.default_rng(seed).permutation(np.unique(source_of))
-    sizes = np.cumsum(np.bincount(source_of)[sources])
-    return np.isin(source_of, sources[: np.searchsorted(sizes, fraction * len(source_of)) + 1])
+    return sources, np.bincount(source_of)[sources]
 
 
 def hold_out(dataset: RawDataset, fraction: float, seed: int) -> RawDataset:

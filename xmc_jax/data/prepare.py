@@ -230,9 +230,10 @@ def _parse(
     if "records" not in given and (given or only_check):
         flag = "check" if only_check else min(given).replace("columns", "column")
         raise ValueError(f"--{flag}: expected --records with it")
-    for flag, value in (("--dataset", fields["dataset"]), ("--out", fields["data_dir"])):
-        if value is None and not only_check:
-            raise ValueError(f"the following arguments are required: {flag}; see --help")
+    required = {"--dataset": fields["dataset"], "--out": fields["data_dir"]}
+    absent = [flag for flag, value in required.items() if value is None]
+    if absent and not only_check:
+        parser.error(f"the following arguments are required: {', '.join(absent)}")
     if "records" in given:
         given["columns"] = tuple(given.get("columns", ()))
         own_config = defaults(**given, overwrite=fields["overwrite"])

@@ -381,10 +381,10 @@ def columns(table: Table, fields: Iterable[str], named: Mapping[str, Sequence[st
 
 def missing(table: Table, field: str, names: Sequence[str]) -> ValueError:
     """That a table has none of these columns for a field, with the nearest one that it has."""
+    columns = [column for column in table.columns if column]
     nearest = [
-        match
-        for name in names
-        for match in difflib.get_close_matches(name, [c for c in table.columns if c], 1)
+        *(match for name in names for match in difflib.get_close_matches(name, columns, 1)),
+        *(column for name in names for column in columns if name in column.lower()),
     ]
     remedy = f"--column {field}={nearest[0] if nearest else 'NAME'}"
     if len(table.columns) == 1 and (other := re.search(r"[;\t|]", table.columns[0])):

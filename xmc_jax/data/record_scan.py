@@ -81,8 +81,10 @@ def read(
     groups = documents.groups()
     if opened["test"] or any("split" in one.columns for one in opened["train"]):
         test = np.frombuffer(documents.test, bool)
+    elif not len(groups):
+        test = np.zeros(0, bool)
     else:
-        test = holdout.choose(groups, fraction, seed)
+        test = holdout.choose_within(groups, fraction, seed)
     columns = len(scanning.labels)
     listed = documents.filter[:, 0].astype(np.int64) * columns + documents.filter[:, 1]
     filtered = np.isin(documents.owners * columns + documents.labels, listed)
