@@ -25,7 +25,7 @@ def main() -> None:
     split, rows = "validation" if data["validation_fraction"] > 0 else "test", {}
     if split == "test":
         raw = pathlib.Path(data["raw_dir"])
-        if data["records"] is not None:
+        if data.get("records") is not None:
             raw = records.folder(data["data_dir"], data["dataset"])
         elif data["raw_dir"] == "bundled":
             raw = bundled.path(data["dataset"])

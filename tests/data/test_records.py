@@ -585,6 +585,23 @@ def test_numbered_files_are_one(own, tmp_path):
     )
 
 
+def test_files_by_their_names(own, tmp_path, capsys):
+    folder = own("csv")
+    convert(folder, tmp_path / "folder")
+    (folder / "train.csv").rename(tmp_path / "items.CSV")
+    (folder / "labels.csv").rename(tmp_path / "tags.csv")
+    files = {"records": tmp_path / "items.CSV", "labels": tmp_path / "tags.csv"}
+    records.convert(RecordsConfig(**files), tmp_path / "files")
+    found = [contents(tmp_path / name, "records.json") for name in ("folder", "files")]
+    assert found[0] == found[1]
+    flags = [f"--{role}={path}" for role, path in files.items()]
+    assert prepare.main([*flags, "--check", "--column=text=id", "--column=id=id"]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"train  {tmp_path}/items.CSV: id, text=id, labels; not read: text\n"
+        f"label  {tmp_path}/tags.csv: id, text=id; not read: text\n\n"
+    )
+
+
 @pytest.mark.parametrize(
     "columns, message",
     [

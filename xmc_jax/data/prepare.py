@@ -152,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _act(config: PrepareConfig | None, own: records.RecordsConfig | None, only_check: bool) -> None:
     if own is not None:
+        print(f"{records.describe(own)}\n", flush=True)
         if only_check:
             print(record_report.text(records.check(own)))
             return

@@ -202,7 +202,7 @@ def whole_lines(path: pathlib.Path, limit: int | None = None) -> Iterator[tuple[
     Raises:
         ValueError: the file cannot be read, is a damaged gzip file, or has a longer line.
     """
-    zipped = path.suffix == ".gz"
+    zipped = path.suffix.lower() == ".gz"
     try:
         if zipped and path.stat().st_size == 0:  # which gzip takes for empty contents
             raise EOFError

@@ -19,10 +19,6 @@ class Items:
     """What is kept of documents, or of labels.
 
     Attributes:
-        words: u32[n], words of each text.
-        blank: bool[n], whether it has any.
-        images: u32[n], images of each item.
-        missing: u32[n], files that are not there, of those.
         kinds: "train", "test" or "label" -> "path" or "url", of the files' images.
     """
 
@@ -79,18 +75,22 @@ class Items:
 
     @property
     def words(self) -> np.ndarray:
+        """u32[n], words of each text."""
         return _numbers(self._words)
 
     @property
     def blank(self) -> np.ndarray:
+        """bool[n], whether a text has none."""
         return self.words == 0
 
     @property
     def images(self) -> np.ndarray:
+        """u32[n], images of each item."""
         return _numbers(self._images)
 
     @property
     def missing(self) -> np.ndarray:
+        """u32[n], image files of each item that are not there."""
         return _numbers(self._missing)
 
     def first_of_text(self) -> np.ndarray:

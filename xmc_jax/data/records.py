@@ -128,6 +128,25 @@ def convert(config: RecordsConfig, folder: pathlib.Path) -> tuple[dict[str, Any]
     return report, True
 
 
+def describe(config: RecordsConfig) -> str:
+    """A line on each file: what is taken of it, and what is not.
+
+    Raises:
+        ValueError: files that are missing, or lack columns.
+    """
+    lines = []
+    for role, files in _open(config).items():
+        for one in files:
+            taken = ", ".join(
+                field if field == column else f"{field}={column}"
+                for field, column in one.columns.items()
+            )
+            rest = [c for c in one.table.columns if c and c not in one.columns.values()]
+            ignored = f"; not read: {', '.join(rest)[:200]}" if rest else ""
+            lines.append(f"{role:5}  {one.table.path}: {taken}{ignored}")
+    return "\n".join(lines)
+
+
 def check(config: RecordsConfig) -> dict[str, Any]:
     """Reads all records and writes nothing; returns the report.
 
@@ -296,7 +315,7 @@ class _Images:
 
     def __init__(self, partial: pathlib.Path, opened: Mapping[str, Sequence[Opened]], scan: Scan):
         kinds = scan.documents.kinds | scan.labels.kinds
-        roles = {role: role if files else "train" for role, files in opened.items()}
+        roles = {role: role for role in opened} | ({} if opened["test"] else {"test": "train"})
         self._kinds = {split: kinds.get(role) for split, role in roles.items()}
         self.folders = {
             split: _folder_of(opened[role]) if self._kinds[split] == "path" else None
@@ -354,6 +373,7 @@ def _check_same(
         found = json.loads(path.read_text(encoding="utf-8"))
         files, begun = dict(found["files"]), dict(found["images_from"])
         whole = all((folder / f).stat().st_size == size["bytes"] for f, size in files.items())
+        whole &= store.sha256(folder / "report.json") == files["report.json"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):  # not ours; said below
         found, whole, begun = {}, False, {}
     remedy = (
