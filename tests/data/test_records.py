@@ -1176,3 +1176,12 @@ def test_one_command_trains_on_records(own_fields, backbone, tmp_path):
     assert metrics["plain"]["P@1"] > 0.2  # by chance 0.05
     manifest = store.open(tmp_path / "data" / "Mine" / "tiny-bert-64").manifest
     assert manifest["report"]["test"]["count"] == 40 and manifest["propensity"] == [0.55, 1.5]
+
+
+def test_a_plan_counts_records_that_are_prepared(own_fields):
+    from xmc_jax.planning import shape
+
+    with pytest.raises(ValueError, match="got Mine; run --mode=prepare first"):
+        shape.of(own_fields)
+    folder = build.data(own_fields).folder
+    assert shape.of(own_fields)[1] == f"counted in {folder}; no images"
