@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from xmc_jax.data import record_files, record_report, record_scan, store
-from xmc_jax.data.record_scan import Opened, Scan
+from xmc_jax.data.record_files import Opened
+from xmc_jax.data.record_scan import Scan
 
 FORMAT = 1
 """Version of what a raw folder says of the same records."""
