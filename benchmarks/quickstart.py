@@ -10,7 +10,7 @@ import json
 import pathlib
 
 from benchmarks import tfidf
-from xmc_jax.data import bundled
+from xmc_jax.data import bundled, records
 from xmc_jax.retrieval.evaluate import format_index, format_table
 
 _ROWS = {"zero-shot": "zero-shot", "plain": "trained", "augmented": "trained + augmented"}
@@ -25,7 +25,9 @@ def main() -> None:
     split, rows = "validation" if data["validation_fraction"] > 0 else "test", {}
     if split == "test":
         raw = pathlib.Path(data["raw_dir"])
-        if data["raw_dir"] == "bundled":
+        if data.get("records") is not None:
+            raw = records.folder(data["data_dir"], data["dataset"])
+        elif data["raw_dir"] == "bundled":
             raw = bundled.path(data["dataset"])
         constants = data["propensity_a"], data["propensity_b"]
         rows["TF-IDF neighbours"] = tfidf.evaluate(raw, *constants)

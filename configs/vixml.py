@@ -37,6 +37,16 @@ BASE = {
     "data": {
         "dataset": "",
         "raw_dir": "",  # folder of the raw files, or "bundled"
+        # In its place, own records: a folder with train.* and labels.*, or a file; docs/data.md.
+        "records": config_dict.placeholder(str),
+        "records_options": {
+            "labels": config_dict.placeholder(str),  # their file; None: labels.* in the folder
+            "columns": (),  # "field=column"
+            "separator": "|",
+            "test_fraction": 0.1,  # where neither a file test.* nor a column says which they are
+            "split_seed": 0,
+            "unknown_labels": "error",
+        },
         "data_dir": "data",  # dataset folders are made here
         "max_length": 32,  # [V] supp. A: tokens of a title
         "encoding": "utf-8",  # Departs: the reference reads UTF-8 files as latin-1
@@ -207,11 +217,24 @@ _SIGLIP2 = {"name": "siglip2"}
 # A frozen descriptor, where no pretrained image encoder is at hand.
 _DESCRIPTOR = {"name": "hog-colour", "encoder": "hog-colour", "layout": "stretch"}
 
+# Records of any kind: --config.data.records=path. Title and content are read, up to 64 tokens.
+_OWN = {
+    "data": {
+        "dataset": "Own",
+        "text": "title_content",
+        "max_length": 64,
+        "propensity_a": 0.55,  # pyxclib's for data that is neither Amazon's nor Wikipedia's
+        "propensity_b": 1.5,
+    }
+}
+
 DATASETS = {
     "debian_3k": _dataset("LF-DebianTitles-3K", "bundled"),
     "debian_26k": _dataset("LF-DebianTitles-26K"),
     "mm_debian_3k": _dataset("MM-DebianTitles-3K", images=_DESCRIPTOR | {"per_item": 1}),
     "synthetic": _dataset("Synthetic", "synthetic", images=_DESCRIPTOR),
+    "own": _OWN,
+    "mm_own": _OWN | {"data": _OWN["data"] | {"images": _SIGLIP2}},
     "amazontitles_131k": _AMAZON | _dataset("LF-AmazonTitles-131K", images=_SIGLIP2),
     # [V] supp. A: 128 tokens of title and content.
     "amazon_131k": _AMAZON
@@ -363,6 +386,10 @@ _DEBIAN_DECODER = _DEBIAN | {
 # [ours], as _DEBIAN; chosen on data made with another seed.
 _SYNTHETIC = _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 6}}
 
+# [ours], as _DEBIAN, but for texts of any length.
+_OWN_ENCODER = {section: fields for section, fields in _DEBIAN.items() if section != "data"}
+_OWN_DECODER = {section: fields for section, fields in _DEBIAN_DECODER.items() if section != "data"}
+
 # By (family or backbone, dataset); the family's comes first.
 RECIPES = {
     ("encoder", "debian_3k"): _DEBIAN,
@@ -373,6 +400,8 @@ RECIPES = {
     ("decoder", "mm_debian_3k"): _DEBIAN_DECODER,
     ("encoder", "synthetic"): _SYNTHETIC,
     ("decoder", "synthetic"): _DEBIAN_DECODER,
+    **{("encoder", dataset): _OWN_ENCODER for dataset in ("own", "mm_own")},
+    **{("decoder", dataset): _OWN_DECODER for dataset in ("own", "mm_own")},
     # [V] supp. A: with images; the option text_only has its own
     **{("encoder", dataset): {"train": {"epochs": 150}} for dataset in AMAZON},
     # [V] supp. A
@@ -385,6 +414,8 @@ RECIPES = {
     ("minilm_l3", "debian_26k"): _PACKAGED_L3,
     ("minilm_l3", "mm_debian_3k"): _PACKAGED_L3,
     ("minilm_l3", "synthetic"): _PACKAGED_L3,
+    ("minilm_l3", "own"): _PACKAGED_L3,
+    ("minilm_l3", "mm_own"): _PACKAGED_L3,
     # [V] supp. A: what fits in 80 GB at 128 tokens.
     ("distilbert", "amazon_131k"): {
         "train": {"batch_size": 1024},

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from configs import vixml
 from xmc_jax import build, modes, packaged, sharding
 from xmc_jax.data.known import KNOWN
+from xmc_jax.data.records import RecordsConfig
 from xmc_jax.data.synthetic import SyntheticConfig
 from xmc_jax.models import dual
 from xmc_jax.models.bert import BertConfig
@@ -76,6 +77,8 @@ WITH_IMAGES = {name for name, override in vixml.DATASETS.items() if "images" in 
 DATA_FIELDS = {
     "dataset",
     "raw_dir",
+    "records",
+    "records_options",
     "data_dir",
     "max_length",
     "encoding",
@@ -109,11 +112,13 @@ def test_sections_build_their_dataclasses(variant):
     assert set(config) == sections | {"data", "name", "baseline"}
     assert set(config.data) == DATA_FIELDS
     known = KNOWN.get(config.data.dataset, KNOWN["LF-DebianTitles-3K"])
-    assert (config.data.propensity_a, config.data.propensity_b) == (known.a, known.b)
+    constants = (0.55, 1.5) if config.data.dataset == "Own" else (known.a, known.b)
+    assert (config.data.propensity_a, config.data.propensity_b) == constants
     assert "/" not in config.name and "," not in config.name
     asked = config.data.images.to_dict() | {"name": "x", "source": "x"}
     ImagesConfig(dataset="x", data_dir="x", **asked)
     SyntheticConfig(**config.data.synthetic)
+    RecordsConfig("x", **config.data.records_options)
     for run in runs(config.to_dict())[1:]:
         RunConfig.from_dict(run)
         assert set(run["data"]) == DATA_FIELDS
@@ -254,7 +259,7 @@ def test_names_of_runs_differ():
 
 
 def test_datasets_have_images_or_not():
-    assert len(WITH_IMAGES) == len(vixml.DATASETS) - 2
+    assert len(WITH_IMAGES) == len(vixml.DATASETS) - 3
     for pair in PAIRS:
         config = vixml.get_config(pair)
         has = pair.split("/")[1] in WITH_IMAGES
@@ -436,7 +441,7 @@ def test_reference_keeps_nothing_of_our_recipe(variant):
         ("minilm_3/debian_3k", "minilm_l3"),
         ("bert/debian_3", "debian_3k"),
         ("bert/debian_3k,ngam", "ngame"),
-        ("bert", "bert/synthetic"),
+        ("bert", "bert/own"),
         ("bert/amazon_131k,image_1", "images_1"),
         ("bert/debian_3k/x", "debian_3k"),
     ],

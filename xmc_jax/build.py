@@ -5,9 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
 from xmc_jax import distributed
-from xmc_jax.data import bundled, prepare, prompts, store, synthetic, tokenizer
+from xmc_jax.data import (
+    bundled,
+    prepare,
+    prompts,
+    record_report,
+    records,
+    store,
+    synthetic,
+    tokenizer,
+)
 from xmc_jax.data import images as image_folders
 from xmc_jax.models import backbone, hf
 from xmc_jax.training.config import RunConfig
@@ -37,6 +47,7 @@ def data(fields: Mapping[str, Any]) -> store.Store:
 
 def _data(fields: Mapping[str, Any]) -> store.Store:
     section, source = fields["data"], tokenizer_source(fields)
+    raw = _raw(section)
     opened = store.open(
         prepare.prepare(
             prepare.PrepareConfig(
@@ -45,7 +56,7 @@ def _data(fields: Mapping[str, Any]) -> store.Store:
                 tokenizer=str(source.folder),
                 tokenizer_name=pathlib.PurePath(source.name).name,
                 max_length=section["max_length"],
-                raw=_raw(section),
+                raw=raw,
                 special_tokens=not decodes(fields),
                 encoding=section["encoding"],
                 text=section["text"],
@@ -57,19 +68,26 @@ def _data(fields: Mapping[str, Any]) -> store.Store:
     )
     if section["images"]["name"] is None:
         return opened
-    return opened.with_images(_images(section), section["images"]["per_item"])
+    return opened.with_images(_images(section, raw), section["images"]["per_item"])
 
 
 def _dataset(section: Mapping[str, Any]) -> str:
     """The dataset's name; of synthetic ones with what they follow from."""
-    if section["raw_dir"] != SYNTHETIC:
+    if section["records"] is not None or section["raw_dir"] != SYNTHETIC:
         return section["dataset"]
     made = section["synthetic"]
     return f"{section['dataset']}-{made['documents']}x{made['labels']}-seed{made['seed']}"
 
 
 def _raw(section: Mapping[str, Any]) -> pathlib.Path | None:
-    """The folder of the raw files, None for the bundled ones; synthetic ones are made."""
+    """The folder of the raw files, None for bundled ones; of records and synthetic ones, made."""
+    if section["records"] is not None:
+        return _of_records(section)
+    if not section["raw_dir"]:
+        raise ValueError(
+            "data.records: expected a folder with train.* and labels.*, or a file, got none; "
+            "--config.data.records=path, or --config.data.raw_dir=path for raw files"
+        )
     if section["raw_dir"] == BUNDLED:
         return None
     if section["raw_dir"] != SYNTHETIC:
@@ -80,11 +98,24 @@ def _raw(section: Mapping[str, Any]) -> pathlib.Path | None:
     return folder
 
 
-def _images(section: Mapping[str, Any]) -> image_folders.ImageStore:
+def _of_records(section: Mapping[str, Any]) -> pathlib.Path:
+    if section["encoding"] != "utf-8":
+        raise ValueError(
+            f"data.encoding: expected utf-8, as records are, got {section['encoding']!r}"
+        )
+    folder = records.folder(section["data_dir"], section["dataset"])
+    config = records.RecordsConfig(section["records"], **section["records_options"])
+    report, made = records.convert(config, folder)
+    if made:
+        logging.info("%s: made of %s\n%s", folder, config.records, record_report.text(report))
+    return folder
+
+
+def _images(section: Mapping[str, Any], raw: pathlib.Path | None) -> image_folders.ImageStore:
     """The image folder of a dataset, made if it is not there."""
     from xmc_jax.vision import embed  # what it imports is an extra
 
-    asked, raw, dataset = section["images"], _raw(section), _dataset(section)
+    asked, dataset = section["images"], _dataset(section)
     config = embed.ImagesConfig(
         dataset=dataset,
         data_dir=section["data_dir"],

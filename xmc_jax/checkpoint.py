@@ -18,6 +18,8 @@ from etils import epath
 RESUMABLE = (
     "data.data_dir",
     "data.raw_dir",
+    "data.records",  # what they are made to is compared by its digest
+    "data.records_options",
     "eval",
     "export",
     "mesh",

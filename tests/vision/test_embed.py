@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import vision_embed
 from tests.models import test_vision as towers
-from xmc_jax.data import image_import, raw_folder, store
+from xmc_jax.data import image_import, raw_folder, records, store
 from xmc_jax.data import images as image_folders
 from xmc_jax.data.store import SPLITS
 from xmc_jax.models import vision
@@ -309,6 +309,31 @@ def test_urls_are_fetched_once_then_encoded(tmp_path, config, straight, compiled
     server.shutdown()
     with pytest.raises(ValueError, match="allow_private"):
         embed.make(config(source=path), UIDS)
+
+
+def test_images_of_records(tmp_path, config, folder, straight, compiled):
+    """URLs of documents and of labels with the same ids, and paths, each of its own split."""
+    server = Server()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    own, ids = tmp_path / "own", {"train": "x", "test": "y", "label": "x"}
+    own.mkdir()
+    for split in SPLITS:
+        with (own / f"{split}.jsonl").open("w") as file:
+            for i, uid in enumerate(UIDS[split]):
+                images = [f"{address}/{uid}/{k}" for k in range(len(PICTURES[uid]))]
+                if split == "test":
+                    images = [str(folder / f"{uid}_{k}.img") for k in range(len(PICTURES[uid]))]
+                line = {"id": f"{ids[split]}{i}", "text": uid, "labels": ["x0"], "images": images}
+                file.write(json.dumps(line) + "\n")
+    raw = tmp_path / "raw"
+    records.convert(records.RecordsConfig(own), raw)
+    chosen = config(source=raw, allow_private=("127.0.0.0/8",))
+    made = embed.make(chosen, embed.read_uids("Toy", raw))
+    server.shutdown()
+    found, wanted = rows(made), rows(straight)
+    wanted["train"][0] = wanted["train"][0][:0]  # those that the server does not have
+    assert_close(found, wanted)
+    assert embed.report(chosen).count("images of") == 2  # of training documents and of labels
 
 
 class Killed(BaseException):

@@ -1,11 +1,58 @@
 """A validation split made as the test split was: some sources' training documents, held out."""
 
 import dataclasses
+import math
 
 import numpy as np
 
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.raw_folder import RawDataset
+
+
+def choose(source_of: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Whole sources in a random order, until they have a share of the documents.
+
+    Args:
+        source_of: i[n], the source of each document, numbered from 0.
+        fraction: that share, at least.
+        seed: of the order.
+
+    Returns:
+        bool[n], whether a document is of these sources.
+    """
+    sources, sizes = _drawn(source_of, seed)
+    count = np.searchsorted(np.cumsum(sizes), fraction * len(source_of)) + 1
+    return np.isin(source_of, sources[:count])
+
+
+def choose_within(source_of: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Whole sources in a random order, those left out that would make it more than a share.
+
+    Args:
+        source_of: i[n], the source of each document, numbered from 0.
+        fraction: that share, at most, but for rounding it up; more if even the smallest source is.
+        seed: of the order.
+
+    Returns:
+        bool[n], whether a document is of these sources.
+    """
+    sources, sizes = _drawn(source_of, seed)
+    left = math.ceil(fraction * len(source_of))
+    taken = []
+    for source, size in zip(sources.tolist(), sizes.tolist()):
+        if size <= left:
+            taken.append(source)
+            left -= size
+            if not left:
+                break
+    return np.isin(source_of, taken or sources[np.argmin(sizes)])
+
+
+def _drawn(source_of: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sources in a random order, and how many documents each has."""
+    # One draw outside of training: no stream of rng is for it.
+    sources = np.random.default_rng(seed).permutation(np.unique(source_of))
+    return sources, np.bincount(source_of)[sources]
 
 
 def hold_out(dataset: RawDataset, fraction: float, seed: int) -> RawDataset:
@@ -26,14 +73,11 @@ def hold_out(dataset: RawDataset, fraction: float, seed: int) -> RawDataset:
     train = dataset.splits["train"]
     count = len(train.titles)
     source_of = dataset.groups.get("train", np.arange(count))
-    # One draw outside of training: no stream of rng is for it.
-    sources = np.random.default_rng(seed).permutation(np.unique(source_of))
-    sizes = np.cumsum(np.bincount(source_of)[sources])
-    held = np.isin(source_of, sources[: np.searchsorted(sizes, fraction * count) + 1])
+    held = choose(source_of, fraction, seed)
     if held.all():
         raise ValueError(
             f"validation_fraction: expected to leave documents to train on, got {fraction} of "
-            f"{count} documents from {len(sources)} sources"
+            f"{count} documents from {len(np.unique(source_of))} sources"
         )
     ids = {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}
     pairs = dataset.filter[held[dataset.filter[:, 0]]]

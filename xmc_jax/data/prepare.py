@@ -1,4 +1,5 @@
-"""Raw Extreme Classification files to a dataset folder: `python -m xmc_jax.data.prepare --help`.
+"""Raw Extreme Classification files, or a user's own records, to a dataset folder: `python -m
+xmc_jax.data.prepare --help`.
 
 Idempotent: a folder made from the same inputs is left as it is. Restartable: a folder appears under
 its name only when it is whole. Texts are cut at `max_length` tokens, duplicate labels of a document
@@ -20,7 +21,7 @@ import numpy as np
 import tqdm
 
 from xmc_jax import command, packaged
-from xmc_jax.data import bundled, holdout, raw_folder, store
+from xmc_jax.data import bundled, holdout, raw_folder, record_report, record_scan, records, store
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
@@ -146,17 +147,28 @@ def report(folder: pathlib.Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status, see `command.run`."""
-    return command.run(
-        "prepare", lambda: _parse(arguments), lambda config: print(report(prepare(config)))
-    )
+    return command.run("prepare", lambda: _parse(arguments), lambda asked: _act(*asked))
 
 
-def _parse(arguments: list[str] | None) -> PrepareConfig:
+def _act(config: PrepareConfig | None, own: records.RecordsConfig | None, only_check: bool) -> None:
+    if own is not None:
+        print(f"{records.describe(own)}\n", flush=True)
+        if only_check:
+            print(record_report.text(records.check(own)))
+            return
+        print(f"{record_report.text(records.convert(own, pathlib.Path(config.raw))[0])}\n")
+    print(report(prepare(config)))
+
+
+def _parse(
+    arguments: list[str] | None,
+) -> tuple[PrepareConfig | None, records.RecordsConfig | None, bool]:
+    """What to prepare, the records to make its raw folder of, and whether only to check these."""
     parser = command.Parser(prog="python -m xmc_jax.data.prepare", allow_abbrev=False)
     known = ", ".join(KNOWN)
-    parser.add_argument("--dataset", required=True, help=f"its name; known: {known}")
+    parser.add_argument("--dataset", help=f"its name; known: {known}")
     parser.add_argument("--raw", help="folder of the raw files; a bundled dataset needs none")
-    parser.add_argument("--out", dest="data_dir", required=True, help="where dataset folders go")
+    parser.add_argument("--out", dest="data_dir", help="where dataset folders go")
     parser.add_argument(
         "--tokenizer",
         default=packaged.MINILM_NAME,
@@ -183,12 +195,61 @@ def _parse(arguments: list[str] | None) -> PrepareConfig:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the held-out sources")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that differs")
+    own = parser.add_argument_group(
+        "own records", "JSONL, CSV or Parquet in place of raw files; see docs/data.md"
+    )
+    defaults = records.RecordsConfig
+    own.add_argument(
+        "--records", help="a folder with train.*, perhaps test.*, and labels.*; or a file"
+    )
+    own.add_argument("--labels", help="the file of the labels, if not labels.* in that folder")
+    own.add_argument(
+        "--column",
+        dest="columns",
+        action="append",
+        metavar="FIELD=NAME",
+        help="where a field's column has another name, e.g. text=product_name; again for others",
+    )
+    own.add_argument("--separator", help=f"of ids in a text (default {defaults.separator})")
+    own.add_argument(
+        "--test_fraction",
+        type=float,
+        help="share of the documents for testing, by whole groups, where nothing says which "
+        f"(default {defaults.test_fraction})",
+    )
+    own.add_argument("--split_seed", type=int, help="of that choice (default 0)")
+    own.add_argument(
+        "--unknown_labels",
+        choices=record_scan.UNKNOWN,
+        help="ids that no label has: an error (default), left out, or made labels",
+    )
+    own.add_argument("--check", action="store_true", help="read the records, write nothing")
     fields = vars(parser.parse_args(arguments))
+    only_check = fields.pop("check")
+    names = {field.name for field in dataclasses.fields(defaults)} - {"overwrite"}
+    given = {name: value for name in names if (value := fields.pop(name)) is not None}
+    if "records" not in given and (given or only_check):
+        flag = "check" if only_check else min(given).replace("columns", "column")
+        raise ValueError(f"--{flag}: expected --records with it")
+    required = {"--dataset": fields["dataset"], "--out": fields["data_dir"]}
+    absent = [flag for flag, value in required.items() if value is None]
+    if absent and not only_check:
+        parser.error(f"the following arguments are required: {', '.join(absent)}")
+    if "records" in given:
+        given["columns"] = tuple(given.get("columns", ()))
+        own_config = defaults(**given, overwrite=fields["overwrite"])
+        if only_check:
+            return None, own_config, True
+        if fields["raw"] is not None:
+            raise ValueError("--raw: expected none with --records, of which raw files are made")
+        if fields["encoding"] != "utf-8":
+            raise ValueError("--encoding: expected utf-8, as records are")
+        fields["raw"] = records.folder(fields["data_dir"], fields["dataset"])
     if fields["propensity"]:
         fields["propensity"] = tuple(fields["propensity"])
     if fields["tokenizer"] == packaged.MINILM_NAME:
         fields |= {"tokenizer": str(packaged.minilm()), "tokenizer_name": packaged.MINILM_NAME}
-    return PrepareConfig(**fields)
+    return PrepareConfig(**fields), own_config if given else None, False
 
 
 def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> dict[str, Any]:

@@ -149,10 +149,7 @@ def _data_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) 
             "- **pictures**: "
             + ", ".join(f"{share:.1f} % of {split}" for split, share in shares.items())
         )
-    raw = fields["data"]["raw_dir"]
-    own = (
-        bundled.path(content["dataset"]["name"]) if raw == "bundled" else pathlib.Path(raw)
-    ) / "DATA_CARD.md"
+    own = _source(fields["data"]) / "DATA_CARD.md"
     if own.is_file():
         lines += ["", "---", "", own.read_text(encoding="utf-8").strip()]
     else:
@@ -161,3 +158,13 @@ def _data_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) 
             "Its origin and licence are not recorded; who ships this folder says them here.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _source(section: Mapping[str, Any]) -> pathlib.Path:
+    """The folder that the data came from."""
+    if section["records"] is not None:
+        given = pathlib.Path(section["records"])
+        return given.parent if given.is_file() else given
+    if section["raw_dir"] == "bundled":
+        return bundled.path(section["dataset"])
+    return pathlib.Path(section["raw_dir"])

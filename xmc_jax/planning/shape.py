@@ -37,7 +37,8 @@ def of(fields: Mapping[str, Any]) -> tuple[DataShape, str]:
         ValueError: there is no folder, and nothing is known about a dataset of that name.
     """
     section, folder = fields["data"], _folder(fields)
-    if section["raw_dir"] in (build.BUNDLED, build.SYNTHETIC):
+    at_hand = section["raw_dir"] in (build.BUNDLED, build.SYNTHETIC)
+    if at_hand and section["records"] is None:
         opened = build.data(fields)
         return opened.shape, f"counted in {opened.folder}"
     width, per_item, source = _images(section)

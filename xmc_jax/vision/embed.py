@@ -32,11 +32,11 @@ import numpy as np
 import tqdm
 
 from xmc_jax import command
-from xmc_jax.data import bundled, image_import, raw_folder
+from xmc_jax.data import bundled, image_import, raw_folder, tables
 from xmc_jax.data import images as image_folders
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
-from xmc_jax.vision import descriptor, download, encoders, fetch, images, sources, tables
+from xmc_jax.vision import descriptor, download, encoders, fetch, images, sources
 from xmc_jax.vision.encoders import Encoder
 from xmc_jax.vision.sources import Source
 
@@ -152,9 +152,10 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
             uids,
             config.overwrite,
         )
-    urls = _url_table(source)
-    if urls is not None:
-        source = _fetch(config, *urls)
+    where = dict.fromkeys(SPLITS, source)
+    for splits, table in _url_tables(source):
+        fetched = config.fetched if len(splits) > 1 else config.fetched / splits[0]
+        where |= dict.fromkeys(splits, _fetch(config, fetched, *table))
     encoder = encoders.build(
         config.encoder,
         config.batch_size,
@@ -163,7 +164,7 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
         config.layout,
         config.dtype,
     )
-    opened = {split: sources.open(source, split, uids[split], config.by) for split in SPLITS}
+    opened = {split: sources.open(where[split], split, uids[split], config.by) for split in SPLITS}
     if not any(found.items_with_images for found in opened.values()):
         first = next((uid for split in SPLITS for uid in uids[split]), None)
         remedy = "files named by an item's number in its split need --by=index"
@@ -220,9 +221,10 @@ def read_uids(
 def report(config: ImagesConfig) -> str:
     """A few lines on a finished folder: items, images, shares of items with one, and failures."""
     lines = [image_folders.report(config.folder)]
-    if (config.fetched / "report.json").is_file():
-        result = json.loads((config.fetched / "report.json").read_bytes())
-        lines.append(fetch.summary(config.fetched, result))
+    for fetched in (config.fetched, *(config.fetched / split for split in SPLITS)):
+        if (fetched / "report.json").is_file():
+            result = json.loads((fetched / "report.json").read_bytes())
+            lines.append(fetch.summary(fetched, result))
     failures = config.folder / FAILURES
     if failures.is_file():
         with failures.open("rb") as file:
@@ -247,11 +249,30 @@ def _embed_and_check(asked: tuple[ImagesConfig, str, str]) -> None:
 # What lies where
 
 
-def _url_table(path: pathlib.Path) -> tuple[pathlib.Path, str, str] | None:
-    """A table of URLs, not of images, or a folder's only table; its columns of ids and URLs."""
+def _url_tables(
+    path: pathlib.Path,
+) -> list[tuple[tuple[str, ...], tuple[pathlib.Path, str, str]]]:
+    """Splits, and a table that holds URLs of their images with its columns of ids and URLs.
+
+    All splits of a file, or of a folder's only table; in a folder with tables of each split, those
+    splits whose table holds URLs.
+    """
+    tables_of = {path: tuple(SPLITS)}
     if path.is_dir():
-        found = [file for file in path.iterdir() if file.suffix in _TABLES and file.is_file()]
-        path = found[0] if len(found) == 1 else path
+        found = sorted(file for file in path.iterdir() if file.suffix in _TABLES and file.is_file())
+        tables_of = {file: tuple(SPLITS) for file in found}
+        if len(found) > 1:
+            tables_of = {
+                file: (split,)
+                for split in SPLITS
+                if (file := sources.table_of_split(found, split)) is not None
+            }
+    urls = ((splits, _url_table(file)) for file, splits in tables_of.items())
+    return [(splits, table) for splits, table in urls if table is not None]
+
+
+def _url_table(path: pathlib.Path) -> tuple[pathlib.Path, str, str] | None:
+    """A table of URLs, not of images; its columns of ids and URLs."""
     if path.suffix not in _TABLES or not path.is_file():
         return None
     parquet = path.suffix == ".parquet"
@@ -263,19 +284,21 @@ def _url_table(path: pathlib.Path) -> tuple[pathlib.Path, str, str] | None:
     return (path, key, url) if key and url and not held else None
 
 
-def _fetch(config: ImagesConfig, urls: pathlib.Path, key: str, url: str) -> pathlib.Path:
+def _fetch(
+    config: ImagesConfig, out: pathlib.Path, urls: pathlib.Path, key: str, url: str
+) -> pathlib.Path:
     networks = tuple(ipaddress.ip_network(network) for network in config.allow_private)
     fetch.fetch(
         fetch.FetchConfig(
             urls=urls,
-            out=config.fetched,
+            out=out,
             limits=download.Limits(allowed=networks),
             id_column=key,
             url_column=url,
             max_images=config.per_item,
         )
     )
-    return config.fetched
+    return out
 
 
 # From files to vectors: read here, decoded in threads, encoded a batch behind, written in order

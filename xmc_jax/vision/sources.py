@@ -19,9 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xmc_jax.data import image_maps, store
+from xmc_jax.data import image_maps, store, tables
 from xmc_jax.data.csr import Csr
-from xmc_jax.vision import tables
 
 MAX_BYTES = 32 << 20
 """Bytes of an image's file, unless told otherwise."""
@@ -140,7 +139,7 @@ def open(
         raise ValueError(f"{path}: expected .parquet, .jsonl, .csv or .bin, or a folder")
     if not path.is_dir():
         raise ValueError(f"{path}: expected a file or folder of images, found none")
-    fetched = any(path.glob("images/*.parquet")) and (path / "inputs.json").is_file()
+    fetched = (path / "images").is_dir() and (path / "inputs.json").is_file()
     if fetched:
         if not (path / "report.json").is_file():  # which fetch writes last
             raise ValueError(
@@ -173,14 +172,26 @@ def open(
     return _files(path, uids, by, max_bytes)
 
 
-def _of_split(folder: pathlib.Path, names: list[str], split: str) -> list[pathlib.Path]:
-    """The tables that are a split's by their names, or else those that are nobody's."""
-    owners = {
+def table_of_split(files: Sequence[pathlib.Path], split: str) -> pathlib.Path | None:
+    """The only one of a folder's tables that is a split's by its name; None if there is no such."""
+    owners = _owners_of([file.name for file in files])
+    own = [file for file in files if owners.get(file.name) == split]
+    return own[0] if len(own) == 1 else None
+
+
+def _owners_of(names: Iterable[str]) -> dict[str, str]:
+    """Name -> the split that it begins with, of those that begin with one."""
+    return {
         name: owner
         for name in names
         for owner, prefixes in _PREFIXES.items()
         if re.match(rf"({'|'.join(prefixes)})(?![A-Za-z0-9])", name)
     }
+
+
+def _of_split(folder: pathlib.Path, names: list[str], split: str) -> list[pathlib.Path]:
+    """The tables that are a split's by their names, or else those that are nobody's."""
+    owners = _owners_of(names)
     taken = [name for name in names if owners.get(name) == split]
     taken = taken or [name for name in names if name not in owners]
     kinds = {pathlib.PurePath(name).suffix for name in taken}

@@ -1,0 +1,211 @@
+"""What is kept of records while they are read: of a document some eighty bytes and four for each of
+its labels, of a label its id as well. Texts and ids are compared by digests of 128 bits.
+"""
+
+import array
+import bisect
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from xmc_jax.data import record_cells
+from xmc_jax.data.record_files import Opened, Record
+
+
+class Items:
+    """What is kept of documents, or of labels.
+
+    Attributes:
+        kinds: "train", "test" or "label" -> "path" or "url", of the files' images.
+    """
+
+    def __init__(self):
+        self._tables: list[Opened] = []
+        self._firsts: list[int] = []
+        self._role = ""
+        self._places = array.array("q")
+        self._texts = bytearray()
+        self._words, self._images, self._missing = (array.array("I") for _ in range(3))
+        self.kinds: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def begin(self, opened: Opened, role: str) -> None:
+        """Says that the items that follow are of this table, of "train", "test" or "label"."""
+        self._tables.append(opened)
+        self._firsts.append(len(self))
+        self._role = role
+
+    def at(self, number: int) -> str:
+        """Where an item was read."""
+        table = self._tables[bisect.bisect_right(self._firsts, number) - 1].table
+        return table.at(self._places[number])
+
+    def add(self, record: Record, title: str, content: str, images: Sequence[str]) -> None:
+        """Keeps an item's facts."""
+        self._places.append(record.place)
+        self._add_text(title, content)
+        self._images.append(len(images))
+        missing, folder = 0, self._tables[-1].table.path.parent
+        for image in images:
+            kind = "url" if record_cells.is_url(image) else "path"
+            if self.kinds.setdefault(self._role, kind) != kind:
+                raise record.error(
+                    "images",
+                    "expected paths alone or URLs alone in a file, found both; python -m "
+                    "xmc_jax.vision.fetch makes files of URLs",
+                )
+            missing += kind == "path" and not os.path.isfile(folder / image)
+        self._missing.append(missing)
+
+    def add_bare(self, text: str) -> None:
+        """An item that no table has."""
+        self._places.append(-1)
+        self._add_text(text, "")
+        self._images.append(0)
+        self._missing.append(0)
+
+    def _add_text(self, title: str, content: str) -> None:
+        self._texts += _digest(f"{len(title)} {title}{content}")
+        self._words.append(len(title.split()) + len(content.split()))
+
+    @property
+    def words(self) -> np.ndarray:
+        """u32[n], words of each text."""
+        return _numbers(self._words)
+
+    @property
+    def blank(self) -> np.ndarray:
+        """bool[n], whether a text has none."""
+        return self.words == 0
+
+    @property
+    def images(self) -> np.ndarray:
+        """u32[n], images of each item."""
+        return _numbers(self._images)
+
+    @property
+    def missing(self) -> np.ndarray:
+        """u32[n], image files of each item that are not there."""
+        return _numbers(self._missing)
+
+    def first_of_text(self) -> np.ndarray:
+        """i64[n], the first item with each item's text; a blank text is alone."""
+        return np.where(self.blank, np.arange(len(self)), _first_alike(self._texts))
+
+
+class Labels(Items):
+    """The labels.
+
+    Attributes:
+        numbers: id -> row.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.numbers: dict[str, int] = {}
+
+
+class Documents(Items):
+    """The documents, those of a test file behind those for training; read them whole, then ask.
+
+    Attributes:
+        test: u8[n], whether a document says that it is one for testing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._ids, self._groups = bytearray(), bytearray()
+        self.test, self._grouped = bytearray(), bytearray()
+        self._counts, self._labels = array.array("I"), array.array("i")
+        self._filter = array.array("i")
+
+    def add_facts(self, uid: str, group: str | None, test: bool, labels: Sequence[int]) -> None:
+        """Keeps what a document has besides its text and images, after `add`."""
+        self._ids += _digest(uid)
+        self._groups += _digest(group or "")
+        self._grouped.append(group is not None)
+        self.test.append(test)
+        self._counts.append(len(labels))
+        self._labels.extend(labels)
+
+    def add_filter(self, document: int, label: int) -> None:
+        """Keeps that a label may not be predicted for a document."""
+        self._filter.extend((document, label))
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """u32[n], labels per document."""
+        return _numbers(self._counts)
+
+    @functools.cached_property
+    def owners(self) -> np.ndarray:
+        """i64[pairs], the document of each label in `labels`."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """i32[pairs], the labels of one document after the other."""
+        return _numbers(self._labels)
+
+    @functools.cached_property
+    def filter(self) -> np.ndarray:
+        """i32[p, 2], pairs (document, label) that may not be predicted, each once, ascending."""
+        return np.unique(_numbers(self._filter).reshape(-1, 2), axis=0)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether any document names a group."""
+        return any(self._grouped)
+
+    def first_of_id(self) -> np.ndarray:
+        """i64[n], the first document with each document's id."""
+        return _first_alike(self._ids)
+
+    def first_of_group(self) -> np.ndarray:
+        """i64[n], the first document of each document's group; without one it is alone."""
+        given = np.frombuffer(self._grouped, bool)
+        return np.where(given, _first_alike(self._groups), np.arange(len(self)))
+
+    def groups(self) -> np.ndarray:
+        """i64[n], groups by the order they appear in: those given, and equal texts in one."""
+        group, text = self.first_of_group(), self.first_of_text()
+        parent = np.arange(len(self))
+
+        def root(number: int) -> int:
+            while parent[number] != number:
+                parent[number] = parent[parent[number]]
+                number = parent[number]
+            return int(number)
+
+        for again in np.flatnonzero(text != np.arange(len(self))).tolist():
+            one, other = sorted((root(int(group[again])), root(int(group[text[again]]))))
+            parent[other] = one
+        joined = np.flatnonzero(parent != np.arange(len(self)))
+        parent[joined] = [root(int(number)) for number in joined]
+        return np.unique(parent[group], return_inverse=True)[1]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _first_alike(digests: bytearray) -> np.ndarray:
+    """i64[n], the first digest of 16 bytes that is the same as each."""
+    halves = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: the first comes first
+    ordered = halves[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    starts = np.flatnonzero(new)
+    first = np.empty(len(order), np.int64)
+    first[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
+    return first
+
+
+def _numbers(grown: array.array) -> np.ndarray:
+    return np.frombuffer(grown, np.dtype(grown.typecode)) if grown else np.empty(0, grown.typecode)

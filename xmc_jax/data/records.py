@@ -1,0 +1,397 @@
+"""A user's own records, JSONL, CSV or Parquet, to a raw folder that `prepare` reads.
+
+A document is a record with `text` (or `title`, and perhaps `content`) and `labels`; perhaps `id`,
+`images`, `group` (documents of a group stay in one split), `filter` (labels that may not be
+predicted for it), `weights` and `split`. A label has `id` and `text`, perhaps `content` and
+`images`. See docs/data.md.
+
+The folder holds `{trn,tst,lbl}.json`, `filter_labels_{train,test}.txt`, `groups.tsv` where
+documents share a group or a text, `{trn,tst,lbl}.images.csv` where there are images; `report.json`;
+and `records.json`, what it was made from. All but the last are the same for the same records,
+whatever the format. The same files leave it as it is; it appears only when it is whole.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xmc_jax.data import record_files, record_report, record_scan, store
+from xmc_jax.data.record_files import Opened
+from xmc_jax.data.record_scan import Scan
+
+FORMAT = 1
+"""Version of what a raw folder says of the same records."""
+
+_LABEL_FIELDS = ("id", "text", "content", "images")
+_NAMES = {"train": "trn", "test": "tst", "label": "lbl"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordsConfig:
+    """Which records, and how they are read.
+
+    Attributes:
+        records: a folder with `train.*`, perhaps `test.*`, and `label.*` or `labels.*`; or a file
+            of documents.
+        labels: the file of the labels, before one in the folder; None if that is meant, or if
+            labels are to be made of all ids (`unknown_labels="add"`).
+        columns: "field=column" for fields whose columns have other names; "field=" to leave one
+            out. Of several names for a field a file's own one is taken.
+        separator: of ids in a text, where they are no JSON list.
+        test_fraction: share of the documents for testing, where neither a file `test.*` nor a
+            column `split` says which they are; whole groups, and equal texts are in one.
+        split_seed: of that choice.
+        unknown_labels: what is done with ids that no label has: "error", "drop" or "add".
+        overwrite: replace a folder that was made from other records.
+    """
+
+    records: str | pathlib.Path
+    labels: str | pathlib.Path | None = None
+    columns: tuple[str, ...] = ()
+    separator: str = "|"
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    unknown_labels: str = "error"
+    overwrite: bool = False
+
+    def __post_init__(self):
+        unknown = ", ".join(record_scan.UNKNOWN)
+        for field, fits, expected in (
+            ("separator", bool(self.separator), "a character or more"),
+            ("test_fraction", 0 < self.test_fraction < 1, "a fraction between 0 and 1"),
+            ("split_seed", self.split_seed >= 0, "0 or more"),
+            ("unknown_labels", self.unknown_labels in record_scan.UNKNOWN, f"one of {unknown}"),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"records: {field}: expected {expected}, got {getattr(self, field)!r}"
+                )
+        for column in self.columns:
+            field, equals, _ = column.partition("=")
+            if not equals or field not in (*record_files.FIELDS, "title"):
+                fields = ", ".join(record_files.FIELDS)
+                raise ValueError(
+                    f"records: column: expected FIELD=NAME, FIELD one of {fields}, got {column!r}"
+                )
+
+    @property
+    def named(self) -> dict[str, list[str]]:
+        """Field -> columns that are to be taken for it."""
+        named: dict[str, list[str]] = {}
+        for column in self.columns:
+            field, _, name = column.partition("=")
+            named.setdefault("text" if field == "title" else field, []).append(name)
+        return named
+
+
+def folder(data_dir: str | pathlib.Path, dataset: str) -> pathlib.Path:
+    """The raw folder of a dataset that is made of records."""
+    return pathlib.Path(data_dir) / dataset / "raw"
+
+
+def convert(config: RecordsConfig, folder: pathlib.Path) -> tuple[dict[str, Any], bool]:
+    """Makes the raw folder, unless it is there already.
+
+    Args:
+        config: see `RecordsConfig`.
+        folder: what to make.
+
+    Returns:
+        The report, and whether the folder was made now.
+
+    Raises:
+        ValueError: bad records, or a folder that was made from others.
+    """
+    opened = _open(config)
+    inputs = _inputs(config, opened)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of one host, one after the other
+        if folder.exists() and not config.overwrite:
+            _check_same(folder, inputs, opened)
+            return json.loads((folder / "report.json").read_text(encoding="utf-8")), False
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+        partial.mkdir()
+        report = _write(partial, config, opened, inputs)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    return report, True
+
+
+def describe(config: RecordsConfig) -> str:
+    """A line on each file: what is taken of it, and what is not.
+
+    Raises:
+        ValueError: files that are missing, or lack columns.
+    """
+    lines = []
+    for role, files in _open(config).items():
+        for one in files:
+            taken = ", ".join(
+                field if field == column else f"{field}={column}"
+                for field, column in one.columns.items()
+            )
+            rest = [c for c in one.table.columns if c and c not in one.columns.values()]
+            ignored = f"; not read: {', '.join(rest)[:200]}" if rest else ""
+            lines.append(f"{role:5}  {one.table.path}: {taken}{ignored}")
+    return "\n".join(lines)
+
+
+def check(config: RecordsConfig) -> dict[str, Any]:
+    """Reads all records and writes nothing; returns the report.
+
+    Raises:
+        ValueError: bad records.
+    """
+    scan = _scan(config, _open(config), lambda *item: None)
+    return record_report.make(scan, config.unknown_labels)
+
+
+def _open(config: RecordsConfig) -> dict[str, list[Opened]]:
+    """ "train", "test", "label" -> the files, with the columns to read."""
+    records = pathlib.Path(config.records)
+    if records.is_dir():
+        paths = {role: record_files.find(records, role) for role in _NAMES}
+        if not paths["train"]:
+            suffixes = ", ".join(record_files.SUFFIXES)
+            raise ValueError(f"{records}: expected a file train.*, one of {suffixes}, found none")
+    elif records.is_file():
+        paths = {"train": [records], "test": [], "label": []}
+    else:
+        raise ValueError(f"{records}: expected a folder of records or a file, found none")
+    if config.labels is not None:
+        paths["label"] = [pathlib.Path(config.labels)]
+    if not paths["label"] and config.unknown_labels != "add":
+        raise ValueError(
+            f"{records}: expected labels, a file label.* or labels.* in the folder or another one "
+            "named by --labels, found none; --unknown_labels=add makes labels of the documents' ids"
+        )
+    named = config.named
+    fields = {role: tuple(record_files.FIELDS) for role in _NAMES} | {"label": _LABEL_FIELDS}
+    opened: dict[str, list[Opened]] = {}
+    for role in _NAMES:
+        opened[role] = []
+        for path in paths[role]:
+            table = record_files.open_table(path)
+            found = record_files.columns(table, fields[role], named)
+            for field in ("text",) if role == "label" else ("text", "labels"):
+                if field not in found:
+                    names = [*filter(None, named.get(field, ())), *record_files.FIELDS[field]]
+                    raise record_files.missing(table, field, list(dict.fromkeys(names)))
+            opened[role].append(Opened(table, found))
+    _check_named(config, opened)
+    _check_split(opened)
+    return opened
+
+
+def _check_named(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> None:
+    """Every column that was named is some file's."""
+    tables = [one for files in opened.values() for one in files]
+    used = {column for one in tables for column in one.columns.items()}
+    for field, names in config.named.items():
+        for name in names:
+            if name and (field, name) not in used:
+                raise record_files.missing(tables[0].table, field, [name])
+
+
+def _check_split(opened: Mapping[str, Sequence[Opened]]) -> None:
+    """Says the split by files or by a column, not by both, and by no column here and none there."""
+    documents = [*opened["train"], *opened["test"]]
+    columns = [one.table.path for one in documents if "split" in one.columns]
+    if columns and opened["test"]:
+        raise ValueError(
+            f"{columns[0]}: expected a column split or a file test.*, found both; --column split= "
+            "leaves the column out"
+        )
+    if columns and len(columns) < len(documents):
+        without = next(one.table.path for one in documents if "split" not in one.columns)
+        raise ValueError(f"{without}: expected a column split, as in {columns[0].name}, found none")
+
+
+def _inputs(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> dict[str, Any]:
+    """All that the folder's contents follow from."""
+    by_fraction = not opened["test"] and not any("split" in one.columns for one in opened["train"])
+    return {
+        "format": FORMAT,
+        **{
+            role: [
+                {"name": one.table.path.name, "sha256": store.sha256(one.table.path)}
+                for one in files
+            ]
+            for role, files in opened.items()
+        },
+        "columns": list(config.columns),
+        "separator": config.separator,
+        "test_fraction": config.test_fraction if by_fraction else None,
+        "split_seed": config.split_seed if by_fraction else None,
+        "unknown_labels": config.unknown_labels,
+    }
+
+
+def _scan(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]], keep) -> Scan:
+    return record_scan.read(
+        opened,
+        config.separator,
+        config.unknown_labels,
+        config.test_fraction,
+        config.split_seed,
+        keep,
+    )
+
+
+def _write(
+    partial: pathlib.Path,
+    config: RecordsConfig,
+    opened: Mapping[str, Sequence[Opened]],
+    inputs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Fills the folder; returns the report."""
+    # The split is known only when all documents are read: until then their lines wait in a file.
+    waiting = {kind: partial / f".{kind}" for kind in ("document", "label")}
+    with contextlib.ExitStack() as stack:
+        files = {kind: stack.enter_context(path.open("wb")) for kind, path in waiting.items()}
+
+        def keep(kind: str, uid: str, line: str, images: list[str]) -> None:
+            listed = json.dumps(images) if images else ""
+            files[kind].write(f"{uid}\t{line}\t{listed}\n".encode())
+
+        scan = _scan(config, opened, keep)
+    documents, images, out = scan.documents, _Images(partial, opened, scan), scan.filtered
+    changed = set(documents.owners[out].tolist())
+    ends = np.cumsum(documents.counts, dtype=np.int64)
+    grouped = documents.grouped or len(np.unique(scan.groups)) < len(documents)
+    with contextlib.ExitStack() as stack:
+        files = {
+            s: stack.enter_context((partial / f"{n}.json").open("wb")) for s, n in _NAMES.items()
+        }
+        images.open(stack)
+        groups = stack.enter_context((partial / "groups.tsv").open("wb")) if grouped else None
+        for uid, line, listed in _waiting(waiting["label"]):
+            files["label"].write(line + b"\n")
+            images.write("label", uid, listed)
+        for number, (uid, line, listed) in enumerate(_waiting(waiting["document"])):
+            if number in changed:
+                line = _without(line, out[ends[number] - documents.counts[number] : ends[number]])
+            split = "test" if scan.test[number] else "train"
+            files[split].write(line + b"\n")
+            images.write(split, uid, listed)
+            if groups:
+                groups.write(b"%s\t%d\n" % (uid, scan.groups[number]))
+    for path in waiting.values():
+        path.unlink()
+    for split, chosen in (("train", ~scan.test), ("test", scan.test)):
+        pairs = documents.filter[chosen[documents.filter[:, 0]]]
+        row_of = np.cumsum(chosen) - 1
+        text = "".join(f"{row_of[number]} {label}\n" for number, label in pairs.tolist())
+        (partial / f"filter_labels_{split}.txt").write_text(text, encoding="ascii")
+    report = record_report.make(scan, config.unknown_labels)
+    _write_json(partial / "report.json", report)
+    written = {
+        path.name: {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
+        for path in sorted(partial.iterdir())
+    }
+    _write_json(
+        partial / "records.json", {**inputs, "images_from": images.folders, "files": written}
+    )
+    return report
+
+
+class _Images:
+    """Tables of images as `vision` reads them: a row for each, all splits or none.
+
+    Attributes:
+        folders: split -> where the paths of its images begin, None where it has no paths.
+    """
+
+    def __init__(self, partial: pathlib.Path, opened: Mapping[str, Sequence[Opened]], scan: Scan):
+        kinds = scan.documents.kinds | scan.labels.kinds
+        roles = {role: role for role in opened} | ({} if opened["test"] else {"test": "train"})
+        self._kinds = {split: kinds.get(role) for split, role in roles.items()}
+        self.folders = {
+            split: _folder_of(opened[role]) if self._kinds[split] == "path" else None
+            for split, role in roles.items()
+        }
+        self._partial = partial
+        self._writers: dict[str, Any] = {}
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Opens the tables and writes their headers."""
+        for split, kind in self._kinds.items() if any(self._kinds.values()) else ():
+            path = self._partial / f"{_NAMES[split]}.images.csv"
+            file = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+            self._writers[split] = csv.writer(file, lineterminator="\n")
+            self._writers[split].writerow(["uid", kind or "path"])
+
+    def write(self, split: str, uid: bytes, listed: bytes) -> None:
+        """Writes the rows of an item."""
+        for image in json.loads(listed) if listed else ():
+            folder = self.folders[split]
+            self._writers[split].writerow(
+                [uid.decode(), image if folder is None else os.path.join(folder, image)]
+            )
+
+
+def _folder_of(files: Sequence[Opened]) -> str:
+    return str(files[0].table.path.parent.absolute())
+
+
+def _waiting(path: pathlib.Path) -> Iterator[list[bytes]]:
+    with path.open("rb") as file:
+        for line in file:
+            yield line[:-1].split(b"\t")
+
+
+def _without(line: bytes, out: np.ndarray) -> bytes:
+    """A document's line without some of its labels."""
+    document = json.loads(line)
+    for field in ("target_ind", "target_rel"):
+        if field in document:
+            document[field] = [one for one, gone in zip(document[field], out) if not gone]
+    return record_scan.encode(document).encode()
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_same(
+    folder: pathlib.Path, inputs: Mapping[str, Any], opened: Mapping[str, Sequence[Opened]]
+) -> None:
+    """The folder is whole, and made of the same."""
+    path = folder / "records.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        files, begun = dict(found["files"]), dict(found["images_from"])
+        whole = all((folder / f).stat().st_size == size["bytes"] for f, size in files.items())
+        whole &= store.sha256(folder / "report.json") == files["report.json"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # not ours; said below
+        found, whole, begun = {}, False, {}
+    remedy = (
+        "choose another --dataset or --out (--config.data.dataset, --config.data.data_dir), or "
+        "make it anew with python -m xmc_jax.data.prepare --records --overwrite"
+    )
+    if not whole:
+        raise ValueError(
+            f"{folder}: expected to be free, or whole and made of records, found something else; "
+            f"{remedy}"
+        )
+    now = {split: _folder_of(opened[split] or opened["train"]) for split in begun}
+    pairs = [(name, value, found.get(name)) for name, value in inputs.items()]
+    pairs += [(f"{s}'s images in", now[s], where) for s, where in begun.items() if where]
+    for name, value, recorded in pairs:
+        if recorded != value:
+            raise ValueError(
+                f"{folder}: expected to have been made with {name} {value}, found {recorded}; "
+                f"{remedy}"
+            )
