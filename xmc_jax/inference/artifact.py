@@ -13,7 +13,7 @@
                              positives.indices.npy; ids and texts
     index/                   of ScaNN, over the labels
     vision/                  the image encoder, where it is carried
-    README.md, DATA_CARD.md, LICENSE, NOTICE
+    README.md, DATA_CARD.md, LICENSE.md for people; not recorded, so that they can be added to
 
 `artifact.json` is written last and names the folders of the parts, so that a part can be replaced
 as a whole: the new one is written beside the old one, and the manifest decides.
@@ -140,7 +140,8 @@ class Labels:
     Attributes:
         ids: identifiers, all different.
         texts: what they say.
-        embeddings: f32[L, D], unit vectors: prototypes with PRIME, else of their texts.
+        embeddings: f32[L, D], prototypes with PRIME, else of their texts: unit vectors, but for
+            labels added later, see `new_labels.NewLabelsConfig.scale`.
         frequency: i64[L], training documents of each; 0 for those added later.
     """
 
@@ -349,15 +350,14 @@ def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
         folder: local.
         content: all but "format" and "files".
     """
-    used = {content[name]["folder"] for name in PARTS[:-1] if content[name]}
-    images = content["model"]["images"]
-    used |= {images["folder"]} if images else set()
-    files = {}
+    used, files = folders(content), {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         top = name.parts[0]
         replaced = top.partition("-")[0] in PARTS and top not in used
-        if path.is_file() and name.name != MANIFEST and not (replaced or top.startswith(".")):
+        # Cards are for people, who add to them.
+        passed_over = replaced or top.startswith(".") or top == MANIFEST or path.suffix == ".md"
+        if path.is_file() and not passed_over:
             files[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     text = json.dumps({"format": FORMAT, **content, "files": files}, indent=1, allow_nan=False)
     partial = folder / f".{MANIFEST}.partial"
@@ -366,6 +366,13 @@ def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / MANIFEST)
+
+
+def folders(content: Mapping[str, Any]) -> set[str]:
+    """The folders of the parts that a manifest names."""
+    images = content["model"]["images"]
+    carried = {images["folder"]} if images and images["folder"] else set()
+    return {content[name]["folder"] for name in PARTS[:-1] if content[name]} | carried
 
 
 def digest_of_model(files: Mapping[str, str]) -> str:

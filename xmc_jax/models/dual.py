@@ -165,10 +165,7 @@ class DualEncoder(nn.Module):
                 raise ValueError(
                     f"prime: expected at least one free vector, got {self.num_free_vectors}"
                 )
-            if p.combiner == "transformer":
-                self.combiner = TransformerCombiner(p.heads, p.ff_dim, p.dropout)
-            else:
-                self.combiner = SumCombiner()
+            self.combiner = combiner(p)
             init = nn.with_logical_partitioning(
                 _FREE_VECTOR_INITS[p.free_vector_init], (None, "table_width")
             )
@@ -269,6 +266,13 @@ class DualEncoder(nn.Module):
         if self.prime is not None:
             self.prototype(out.pooled, jnp.zeros(len(out.pooled), jnp.int32), out.pooled)
         return out
+
+
+def combiner(config: PrimeConfig) -> nn.Module:
+    """The label prototype network of a config."""
+    if config.combiner == "transformer":
+        return TransformerCombiner(config.heads, config.ff_dim, config.dropout)
+    return SumCombiner()
 
 
 def init_params(model: DualEncoder, seed: int):
