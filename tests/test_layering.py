@@ -14,7 +14,7 @@ LAYERS = (
     ("main", "serve"),
     ("planning",),
     ("build",),
-    ("training",),
+    ("training", "reporting"),
     ("retrieval",),
     ("vision",),
     ("models", "data"),
