@@ -40,7 +40,7 @@ def test_numbers_are_those_of_the_files(left, written):
     heads, *rows = read.table("training documents")
     for column, row in enumerate(found, 1):
         assert heads[column].startswith("Contribution to P@5")
-        parts = [float(cells[column].removesuffix(" %")) for cells in rows]
+        parts = [float(cells[column].removesuffix(charts.PERCENT)) for cells in rows]
         assert sum(parts) == pytest.approx(100 * found[row]["P@5"], abs=0.006 * len(parts))
     training = read.table("epoch")
     assert training[0][:3] == ["epoch", "step", "loss"] and training[-1][:3] == ["4", "12", "0.6"]
@@ -277,7 +277,7 @@ def test_damaged_predictions_are_answered_in_one_line(finished, damage):
 )
 def test_axes_have_round_ticks_around_all_values(values, options, ticks):
     found = charts.axis(values, **options)
-    assert [text for _, text in found.ticks] == ticks
+    assert [text.replace(charts.PERCENT, " %") for _, text in found.ticks] == ticks
     finite = [value for value in values if value == value]
     assert not finite or found.low <= min(finite) <= max(finite) <= found.high
 

@@ -14,6 +14,7 @@ import numpy as np
 from xmc_jax.reporting.markup import Child, element
 
 WIDTH = 340
+PERCENT = "\N{NO-BREAK SPACE}%"
 _TOP, _BOTTOM = 10, 37  # room for half a line of text, and for ticks and the name of an axis
 _CHARACTER, _BOLD = 6.1, 6.9  # width, about, of wide fonts
 _LINE = 13  # height of a line of text
@@ -109,7 +110,7 @@ def decimal(values: Sequence[float], step: float) -> list[str]:
 
 def percentage(values: Sequence[float], step: float) -> list[str]:
     """Fractions in percent, likewise."""
-    return [f"{text} %" for text in decimal([100 * value for value in values], 100 * step)]
+    return [f"{text}{PERCENT}" for text in decimal([100 * value for value in values], 100 * step)]
 
 
 def _step(least: float) -> float:

@@ -31,6 +31,12 @@ _SIMILARITIES = {
     "similarity_positive": ("positive", "right"),
     "similarity_negative": ("negative", "wrong"),
 }
+_TERMS = {
+    "document_to_label": "to label",
+    "document_to_prototype": "to prototype",
+    "label_to_document": "from label",
+    "prototype_to_document": "from prototype",
+}
 _VIOLATORS = {
     "margin": "hard negatives within the margin",
     "decoupled_softmax": "negatives above the mean positive of their document",
@@ -148,8 +154,8 @@ def training(run: Run, data: Store) -> Element:
                 run,
                 when,
                 "Terms of the loss",
-                [(f"train/{name}", name.replace("_", " "), "plainly") for name in terms],
-                "before they are weighted",
+                [(f"train/{name}", _TERMS.get(name, name), "plainly") for name in terms],
+                "of documents to labels and back, before they are weighted",
             )
         )
     return parts.section(
@@ -259,11 +265,13 @@ class _Row:
 def _rows(run: Run) -> Iterator[_Row]:
     """The baseline's first; its zero-shot is left out."""
     name = run.config["baseline"]["name"] if run.baseline else ""
-    for row, metrics in run.baseline.items():
-        if row != "zero-shot":
-            yield _Row(f"{name}: {NAMES[row]}", f"{name}: {SHORT[row]}", "baseline", metrics)
-    for row, metrics in run.metrics.items():
-        yield _Row(NAMES[row], SHORT[row], KINDS[row], metrics)
+    for row in NAMES:
+        if row in run.baseline and row != "zero-shot":
+            said = f"{name}: {NAMES[row]}", f"{name}: {SHORT[row]}"
+            yield _Row(*said, "baseline", run.baseline[row])
+    for row in NAMES:
+        if row in run.metrics:
+            yield _Row(NAMES[row], SHORT[row], KINDS[row], run.metrics[row])
 
 
 def _tile(metric: str, said: str, rows: Sequence[_Row]) -> Element:
@@ -272,7 +280,8 @@ def _tile(metric: str, said: str, rows: Sequence[_Row]) -> Element:
         parts.Bar(row.short, value if math.isfinite(value) else 0.0, row.kind, (percent(value, 2),))
         for row, value in found
     ]
-    best, lead = max(found, key=lambda one: (math.isfinite(one[1]), one[1]))
+    # Of equal ones the last, which has the most to it.
+    best, lead = max(reversed(found), key=lambda one: (math.isfinite(one[1]), one[1]))
     caption = element(
         "figcaption",
         None,

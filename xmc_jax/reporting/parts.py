@@ -20,7 +20,7 @@ KINDS = {"zero-shot": "zero", "plain": "trained", "augmented": "augmented"}
 
 def percent(fraction: float, decimals: int = 1) -> str:
     """A fraction in percent, a dash for one that is not there."""
-    return f"{100 * fraction:.{decimals}f} %" if math.isfinite(fraction) else "–"
+    return f"{100 * fraction:.{decimals}f}{charts.PERCENT}" if math.isfinite(fraction) else "–"
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -87,7 +87,8 @@ def table(
         element("thead", None, element("tr", None, *head)),
         element("tbody", None, *body),
     )
-    return element("div", {"class": "scroll", "tabindex": "0"}, made)
+    said = {"role": "region", "aria-label": caption or ", ".join(heads[:2])}
+    return element("div", {"class": "scroll", "tabindex": "0", **said}, made)
 
 
 def folded(summary: str, *children: Child) -> Element:

@@ -155,8 +155,8 @@ def scores(seen: Predictions) -> Element:
         if not groups:
             continue
         tips = [
-            f"score {number(low)} to {number(high)}: {percent(p)} of {n:,} documents, 95 % "
-            f"interval {percent(a)} to {percent(b)}"
+            f"score {number(low)} to {number(high)}: {percent(p)} of {n:,} documents, interval "
+            f"{percent(a)} to {percent(b)}"
             for low, high, p, n, (a, b) in zip(
                 groups.low, groups.high, groups.precision, groups.documents, groups.interval.T
             )
@@ -167,11 +167,11 @@ def scores(seen: Predictions) -> Element:
             parts.figure(
                 f"P@1 by score, {NAMES[row]}",
                 f"{len(groups.score)} groups of about {groups.documents[0]:,} documents by the "
-                "score of their first prediction, with 95 % intervals",
+                f"score of their first prediction, with 95{charts.PERCENT} intervals",
                 charts.lines(
                     said,
                     [one],
-                    axis(groups.score, "cosine" if row == "plain" else "mixed probability"),
+                    axis(groups.score, "cosine" if row == "plain" else "mixed score"),
                     axis([1.0], zero=True, percent=True),
                     height=230,
                     named=False,
@@ -318,6 +318,6 @@ def _change(found: Change, name: str, count: int) -> Element:
             kinds,
             [f"{step}: {n:,} documents" for step, n in zip(steps, found.difference)],
             "more or fewer than before",
-            lambda share: f"{100 * share:.0f} %" if share >= 0.005 else "",
+            lambda share: percent(share, 0) if share >= 0.005 else "",
         ),
     )
