@@ -68,7 +68,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["xmc_jax", "xmc_jax.*"]),
-    package_data={"xmc_jax": ["data/bundled/**/*"]},
+    package_data={"xmc_jax": ["data/bundled/**/*", "reporting/*.css"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[

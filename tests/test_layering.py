@@ -16,7 +16,7 @@ LAYERS = (
     ("planning", "serve"),
     ("export",),
     ("build",),
-    ("training", "inference"),
+    ("training", "inference", "reporting"),
     ("retrieval",),
     ("vision",),
     ("models", "data"),

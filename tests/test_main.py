@@ -26,6 +26,11 @@ def command(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedPr
     )
 
 
+def data_of(run: pathlib.Path) -> store.Store:
+    config = json.loads((run / "config.json").read_text())
+    return store.open(next(pathlib.Path(config["data"]["data_dir"], "Topics-40").iterdir()))
+
+
 @pytest.fixture(scope="module")
 def trained(fields, tmp_path_factory):
     """The folder of a config file and a workdir in which it was trained, and the process."""
@@ -67,6 +72,12 @@ def test_train_learns_and_leaves_everything(trained):
     assert any(run.glob("tensorboard/events*"))
     predictions = np.load(run / "predictions" / "60.npz", allow_pickle=False)
     assert predictions["plain_ids"].shape == (60, 100)
+    before = np.load(run / "predictions" / "0.npz", allow_pickle=False)["plain_ids"]
+    truth = data_of(run).positives("test")
+    hits = [
+        row[0] in truth.indices[a:b] for row, a, b in zip(before, truth.indptr, truth.indptr[1:])
+    ]
+    assert np.mean(hits) == pytest.approx(found["zero-shot"]["P@1"])
     assert json.loads((run / "config.json").read_text())["name"] == "topics"
 
 
@@ -110,14 +121,13 @@ def test_embed_and_export_agree(trained, topics):
         assert done.returncode == 0, done.stderr[-3000:]
     embedded = np.load(folder / "run" / "embeddings" / "60" / "test.npy", allow_pickle=False)
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, atol=1e-5)
-    config = json.loads((folder / "run" / "config.json").read_text())
     from xmc_jax.models.dual import DualEncoder
     from xmc_jax.types import Inputs
 
     source = hf.resolve(str(folder / "run" / "export"))
     bert = hf.load_config(source)
     params = {"backbone": hf.load_params(source, bert)}
-    data = store.open(next(pathlib.Path(config["data"]["data_dir"], "Topics-40").iterdir()))
+    data = data_of(folder / "run")
     inputs = data.test.inputs(np.arange(len(data.test)))
     out = DualEncoder(bert).apply(
         {"params": params}, Inputs(inputs.tokens, inputs.lengths), method="encode"

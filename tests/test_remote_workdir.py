@@ -24,6 +24,7 @@ from tensorboardX.proto import event_pb2
 
 from xmc_jax import checkpoint, report, sharding
 from xmc_jax.models import bert, hf_export
+from xmc_jax.reporting import files
 from xmc_jax.retrieval import encode, evaluate
 from xmc_jax.retrieval.scann import ScannConfig, ScannIndex
 from xmc_jax.types import Inputs
@@ -214,6 +215,8 @@ def test_results_arrive_whole(workdir):
     assert json.loads((workdir / "metrics.json").read_text()) == {"plain": {"P@1": 0.5}}
     predictions = np.load(io.BytesIO((workdir / "predictions" / "1.npz").read_bytes()))
     np.testing.assert_array_equal(predictions["plain_ids"], found.ids["plain"])
+    read = files.read_predictions(workdir / "predictions" / "1.npz", np.array([0, 2]), 3)
+    np.testing.assert_array_equal(read["plain"].ids, found.ids["plain"][[0, 2]])
 
     out = workdir / "embeddings" / "1" / "test.npy"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -457,7 +460,9 @@ def test_a_run_on_gs_is_the_local_run(fields, workdir, server, monkeypatch, tmp_
         assert (workdir / name).read_text() == (local / name).read_text()
     ours, theirs = ({}, {})
     for folder, arrays in ((workdir, ours), (local, theirs)):
-        arrays |= np.load(io.BytesIO((folder / "predictions" / "10.npz").read_bytes()))
+        for name, row in (("0.npz", "zero-shot "), ("10.npz", "")):
+            kept = np.load(io.BytesIO((folder / "predictions" / name).read_bytes()))
+            arrays |= {f"{row}{key}": kept[key] for key in kept}
         with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
             arrays["kept"] = np.array([*checkpoints.steps(), checkpoints.best()])
         saved = ocp.StandardCheckpointer().restore(

@@ -45,6 +45,23 @@ def data(fields: Mapping[str, Any]) -> store.Store:
     return distributed.first_then_others("data", lambda: _data(fields))
 
 
+def pictures(fields: Mapping[str, Any]) -> pathlib.Path | None:
+    """Where the pictures of a config's items are, as `vision.sources` reads them, to show some.
+
+    None where it trains on text alone. There may be none, as where vectors were published, or none
+    any more: a run needs no more than the vectors.
+    """
+    section = fields["data"]
+    asked = section["images"]
+    if asked["name"] is None:
+        return None
+    folder = image_folders.path(section["data_dir"], _dataset(section), asked["name"])
+    fetched = folder.with_name(f"fetched-{asked['name']}")
+    if (fetched / "report.json").is_file():
+        return fetched
+    return _image_source(section, _raw(section)).expanduser()
+
+
 def _data(fields: Mapping[str, Any]) -> store.Store:
     section, source = fields["data"], tokenizer_source(fields)
     raw = _raw(section)
@@ -119,7 +136,7 @@ def _images(section: Mapping[str, Any], raw: pathlib.Path | None) -> image_folde
     config = embed.ImagesConfig(
         dataset=dataset,
         data_dir=section["data_dir"],
-        **asked | {"source": asked["source"] or raw or bundled.path(dataset)},
+        **asked | {"source": _image_source(section, raw)},
     )
     if not (config.folder / "manifest.json").is_file():
         uids = embed.read_uids(dataset, raw, section["encoding"])
@@ -140,6 +157,11 @@ def _images(section: Mapping[str, Any], raw: pathlib.Path | None) -> image_folde
                 f"with {found}; set that, or another --config.data.images.name"
             )
     return opened
+
+
+def _image_source(section: Mapping[str, Any], raw: pathlib.Path | None) -> pathlib.Path:
+    """Where images are made from: what the config says, or the raw files."""
+    return pathlib.Path(section["images"]["source"] or raw or bundled.path(_dataset(section)))
 
 
 def order(fields: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Opening a dataset folder: what is checked, and what comes back."""
 
+import dataclasses
 import gzip
 import json
 
@@ -181,3 +182,14 @@ def test_no_filter_pairs(raw_folder, tokenizer_folder, tmp_path):
         prepare.PrepareConfig("Toy", tmp_path / "d", str(tokenizer_folder), 5, raw_folder)
     )
     assert store.open(folder, verify=True).filter("test").shape == (0, 2)
+
+
+@pytest.mark.parametrize("scanned", [1, 7, 1 << 20])
+def test_titles_of_a_few_items(prepared, tmp_path, monkeypatch, scanned):
+    texts = ["a", "two\nlines", "a \\n that is none", "", "é€😀", "last"]
+    (tmp_path / "test.titles.txt").write_bytes(store.lines(texts))
+    monkeypatch.setattr(store, "_SCANNED", scanned)
+    data = dataclasses.replace(store.open(prepared), folder=tmp_path)
+    for ids in ([5, 0, 0, 3, 1], [2, 4], []):
+        assert data.texts("test", np.array(ids, int)) == [texts[i] for i in ids]
+    assert data.texts("test") == texts

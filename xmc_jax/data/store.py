@@ -26,6 +26,7 @@ from xmc_jax.types import DataShape, Inputs, Prompts, own_tokens
 FORMAT = 1
 """Version of the folder's layout."""
 SPLITS = ("train", "test", "label")
+_SCANNED = 1 << 24  # bytes looked through for line ends at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,9 +208,14 @@ class Store:
             self.label_frequency, self.num_documents, *self.propensity
         )
 
-    def texts(self, split: str) -> list[str]:
-        """The title of each item, to show; without the content, tokenised or not."""
-        return _read_lines(self.folder / f"{split}.titles.txt")
+    def texts(self, split: str, ids: np.ndarray | None = None) -> list[str]:
+        """The titles of the items `ids` (i[n]), of all by default.
+
+        They are to show, without the content, tokenised or not. Of a few items no more is read into
+        memory than theirs.
+        """
+        path = self.folder / f"{split}.titles.txt"
+        return _read_lines(path) if ids is None else _read_some_lines(path, ids)
 
     def uids(self, split: str) -> list[str]:
         """The identifier of each item."""
@@ -300,8 +306,27 @@ def lines(texts: Iterable[str]) -> bytes:
 
 def _read_lines(path: pathlib.Path) -> list[str]:
     lines = path.read_bytes().decode("utf-8").split("\n")[:-1]
+    return [_unescape(line) if "\\" in line else line for line in lines]
+
+
+def _read_some_lines(path: pathlib.Path, numbers: np.ndarray) -> list[str]:
+    if not len(numbers):  # an empty file cannot be mapped
+        return []
+    content = np.memmap(path, np.uint8, "r")
+    ends = np.concatenate(
+        [
+            start + np.flatnonzero(content[start : start + _SCANNED] == ord("\n"))
+            for start in range(0, len(content), _SCANNED)
+        ]
+    )
+    starts = np.concatenate([[0], ends + 1])[numbers]
+    lines = (bytes(content[start:end]) for start, end in zip(starts, ends[numbers]))
+    return [_unescape(line.decode("utf-8")) for line in lines]
+
+
+def _unescape(line: str) -> str:
     undo = {"\\\\": "\\", "\\n": "\n"}
-    return [re.sub(r"\\.", lambda m: undo[m[0]], line) if "\\" in line else line for line in lines]
+    return re.sub(r"\\.", lambda m: undo[m[0]], line)
 
 
 def _load(path: pathlib.Path) -> np.ndarray:

@@ -207,9 +207,7 @@ def write(
     predictions_path: epath.PathLike,
     rows: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Writes the predictions as a compressed .npz without pickles, then the metrics as JSON.
-
-    The .npz holds `<row>_ids` i32[M, k] and `<row>_scores` f32[M, k] of each row.
+    """Writes the predictions, see `write_predictions`, then the metrics as JSON.
 
     Args:
         evaluation: what to write.
@@ -220,9 +218,23 @@ def write(
     content = dict(rows or {}) | evaluation.metrics
     if evaluation.index:
         content["index"] = evaluation.index
-    metrics_path, predictions_path = epath.Path(metrics_path), epath.Path(predictions_path)
-    for path in (metrics_path, predictions_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    write_predictions(evaluation, predictions_path)
+    metrics_path = epath.Path(metrics_path)
+    metrics_path.parent.mkdir(parents=True, exist_ok=True)
+    metrics_path.write_text(json.dumps(content, indent=2, allow_nan=False))
+
+
+def write_predictions(evaluation: Evaluation, path: epath.PathLike) -> None:
+    """Writes the predictions as a compressed .npz without pickles.
+
+    It holds `<row>_ids` i32[M, k] and `<row>_scores` f32[M, k] of each row.
+
+    Args:
+        evaluation: what to write.
+        path: predictions.npz, local or remote.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "predictions.npz")
         np.savez_compressed(
@@ -230,8 +242,7 @@ def write(
             **{f"{row}_ids": ids for row, ids in evaluation.ids.items()},
             **{f"{row}_scores": scores for row, scores in evaluation.scores.items()},
         )
-        epath.Path(local).copy(predictions_path, overwrite=True)
-    metrics_path.write_text(json.dumps(content, indent=2, allow_nan=False))
+        epath.Path(local).copy(path, overwrite=True)
 
 
 def format_table(

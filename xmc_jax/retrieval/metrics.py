@@ -59,7 +59,7 @@ def metrics(
 
     keys = np.sort(row_of * len(weight_of) + positives)
     _check_distinct(keys[1:] == keys[:-1], keys[1:] // len(weight_of), "positives")
-    row, rank, positive = _hits(indices[:, :depth], row_of, positives)
+    row, rank, positive = hits(indices[:, :depth], row_of, positives)
     _check_distinct(positive[1:] == positive[:-1], row[1:], "predictions")
     weight = weight_of[positives[positive]]
     ordinal, first = _ordinals(row, rank, count, depth)
@@ -124,7 +124,7 @@ def drop_filtered(
             f"filter: expected documents in [0, {len(ids)}), got {pairs[:, 0].min()} to "
             f"{pairs[:, 0].max()}; the filter belongs to another split"
         )
-    row, rank, _ = _hits(ids, pairs[:, 0], pairs[:, 1])
+    row, rank, _ = hits(ids, pairs[:, 0], pairs[:, 1])
     affected = np.unique(row)
     out_scores, out_ids = _cut(scores, k, -np.inf), _cut(ids, k, -1)
     if len(affected):
@@ -147,12 +147,20 @@ def _cut(x: np.ndarray, k: int, missing: float) -> np.ndarray:
     return out
 
 
-def _hits(
+def hits(
     indices: np.ndarray, row_of: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, rank, position in `labels`) of each pair (row, label) that is among the predictions.
+    """Which of some (row, label) pairs are among the predictions, and at which rank.
 
     Compares each pair with its row's predictions: fewer steps than looking up M * K predictions.
+
+    Args:
+        indices: i32[M, K] label ids, best first; -1 where there is no prediction.
+        row_of: i[p], the row of each pair.
+        labels: i[p], its label.
+
+    Returns:
+        i[h] each: row, rank from 0, and position in `labels` of the pairs that are; in their order.
     """
     found = []
     for start in range(0, len(labels), _BLOCK):

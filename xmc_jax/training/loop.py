@@ -12,6 +12,7 @@ from etils import epath
 
 from xmc_jax import checkpoint, distributed, report
 from xmc_jax.data import batches, pipeline
+from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, losses
 from xmc_jax.training.run import Run
@@ -81,8 +82,12 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
             ) as reporter:
                 if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
                     with clock.within("eval"):
-                        found = run.evaluate_zero_shot(state).metrics["plain"]
-                    reporter.record(0, _prefixed("zero-shot", found))
+                        found = run.evaluate_zero_shot(state)
+                    if distributed.is_first():
+                        with clock.within("save"):
+                            path = epath.Path(workdir) / "predictions" / "0.npz"
+                            evaluate.write_predictions(found, path)
+                    reporter.record(0, _prefixed("zero-shot", found.metrics["plain"]))
                 while epoch < config.epochs:
                     state, step = _steps(run, state, epoch, step, reporter, checkpoints, signals)
                     state, evaluation = _boundary(run, state, epoch, step, reporter)

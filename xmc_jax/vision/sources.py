@@ -89,6 +89,21 @@ class Source:
                     yield item, k, image
                     k += 1
 
+    def first_of(self, items: np.ndarray) -> Iterator[tuple[int, bytes | str]]:
+        """The first image of each of a few items, wherever they are.
+
+        Args:
+            items: i[n], ascending; those without a record are left out.
+
+        Yields:
+            Item; and bytes or a reason, as `read` does.
+        """
+        starts, ends = self.listed.indptr[items], self.listed.indptr[items + 1]
+        there = starts < ends
+        fetched = self._records.fetch(self.listed.indices[starts[there]])
+        for item, images in zip(items[there].tolist(), fetched):
+            yield from ((item, image) for image in images[:1])
+
 
 class _Records(Protocol):
     """Numbered records of images."""

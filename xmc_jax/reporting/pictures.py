@@ -1,0 +1,110 @@
+"""Thumbnails of items as data URIs, where a dataset's pictures are at hand: few, and small."""
+
+import base64
+import importlib.util
+import io
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from xmc_jax.data.store import SPLITS, Store
+
+SIDE = 96
+"""Pixels of the longer side of a thumbnail, at most."""
+
+_ITEMS = 200_000  # of a dataset in all; of more, looking for their pictures takes too long
+_SOURCE_BYTES = 1 << 30  # of the files there, likewise
+_PICTURES = 240  # at most
+_PICTURE_BYTES = 1 << 20  # of all, as data URIs
+_QUALITY = 78  # of JPEG
+
+Item = tuple[str, int]
+"""Split and number of an item."""
+
+
+def thumbnails(
+    source: pathlib.Path | None, data: Store, wanted: Iterable[Item]
+) -> tuple[dict[Item, str], str]:
+    """The first picture of items, those named first taking precedence.
+
+    Args:
+        source: where pictures are, as `vision.sources` reads them; None where none are at hand.
+        data: the dataset.
+        wanted: items; of those without a picture, or with one that cannot be read, none is shown.
+
+    Returns:
+        Data URIs, and why there are none, "" if that goes without saying.
+    """
+    if source is None:
+        return {}, ""
+    if importlib.util.find_spec("PIL") is None or importlib.util.find_spec("pyarrow") is None:
+        return {}, 'No pictures: they take pip install "xmc_jax[vision]".'
+    if not source.exists():
+        return {}, f"No pictures: {source} is not there any more."
+    counts = {split: len(getattr(data, split)) for split in SPLITS}
+    if sum(counts.values()) > _ITEMS:
+        return {}, f"No pictures: they are shown of datasets of up to {_ITEMS:,} items."
+    if _size(source) > _SOURCE_BYTES:
+        gibibytes = _SOURCE_BYTES >> 30
+        return {}, f"No pictures: they are shown of folders of up to {gibibytes} GiB."
+    wanted = list(dict.fromkeys(wanted))[:_PICTURES]
+    found: dict[Item, str] = {}
+    try:
+        for split in SPLITS:
+            items = np.array([item for of, item in wanted if of == split], np.int64)
+            if len(items):
+                found |= _of_split(source, data, split, items)
+    except ValueError as error:  # a run that has ended well ends so without its pictures, too
+        return {}, f"No pictures: {error}."
+    shown, room = {}, _PICTURE_BYTES
+    for item in wanted:
+        if item in found and len(found[item]) <= room:
+            shown[item] = found[item]
+            room -= len(found[item])
+    return shown, ""
+
+
+def _of_split(source: pathlib.Path, data: Store, split: str, items: np.ndarray) -> dict[Item, str]:
+    from xmc_jax.vision import images, sources  # what it imports is an extra
+
+    name, uids, rows = split, data.uids(split), items
+    if data.manifest["validation"] is not None and split != "label":
+        # Held-out documents are some of the raw training documents.
+        places = {s: np.load(data.folder / f"{s}.raw_rows.npy") for s in ("train", "test")}
+        name, rows, uids = "train", places[split][items], [""] * sum(map(len, places.values()))
+        for part, numbers in places.items():
+            for number, uid in zip(numbers.tolist(), data.uids(part)):
+                uids[number] = uid
+    opened = sources.open(source, name, uids)
+    item_of = dict(zip(rows.tolist(), items.tolist()))
+    found = {}
+    for row, image in opened.first_of(np.sort(rows)):
+        if isinstance(image, bytes):
+            picture = _decoded(images, image)
+            if picture is not None:
+                found[split, item_of[row]] = _uri(picture)
+    return found
+
+
+def _decoded(images, data: bytes):
+    """The picture, or None of what is none; its encoding has told which these are."""
+    try:
+        return images.decode(data)
+    except ValueError:
+        return None
+
+
+def _uri(picture) -> str:
+    """Encoded anew, so that nothing of a file from anywhere is in the page but its colours."""
+    picture.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _size(source: pathlib.Path) -> int:
+    """Bytes of a file, or of the files of a folder."""
+    if source.is_file():
+        return source.stat().st_size
+    return sum(path.stat().st_size for path in source.iterdir() if path.is_file())
