@@ -8,6 +8,7 @@ Modes:
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
     export    write its encoder as a folder for Hugging Face and sentence-transformers, or with
               --config.export.format=adapter its adapters as one for peft.
+    report    write report.html of --workdir again, or of a run that is under way.
     plan      say what the run needs on --topology, and whether it fits; exit code 1 if not.
 """
 
@@ -36,7 +37,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "embed", "index", "export", "plan"],
+    ["prepare", "train", "evaluate", "embed", "index", "export", "report", "plan"],
     "What to do.",
 )
 _STEP = flags.DEFINE_string(
@@ -76,10 +77,22 @@ def main(argv: list[str]) -> int:
         workdir=epath.Path(_WORKDIR.value or f"runs/{fields['name']}"),
         step=_STEP.value,
         topology=_TOPOLOGY.value,
+        recipe=_recipe(),
     )
     distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
     distributed.agree("config", fields)
     return modes.run(_MODE.value, asked)
+
+
+def _recipe() -> dict[str, Any]:
+    """The config of --config before other flags changed it."""
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return _loaded(file, variant).to_dict()
+
+
+def _loaded(file: str, variant: str) -> ConfigDict:
+    get_config = runpy.run_path(file).get("get_config", ConfigDict)
+    return get_config(variant) if variant else get_config()
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -109,8 +122,7 @@ def _explain(argv: list[str], error: Exception) -> str:
     file = next((match for a in argv if (match := re.match(r"--config=([^:]+):?(.*)", a))), None)
     if overrides and file and os.path.exists(file[1]):
         # The flags hold no config after a failure; this one is only read for its fields.
-        get_config = runpy.run_path(file[1]).get("get_config", ConfigDict)
-        known = list(_paths(get_config(file[2]) if file[2] else get_config()))
+        known = list(_paths(_loaded(file[1], file[2])))
         for name in overrides:
             if known and name not in known:
                 nearest = difflib.get_close_matches(name, known, 1, 0)[0]

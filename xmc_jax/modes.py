@@ -13,6 +13,7 @@ from xmc_jax.data import image_import, images, prepare
 from xmc_jax.data.store import Store
 from xmc_jax.export import write
 from xmc_jax.planning import report as planning_report
+from xmc_jax.reporting import files, page
 from xmc_jax.retrieval import evaluate, exact, scann
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import loop
@@ -33,10 +34,12 @@ class Asked:
         workdir: where the run lives.
         step: which checkpoint: "latest", "best" or a step's number.
         topology: of the mode plan.
+        recipe: the config before flags changed it.
     """
 
     fields: Mapping[str, Any]
     workdir: epath.Path
+    recipe: Mapping[str, Any]
     step: str = "latest"
     topology: str = "cpu"
 
@@ -60,7 +63,7 @@ def run(mode: str, asked: Asked) -> int:
             f"--mode=export: expected one process, got {jax.process_count()}; one reads the "
             "checkpoints of many: --distributed=off"
         )
-    whole = {"plan": _plan, "prepare": _prepare, "train": _train}
+    whole = {"plan": _plan, "prepare": _prepare, "train": _train, "report": _report}
     if mode in whole:
         return whole[mode](asked)
     of_checkpoint = {
@@ -94,13 +97,13 @@ def _train(asked: Asked) -> int:
     """Trains, the baseline of the config first if it has one; reports them side by side."""
     fields, workdir = asked.fields, asked.workdir
     rows: dict[str, Any] = {}
-    runs = [("", workdir, fields)]
+    runs = [("", workdir, fields, asked.recipe)]
     if fields["baseline"]:
         name, differing = fields["baseline"]["name"], dict(fields["baseline"])
         del differing["name"]
-        own = override(fields, differing) | {"baseline": {}}
-        runs.insert(0, (name, workdir / "baseline", own))
-    for name, folder, own in runs:
+        own, recipe = (override(x, differing) | {"baseline": {}} for x in (fields, asked.recipe))
+        runs.insert(0, (name, workdir / "baseline", own, recipe))
+    for name, folder, own, recipe in runs:
         run = build.run(own)
         distributed.agree("provenance", run.provenance())
         config = own | {"provenance": run.provenance()}
@@ -121,6 +124,26 @@ def _train(asked: Asked) -> int:
         if folder == workdir:
             _show(folder, trained.step, found, trained.evaluation, run.data, rows)
         rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
+        if distributed.is_first():
+            files.write_facts(folder, trained.seconds)
+            page.write(
+                folder,
+                run.data,
+                evaluation=trained.evaluation,
+                recipe=recipe,
+                pictures=build.pictures(own),
+            )
+    return 0
+
+
+def _report(asked: Asked) -> int:
+    """Writes report.html again, from what the workdir holds."""
+    checkpoint.read_config(asked.workdir)  # an absent run is answered before anything is loaded
+    data = build.data(asked.fields)
+    if distributed.is_first():
+        pictures = build.pictures(asked.fields)
+        path = page.write(asked.workdir, data, recipe=asked.recipe, pictures=pictures)
+        print(f"wrote {path}")
     return 0
 
 

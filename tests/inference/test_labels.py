@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from etils import epath
+from xmc_jax.retrieval.new_labels import NewLabelsConfig
 
 from xmc_jax import build
 from xmc_jax.export import write
@@ -16,7 +17,6 @@ from xmc_jax.inference import artifact, labels
 from xmc_jax.inference.labels import Changes, Label
 from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.inference.tower import Tower
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 NEAREST = NewLabelsConfig(how="nearest", neighbours=2, threshold=-1.0, temperature=0.2, scale=0.9)
