@@ -1,5 +1,6 @@
 """What a config names, found and opened: data, images, prompts, the run over them, exports."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from xmc_jax import distributed
 from xmc_jax.data import bundled, prepare, prompts, store, synthetic, tokenizer
 from xmc_jax.data import images as image_folders
 from xmc_jax.models import backbone, hf, hf_export
+from xmc_jax.retrieval import tuning
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts, TrainState
@@ -18,17 +20,31 @@ from xmc_jax.types import Prompts, TrainState
 BUNDLED, SYNTHETIC = "bundled", "synthetic"  # values of data.raw_dir that are no folders
 
 
-def run(fields: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> Run:
+def run(
+    fields: Mapping[str, Any],
+    devices: Sequence[jax.Device] | None = None,
+    workdir: epath.PathLike | None = None,
+) -> Run:
     """The run of a config, over its data, which is prepared if it is not there.
 
     Args:
         fields: a config as nested mappings.
         devices: what it runs on; all devices of all processes by default.
+        workdir: where tuned weights are, if the config asks for them.
 
     Raises:
-        ValueError: as all that it is made of.
+        ValueError: as all that it is made of; there are no tuned weights.
     """
-    return Run(RunConfig.from_dict(fields), data(fields), _prompts(fields), devices)
+    config, opened = RunConfig.from_dict(fields), data(fields)
+    if config.eval.augmented.weights == "tuned":
+        tuned = workdir and tuning.read(workdir, fields, opened, config.eval.augmented)
+        if tuned is None:
+            raise ValueError(
+                f"eval.augmented.weights: expected {tuning.FILE} in {workdir or 'a workdir'}, "
+                "found none; make it with --mode=tune"
+            )
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, augmented=tuned))
+    return Run(config, opened, _prompts(fields), devices)
 
 
 def data(fields: Mapping[str, Any]) -> store.Store:
