@@ -127,9 +127,10 @@ def _tune(asked: Asked) -> int:
     if not loop.is_finished(run, folder):
         logging.info("%s: training without the held-out documents", folder)
         try:
-            loop.train(run, folder)
+            trained = loop.train(run, folder)
         except loop.Interrupted as interrupted:
             return _interrupted(interrupted)
+        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
     step, state = loop.restore(run, folder, asked.step)
     choice = run.tune(state)
     if choice is not None:
