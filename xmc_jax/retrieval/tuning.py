@@ -642,7 +642,8 @@ class _Block:
 
     def ranks(self, settings: Sequence[AugmentedConfig]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each setting, numbers of positives among the first k, and their ranks."""
-        label_side, document_side, absent, power = _Last(), _Last(), _Last(), _Last()
+        label_side, document_side, power, absent = _Last(), _Last(), _Last(), _Last()
+        room = np.empty((2, *self.shape))  # as new arrays of this size would cost as much as sums
         for one in settings:
             limits, joint = _limits(one), one.mode == "joint"
             score = self._mix(
@@ -655,15 +656,15 @@ class _Block:
                     (one.temperature, limits[1], one.normalize_rows, joint and one.filter_first),
                     lambda one=one: self._document_side(one),
                 ),
+                room,
             )
             weight = 0 if self._prior is None else one.prior_weight
             if weight:
                 score *= power.get(weight, lambda w=weight: augmented.powers(self._prior, w))
-            gone = absent.get(
+            score += absent.get(
                 (*limits, one.filter_first, weight != 0),
                 lambda one=one, weight=weight: self._absent(one, weight),
             )
-            np.copyto(score, -np.inf, where=gone)
             yield self._first_positives(score)
 
     def _label_side(self, one: AugmentedConfig):
@@ -691,7 +692,7 @@ class _Block:
         mass = np.exp(logits - np.where(np.isfinite(top), top, 0)[:, None])
         return mass, mass.sum(axis=1), top
 
-    def _mix(self, one: AugmentedConfig, label_side, document_side) -> np.ndarray:
+    def _mix(self, one: AugmentedConfig, label_side, document_side, room) -> np.ndarray:
         sides, weights = (label_side, document_side), (one.label_weight, 1 - one.label_weight)
         totals, tops = (np.stack([side[i] for side in sides]) for i in (1, 2))
         scale = np.ones(totals.shape)
@@ -700,24 +701,27 @@ class _Block:
             scale = np.exp(tops - np.where(np.isfinite(top), top, 0))
             totals = (totals * scale).sum(axis=0)
         scale = scale * np.array(weights)[:, None] / np.where(totals > 0, totals, 1)
-        score = scale[0][:, None] * label_side[0]
-        score += scale[1][:, None] * document_side[0]
-        return score
+        for side, factor, out in zip(sides, scale, room):
+            np.multiply(side[0], factor[:, None], out=out)
+        return np.add(*room, out=room[0])
 
     def _absent(self, one: AugmentedConfig, weight: float) -> np.ndarray:
-        """Which cells this setting does not retrieve, or its prior removes."""
+        """-inf for cells that this setting does not retrieve, or its prior removes; else 0."""
         ranks, limits = self._cell_ranks[one.filter_first], _limits(one)
         absent = (ranks[0] >= limits[0]) & (ranks[1] >= limits[1])
-        return absent | (self._prior == 0) if weight else absent
+        if weight:
+            absent |= self._prior == 0
+        return np.where(absent, -np.inf, 0.0)
 
     def _first_positives(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # More than k where scores are equal; columns, as labels, then say which comes first.
         least = np.partition(score, -self._k, axis=1)[:, -self._k, None]
-        row, column = np.nonzero(score >= np.maximum(least, np.finfo(np.float64).min))
-        order = np.lexsort((column, -score[row, column], row))
-        row, column = row[order], column[order]
+        cell = np.flatnonzero(score >= np.maximum(least, np.finfo(np.float64).min))
+        row = cell // self.shape[1]
+        order = np.lexsort((cell, -score.ravel()[cell], row))
+        cell, row = cell[order], row[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
-        positive = self._positive[row, column]
+        positive = self._positive.ravel()[cell]
         first = (positive >= 0) & (rank < self._k)
         return positive[first], rank[first]
 
