@@ -179,6 +179,9 @@ BASE = {
             "separate_softmax": False,
             "normalize_rows": False,
             "filter_first": False,
+            "prior": config_dict.placeholder(str),  # a file, or "frequency"; None: no prior
+            "prior_weight": 1.0,
+            "weights": "config",  # or "tuned", by --mode=tune
         },
         "scann": {  # [ours]
             "brute_force_below": 20_000,
@@ -193,6 +196,22 @@ BASE = {
         "query_block": 256,
         "database_block": 262_144,
         "recall_target": 1.0,
+    },
+    "tune": {  # [ours]
+        "metric": "P@1+P@5+nDCG@5",
+        "validation_fraction": 0.14,
+        "max_documents": 5000,
+        "folds": 5,
+        "standard_errors": 2.0,
+        "seed": 0,
+        "labels": (50, 100, 200, 400),
+        "documents": (25, 50, 100, 200),
+        "temperature": (0.02, 0.03, 0.04, 0.05, 0.07, 0.1),
+        "label_weight": (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "separate_softmax": (False, True),
+        "normalize_rows": (False, True),
+        "filter_first": (False, True),
+        "prior_weight": (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0),
     },
     "export": {
         "format": "merged",

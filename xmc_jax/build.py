@@ -1,11 +1,13 @@
 """What a config names, found and opened: data, images, prompts, and the run over them."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from xmc_jax import distributed
 from xmc_jax.data import (
@@ -20,6 +22,7 @@ from xmc_jax.data import (
 )
 from xmc_jax.data import images as image_folders
 from xmc_jax.models import backbone, hf
+from xmc_jax.retrieval import tuning
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
@@ -27,17 +30,31 @@ from xmc_jax.types import Prompts
 BUNDLED, SYNTHETIC = "bundled", "synthetic"  # values of data.raw_dir that are no folders
 
 
-def run(fields: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> Run:
+def run(
+    fields: Mapping[str, Any],
+    devices: Sequence[jax.Device] | None = None,
+    workdir: epath.PathLike | None = None,
+) -> Run:
     """The run of a config, over its data, which is prepared if it is not there.
 
     Args:
         fields: a config as nested mappings.
         devices: what it runs on; all devices of all processes by default.
+        workdir: where tuned weights are, if the config asks for them.
 
     Raises:
-        ValueError: as all that it is made of.
+        ValueError: as all that it is made of; there are no tuned weights.
     """
-    return Run(RunConfig.from_dict(fields), data(fields), _prompts(fields), devices)
+    config, opened = RunConfig.from_dict(fields), data(fields)
+    if config.eval.augmented.weights == "tuned":
+        tuned = workdir and tuning.read(workdir, fields, opened, config.eval.augmented)
+        if tuned is None:
+            raise ValueError(
+                f"eval.augmented.weights: expected {tuning.FILE} in {workdir or 'a workdir'}, "
+                "found none; make it with --mode=tune"
+            )
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, augmented=tuned))
+    return Run(config, opened, _prompts(fields), devices)
 
 
 def data(fields: Mapping[str, Any]) -> store.Store:

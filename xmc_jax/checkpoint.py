@@ -27,6 +27,7 @@ RESUMABLE = (
     "train.eval_every",
     "train.keep",
     "train.prefetch",
+    "tune",
 )
 _CONFIG = "config.json"
 
@@ -185,7 +186,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
     if new and not ocp.utils.checkpoint_steps(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(config))  # tuples are lists there
-    then, now = _fields(read_config(workdir)), _fields(config)
+    then, now = flat(read_config(workdir)), flat(config)
     differ = [
         f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(then.keys() | now.keys())
@@ -257,6 +258,17 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of nested mappings by their dotted names."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields |= flat(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
 def _flatten(tree: Any) -> dict[str, Any]:
     """{path: leaf}; None is an empty subtree, so absent tables leave no trace."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -265,13 +277,3 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: Any) -> str:
     return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            fields |= _fields(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = value
-    return fields

@@ -4,6 +4,9 @@ Modes:
     prepare   make the dataset folder and the image folder of the config, and say what is in them.
     train     the same if needed; train or go on with the run in --workdir, and evaluate it.
     evaluate  evaluate a checkpoint of --workdir; --config.eval.* may differ from training.
+    tune      choose the weights of retrieval-augmented inference on held-out training documents,
+              training a run without them first if --workdir has none; evaluate and the other
+              modes use them with --config.eval.augmented.weights=tuned.
     embed     write the embeddings of documents and labels that the checkpoint gives.
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
     export    write its encoder as a folder for Hugging Face and sentence-transformers, or with
@@ -37,7 +40,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "embed", "index", "export", "report", "plan"],
+    ["prepare", "train", "evaluate", "tune", "embed", "index", "export", "report", "plan"],
     "What to do.",
 )
 _STEP = flags.DEFINE_string(
@@ -146,7 +149,9 @@ def _start() -> None:
     from xmc_jax import compilation, distributed
 
     distributed.initialize(
-        **_cluster(), timeout=_DISTRIBUTED_TIMEOUT.value, preemption=_MODE.value == "train"
+        **_cluster(),
+        timeout=_DISTRIBUTED_TIMEOUT.value,
+        preemption=_MODE.value in ("train", "tune"),
     )
     if not distributed.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, as long as the process

@@ -14,7 +14,7 @@ from xmc_jax.data.store import Store
 from xmc_jax.export import write
 from xmc_jax.planning import report as planning_report
 from xmc_jax.reporting import files, page
-from xmc_jax.retrieval import evaluate, exact, scann
+from xmc_jax.retrieval import evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
@@ -63,7 +63,13 @@ def run(mode: str, asked: Asked) -> int:
             f"--mode=export: expected one process, got {jax.process_count()}; one reads the "
             "checkpoints of many: --distributed=off"
         )
-    whole = {"plan": _plan, "prepare": _prepare, "train": _train, "report": _report}
+    whole = {
+        "plan": _plan,
+        "prepare": _prepare,
+        "train": _train,
+        "tune": _tune,
+        "report": _report,
+    }
     if mode in whole:
         return whole[mode](asked)
     of_checkpoint = {
@@ -104,20 +110,12 @@ def _train(asked: Asked) -> int:
         own, recipe = (override(x, differing) | {"baseline": {}} for x in (fields, asked.recipe))
         runs.insert(0, (name, workdir / "baseline", own, recipe))
     for name, folder, own, recipe in runs:
-        run = build.run(own)
-        distributed.agree("provenance", run.provenance())
-        config = own | {"provenance": run.provenance()}
-        checkpoint.check_config(folder, config, new=True)
-        distributed.barrier("config compared")
-        checkpoint.write_config(folder, config)
-        distributed.barrier("config written")
-        checkpoint.check_config(folder, config, new=False)  # fails where others see no such folder
+        run = _begun(own, folder)
         logging.info("%s: %s", folder, name or fields["name"])
         try:
             trained = loop.train(run, folder)
         except loop.Interrupted as interrupted:
-            logging.info("%s", interrupted)
-            return _BY_SIGNAL + interrupted.signum
+            return _interrupted(interrupted)
         logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
         zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
         found = _write(folder, trained.step, zero_shot, trained.evaluation)
@@ -147,10 +145,52 @@ def _report(asked: Asked) -> int:
     return 0
 
 
+def _tune(asked: Asked) -> int:
+    """Chooses weights on held-out documents; trains a run without those if there is none."""
+    fields, folder = asked.fields, asked.workdir
+    # The choice starts from the config's own settings.
+    held_out = {"eval": {"augmented": {"weights": "config"}, "compare_scann": False}}
+    if not fields["data"]["validation_fraction"]:
+        share = RunConfig.from_dict(fields).tune.validation_fraction
+        held_out["data"], folder = {"validation_fraction": share}, folder / "tune"
+    run = _begun(override(fields, held_out), folder)
+    if not loop.is_finished(run, folder):
+        logging.info("%s: training without the held-out documents", folder)
+        try:
+            trained = loop.train(run, folder)
+        except loop.Interrupted as interrupted:
+            return _interrupted(interrupted)
+        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
+    step, state = loop.restore(run, folder, asked.step)
+    choice = run.tune(state)
+    if choice is not None:
+        path = tuning.write(asked.workdir, choice, fields, run.data, run.config.tune)
+        print(f"{tuning.report(choice, run.config.tune)}\n\nstep {step} of {folder}; in {path}")
+    return 0
+
+
+def _interrupted(interrupted: loop.Interrupted) -> int:
+    logging.info("%s", interrupted)
+    return _BY_SIGNAL + interrupted.signum
+
+
+def _begun(fields: Mapping[str, Any], folder: epath.Path) -> Run:
+    """The run of a config, whose folder it is from now on, if it may be."""
+    run = build.run(fields, workdir=folder)
+    distributed.agree("provenance", run.provenance())
+    config = fields | {"provenance": run.provenance()}
+    checkpoint.check_config(folder, config, new=True)
+    distributed.barrier("config compared")
+    checkpoint.write_config(folder, config)
+    distributed.barrier("config written")
+    checkpoint.check_config(folder, config, new=False)  # fails where others see no such folder
+    return run
+
+
 def _restored(asked: Asked) -> tuple[Run, int, TrainState]:
     """The run in the workdir, and a checkpoint of it: its step and its state."""
     checkpoint.read_config(asked.workdir)  # an absent run is answered before anything is loaded
-    run = build.run(asked.fields)
+    run = build.run(asked.fields, workdir=asked.workdir)
     provenance = run.provenance()
     distributed.agree("provenance", provenance)
     checkpoint.check_config(asked.workdir, asked.fields | {"provenance": provenance}, new=False)

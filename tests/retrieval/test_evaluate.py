@@ -66,7 +66,7 @@ def ranked(scores, k):
     return np.where(np.take_along_axis(scores, order, axis=1) > -np.inf, order, -1)
 
 
-def dense_augmented(config):
+def dense_augmented(config, prior=None):
     """The formula with dense matrices: which items are retrieved, one softmax, two sides."""
     a, b = TEST @ LABELS.T, TEST @ TRAIN.T
     if config.filter_first:
@@ -86,21 +86,30 @@ def dense_augmented(config):
     p = np.where(kept, np.exp(both / config.temperature), 0)
     p /= p.sum(1, keepdims=True)
     y = config.label_weight * p[:, :L] + (1 - config.label_weight) * p[:, L:] @ csr(4, N)[1]
+    if prior is not None:
+        y = y * prior**config.prior_weight
     return np.where(y > 0, y, -np.inf)
 
 
 @pytest.mark.parametrize("mode", ["split", "joint"])
 @pytest.mark.parametrize("labels", [4, 12])  # below and above k
 @pytest.mark.parametrize("filter_first", [False, True])
-def test_equals_dense_evaluation(store, mode, labels, filter_first):
+@pytest.mark.parametrize("prior", [None, np.random.default_rng(6).integers(0, 5, L) / 2])
+def test_equals_dense_evaluation(store, mode, labels, filter_first, prior):
     augmented = AugmentedConfig(
-        mode=mode, labels=labels, documents=6, label_weight=0.6, filter_first=filter_first
+        mode=mode,
+        labels=labels,
+        documents=6,
+        label_weight=0.6,
+        filter_first=filter_first,
+        prior=None if prior is None else "a file",
+        prior_weight=0.7,
     )
     config = ev.EvalConfig(ks=(1, 3, 10), k=10, augmented=augmented, query_block=4)
-    result = ev.evaluate(TEST, LABELS, store, config, train=TRAIN)
+    result = ev.evaluate(TEST, LABELS, store, config, train=TRAIN, prior=prior)
     want = {
         "plain": ranked(TEST @ LABELS.T, 10),
-        "augmented": ranked(dense_augmented(augmented), 10),
+        "augmented": ranked(dense_augmented(augmented, prior), 10),
     }
     truth = store.positives("test")
     assert list(result.metrics) == ["plain", "augmented"]

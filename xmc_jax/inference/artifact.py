@@ -5,7 +5,7 @@
                              the encoder, as transformers and sentence-transformers open it
     image_projection.safetensors of images
     labels/                  embeddings.npy f32[L, D], what is searched; frequency.npy i64[L];
-                             ids and texts, see `xmc_jax.data.texts`
+                             ids and texts, see `xmc_jax.data.texts`; prior.npy f32[L] if there is one
     prototypes/              what prototypes of changed labels are made of: text.npy f32[L, D],
                              centroids.npy f32[L, D], free_vector_of.npy i32[L], free_vectors.npy
                              f32[C, D], combiner.safetensors
@@ -143,12 +143,14 @@ class Labels:
         embeddings: f32[L, D], prototypes with PRIME, else of their texts: unit vectors, but for
             labels added later, see `new_labels.NewLabelsConfig.scale`.
         frequency: i64[L], training documents of each; 0 for those added later.
+        prior: f32[L], see `augmented.augment`; None without.
     """
 
     ids: texts.Texts
     texts: texts.Texts
     embeddings: np.ndarray
     frequency: np.ndarray
+    prior: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -297,7 +299,8 @@ def open(folder, verify: bool = True) -> Artifact:
                 f"those of {part.model[:12]}; export labels and model together"
             )
     shape = sections["labels"].count, model.width
-    labels = _labels(folder / sections["labels"].folder, shape)
+    ranking = parse(AugmentedConfig, manifest.get("ranking"), f"{where}: ranking")
+    labels = _labels(folder / sections["labels"].folder, shape, ranking.prior is not None)
     documents = None
     if sections["documents"] is not None:
         part = sections["documents"]
@@ -313,7 +316,7 @@ def open(folder, verify: bool = True) -> Artifact:
         manifest=manifest,
         digest=hashlib.sha256(content).hexdigest(),
         model=model,
-        ranking=parse(AugmentedConfig, manifest.get("ranking"), f"{where}: ranking"),
+        ranking=ranking,
         labels=labels,
         documents=documents,
         index=None if index is None else folder / index.folder,
@@ -434,12 +437,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {expected}, found {value!r}")
 
 
-def _labels(folder: pathlib.Path, shape: tuple[int, int]) -> Labels:
+def _labels(folder: pathlib.Path, shape: tuple[int, int], prior: bool) -> Labels:
     return Labels(
         ids=_texts(folder, "ids", shape[0]),
         texts=_texts(folder, "texts", shape[0]),
         embeddings=_array(folder / "embeddings.npy", np.float32, shape),
         frequency=_array(folder / "frequency.npy", np.int64, shape[:1]),
+        prior=_array(folder / "prior.npy", np.float32, shape[:1]) if prior else None,
     )
 
 

@@ -97,6 +97,7 @@ class _Table:
         texts: L texts.
         embeddings: f32[L, D].
         frequency: i64[L].
+        prior: f32[L], or None; new labels have the lowest that is not 0.
         text: f32[L, D], pooled; like the next three, None without PRIME.
         centroids: f32[L, D].
         free_vector_of: i32[L].
@@ -107,6 +108,7 @@ class _Table:
     texts: list[str]
     embeddings: np.ndarray
     frequency: np.ndarray
+    prior: np.ndarray | None = None
     text: np.ndarray | None = None
     centroids: np.ndarray | None = None
     free_vector_of: np.ndarray | None = None
@@ -236,6 +238,9 @@ def _kept(opened: Artifact, made_of: Prototypes | None, kept: np.ndarray, more: 
         embeddings=grown(labels.embeddings),
         frequency=grown(labels.frequency),
     )
+    if labels.prior is not None:
+        table.prior = grown(labels.prior)
+        table.prior[len(kept) :] = labels.prior[labels.prior > 0].min(initial=1)
     if made_of is None:
         return table
     return dataclasses.replace(
@@ -325,6 +330,8 @@ def _write_labels(folder: pathlib.Path, table: _Table) -> None:
     folder.mkdir()
     np.save(folder / "embeddings.npy", table.embeddings)
     np.save(folder / "frequency.npy", table.frequency)
+    if table.prior is not None:
+        np.save(folder / "prior.npy", table.prior)
     texts.save(folder, "ids", table.ids)
     texts.save(folder, "texts", table.texts)
 

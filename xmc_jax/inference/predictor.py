@@ -291,8 +291,8 @@ class Predictor:
             )
             best = np.argsort(-both[0], axis=1, kind="stable")[:, :wanted]
             retrieved = tuple(np.take_along_axis(x, best, axis=1) for x in both)
-        items = augmented.to_mix(mix, nearest, retrieved, pairs, extra, count)
-        mixed = augmented.augment(*items, self._positives, mix, k + extra)
+        items = augmented.to_mix(mix, nearest, retrieved, pairs, count)
+        mixed = augmented.augment(*items, self._positives, mix, k + extra, self._prior)
         return drop_filtered(*mixed, pairs, k)
 
     def _nearest(self, embedded, k: int, rows) -> tuple[np.ndarray, np.ndarray]:
@@ -318,6 +318,11 @@ class Predictor:
     @functools.cached_property
     def _documents(self) -> "_Rows":
         return _Rows(self.artifact.documents.embeddings, self._tower.mesh)
+
+    @property
+    def _prior(self) -> np.ndarray | None:
+        prior = self.artifact.labels.prior
+        return None if prior is None else prior[self.labels]
 
     @functools.cached_property
     def _positives(self) -> Csr:

@@ -1,12 +1,13 @@
 """Retrieval-augmented inference: nearest labels and the labels of nearest train documents."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
 
 from xmc_jax.data.csr import Csr
-from xmc_jax.retrieval.metrics import drop_filtered
+from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document
 
 _BLOCK = 1_024  # documents whose (label, weight) entries are summed at a time
 
@@ -27,6 +28,11 @@ class AugmentedConfig:
             giving all of it to each.
         filter_first: drop filtered labels before the softmax and not only after it, so that they
             (a document's own entry among the labels, say) take no weight from the others.
+        prior: where each label's prior comes from, see `data.priors`; None for none.
+        prior_weight: exponent of the prior; 0 leaves it out, negative ones favour labels of low
+            prior.
+        weights: "config" takes the values here; "tuned" those that `tuning.write` left in the
+            workdir, which whoever opens a run puts in their place.
     """
 
     enabled: bool = True
@@ -38,6 +44,9 @@ class AugmentedConfig:
     separate_softmax: bool = False
     normalize_rows: bool = False
     filter_first: bool = False
+    prior: str | None = None
+    prior_weight: float = 1.0
+    weights: Literal["config", "tuned"] = "config"
 
     def __post_init__(self):
         if self.mode not in ("split", "joint"):
@@ -54,6 +63,14 @@ class AugmentedConfig:
         if not 0 <= self.label_weight <= 1:
             raise ValueError(
                 f"eval.augmented.label_weight: expected a fraction, got {self.label_weight}"
+            )
+        if not math.isfinite(self.prior_weight):
+            raise ValueError(
+                f"eval.augmented.prior_weight: expected a finite number, got {self.prior_weight}"
+            )
+        if self.weights not in ("config", "tuned"):
+            raise ValueError(
+                f"eval.augmented.weights: expected config or tuned, got {self.weights!r}"
             )
 
 
@@ -84,36 +101,63 @@ def to_mix(
     nearest: tuple[np.ndarray, np.ndarray],
     retrieved: tuple[np.ndarray, np.ndarray],
     pairs: np.ndarray,
-    extra: int,
     num_labels: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and ids of what `augment` mixes, of what was searched.
+    """Scores and ids of the items that `augment` mixes, of what was found.
 
     Args:
         config: see `AugmentedConfig`.
-        nearest: f32[M, K], i32[M, K] of labels, best first.
-        retrieved: the same of documents, in split mode; of labels and documents in joint mode.
-        pairs: i32[p, 2], (row, label) that may not be predicted.
-        extra: the most pairs of any one row, by which searches of labels asked for more.
+        nearest: of labels, at least as many as the config asks for, and, if filtered labels are
+            dropped first, as many more as the filter takes from any one document.
+        retrieved: of documents; in joint mode of both, with the same margin.
+        pairs: i32[p, 2], the filter.
         num_labels: L.
     """
     if config.mode == "joint":
         wanted = config.labels + config.documents
         return drop_filtered(*retrieved, pairs, wanted) if config.filter_first else retrieved
-    margin = extra if config.filter_first else 0
+    margin = filtered_per_document(pairs) if config.filter_first else 0
     scores, ids = (x[:, : config.labels + margin] for x in nearest)
     if config.filter_first:
         scores, ids = drop_filtered(scores, ids, pairs, config.labels)
     return union(scores, ids, *retrieved, num_labels)
 
 
-def augment(
-    scores: np.ndarray, ids: np.ndarray, positives: Csr, config: AugmentedConfig, k: int
+def merge(
+    labels: tuple[np.ndarray, np.ndarray],
+    documents: tuple[np.ndarray, np.ndarray],
+    num_labels: int,
+    k: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best labels by `w sum_labels p_l e_l + (1 - w) sum_documents p_d Y_d`.
+    """The k best of labels and documents together: of two searches what one would find.
+
+    Args:
+        labels: f32[M, K] scores and i32[M, K] ids of labels, K at least k or all there are.
+        documents: likewise of documents.
+        num_labels: L.
+        k: items to keep.
+
+    Returns:
+        Scores, descending, and ids, as of `union`; labels come before documents of the same score.
+    """
+    both = union(*labels, *documents, num_labels)
+    best = np.argsort(-both[0], axis=1, kind="stable")[:, :k]
+    return tuple(np.take_along_axis(x, best, axis=1) for x in both)
+
+
+def augment(
+    scores: np.ndarray,
+    ids: np.ndarray,
+    positives: Csr,
+    config: AugmentedConfig,
+    k: int,
+    prior: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best labels by `(w sum_labels p_l e_l + (1 - w) sum_documents p_d Y_d) * prior^g`.
 
     p is the softmax over the retrieved items' scores, e_l the indicator of a label, Y_d the row of
-    positives of a train document.
+    positives of a train document, g the prior's weight. A prior orders anew what was retrieved; it
+    adds no labels, and a label whose prior is 0 goes.
 
     Args:
         scores: f32[M, K], inner products of M documents with retrieved items, in any order.
@@ -121,19 +165,40 @@ def augment(
         positives: [N, L] of the train documents.
         config: see `AugmentedConfig`.
         k: labels to return.
+        prior: f[L], finite, at least 0; None for 1 throughout.
 
     Returns:
-        f32[M, k] mixed probabilities, descending, and i32[M, k] label ids; ties go to the lower id,
-        rows with fewer labels end in -inf and -1.
+        f32[M, k] mixed probabilities times powers of the prior, descending, and i32[M, k] label
+        ids; ties go to the lower id, rows with fewer labels end in -inf and -1.
 
-    Source: ViXML supp. E and `eval_mm.py::predict`; RAE-XMC (joint search).
+    Raises:
+        ValueError: the config asks for a prior or for tuned weights and there are none here, or a
+            prior is not of these labels, or too large with this exponent.
+
+    Source: ViXML supp. E and `eval_mm.py::predict`; RAE-XMC (joint search). The prior is not in
+    them; as the exponent of a prior, Menon et al. 2021, "Long-tail learning via logit adjustment".
     """
+    if config.weights == "tuned":
+        raise ValueError(
+            "eval.augmented.weights: expected the tuned weights themselves, got only their name; "
+            "read them with retrieval.tuning.read"
+        )
+    if prior is None and config.prior is not None:
+        raise ValueError(f"augment: expected the prior {config.prior!r}, got none")
+    if prior is not None and prior.shape != (positives.columns,):
+        raise ValueError(
+            f"augment: expected a prior of {positives.columns} labels, got shape {prior.shape}"
+        )
     out_scores = np.full((len(ids), k), -np.inf, np.float32)
     out_ids = np.full((len(ids), k), -1, np.int32)
     for start in range(0, len(ids), _BLOCK):
         part = slice(start, start + _BLOCK)
         row, label, value = _entries(scores[part], ids[part], positives, config)
         row, label, value = _sum_by_label(row, label, value, positives.columns)
+        if prior is not None and config.prior_weight:
+            value = value * powers(prior[label], config.prior_weight)
+            kept = prior[label] > 0
+            row, label, value = row[kept], label[kept], value[kept]
         order = np.lexsort((label, -value, row))
         row, label, value = row[order], label[order], value[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
@@ -141,6 +206,27 @@ def augment(
         out_scores[start + row[kept], rank[kept]] = value[kept]
         out_ids[start + row[kept], rank[kept]] = label[kept]
     return out_scores, out_ids
+
+
+def powers(prior: np.ndarray, weight: float) -> np.ndarray:
+    """f64: `prior ** weight`, which mixed probabilities are multiplied with.
+
+    Args:
+        prior: f, finite, at least 0.
+        weight: `AugmentedConfig.prior_weight`.
+
+    Raises:
+        ValueError: it is beyond float32, as 0 with a negative weight is.
+    """
+    with np.errstate(divide="ignore", over="ignore"):
+        found = np.power(prior, weight, dtype=np.float64)
+    if not (found <= np.finfo(np.float32).max).all():
+        worst = prior[np.argmax(np.where(np.isnan(found), np.inf, found))]
+        raise ValueError(
+            f"eval.augmented.prior: expected numbers whose power {weight:g} is below 3e38, got "
+            f"{worst:g}; scale them, or set --config.eval.augmented.prior_weight nearer to 0"
+        )
+    return found
 
 
 def _entries(scores, ids, positives, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

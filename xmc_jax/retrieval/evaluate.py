@@ -91,6 +91,7 @@ def evaluate(
     config: EvalConfig,
     train: np.ndarray | exact.Database | None = None,
     mesh: Mesh | None = None,
+    prior: np.ndarray | None = None,
 ) -> Evaluation:
     """Ranks the labels for every test document and measures the ranking.
 
@@ -104,17 +105,12 @@ def evaluate(
         config: see `EvalConfig`.
         train: f32[N, D], unit embeddings of the train documents; needed if `config.augmented`.
         mesh: what exact search runs on; see `exact.search`.
+        prior: of the labels; needed if `config.augmented.prior`, see `augmented.augment`.
 
     Raises:
         ValueError: embeddings do not fit the store, or `train` is missing.
     """
-    expected = {"test": store.num_test, "labels": store.num_labels, "train": store.num_documents}
-    for name, x in (("test", test), ("labels", labels), ("train", train)):
-        if x is not None and len(x) != expected[name]:
-            raise ValueError(
-                f"evaluate: expected {expected[name]} {name} embeddings for {store.name}, got "
-                f"{len(x)}"
-            )
+    _check_counts(store, test=test, labels=labels, train=train)
     mix = config.augmented if config.augmented.enabled else None
     if mix is not None and train is None:
         raise ValueError(
@@ -135,9 +131,9 @@ def evaluate(
     found = {"plain": nearest}
     if distributed.is_first():
         if mix is not None:
-            items = augmented.to_mix(mix, nearest, retrieved, pairs, extra, len(labels))
+            items = augmented.to_mix(mix, nearest, retrieved, pairs, len(labels))
             found["augmented"] = augmented.augment(
-                *items, store.positives("train"), mix, config.k + extra
+                *items, store.positives("train"), mix, config.k + extra, prior
             )
         found = {row: drop_filtered(*best, pairs, config.k) for row, best in found.items()}
     truth, measured = store.positives("test"), None
@@ -189,9 +185,7 @@ class _Search:
         if self._config.index == "scann":
             rows = np.concatenate([exact.to_host(labels), exact.to_host(train)])
             return self(name, rows, k)
-        both = augmented.union(*self(name, labels, k), *self(name, train, k), len(labels))
-        best = np.argsort(-both[0], axis=1, kind="stable")[:, :k]
-        return tuple(np.take_along_axis(x, best, axis=1) for x in both)
+        return augmented.merge(self(name, labels, k), self(name, train, k), len(labels), k)
 
     def _approximate(self, name, rows, config, k):
         if not distributed.is_first():
@@ -199,6 +193,44 @@ class _Search:
         built = scann.ScannIndex.build(rows, config, self._others, k)
         self.index[name] = scann.compare(built, rows, self._some, k)
         return built.search(self._test, k)
+
+
+def retrieve(
+    test: np.ndarray,
+    labels: np.ndarray | exact.Database,
+    train: np.ndarray | exact.Database,
+    config: EvalConfig,
+    num_labels: int,
+    num_documents: int,
+    mesh: Mesh | None = None,
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The labels and the train documents nearest to each of some documents.
+
+    Args:
+        test: f32[M, D], unit embeddings.
+        labels: see `evaluate`.
+        train: likewise.
+        config: of the search.
+        num_labels: to find of each document, at most.
+        num_documents: likewise.
+        mesh: see `evaluate`.
+
+    Returns:
+        f32[M, K] scores, descending, and i32[M, K] ids of the labels, and of the documents; with
+        ScaNN of the first process alone.
+    """
+    search = _Search(test, dataclasses.replace(config, compare_scann=False), mesh)
+    return search("labels", labels, num_labels), search("documents", train, num_documents)
+
+
+def _check_counts(store: Store, **embeddings: np.ndarray | exact.Database | None) -> None:
+    expected = {"test": store.num_test, "labels": store.num_labels, "train": store.num_documents}
+    for name, x in embeddings.items():
+        if x is not None and len(x) != expected[name]:
+            raise ValueError(
+                f"evaluate: expected {expected[name]} {name} embeddings for {store.name}, got "
+                f"{len(x)}"
+            )
 
 
 def write(

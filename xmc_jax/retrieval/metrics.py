@@ -48,49 +48,123 @@ def metrics(
 
     Source: pyxclib `xc_metrics` (P, nDCG, PSP, PSnDCG, R, Hit); Jain et al. 2016 (propensities).
     """
-    indices, positives = np.asarray(indices), np.asarray(positive_indices)
-    indptr, weight_of = np.asarray(indptr, np.int64), np.asarray(inverse_propensity, np.float64)
-    _check(indices, indptr, positives, len(weight_of), ks)
-    count, depth = indices.shape[0], max(ks)
-    counts = np.diff(indptr)
-    row_of = np.repeat(np.arange(count), counts)  # i64[nnz], document of each positive
-    discount = 1 / np.log2(np.arange(depth) + 2)
-    ideal = np.concatenate([[0.0], np.cumsum(discount)])  # DCG of 0, 1, 2, ... leading hits
+    truth = Truth(indptr, positive_indices, inverse_propensity)
+    ranks = truth.ranks(np.asarray(indices), ks)
+    return {f"{name}@{k}": truth.mean(name, k, ranks) for name in NAMES for k in ks}
 
-    keys = np.sort(row_of * len(weight_of) + positives)
-    _check_distinct(keys[1:] == keys[:-1], keys[1:] // len(weight_of), "positives")
-    row, rank, positive = hits(indices[:, :depth], row_of, positives)
-    _check_distinct(positive[1:] == positive[:-1], row[1:], "predictions")
-    weight = weight_of[positives[positive]]
-    ordinal, first = _ordinals(row, rank, count, depth)
-    # The best that can be had: a document's positives by descending inverse propensity.
-    best_weight = weight_of[positives]
-    best_weight = best_weight[np.lexsort((-best_weight, row_of))]
-    best_rank = np.arange(len(positives)) - indptr[row_of]
-    keep = best_rank < depth
-    best_row, best_rank, best_weight = row_of[keep], best_rank[keep], best_weight[keep]
 
-    def total(rank: np.ndarray, gain: np.ndarray, k: int) -> float:
-        return gain[rank < k].sum()
+class Truth:
+    """The positives of documents, with which rankings are compared; see `metrics`.
 
-    result = {name: {} for name in NAMES}
-    for k in ks:
-        within = np.minimum(counts, k)  # hits that a perfect list of k would have
-        ndcg = discount[rank] / ideal[within[row]]
-        best_ndcg = discount[best_rank] / ideal[within[best_row]]
-        result["P"][k] = total(rank, np.ones(len(rank)), k) / (count * k)
-        result["nDCG"][k] = total(rank, ndcg, k) / count
-        result["PSP"][k] = total(rank, weight, k) / total(best_rank, best_weight, k)
-        result["PSnDCG"][k] = total(rank, ndcg * weight, k) / total(
-            best_rank, best_ndcg * best_weight, k
-        )
-        result["R"][k] = total(rank, 1 / counts[row], k) / count
-        result["Hit"][k] = (first < k).sum() / count
-        # Departs: the reference divides by the hits found, so missing a positive is free.
-        result["MAP"][k] = total(rank, ordinal / (rank + 1) / within[row], k) / count
-        # Departs: the reference gives a document without a hit the score of a hit at rank 1.
-        result["MRR"][k] = (1 / (first[first < k] + 1)).sum() / count
-    return {f"{name}@{k}": float(result[name][k]) for name in NAMES for k in ks}
+    Args:
+        indptr: i64[M + 1].
+        positive_indices: i32[nnz].
+        inverse_propensity: f64[L].
+
+    Raises:
+        ValueError: ids do not fit, a label counts twice in a row, or there are no positives at all.
+    """
+
+    def __init__(
+        self, indptr: np.ndarray, positive_indices: np.ndarray, inverse_propensity: np.ndarray
+    ):
+        self._indptr = np.asarray(indptr, np.int64)
+        self._positives = np.asarray(positive_indices)
+        self._weight_of = np.asarray(inverse_propensity, np.float64)
+        if not len(self._positives):
+            raise ValueError(
+                "metrics: expected at least one positive, got a ground truth without any"
+            )
+        self._check_range("positives", self._positives, 0)
+        self._counts = np.diff(self._indptr)
+        self._row_of = np.repeat(np.arange(len(self._counts)), self._counts)  # of each positive
+        keys = np.sort(self._row_of * len(self._weight_of) + self._positives)
+        _check_distinct(keys[1:] == keys[:-1], keys[1:] // len(self._weight_of), "positives")
+        self._weight = self._weight_of[self._positives]
+        # The best that can be had: a document's positives by descending inverse propensity.
+        self._best_weight = self._weight[np.lexsort((-self._weight, self._row_of))]
+        self._best_rank = np.arange(len(self._positives)) - self._indptr[self._row_of]
+
+    def ranks(self, indices: np.ndarray, ks: tuple[int, ...]) -> np.ndarray:
+        """i64[nnz], at which rank each positive is predicted, from 0; the last k where it is not.
+
+        Args:
+            indices: i32[M, K], distinct label ids in each row, best first; -1 for none.
+            ks: cut-offs, each in [1, K].
+
+        Raises:
+            ValueError: shapes or ids do not fit, or a label counts twice in a row.
+        """
+        if indices.ndim != 2 or len(self._indptr) != len(indices) + 1:
+            raise ValueError(
+                f"metrics: expected predictions [M, K] of the {len(self._indptr) - 1} documents of "
+                f"the ground truth, got shape {indices.shape}"
+            )
+        if not ks or min(ks) < 1 or max(ks) > indices.shape[1]:
+            raise ValueError(
+                f"metrics: expected ks within the {indices.shape[1]} predictions per document, got "
+                f"{ks}; pad predictions with -1 or ask for fewer"
+            )
+        self._check_range("predictions", indices, -1)
+        depth = max(ks)
+        row, rank, positive = hits(indices[:, :depth], self._row_of, self._positives)
+        _check_distinct(positive[1:] == positive[:-1], row[1:], "predictions")
+        ranks = np.full(len(self._positives), depth)
+        ranks[positive] = rank
+        return ranks
+
+    def mean(self, name: str, k: int, ranks: np.ndarray) -> float:
+        """A metric; see `per_document`, whose mean it is."""
+        return float(self.per_document(name, k, ranks).sum() / len(self._counts))
+
+    def per_document(self, name: str, k: int, ranks: np.ndarray) -> np.ndarray:
+        """f64[M], what each document adds to a metric, which is their mean.
+
+        Of the propensity-scored metrics, too: their denominator is the same for all rankings.
+
+        Args:
+            name: one of `NAMES`.
+            k: cut-off.
+            ranks: i[nnz], from 0, of each positive; k or more where it is not among the first k.
+        """
+        hit = np.flatnonzero(ranks < k)
+        row, rank = self._row_of[hit], ranks[hit]
+        within = np.minimum(self._counts, k)  # hits that a perfect list of k would have
+        discount = 1 / np.log2(np.arange(k) + 2)
+        ideal = np.concatenate([[0.0], np.cumsum(discount)])[within]
+        if name == "P":
+            gain = np.full(len(hit), 1 / k)
+        elif name == "nDCG":
+            gain = discount[rank] / ideal[row]
+        elif name == "R":
+            gain = 1 / self._counts[row]
+        elif name in ("PSP", "PSnDCG"):
+            best = self._best_rank < k
+            gain, best_gain = self._weight[hit], self._best_weight[best]
+            if name == "PSnDCG":
+                gain = gain * discount[rank] / ideal[row]
+                best_gain = best_gain * discount[self._best_rank[best]] / ideal[self._row_of[best]]
+            gain = gain * (len(self._counts) / best_gain.sum())
+        else:
+            ordinal = _ordinals(row, rank, len(self._counts))
+            if name == "MAP":
+                # Departs: the reference divides by the hits found, so missing a positive is free.
+                gain = ordinal / (rank + 1) / within[row]
+            elif name == "MRR":
+                # Departs: the reference gives a document without a hit the score of one at rank 1.
+                gain = (ordinal == 1) / (rank + 1)
+            elif name == "Hit":
+                gain = ordinal == 1
+            else:
+                raise ValueError(f"metrics: expected one of {', '.join(NAMES)}, got {name!r}")
+        return np.bincount(row, gain, len(self._counts))
+
+    def _check_range(self, what: str, ids: np.ndarray, low: int) -> None:
+        if ids.min() < low or ids.max() >= len(self._weight_of):
+            raise ValueError(
+                f"metrics: expected {what} in [{low}, {len(self._weight_of)}), got {ids.min()} to "
+                f"{ids.max()}; are predictions, positives and propensities of one dataset?"
+            )
 
 
 def filtered_per_document(pairs: np.ndarray) -> int:
@@ -172,15 +246,13 @@ def hits(
     return tuple(np.concatenate(part) for part in zip(*found))
 
 
-def _ordinals(row, rank, count, depth) -> tuple[np.ndarray, np.ndarray]:
-    """Of each hit, 1 + the hits above it in its row; of each row, its first hit's rank or depth."""
+def _ordinals(row: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:
+    """Of each hit, 1 + the hits above it in its row."""
     order = np.lexsort((rank, row))
     starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=count))])
     ordinal = np.empty(len(row), np.int64)
     ordinal[order] = np.arange(len(row)) - starts[row[order]] + 1
-    first = np.full(count, depth)
-    first[row[ordinal == 1]] = rank[ordinal == 1]
-    return ordinal, first
+    return ordinal
 
 
 def _check_distinct(repeated: np.ndarray, rows: np.ndarray, what: str):
@@ -189,24 +261,3 @@ def _check_distinct(repeated: np.ndarray, rows: np.ndarray, what: str):
             f"metrics: expected each label once in a row, got one twice among the {what} of "
             f"document {rows[repeated.argmax()]}"
         )
-
-
-def _check(indices, indptr, positives, num_labels, ks):
-    if indices.ndim != 2 or len(indptr) != len(indices) + 1:
-        raise ValueError(
-            f"metrics: expected predictions [M, K] of the {len(indptr) - 1} documents of the "
-            f"ground truth, got shape {indices.shape}"
-        )
-    if not ks or min(ks) < 1 or max(ks) > indices.shape[1]:
-        raise ValueError(
-            f"metrics: expected ks within the {indices.shape[1]} predictions per document, got "
-            f"{ks}; pad predictions with -1 or ask for fewer"
-        )
-    if not len(positives):
-        raise ValueError("metrics: expected at least one positive, got a ground truth without any")
-    for what, ids, low in (("predictions", indices, -1), ("positives", positives, 0)):
-        if ids.min() < low or ids.max() >= num_labels:
-            raise ValueError(
-                f"metrics: expected {what} in [{low}, {num_labels}), got {ids.min()} to "
-                f"{ids.max()}; are predictions, positives and propensities of one dataset?"
-            )

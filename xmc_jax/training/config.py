@@ -7,7 +7,7 @@ from typing import Any
 from xmc_jax import sharding
 from xmc_jax.data import batches
 from xmc_jax.models import dual, fusion, hf_export
-from xmc_jax.retrieval import evaluate
+from xmc_jax.retrieval import evaluate, tuning
 from xmc_jax.training import curriculum, losses, optimizer, tables
 
 
@@ -122,6 +122,7 @@ class RunConfig:
     mesh: sharding.MeshConfig
     train: TrainConfig
     eval: evaluate.EvalConfig
+    tune: tuning.TuneConfig
     export: ExportConfig
 
     @classmethod

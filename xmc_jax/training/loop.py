@@ -107,6 +107,16 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
         return Trained(step, state, evaluation, zero_shot, clock.seconds())
 
 
+def is_finished(run: Run, workdir: epath.PathLike) -> bool:
+    """Whether the newest checkpoint in `workdir` is of the end of the run; see `restore`."""
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        step, epochs = checkpoints.latest(), run.config.train.epochs
+        if step is None or step < epochs * run.steps_per_epoch:
+            return False
+        # One that a signal asked for may lack what follows the last step.
+        return int(checkpoints.restore(step, run.abstract)[0].boundaries) == epochs
+
+
 def restore(run: Run, workdir: epath.PathLike, which: str = "latest") -> tuple[int, TrainState]:
     """A checkpoint of a run: its step and its state.
 

@@ -10,10 +10,10 @@ import numpy as np
 from etils import epath
 
 from xmc_jax import rng, sharding
-from xmc_jax.data import batches, packing, store
+from xmc_jax.data import batches, packing, priors, store
 from xmc_jax.models import backbone, hf
 from xmc_jax.models.fusion import NO_PROMPTS
-from xmc_jax.retrieval import encode, evaluate, exact, scann
+from xmc_jax.retrieval import encode, evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, optimizer, tables
 from xmc_jax.training.config import RunConfig
@@ -34,6 +34,7 @@ class Run(Program):
         data: see above.
         sampler: builds the batches.
         rows: i64[n], documents of a batch that this process builds.
+        prior: f64[L], see `augmented.augment`; None without one.
 
     Raises:
         ValueError: weights, data and config do not fit; says which and how.
@@ -64,6 +65,8 @@ class Run(Program):
             scann.require()
         if config.encoder.init == "pretrained":
             self.source = hf.resolve(config.encoder.backbone, config.encoder.revision)
+        source = config.eval.augmented.prior
+        self.prior = None if source is None else priors.read(source, data)
         positives = data.positives("train")
         self._pairs = tables.label_pairs(positives.indptr, positives.indices, data.num_labels)
 
@@ -194,17 +197,30 @@ class Run(Program):
             config: the run's own by default.
         """
         config = config or self.config.eval
-        documents = None
-        if config.augmented.enabled:
-            bank = state.tables.document_bank
-            documents = exact.from_table(bank, self.mesh, config.database_block)
         return evaluate.evaluate(
             self.embed(state.params, "test"),
             self.embed_index(state),
             self.data,
             config,
-            documents,
+            self._documents(state) if config.augmented.enabled else None,
             self.mesh,
+            self.prior,
+        )
+
+    def tune(self, state: TrainState) -> tuning.Choice | None:
+        """Chooses weights of retrieval-augmented inference on held-out documents.
+
+        See `tuning.tune`; the dataset is to be a validation split. None but in process 0.
+        """
+        return tuning.tune(
+            self.embed(state.params, "test"),
+            self.embed_index(state),
+            self._documents(state),
+            self.data,
+            self.config.eval,
+            self.config.tune,
+            self.mesh,
+            self.prior,
         )
 
     def evaluate_zero_shot(self, state: TrainState) -> Evaluation:
@@ -220,6 +236,10 @@ class Run(Program):
         return evaluate.evaluate(
             self.embed(state.params, "test"), labels, self.data, config, mesh=self.mesh
         )
+
+    def _documents(self, state: TrainState) -> exact.Database:
+        bank, block = state.tables.document_bank, self.config.eval.database_block
+        return exact.from_table(bank, self.mesh, block)
 
     def _encoder(self, params: Any, pooled: bool = False) -> encode.Encode:
         def one(inputs, _):
