@@ -224,7 +224,7 @@ def _labels(folder: pathlib.Path, run: Run, state: TrainState) -> np.ndarray:
     run.embed_index_to(state, folder / "embeddings.npy")
     np.save(folder / "frequency.npy", run.data.label_frequency.astype(np.int64))
     if run.prior is not None:
-        np.save(folder / "prior.npy", np.asarray(run.prior, np.float32))
+        np.save(folder / "prior.npy", np.asarray(run.prior, np.float64))
     texts.save(folder, "ids", run.data.uids("label"))
     texts.save(folder, "texts", run.data.texts("label"))
     return np.load(folder / "embeddings.npy", mmap_mode="r")

@@ -5,7 +5,7 @@
                              the encoder, as transformers and sentence-transformers open it
     image_projection.safetensors of images
     labels/                  embeddings.npy f32[L, D], what is searched; frequency.npy i64[L];
-                             ids and texts, see `xmc_jax.data.texts`; prior.npy f32[L] if there is one
+                             ids and texts, see `xmc_jax.data.texts`; perhaps prior.npy f64[L]
     prototypes/              what prototypes of changed labels are made of: text.npy f32[L, D],
                              centroids.npy f32[L, D], free_vector_of.npy i32[L], free_vectors.npy
                              f32[C, D], combiner.safetensors
@@ -143,7 +143,7 @@ class Labels:
         embeddings: f32[L, D], prototypes with PRIME, else of their texts: unit vectors, but for
             labels added later, see `new_labels.NewLabelsConfig.scale`.
         frequency: i64[L], training documents of each; 0 for those added later.
-        prior: f32[L], see `augmented.augment`; None without.
+        prior: f64[L], see `augmented.augment`; None without.
     """
 
     ids: texts.Texts
@@ -443,7 +443,7 @@ def _labels(folder: pathlib.Path, shape: tuple[int, int], prior: bool) -> Labels
         texts=_texts(folder, "texts", shape[0]),
         embeddings=_array(folder / "embeddings.npy", np.float32, shape),
         frequency=_array(folder / "frequency.npy", np.int64, shape[:1]),
-        prior=_array(folder / "prior.npy", np.float32, shape[:1]) if prior else None,
+        prior=_array(folder / "prior.npy", np.float64, shape[:1]) if prior else None,
     )
 
 

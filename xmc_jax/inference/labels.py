@@ -97,7 +97,7 @@ class _Table:
         texts: L texts.
         embeddings: f32[L, D].
         frequency: i64[L].
-        prior: f32[L], or None; new labels have the lowest that is not 0.
+        prior: f64[L], or None; new labels have the lowest that is not 0.
         text: f32[L, D], pooled; like the next three, None without PRIME.
         centroids: f32[L, D].
         free_vector_of: i32[L].
