@@ -275,6 +275,9 @@ def test_read_gives_what_was_written_and_refuses_what_is_not_its_own(tmp_path):
     refused(r"train.epochs: 3 there, 4 here", fields | {"train": {"epochs": 4, "keep": 2}})
     refused("data: label file: '2' there, '5' here", store=FakeStore(train="1", label="5"))
     refused("prior as it was tuned with, 'other.tsv', got None", own=AugmentedConfig())
-    for damaged in ("", "{}", "[]", path.read_text().replace('"format": 1', '"format": 2')):
+    text = path.read_text()
+    wrong = text.replace(f'"temperature": {choice.best.temperature}', '"temperature": "x"')
+    assert wrong != text
+    for damaged in ("", "{}", "[]", wrong, text.replace('"format": 1', '"format": 2')):
         path.write_text(damaged)
         refused("expected what --mode=tune writes")

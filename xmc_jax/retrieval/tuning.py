@@ -297,23 +297,18 @@ def choose(
         gains[held] = np.subtract(*values([one, defaults])[:, held])
     gain, error = float(gains.mean()), standard_error(gains, sources)
 
-    metrics = {}
-    columns = {column: parse_metric(column) for column in evaluate.COLUMNS}
-    columns = {column: part for column, part in columns.items() if part[0][1] in config.ks}
+    metrics: dict[str, dict[str, float]] = {}
     added: dict[str, dict[str, np.ndarray]] = {}  # what each document adds, by row and metric
     for row, one in (("defaults", defaults), ("best", best)):
         # By the functions that evaluation uses: the figures that it would print.
         ids = _ranked(one, labels, documents, positives, pairs, config.k, prior)
         ranks = measured.ranks(ids, config.ks)
         metrics[row] = {f"{n}@{k}": measured.mean(n, k, ranks) for n in NAMES for k in config.ks}
-        added[row] = {c: measured.per_document(*part[0], ranks) for c, part in columns.items()}
-        added[row][tune.metric] = seen[one]
         metrics[row][tune.metric] = float(seen[one].mean())
+        columns = [column for column in evaluate.COLUMNS if column in metrics[row]]
+        added[row] = {c: measured.per_document(*parse_metric(c)[0], ranks) for c in columns}
+        added[row][tune.metric] = seen[one]
     added["difference"] = {c: x - added["defaults"][c] for c, x in added["best"].items()}
-    errors = {
-        row: {column: standard_error(x, sources) for column, x in by_column.items()}
-        for row, by_column in added.items()
-    }
     return Choice(
         defaults=defaults,
         best=best,
@@ -321,7 +316,10 @@ def choose(
         gain=gain,
         standard_error=error,
         metrics=metrics,
-        standard_errors=errors,
+        standard_errors={
+            row: {column: standard_error(x, sources) for column, x in by_column.items()}
+            for row, by_column in added.items()
+        },
         settings=len(seen),
         documents=truth.rows,
         sources=len(np.unique(sources)),
@@ -445,9 +443,10 @@ def read(
     again = "tune again with --mode=tune"
     try:
         content = json.loads(path.read_text())
-        then, values, prior = content["belongs_to"], content["augmented"], content["prior"]
-        if content["format"] != FORMAT or set(values) != set(FIELDS):
-            raise KeyError("format")
+        prior, then = content["prior"], dict(content["belongs_to"])
+        if content["format"] != FORMAT or set(content["augmented"]) != set(FIELDS):
+            raise ValueError("other fields")
+        chosen = dataclasses.replace(config, weights="config", **content["augmented"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected what --mode=tune writes, got {error!r}; {again}"
@@ -465,7 +464,7 @@ def read(
             f"{path}: expected --config.eval.augmented.prior as it was tuned with, {prior!r}, got "
             f"{config.prior!r}; set it, or {again}"
         )
-    return dataclasses.replace(config, weights="config", **values)
+    return chosen
 
 
 def report(choice: Choice, tune: TuneConfig) -> str:
@@ -488,6 +487,7 @@ def report(choice: Choice, tune: TuneConfig) -> str:
     if choice.accepted:
         lines += [
             f"more than {tune.standard_errors:g} standard errors: the best settings are chosen",
+            "they are used with --config.eval.augmented.weights=tuned, or with",
             *(f"  {flag}" for flag in flags(choice)),
         ]
     elif choice.best == choice.defaults:
