@@ -12,9 +12,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from xmc_jax.data import image_import
+from xmc_jax.data import image_import, tables
 from xmc_jax.data import images as image_folders
-from xmc_jax.vision import sources, tables
+from xmc_jax.vision import sources
 
 ROOT = pathlib.Path(__file__).parents[2]
 UIDS = ["b", "a", "x.1", "a_1", "007", "é ü", "none", "zz"]

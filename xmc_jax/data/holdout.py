@@ -8,6 +8,23 @@ from xmc_jax.data.csr import Csr
 from xmc_jax.data.raw_folder import RawDataset
 
 
+def choose(source_of: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Whole sources in a random order, until they have a share of the documents.
+
+    Args:
+        source_of: i[n], the source of each document, numbered from 0.
+        fraction: that share, at least.
+        seed: of the order.
+
+    Returns:
+        bool[n], whether a document is of these sources.
+    """
+    # One draw outside of training: no stream of rng is for it.
+    sources = np.random.default_rng(seed).permutation(np.unique(source_of))
+    sizes = np.cumsum(np.bincount(source_of)[sources])
+    return np.isin(source_of, sources[: np.searchsorted(sizes, fraction * len(source_of)) + 1])
+
+
 def hold_out(dataset: RawDataset, fraction: float, seed: int) -> RawDataset:
     """Splits the training documents into train and test; documents of one source stay together.
 
@@ -26,14 +43,11 @@ def hold_out(dataset: RawDataset, fraction: float, seed: int) -> RawDataset:
     train = dataset.splits["train"]
     count = len(train.titles)
     source_of = dataset.groups.get("train", np.arange(count))
-    # One draw outside of training: no stream of rng is for it.
-    sources = np.random.default_rng(seed).permutation(np.unique(source_of))
-    sizes = np.cumsum(np.bincount(source_of)[sources])
-    held = np.isin(source_of, sources[: np.searchsorted(sizes, fraction * count) + 1])
+    held = choose(source_of, fraction, seed)
     if held.all():
         raise ValueError(
             f"validation_fraction: expected to leave documents to train on, got {fraction} of "
-            f"{count} documents from {len(sources)} sources"
+            f"{count} documents from {len(np.unique(source_of))} sources"
         )
     ids = {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}
     pairs = dataset.filter[held[dataset.filter[:, 0]]]

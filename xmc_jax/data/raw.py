@@ -192,6 +192,37 @@ def read_groups(path) -> dict[str, str]:
     return groups
 
 
+def whole_lines(path: pathlib.Path, limit: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a file or of its `.gz` form, with their ends, without a byte order mark.
+
+    Args:
+        path: the file.
+        limit: most bytes of a line; None for any number.
+
+    Raises:
+        ValueError: the file cannot be read, is a damaged gzip file, or has a longer line.
+    """
+    zipped = path.suffix == ".gz"
+    try:
+        if zipped and path.stat().st_size == 0:  # which gzip takes for empty contents
+            raise EOFError
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
+            lines = file if limit is None else iter(lambda: file.readline(limit + 1), b"")
+            for number, line in enumerate(lines, 1):
+                if limit is not None and len(line) > limit:
+                    raise ValueError(
+                        f"{path}:{number}: expected a line of at most {limit} bytes, found a "
+                        "longer one"
+                    )
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: expected a whole gzip file, found a damaged or cut one; download it again"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def _read_json(path: pathlib.Path, encoding: str, num_labels: int | None) -> Items:
     limit = _MAX_ID if num_labels is None else num_labels
     uids, titles, contents = [], [], []
@@ -296,21 +327,7 @@ def _read_npz(path: pathlib.Path) -> Csr:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their ends and without a byte order mark."""
-    zipped = path.suffix == ".gz"
-    try:
-        if zipped and path.stat().st_size == 0:  # which gzip takes for empty contents
-            raise EOFError
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                yield number, line.rstrip(b"\r\n")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path}: expected a whole gzip file, found a damaged or cut one; download it again"
-        ) from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    return ((number, line.rstrip(b"\r\n")) for number, line in whole_lines(path))
 
 
 def _decode(path: pathlib.Path, number: int, line: bytes, encoding: str) -> str:

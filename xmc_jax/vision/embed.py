@@ -32,11 +32,11 @@ import numpy as np
 import tqdm
 
 from xmc_jax import command
-from xmc_jax.data import bundled, image_import, raw_folder
+from xmc_jax.data import bundled, image_import, raw_folder, tables
 from xmc_jax.data import images as image_folders
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
-from xmc_jax.vision import descriptor, download, encoders, fetch, images, sources, tables
+from xmc_jax.vision import descriptor, download, encoders, fetch, images, sources
 from xmc_jax.vision.encoders import Encoder
 from xmc_jax.vision.sources import Source
 

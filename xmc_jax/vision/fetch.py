@@ -39,7 +39,8 @@ import numpy as np
 import tqdm
 
 from xmc_jax import command
-from xmc_jax.vision import images, shards, tables
+from xmc_jax.data import tables
+from xmc_jax.vision import images, shards
 from xmc_jax.vision.download import Downloader, Failure, Limits
 
 FORMAT = 1

@@ -19,9 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xmc_jax.data import image_maps, store
+from xmc_jax.data import image_maps, store, tables
 from xmc_jax.data.csr import Csr
-from xmc_jax.vision import tables
 
 MAX_BYTES = 32 << 20
 """Bytes of an image's file, unless told otherwise."""

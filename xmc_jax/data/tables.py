@@ -1,4 +1,6 @@
-"""Tables of images as files: single cells by row number, within bounded memory, for `sources`."""
+"""Tables as files, in bounded memory: of images, for `vision.sources`, single cells by row number;
+and Parquet of all kinds, column by column.
+"""
 
 import array
 import contextlib
@@ -147,6 +149,10 @@ class ParquetTable:
         with self._opened() as file:
             schema = file.schema_arrow
             self.columns = {field.name: str(field.type) for field in schema}
+            if len(self.columns) < len(schema.names):
+                raise ValueError(
+                    f"{path}: expected columns that differ, found {', '.join(schema.names)}"
+                )
             meta = file.metadata
             self.num_rows = meta.num_rows
             rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
