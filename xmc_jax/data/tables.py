@@ -17,7 +17,7 @@ import numpy as np
 
 MAX_LINE = 256 << 20  # bytes of a record of a text table
 _SHOWN_RECORDS = 1000  # looked at for the columns of a JSONL file
-_BATCH_BYTES = 4 << 20  # of a Parquet column, decoded at a time
+_BATCH_BYTES = 4 << 20  # of the rows of a Parquet file that are decoded at a time
 _FIRST_ROWS = 256
 _HELD_ROWS = 1 << 14  # at most, reordered at a time, where a table's order is not the items'
 _HELD_BYTES = 256 << 20  # of those
@@ -176,14 +176,15 @@ class ParquetTable:
         with self._opened() as file:
             for number in range(group, len(self.starts) - 1):
                 facts = file.metadata.row_group(number)
-                size = facts.num_rows * _BATCH_BYTES // max(_column_bytes(facts, column), 1)
+                # Of all columns: asked for a damaged column's own size, pyarrow ends the process.
+                size = facts.num_rows * _BATCH_BYTES // max(facts.total_byte_size, 1)
                 for batch in file.iter_batches(
                     batch_size=min(max(size, 1), 1 << 14),
                     row_groups=[number],
                     columns=[column],
                     use_threads=False,
                 ):
-                    yield batch.column(0)
+                    yield batch.column(column)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -195,7 +196,11 @@ class ParquetTable:
                 f"{self.path}: expected the pyarrow package to read it, got none; pip install "
                 '"xmc_jax[vision]"'
             ) from error
-        damage = (pyarrow.ArrowException, OSError)  # looked up now: not at exit, in a reader's end
+        damage = (
+            pyarrow.ArrowException,
+            OSError,
+            UnicodeDecodeError,
+        )  # looked up now: not at exit, in a reader's end
         try:
             with pyarrow.parquet.ParquetFile(
                 self.path, buffer_size=1 << 20, pre_buffer=False
@@ -206,12 +211,6 @@ class ParquetTable:
             raise ValueError(
                 f"{self.path}: expected a Parquet file, found a damaged one: {message}"
             ) from error
-
-
-def _column_bytes(group: Any, name: str) -> int:
-    """Bytes of a column, and of what is nested in it, in a row group."""
-    columns = (group.column(i) for i in range(group.num_columns))
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == name)
 
 
 class ParquetRows:
