@@ -11,12 +11,15 @@ Modes:
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
     export    write its encoder as a folder for Hugging Face and sentence-transformers, or with
               --config.export.format=adapter its adapters as one for peft.
+    predict   rank labels for the documents of --input, of the exported model in --artifact.
     report    write report.html of --workdir again, or of a run that is under way.
     plan      say what the run needs on --topology, and whether it fits; exit code 1 if not.
 """
 
+import dataclasses
 import difflib
 import importlib.metadata
+import inspect
 import logging as py_logging
 import os
 import platform
@@ -24,7 +27,8 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -32,6 +36,38 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from xmc_jax import command
+from xmc_jax.inference.config import PredictConfig
+
+
+def _settings(section: str, kind: type) -> Callable[[], Any]:
+    """Defines a flag --section.field=value for each field of a dataclass, of the field's type.
+
+    Returns:
+        What makes one of the flags' values.
+    """
+    define = {
+        bool: flags.DEFINE_bool,
+        float: flags.DEFINE_float,
+        int: flags.DEFINE_integer,
+        str: flags.DEFINE_string,
+        tuple[str, ...]: flags.DEFINE_list,
+    }
+    told = re.findall(r"^    (\w+): (.*\n(?:     +.*\n)*)", f"{inspect.getdoc(kind)}\n", re.M)
+    help_of = {name: " ".join(text.split()) for name, text in told}
+    types = typing.get_type_hints(kind)
+    holders = {
+        field.name: define[types[field.name]](
+            f"{section}.{field.name}", field.default, help_of[field.name]
+        )
+        for field in dataclasses.fields(kind)
+    }
+
+    def make() -> Any:
+        values = {name: holder.value for name, holder in holders.items()}
+        return kind(**{n: tuple(x) if isinstance(x, list) else x for n, x in values.items()})
+
+    return make
+
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
 _WORKDIR = flags.DEFINE_string(
@@ -40,12 +76,31 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "tune", "embed", "index", "export", "report", "plan"],
+    [
+        *("prepare", "train", "evaluate", "tune", "embed", "index", "export", "predict", "report"),
+        "plan",
+    ],
     "What to do.",
 )
 _STEP = flags.DEFINE_string(
     "step", "latest", "Checkpoint of the modes other than train: latest, best (by P@1) or a step."
 )
+_ARTIFACT = flags.DEFINE_string(
+    "artifact",
+    None,
+    "Of --mode=predict: what --mode=export wrote, <workdir>/export if not given; with it, neither "
+    "--config nor --workdir is needed.",
+)
+_INPUT = flags.DEFINE_string(
+    "input", None, "Of --mode=predict: documents, .jsonl, .csv or .parquet, or - for JSONL."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Of --mode=predict: ranked labels, .jsonl or .parquet, or - for JSONL."
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Of --mode=predict: replace an --output that was made of others."
+)
+_PREDICT = _settings("predict", PredictConfig)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "cpu", "Of --mode=plan: cpu, cpu:8, gpu:h100x8, v5e:4x4, v5p:2x2x4, ..."
 )
@@ -65,6 +120,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     None,
     "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
+_OF_ARTIFACT = ("predict",)  # modes that need no config, but an exported model
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
 
 
@@ -74,13 +130,19 @@ def main(argv: list[str]) -> int:
     # Imported here, so that a mistyped flag is answered at once.
     from xmc_jax import distributed, modes
 
-    fields = _CONFIG.value.to_dict()
+    fields = None if _CONFIG.value is None else _CONFIG.value.to_dict()
+    workdir = _WORKDIR.value or ("" if fields is None else f"runs/{fields['name']}")
     asked = modes.Asked(
         fields=fields,
-        workdir=epath.Path(_WORKDIR.value or f"runs/{fields['name']}"),
+        workdir=epath.Path(workdir),
         step=_STEP.value,
         topology=_TOPOLOGY.value,
-        recipe=_recipe(),
+        recipe=None if fields is None else _recipe(),
+        artifact=_ARTIFACT.value,
+        input=_INPUT.value,
+        output=_OUTPUT.value,
+        overwrite=_OVERWRITE.value,
+        predict=_PREDICT(),
     )
     distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
     distributed.agree("config", fields)
@@ -114,8 +176,17 @@ def parse(argv: list[str]) -> list[str]:
         raise ValueError(_explain(argv, error)) from error
     if len(rest) > 1:
         raise ValueError(f"command line: expected flags alone, got {rest[1]!r}")
-    if config is None:
-        raise ValueError("--config: expected a config file, e.g. --config=configs/vixml.py")
+    of_artifact = _MODE.value in _OF_ARTIFACT
+    if config is None and not (of_artifact and _ARTIFACT.value):
+        instead = ", or --artifact=FOLDER, an exported model" if of_artifact else ""
+        raise ValueError(
+            f"--config: expected a config file, e.g. --config=configs/vixml.py{instead}"
+        )
+    if _MODE.value == "predict":
+        for flag in (_INPUT, _OUTPUT):
+            if not flag.value:
+                raise ValueError(f"--{flag.name}: expected a file, or -, got none")
+    _PREDICT()  # raises what does not fit
     return rest
 
 

@@ -1,6 +1,9 @@
 """What `python -m xmc_jax.main` does, mode by mode; each returns the exit code."""
 
 import dataclasses
+import os
+import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +15,12 @@ from xmc_jax import build, checkpoint, distributed, report
 from xmc_jax.data import image_import, images, prepare
 from xmc_jax.data.store import Store
 from xmc_jax.export import write
+from xmc_jax.inference import artifact
+from xmc_jax.inference import files as prediction_files
+from xmc_jax.inference.config import PredictConfig
 from xmc_jax.planning import report as planning_report
-from xmc_jax.reporting import files, page
+from xmc_jax.reporting import files as report_files
+from xmc_jax.reporting import page
 from xmc_jax.retrieval import evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import loop
@@ -30,18 +37,28 @@ class Asked:
     """What the flags ask for.
 
     Attributes:
-        fields: the config, as nested mappings.
+        fields: the config, as nested mappings; None where an artifact was named instead.
         workdir: where the run lives.
         step: which checkpoint: "latest", "best" or a step's number.
         topology: of the mode plan.
-        recipe: the config before flags changed it.
+        recipe: the config before flags changed it; None without one.
+        artifact: an exported folder; None for the workdir's own.
+        input: of the mode predict, see `inference.files.predict`.
+        output: likewise.
+        overwrite: likewise.
+        predict: likewise.
     """
 
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any] | None
     workdir: epath.Path
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None = None
     step: str = "latest"
     topology: str = "cpu"
+    artifact: str | None = None
+    input: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
 
 
 def run(mode: str, asked: Asked) -> int:
@@ -57,10 +74,11 @@ def run(mode: str, asked: Asked) -> int:
     Raises:
         ValueError: one line on what is wrong.
     """
-    RunConfig.from_dict(asked.fields)  # mistaken fields first
-    if mode == "export" and jax.process_count() > 1:
+    if asked.fields is not None:
+        RunConfig.from_dict(asked.fields)  # mistaken fields first
+    if mode in ("export", "predict") and jax.process_count() > 1:
         raise ValueError(
-            f"--mode=export: expected one process, got {jax.process_count()}; one reads the "
+            f"--mode={mode}: expected one process, got {jax.process_count()}; one reads the "
             "checkpoints of many: --distributed=off"
         )
     whole = {
@@ -69,6 +87,7 @@ def run(mode: str, asked: Asked) -> int:
         "train": _train,
         "tune": _tune,
         "report": _report,
+        "predict": _predict,
     }
     if mode in whole:
         return whole[mode](asked)
@@ -123,7 +142,7 @@ def _train(asked: Asked) -> int:
             _show(folder, trained.step, found, trained.evaluation, run.data, rows)
         rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
         if distributed.is_first():
-            files.write_facts(folder, trained.seconds)
+            report_files.write_facts(folder, trained.seconds)
             page.write(
                 folder,
                 run.data,
@@ -230,6 +249,47 @@ def _export(asked: Asked, run: Run, step: int, state: TrainState) -> None:
     else:
         folder = write.whole(asked.fields, run, step, state, asked.workdir)
     print(f"wrote {folder}")
+
+
+def _predict(asked: Asked) -> int:
+    """Ranks labels for the documents of a file; what there is to say goes to standard error."""
+    opened = _opened(asked)
+    try:
+        report = prediction_files.predict(
+            opened, asked.predict, asked.input, asked.output, asked.overwrite
+        )
+    except BrokenPipeError:  # who reads standard output has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BY_SIGNAL + signal.SIGPIPE
+    print(f"{asked.output}: {report}", file=sys.stderr)
+    return 0
+
+
+def _opened(asked: Asked) -> artifact.Artifact:
+    """The artifact that was asked for; exports the checkpoint first if the workdir has none."""
+    folder = asked.artifact or str(asked.workdir / "export")
+    if "://" in folder:
+        raise ValueError(f"{folder}: expected a local folder; copy it here and name it --artifact")
+    if asked.artifact:
+        return artifact.open(folder)
+    if not (epath.Path(folder) / artifact.MANIFEST).exists():
+        run, step, state = _restored(asked)
+        logging.info("%s: no exported model yet; exporting step %d", folder, step)
+        write.whole(asked.fields, run, step, state, asked.workdir)
+        return artifact.open(folder)
+    opened = artifact.open(folder)
+    if (asked.workdir / "checkpoints").exists():
+        wanted = loop.find(asked.workdir, asked.step)
+        if opened.step != wanted:
+            logging.warning(
+                "%s: exported at step %d, and the checkpoint asked for (%s) is of step %d; "
+                "--mode=export makes it anew",
+                folder,
+                opened.step,
+                asked.step,
+                wanted,
+            )
+    return opened
 
 
 def override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

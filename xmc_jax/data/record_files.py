@@ -133,6 +133,19 @@ def open_table(path: pathlib.Path) -> Table:
     return _Csv(path) if name.removesuffix(".gz").endswith(".csv") else _Json(path)
 
 
+def open_stream(name: str, lines: Iterator[tuple[int, bytes]]) -> Table:
+    """JSONL that can be read once, such as a pipe's; its columns are those of the first record.
+
+    Args:
+        name: what errors call it.
+        lines: numbered.
+
+    Raises:
+        ValueError: there is no record, or the first is damaged.
+    """
+    return _Stream(pathlib.Path(name), lines)
+
+
 class _Json(Table):
     """One object per line."""
 
@@ -158,7 +171,7 @@ class _Json(Table):
             yield number, [record.get(name) for name in names]
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, line in raw.whole_lines(self.path, MAX_RECORD):
+        for number, line in self._lines():
             if not line.strip():
                 continue
             text = _utf8(self.at(number), line)
@@ -181,6 +194,29 @@ class _Json(Table):
                     f"{remedy if text.lstrip()[:1] in ('[', '{', '}', ']') else ''}"
                 )
             yield number, record
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        return raw.whole_lines(self.path, MAX_RECORD)
+
+
+class _Stream(_Json):
+    """The same of lines that come once."""
+
+    def __init__(self, path: pathlib.Path, lines: Iterator[tuple[int, bytes]]):
+        Table.__init__(self, path, ())
+        self._given = lines
+        records = super()._records()
+        first = next(records, None)
+        if first is None:
+            raise ValueError(f"{path}: expected records, found none")
+        self.columns = tuple(first[1])
+        self._left = itertools.chain([first], records)
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return self._left
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        return self._given
 
 
 class _Csv(Table):

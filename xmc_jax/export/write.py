@@ -195,6 +195,7 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
         compute_dtype=model.compute_dtype,
         order=model.order,
         positions=model.positions,
+        text=run.data.manifest["text"],
         images=images,
     )
 

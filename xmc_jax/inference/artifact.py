@@ -27,7 +27,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,9 +42,12 @@ from xmc_jax.types import ORDERS, Prompts
 FORMAT = 1
 """Version of the folder's layout."""
 MANIFEST = "artifact.json"
+TEXTS = ("title", "title_content")
+"""What an item's text may be made of."""
 PARTS = ("labels", "prototypes", "documents", "index", "vision")
 """Folders of the artifact, or what their names begin with: `labels`, `labels-2`, ..."""
 
+_READ = (".json", ".model", ".npy", ".safetensors", ".txt")  # suffixes of what is opened
 _MODEL_FILE = re.compile(
     rf"config\.json|model.*\.safetensors|{re.escape(hf.PROJECTION)}|tokenizer\.json"
 )
@@ -91,6 +94,7 @@ class ModelInput:
         compute_dtype: likewise.
         order: see `fusion.FusionConfig`.
         positions: likewise.
+        text: what an item's text is, "title" or "title_content", the title and then the content.
         images: None for text only.
     """
 
@@ -103,6 +107,7 @@ class ModelInput:
     compute_dtype: str
     order: str
     positions: str
+    text: str
     images: ImageInput | None
 
     def __post_init__(self):
@@ -110,6 +115,7 @@ class ModelInput:
             ("pooling", dual.POOLINGS),
             ("compute_dtype", dual.DTYPES),
             ("order", ORDERS),
+            ("text", TEXTS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
@@ -226,20 +232,25 @@ class Artifact:
         """What the config called the run."""
         return self.manifest["name"]
 
+    @property
+    def step(self) -> int:
+        """Of the checkpoint that was exported."""
+        return self.manifest["step"]
+
     def prototypes(self) -> Prototypes | None:
         """What prototypes are made of; None without PRIME, or where it was left out.
 
         Raises:
             ValueError: damaged files.
         """
-        section = self.manifest.get("prototypes")
+        section, where = self.manifest.get("prototypes"), self.folder / MANIFEST
         if section is None:
             return None
         folder = self.folder / section["folder"]
         shape = self.labels.embeddings.shape
         free_vectors = _array(folder / "free_vectors.npy", np.float32, (None, shape[1]))
         return Prototypes(
-            config=parse(dual.PrimeConfig, section["config"], f"{self.folder}/{MANIFEST}"),
+            config=parse(dual.PrimeConfig, section.get("config"), f"{where}: prototypes: config"),
             text=_array(folder / "text.npy", np.float32, shape),
             centroids=_array(folder / "centroids.npy", np.float32, shape),
             free_vector_of=_ids(
@@ -277,6 +288,11 @@ def open(folder, verify: bool = True) -> Artifact:
             f"{where}: expected format {FORMAT}, found {manifest.get('format')!r}; export the "
             "model again with this version"
         )
+    for name, kind in (("name", str), ("step", int), ("config", dict)):
+        if type(manifest.get(name)) is not kind:
+            raise ValueError(
+                f"{where}: {name}: expected {kind.__name__}, found {manifest.get(name)!r:.60}"
+            )
     check_files(folder, files, verify)
     model = parse(ModelInput, manifest.get("model"), f"{where}: model")
     recorded = {name: str(facts.get("sha256")) for name, facts in files.items()}
@@ -285,19 +301,16 @@ def open(folder, verify: bool = True) -> Artifact:
             f"{folder}: expected the model {model.digest[:12]}, found {digest[:12]}; its labels "
             "are of another model: export both together"
         )
+    if model.images is not None and model.images.folder is not None:
+        _check_inside(where, model.images.folder)
     sections = {}
-    for name in ("labels", "documents", "index"):
+    for name in ("labels", "prototypes", "documents", "index"):
         section = manifest.get(name)
         if section is None and name != "labels":
             sections[name] = None
             continue
         sections[name] = part = parse(Part, section, f"{where}: {name}", partly=True)
-        _check_inside(where, part.folder)
-        if part.model != model.digest:
-            raise ValueError(
-                f"{folder / part.folder}: expected {name} of the model {model.digest[:12]}, found "
-                f"those of {part.model[:12]}; export labels and model together"
-            )
+        _check_part(folder, name, part, model.digest)
     shape = sections["labels"].count, model.width
     ranking = parse(AugmentedConfig, manifest.get("ranking"), f"{where}: ranking")
     labels = _labels(folder / sections["labels"].folder, shape, ranking.prior is not None)
@@ -311,6 +324,12 @@ def open(folder, verify: bool = True) -> Artifact:
             f"{folder / index.folder}: expected an index of the {len(labels)} labels, found one of "
             f"{index.count}; build it again"
         )
+    for name, path in _files(folder, manifest):
+        if name not in files and path.suffix in _READ:
+            raise ValueError(
+                f"{path}: expected only files that {MANIFEST} names, found another; remove it, or "
+                "copy or export the folder again"
+            )
     return Artifact(
         folder=folder,
         manifest=manifest,
@@ -347,21 +366,17 @@ def check_files(folder: pathlib.Path, files: Any, verify: bool) -> None:
 def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
     """Writes artifact.json, with the digests of all files of the parts that it names.
 
-    In one move: who opens the folder meanwhile sees what was there before, or this.
+    In one move: who opens the folder meanwhile sees what was there before, or this. Texts for
+    people (*.md) are left out, since who ships the folder has to write in them.
 
     Args:
         folder: local.
         content: all but "format" and "files".
     """
-    used, files = folders(content), {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        top = name.parts[0]
-        replaced = top.partition("-")[0] in PARTS and top not in used
-        # Cards are for people, who add to them.
-        passed_over = replaced or top.startswith(".") or top == MANIFEST or path.suffix == ".md"
-        if path.is_file() and not passed_over:
-            files[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for name, path in _files(folder, content)
+    }
     text = json.dumps({"format": FORMAT, **content, "files": files}, indent=1, allow_nan=False)
     partial = folder / f".{MANIFEST}.partial"
     with partial.open("w", encoding="utf-8") as file:
@@ -375,7 +390,25 @@ def folders(content: Mapping[str, Any]) -> set[str]:
     """The folders of the parts that a manifest names."""
     images = content["model"]["images"]
     carried = {images["folder"]} if images and images["folder"] else set()
-    return {content[name]["folder"] for name in PARTS[:-1] if content[name]} | carried
+    return {content[name]["folder"] for name in PARTS[:-1] if content.get(name)} | carried
+
+
+def _files(folder: pathlib.Path, content: Mapping[str, Any]) -> Iterator[tuple[str, pathlib.Path]]:
+    """What a manifest has to name: all but itself, texts for people and parts that were replaced.
+
+    Args:
+        folder: local.
+        content: of artifact.json.
+    """
+    used = folders(content)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        top = name.parts[0]
+        replaced = top.partition("-")[0] in PARTS and top not in used
+        hidden = any(part.startswith(".") for part in name.parts)
+        own = name.as_posix() == MANIFEST or path.suffix == ".md"
+        if path.is_file() and not (replaced or hidden or own):
+            yield name.as_posix(), path
 
 
 def digest_of_model(files: Mapping[str, str]) -> str:
@@ -489,6 +522,15 @@ def _array(path: pathlib.Path, dtype: type, shape: tuple[int | None, ...]) -> np
             f"{array.dtype}{list(array.shape)}"
         )
     return array
+
+
+def _check_part(folder: pathlib.Path, name: str, part: Part, digest: str) -> None:
+    _check_inside(folder / MANIFEST, part.folder)
+    if part.model != digest:
+        raise ValueError(
+            f"{folder / part.folder}: expected {name} of the model {digest[:12]}, found those of "
+            f"{part.model[:12]}; export labels and model together"
+        )
 
 
 def _check_inside(where: pathlib.Path, name: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 
 INDEXES = ("auto", "exact", "scann")
 RANKINGS = ("auto", "plain", "augmented")
+ON_ERROR = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,12 @@ class PredictConfig:
         ranking: "plain" is labels by inner product; "augmented" mixes them with the labels of near
             training documents; "auto" is augmented where the artifact says so.
         only: file of label ids, one per line: no others are predicted. Searched exactly.
-        exclude: file of label ids, one per line, that are never predicted.
+        exclude: file of label ids, one per line, that are never predicted. The others are searched
+            exactly.
+        columns: field=column,... for columns of other names, "field=" to leave one out; fields are
+            id, text, content, images, only, exclude.
+        on_error: at a document that cannot be ranked "stop", or "skip" it: what is wrong is written
+            in place of its labels.
         batch_size: documents at a time; results do not depend on it.
     """
 
@@ -26,10 +32,16 @@ class PredictConfig:
     ranking: str = "auto"
     only: str = ""
     exclude: str = ""
+    columns: tuple[str, ...] = ()
+    on_error: str = "stop"
     batch_size: int = 1024
 
     def __post_init__(self):
-        for name, known in (("index", INDEXES), ("ranking", RANKINGS)):
+        for name, known in (
+            ("index", INDEXES),
+            ("ranking", RANKINGS),
+            ("on_error", ON_ERROR),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"predict.{name}: expected one of {known}, got {getattr(self, name)!r}"

@@ -21,7 +21,7 @@ from xmc_jax.inference import artifact, config
 from xmc_jax.inference.artifact import Artifact
 from xmc_jax.inference.tower import ROWS, Item, Tower
 from xmc_jax.retrieval import augmented, exact, scann
-from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document
+from xmc_jax.retrieval.metrics import drop_filtered
 
 _CHECKED = 65_536  # rows looked at at a time
 _STEP = 32  # what a filter adds to a search is rounded up to this, so that few are compiled
@@ -136,6 +136,7 @@ class Predictor:
         k: int = 10,
         ranking: str = "auto",
         rows: tuple[int, ...] = ROWS,
+        problems: dict[int, str] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`predict` as arrays.
 
@@ -143,7 +144,10 @@ class Predictor:
             documents: see `predict`.
             k: see `predict`.
             ranking: see `predict`.
-            rows: see `Tower.encode`.
+            rows: see `Tower.encode`. With one, what is found for a document is the same to the bit
+                whatever it is ranked with.
+            problems: gets the number of each document that cannot be ranked, and why; nothing is
+                found for it. Without, the first such document is an error.
 
         Returns:
             f32[n, k] scores, descending, and i32[n, k] rows of the artifact's labels; -inf and -1
@@ -153,8 +157,8 @@ class Predictor:
         if not queries:
             return np.empty((0, k), np.float32), np.empty((0, k), np.int32)
         with self._lock:
-            embedded = self._tower.encode(queries, rows=rows)
-            return self.rank_embedded(embedded, queries, k, ranking, rows)
+            embedded = self._tower.encode(queries, rows=rows, problems=problems)
+            return self.rank_embedded(embedded, queries, k, ranking, rows, problems)
 
     def embed(self, documents: Sequence[str | Query]) -> np.ndarray:
         """f32[n, D], unit embeddings of documents."""
@@ -169,26 +173,33 @@ class Predictor:
         k: int,
         ranking: str = "auto",
         rows: tuple[int, ...] = ROWS,
+        problems: dict[int, str] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, of f32[n, D] embeddings."""
+        """As `rank`, of f32[n, D] embeddings; what `problems` has already is left out."""
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
         mix = self._mix(ranking)
         out_scores = np.full((len(queries), k), -np.inf, np.float32)
         out_rows = np.full((len(queries), k), -1, np.int32)
-        listed = [i for i, query in enumerate(queries) if query.only is not None]
-        for i in listed:
-            part = self._restricted_to(queries[i].only)
-            one = dataclasses.replace(queries[i], only=None)
-            found = part.rank_embedded(embedded[i : i + 1], [one], k, ranking, rows)
-            out_scores[i], out_rows[i] = found[0][0], found[1][0]
-        others = np.setdiff1d(np.arange(len(queries)), listed)
-        if len(others) and len(self.labels):
-            pairs = self._pairs([queries[i].exclude for i in others])
+        asked, of_extra = {}, {}  # by number; numbers by how much more their searches ask for
+        for number, query in enumerate(queries):
+            if problems is not None and number in problems:
+                continue
+            try:
+                asked[number] = self._allowed(query)
+            except ValueError as error:
+                if problems is None:
+                    raise
+                problems[number] = str(error)
+                continue
+            excluded = len(asked[number][1])
+            of_extra.setdefault(-(-excluded // _STEP) * _STEP, []).append(number)
+        # Apart, so that no document's search depends on what is excluded for another.
+        for extra, numbers in of_extra.items() if len(self.labels) else ():
+            some = [asked[number] for number in numbers]
             with self._lock:
-                scores, columns = self._ranked(embedded[others], pairs, k, mix, rows)
-            out_scores[others] = scores
-            out_rows[others] = np.where(columns < 0, -1, self.labels[columns])
+                found = self._ranked(embedded[numbers], some, extra, k, mix, rows)
+            out_scores[numbers], out_rows[numbers] = found
         return out_scores, out_rows
 
     def neighbours(self, documents: Sequence[str | Query], k: int = 10) -> list[list[Prediction]]:
@@ -263,48 +274,104 @@ class Predictor:
             )
         return mix
 
-    def _pairs(self, excluded: Sequence[Sequence[str]]) -> np.ndarray:
-        """i32[p, 2]: (query, column of `labels`) that may not be predicted."""
-        pairs = [(i, self.row(name)) for i, names in enumerate(excluded) for name in names]
-        pairs = np.unique(np.array(pairs, np.int64).reshape(-1, 2), axis=0)
-        pairs = pairs[np.isin(pairs[:, 1], self.labels)]
-        pairs[:, 1] = np.searchsorted(self.labels, pairs[:, 1])
-        return pairs.astype(np.int32)
+    def _allowed(self, query: Query) -> tuple[np.ndarray | None, np.ndarray]:
+        """Columns of `labels` that alone may be predicted, None for all; and those that may not."""
+        only = None if query.only is None else self._columns(query.only, "only")
+        return only, self._columns(query.exclude, "exclude")
 
-    def _ranked(self, embedded, pairs, k, mix, rows) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and columns of `labels`, as `evaluate.evaluate` ranks test documents."""
-        extra = -(-filtered_per_document(pairs) // _STEP) * _STEP
-        wanted = max(k, mix.labels if mix else 0) + extra
-        count = len(self.labels)
-        nearest = self._nearest(embedded, min(wanted, count), rows)
-        if mix is None:
-            return drop_filtered(*nearest, pairs, k)
-        documents = self.artifact.documents
-        if mix.mode == "split":
-            retrieved = self._documents.search(embedded, min(mix.documents, len(documents)), rows)
-        else:
-            wanted = mix.labels + mix.documents + (extra if mix.filter_first else 0)
-            both = augmented.union(
-                *self._nearest(embedded, min(wanted, count), rows),
-                *self._documents.search(embedded, min(wanted, len(documents)), rows),
-                count,
+    def _columns(self, ids: Iterable[str], where: str) -> np.ndarray:
+        """i32[m], ascending, of label ids; those of labels that are not ranked are left out."""
+        try:
+            rows = np.unique(np.array([self.row(name) for name in ids], np.int32))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if self._whole:
+            return rows
+        rows = rows[np.isin(rows, self.labels)]
+        return np.searchsorted(self.labels, rows).astype(np.int32)
+
+    def _ranked(
+        self,
+        embedded: np.ndarray,
+        allowed: Sequence[tuple[np.ndarray | None, np.ndarray]],
+        extra: int,
+        k: int,
+        mix: augmented.AugmentedConfig | None,
+        rows: tuple[int, ...],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """f32[n, k] and i32[n, k] rows of the artifact, as `evaluate.evaluate` ranks documents.
+
+        Args:
+            embedded: f32[n, D].
+            allowed: of each, see `_allowed`.
+            extra: at least as many as any of them excludes.
+            k: labels.
+            mix: None for labels by inner product.
+            rows: sizes of blocks.
+        """
+        joint = mix is not None and mix.mode == "joint"
+        in_common = 0  # labels searched, or labels and documents together
+        if mix is not None:
+            in_common = mix.labels + (mix.documents if joint else 0)
+        near = None
+        if mix is not None:
+            margin = extra if joint and mix.filter_first else 0
+            wanted = in_common + margin if joint else mix.documents
+            documents = len(self.artifact.documents)
+            near = self._documents.search(embedded, min(wanted, documents), rows)
+        depth = max(k, in_common) + extra
+        whole = [number for number, (only, _) in enumerate(allowed) if only is None]
+        out_scores = np.full((len(embedded), k), -np.inf, np.float32)
+        out_rows = np.full((len(embedded), k), -1, np.int32)
+        if whole:
+            nearest = self._nearest(embedded[whole], min(depth, len(self.labels)), rows)
+            pairs = _pairs([allowed[number][1] for number in whole])
+            positives = self._positives if mix is not None else None
+            retrieved = None if near is None else tuple(x[whole] for x in near)
+            scores, columns = _mixed(
+                nearest, retrieved, pairs, extra, k, mix, len(self.labels), positives, self._prior
             )
-            best = np.argsort(-both[0], axis=1, kind="stable")[:, :wanted]
-            retrieved = tuple(np.take_along_axis(x, best, axis=1) for x in both)
-        items = augmented.to_mix(mix, nearest, retrieved, pairs, count)
-        mixed = augmented.augment(*items, self._positives, mix, k + extra, self._prior)
-        return drop_filtered(*mixed, pairs, k)
+            out_scores[whole] = scores
+            out_rows[whole] = np.where(columns < 0, -1, self.labels[columns])
+        for number, (only, excluded) in enumerate(allowed):
+            if only is None or not len(only):
+                continue
+            own = self.labels[only]
+            nearest = _nearest_of(embedded[number], self.artifact.labels.embeddings[own], depth)
+            excluded = np.searchsorted(only, excluded[np.isin(excluded, only)])
+            retrieved = positives = None
+            if mix is not None:
+                retrieved, positives = self._neighbours_of(*(x[number] for x in near), own)
+            scores, columns = _mixed(
+                nearest,
+                retrieved,
+                _pairs([excluded]),
+                extra,
+                k,
+                mix,
+                len(own),
+                positives,
+                None if self._prior is None else self.artifact.labels.prior[own],
+            )
+            out_scores[number] = scores[0]
+            out_rows[number] = np.where(columns[0] < 0, -1, own[columns[0]])
+        return out_scores, out_rows
 
     def _nearest(self, embedded, k: int, rows) -> tuple[np.ndarray, np.ndarray]:
         if self._approximate is not None:
             return self._approximate.search(embedded, k)
         return self._rows.search(embedded, k, rows)
 
-    def _restricted_to(self, ids: Sequence[str]) -> "Predictor":
-        part = self.restricted(ids)
-        if "_documents" in self.__dict__:
-            part._documents = self._documents
-        return part
+    def _neighbours_of(
+        self, scores: np.ndarray, rows: np.ndarray, labels: np.ndarray
+    ) -> tuple[tuple[np.ndarray, np.ndarray], Csr]:
+        """Retrieved documents (f32[m], i32[m]), numbered anew, and their labels among some."""
+        found = self.artifact.documents.positives.take(rows)
+        kept = np.isin(found.indices, labels)
+        ends = np.concatenate([[0], np.cumsum(kept)])
+        indices = np.searchsorted(labels, found.indices[kept]).astype(np.int32)
+        numbers = np.arange(len(rows), dtype=np.int32)
+        return (scores[None], numbers[None]), Csr(ends[found.indptr], indices, None, len(labels))
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
@@ -334,6 +401,57 @@ class Predictor:
         ends = np.concatenate([[0], np.cumsum(kept)])
         indices = np.searchsorted(self.labels, whole.indices[kept]).astype(np.int32)
         return Csr(ends[whole.indptr], indices, None, len(self.labels))
+
+
+def _pairs(excluded: Sequence[np.ndarray]) -> np.ndarray:
+    """i32[p, 2]: (query, column) that may not be predicted."""
+    numbers = np.repeat(np.arange(len(excluded)), [len(columns) for columns in excluded])
+    columns = np.concatenate([np.zeros(0, np.int32), *excluded])
+    return np.stack([numbers, columns], axis=1).astype(np.int32)
+
+
+def _nearest_of(query: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """f32[1, m], i32[1, m]: the k nearest of a few rows, on the host: a program for every number
+    of rows would take longer to compile than any search.
+    """
+    scores = np.einsum("ld,d->l", embeddings, query)  # not by BLAS, which may add in other orders
+    order = np.argsort(-scores, kind="stable")[:k].astype(np.int32)
+    return scores[None, order], order[None]
+
+
+def _mixed(
+    nearest: tuple[np.ndarray, np.ndarray],
+    retrieved: tuple[np.ndarray, np.ndarray] | None,
+    pairs: np.ndarray,
+    extra: int,
+    k: int,
+    mix: augmented.AugmentedConfig | None,
+    count: int,
+    positives: Csr | None,
+    prior: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and columns of what is left after mixing and filtering.
+
+    Args:
+        nearest: labels, best first.
+        retrieved: documents; None where nothing is mixed.
+        pairs: see `_pairs`.
+        extra: at least as many as any query has of them.
+        k: labels.
+        mix: None for labels by inner product.
+        count: of labels.
+        positives: [N, count] of the documents.
+        prior: f64[count], or None.
+    """
+    if mix is None:
+        return drop_filtered(*nearest, pairs, k)
+    if mix.mode == "joint":
+        wanted = mix.labels + mix.documents + (extra if mix.filter_first else 0)
+        nearest = tuple(x[:, :wanted] for x in nearest)
+        retrieved = augmented.merge(nearest, retrieved, count, wanted)
+    items = augmented.to_mix(mix, nearest, retrieved, pairs, count)
+    mixed = augmented.augment(*items, positives, mix, k + extra, prior)
+    return drop_filtered(*mixed, pairs, k)
 
 
 class _Rows:

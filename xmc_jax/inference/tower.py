@@ -8,9 +8,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ ROWS = (1, 8, 64, 256)
 """Sizes of blocks: the smallest that holds what is left, the largest while there is more."""
 _WIDTHS = 4  # at most so many lengths of sequences
 _IMAGES = 8  # encoded at a time
+_AT_A_TIME = 4096  # items that are tokenised, and whose pictures' vectors are held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,11 @@ class Tower:
         self._shards = sharding.num_shards("batch", self.mesh)
 
     def encode(
-        self, items: Sequence[Item], pooled: bool = False, rows: tuple[int, ...] = ROWS
+        self,
+        items: Sequence[Item],
+        pooled: bool = False,
+        rows: tuple[int, ...] = ROWS,
+        problems: dict[int, str] | None = None,
     ) -> np.ndarray:
         """f32[n, D], unit embeddings, or before normalisation.
 
@@ -92,17 +96,39 @@ class Tower:
             pooled: see above.
             rows: sizes of blocks, ascending. With one, an item's embedding is the same to the bit
                 whatever it is encoded with.
+            problems: gets the number of each item that cannot be encoded, and why; its embedding is
+                zeros. Without, the first such item is an error.
 
         Raises:
-            ValueError: a picture that cannot be read, or pictures where the model takes none or
-                their encoder is not there; an item without anything to encode.
+            ValueError: an item without anything to encode, or with a picture that cannot be read or
+                that the model does not take; or the encoder of pictures is not there.
         """
-        out = np.empty((len(items), self._input.width), np.float32)
-        inputs = self._inputs(items)
+        out = np.zeros((len(items), self._input.width), np.float32)
+        for start in range(0, len(items), _AT_A_TIME):
+            part, found = slice(start, start + _AT_A_TIME), {}
+            out[part] = self._encode(items[part], pooled, rows, found)
+            if found and problems is None:
+                number = min(found)
+                raise ValueError(f"item {start + number}: {found[number]}")
+            for number, problem in found.items():
+                problems[start + number] = problem
+        return out
+
+    def _encode(
+        self,
+        items: Sequence[Item],
+        pooled: bool,
+        rows: tuple[int, ...],
+        problems: dict[int, str],
+    ) -> np.ndarray:
+        out = np.zeros((len(items), self._input.width), np.float32)
+        inputs = self._inputs(items, problems)
         lengths = own_tokens(inputs.lengths, inputs.image_count, self._rest)
-        if not self._input.prompts.head and (empty := np.flatnonzero(lengths == 0)).size:
-            raise ValueError(f"item {empty[0]}: expected a text or a picture, got neither")
+        if not self._input.prompts.head:
+            for number in np.flatnonzero(lengths == 0).tolist():
+                problems.setdefault(number, "expected a text or a picture, got neither")
         fitting = np.searchsorted(self._widths, lengths)
+        fitting[list(problems)] = -1
         blocks = []
         for number, width in enumerate(self._widths):
             of_width = np.flatnonzero(fitting == number)
@@ -136,7 +162,7 @@ class Tower:
     def _apply(self, params: Any, inputs: Inputs) -> Any:
         return self._model.apply({"params": params}, inputs, method="encode")
 
-    def _inputs(self, items: Sequence[Item]) -> Inputs:
+    def _inputs(self, items: Sequence[Item], problems: dict[int, str]) -> Inputs:
         tokens, lengths, _ = tokenizers.encode_measured(
             self._tokenizer,
             [item.text for item in items],
@@ -144,15 +170,15 @@ class Tower:
             self._input.special_tokens,
         )
         inputs = Inputs(tokens=tokens, lengths=lengths)
-        asked = self._input.images
-        if asked is None:
-            if any(item.images for item in items):
-                raise ValueError(
-                    f"{self.artifact.folder}: expected items without pictures, which this model "
-                    "was not trained with, got some"
-                )
+        if self._input.images is None:
+            for number, item in enumerate(items):
+                if item.images:
+                    problems[number] = (
+                        "expected no pictures, since the model was trained without, got "
+                        f"{len(item.images)}"
+                    )
             return inputs
-        vectors, counts = self._pictures.encode([item.images for item in items])
+        vectors, counts = self._pictures.encode([item.images for item in items], problems)
         return inputs.replace(images=vectors, image_count=counts)
 
     @functools.cached_property
@@ -189,33 +215,64 @@ class _Pictures:
 
     def __init__(self, folder: pathlib.Path, asked: ImageInput):
         self._folder, self._asked = folder, asked
-        self._lock = threading.Lock()
 
-    def encode(self, images: Sequence[Sequence[bytes]]) -> tuple[np.ndarray, np.ndarray]:
-        """f16[n, K, E] and i32[n]; needs the encoder only where there are pictures."""
+    def encode(
+        self, images: Sequence[Sequence[bytes]], problems: dict[int, str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """f16[n, K, E] and i32[n]; needs the encoder only where there are pictures.
+
+        Args:
+            images: of each of n items.
+            problems: gets the number of each item with one that cannot be read, and why.
+        """
         limit = self._asked.per_item
-        taken = [list(of_item[:limit]) for of_item in images]
-        counts = np.array([len(of_item) for of_item in taken], np.int32)
+        counts = np.array([min(len(of_item), limit) for of_item in images], np.int32)
         vectors = np.zeros((len(images), limit, self._asked.width), np.float16)
-        flat = [image for of_item in taken for image in of_item]
-        if flat:
-            there = np.arange(limit) < counts[:, None]
-            vectors[there] = self._vectors(flat).astype(np.float16)  # as image folders hold them
+        places = [(i, k) for i, count in enumerate(counts.tolist()) for k in range(count)]
+        if not places:
+            return vectors, counts
+        encoder = self._encoder
+        parts = [places[i : i + self._size] for i in range(0, len(places), self._size)]
+        for part, prepared in zip(parts, self._prepared(encoder, images, parts)):
+            whole = []
+            for (i, k), found in zip(part, prepared):
+                if isinstance(found, str):
+                    problems.setdefault(i, f"picture {k}: {found}")
+                else:
+                    whole.append((i, k, found))
+            if whole:
+                rows = jax.device_get(encoder.embed([found for *_, found in whole]))
+                for (i, k, _), row in zip(whole, np.asarray(rows)):
+                    vectors[i, k] = row.astype(np.float16)  # as image folders hold them
         return vectors, counts
 
-    def _vectors(self, files: list[bytes]) -> np.ndarray:
-        from xmc_jax.vision import images  # an extra
+    def _prepared(
+        self,
+        encoder: Any,
+        images: Sequence[Sequence[bytes]],
+        parts: list[list[tuple[int, int]]],
+    ) -> Iterator[list[np.ndarray | str]]:
+        """What the encoder takes of each part, or what is wrong; the next part is under way."""
+        under_way: list[list[Future]] = []
+        for part in parts:
+            files = [images[i][k] for i, k in part]
+            under_way.append([self._threads.submit(self._prepare, encoder, x) for x in files])
+            if len(under_way) > 1:
+                yield [future.result() for future in under_way.pop(0)]
+        for futures in under_way:
+            yield [future.result() for future in futures]
 
-        def prepare(data: bytes) -> np.ndarray:
-            return self._encoder.prepare(images.decode(data, alpha=self._asked.alpha))
+    def _prepare(self, encoder: Any, data: bytes) -> np.ndarray | str:
+        from xmc_jax.vision import images  # an extra, which the encoder has asked for
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            prepared = list(pool.map(prepare, files))
-        rows = []
-        for start in range(0, len(prepared), self._size):
-            part = prepared[start : start + self._size]
-            rows.append(np.asarray(jax.device_get(self._encoder.embed(part)))[: len(part)])
-        return np.concatenate(rows)
+        try:
+            return encoder.prepare(images.decode(data, alpha=self._asked.alpha))
+        except ValueError as error:
+            return str(error)
+
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(os.cpu_count())
 
     @property
     def _size(self) -> int:
@@ -226,12 +283,13 @@ class _Pictures:
         asked = self._asked
         name = asked.encoder if asked.folder is None else str(self._folder / asked.folder)
         try:
-            from xmc_jax.vision import encoders
+            from xmc_jax.vision import descriptor, encoders
 
+            bare = asked.folder is not None or name == descriptor.NAME  # without revisions
             found = encoders.build(
                 name,
                 self._size,
-                None if asked.folder else asked.revision,
+                None if bare else asked.revision,
                 layout=asked.layout,
                 dtype=asked.dtype,
             )

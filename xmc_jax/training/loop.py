@@ -129,14 +129,25 @@ def restore(run: Run, workdir: epath.PathLike, which: str = "latest") -> tuple[i
         ValueError: there is no such checkpoint, or it does not fit the config.
     """
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-        named = {"latest": checkpoints.latest(), "best": checkpoints.best()}
-        step = named[which] if which in named else next((s for s in steps if str(s) == which), None)
-        if step is None:
-            raise ValueError(
-                f"{workdir}: expected the checkpoint {which!r}, found those of steps {list(steps)}"
-            )
+        step = _named(checkpoints, workdir, which)
         return step, checkpoints.restore(step, run.abstract)[0]
+
+
+def find(workdir: epath.PathLike, which: str = "latest") -> int:
+    """The step of a checkpoint of a run; see `restore`."""
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        return _named(checkpoints, workdir, which)
+
+
+def _named(checkpoints: checkpoint.Checkpoints, workdir: epath.PathLike, which: str) -> int:
+    steps = checkpoints.steps()
+    named = {"latest": checkpoints.latest(), "best": checkpoints.best()}
+    step = named[which] if which in named else next((s for s in steps if str(s) == which), None)
+    if step is None:
+        raise ValueError(
+            f"{workdir}: expected the checkpoint {which!r}, found those of steps {list(steps)}"
+        )
+    return step
 
 
 def _steps(

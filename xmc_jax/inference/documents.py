@@ -1,0 +1,353 @@
+"""New documents from a file or a pipe, some at a time: records of JSONL, CSV or Parquet.
+
+A record has `text`, or `title` and perhaps `content`; perhaps `id` (its number from 0 otherwise),
+`images`, and `only` and `exclude` (or `filter`), ids of the labels that may and may not be
+predicted for it. What cells may hold is as in `data.record_cells`. Images are paths from the file's
+folder on, or the files themselves: bytes in Parquet (also within Hugging Face's struct), in the
+others `data:image/png;base64,...` or an object with `bytes`, in base64.
+"""
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+from absl import logging
+
+from xmc_jax.data import record_cells, record_files, store, tables
+from xmc_jax.inference.artifact import ModelInput
+from xmc_jax.inference.predictor import Query
+
+MAX_IMAGE = 32 << 20
+"""Most bytes of a picture's file."""
+STDIN = "-"
+
+FIELDS = {
+    "id": ("id", "uid"),
+    "text": ("text", "title"),
+    "content": ("content",),
+    "images": ("images", "image"),
+    "only": ("only",),
+    "exclude": ("exclude", "filter"),
+}
+"""What records may say -> the columns that are taken for it unless others are named."""
+
+_SEPARATOR = "|"  # of ids and paths in a text
+_BATCH_BYTES = 64 << 20  # of pictures and texts, after which a batch is not waited for
+_DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A record.
+
+    Attributes:
+        id: its identifier.
+        query: what is to be ranked.
+        at: where it is, as errors begin with it.
+        problem: why it cannot be; None if it can.
+        digest: SHA-256 of the pipe's lines up to it; None of files.
+    """
+
+    id: str
+    query: Query
+    at: str
+    problem: str | None
+    digest: str | None
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is neither text nor picture."""
+        return self.problem is None and not self.query.text.strip() and not self.query.images
+
+
+class Source:
+    """A file of records, or standard input.
+
+    Args:
+        path: the file, or "-".
+        model: what the model takes.
+        columns: "field=column" for fields whose columns have other names; "field=" to leave one
+            out.
+
+    Attributes:
+        name: what errors call it.
+        digest: SHA-256 of the file; None of a pipe.
+        total: records, where that is known.
+
+    Raises:
+        ValueError: there is no such file, it is of another kind, or it has no column of texts.
+    """
+
+    def __init__(self, path: str, model: ModelInput, columns: Sequence[str] = ()):
+        self._model = model
+        self._folder = pathlib.Path()
+        self._lines: _Lines | None = None
+        self.digest = self.total = None
+        if path == STDIN:
+            self._lines = _Lines(sys.stdin.buffer)
+            self._table = record_files.open_stream("stdin", iter(self._lines))
+        else:
+            where = pathlib.Path(path)
+            self._folder = where.parent
+            self._table = record_files.open_table(where)
+            self.digest = store.sha256(where)
+            self.total = _count(where)
+        self.name = str(self._table.path)
+        self._columns = self._find(named(columns))
+
+    def documents(self, start: int = 0, digest: str | None = None) -> Iterator[Document]:
+        """The documents from a number on, in order; of a pipe once.
+
+        Args:
+            start: those before are passed over.
+            digest: of the pipe's lines up to there, as it has to be.
+
+        Raises:
+            ValueError: a record is damaged, which nothing after it can be told from; or a pipe does
+                not begin as it did.
+        """
+        fields = tuple(self._columns)
+        text = self._columns.get("text")
+        required = [text] if text is not None and "images" not in self._columns else []
+        rows = self._table.rows(list(self._columns.values()), required)
+        number = -1
+        for number, (place, cells) in enumerate(rows):
+            now = None if self._lines is None else self._lines.digest
+            if number >= start:
+                yield self._document(number, self._table.at(place), dict(zip(fields, cells)), now)
+            elif number == start - 1 and now != digest:
+                raise self._other(start)
+        if number + 1 < start:
+            raise self._other(start)
+
+    def batches(
+        self, size: int, start: int = 0, digest: str | None = None
+    ) -> Iterator[list[Document]]:
+        """The same, some at a time: as many, or fewer where they are large."""
+        batch, held = [], 0
+        for document in self.documents(start, digest):
+            batch.append(document)
+            held += sum(map(len, document.query.images)) + len(document.query.text)
+            if len(batch) == size or held >= _BATCH_BYTES:
+                yield batch
+                batch, held = [], 0
+        if batch:
+            yield batch
+
+    def check_ends(self, count: int, digest: str | None) -> None:
+        """Raises ValueError unless a pipe has these documents and no more; of a file it has."""
+        if self._lines is not None and next(self.documents(count, digest), None) is not None:
+            raise self._other(count)
+
+    def _other(self, count: int) -> ValueError:
+        return ValueError(
+            f"{self.name}: expected the {count:,} records that are done already, found others; "
+            "give the same again, or begin anew with --overwrite"
+        )
+
+    def _find(self, asked: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Field -> column."""
+        there, found = self._table.columns, {}
+        loose = not self.name.endswith((".csv", ".csv.gz", ".parquet"))  # records differ in keys
+        for field, usual in FIELDS.items():
+            names = asked.get(field)
+            if names is None:
+                used = {name for given in asked.values() for name in given}
+                names = [name for name in usual if name in there and name not in used]
+                if field == "text" and len(names) > 1:
+                    raise ValueError(
+                        f"{self.name}: expected a column text or title, found both; say which: "
+                        "--predict.columns=text=title, or text=title,content=text for both"
+                    )
+                if not names and loose and field not in ("text", "content"):
+                    names = usual  # perhaps of a later record
+                names = names[:1]
+            elif missing := [name for name in names if name not in there and not loose]:
+                raise ValueError(
+                    f"{self.name}: expected a column {missing[0]}, as --predict.columns says, "
+                    f"found {_some(there)}"
+                )
+            if names:
+                found[field] = names[0]
+        if "text" not in found and not (self._model.images and "images" in found):
+            raise ValueError(
+                f"{self.name}: expected a column text or title, found {_some(there)}; say which it "
+                "is: --predict.columns=text=NAME"
+            )
+        if self._model.text == "title":
+            found.pop("content", None)
+        if self._model.images is None and found.get("images") in there:
+            logging.warning("%s: pictures are left out: the model was trained without", self.name)
+        if self._model.images is None:
+            found.pop("images", None)
+        return found
+
+    def _document(
+        self, number: int, at: str, cells: Mapping[str, Any], digest: str | None
+    ) -> Document:
+        found: dict[str, Any] = {
+            "id": str(number),
+            "text": "",
+            "content": "",
+            "images": (),
+            "only": None,
+            "exclude": (),
+        }
+        problem = None
+        for field, cell in cells.items():
+            if record_cells.is_null(cell):
+                continue
+            try:
+                found[field] = self._value(field, cell)
+            except ValueError as error:
+                problem = problem or f"column {self._columns[field]}: {error}"
+        text = found["text"]
+        if found["content"]:
+            text = f"{text} {found['content']}".strip()
+        query = Query(text, found["images"], found["only"], found["exclude"])
+        return Document(found["id"], query, at, problem, digest)
+
+    def _value(self, field: str, cell: Any) -> Any:
+        if field == "id":
+            return record_cells.identifier(cell)
+        if field in ("text", "content"):
+            return record_cells.text(cell)
+        if field == "images":
+            listed = _listed(cell)[: self._model.images.per_item]
+            return tuple(_picture(one, self._folder) for one in listed)
+        return tuple(record_cells.identifiers(cell, _SEPARATOR))
+
+
+def named(columns: Sequence[str]) -> dict[str, list[str]]:
+    """Field -> the column that is to be taken for it, none where it is to be left out.
+
+    Args:
+        columns: "field=column" or "field=".
+
+    Raises:
+        ValueError: something else.
+    """
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        field, equals, name = column.partition("=")
+        if not equals or field not in FIELDS or field in found:
+            raise ValueError(
+                f"predict.columns: expected FIELD=NAME, FIELD one of {', '.join(FIELDS)}, each "
+                f"once, got {column!r}"
+            )
+        found[field] = [name] if name else []
+    return found
+
+
+class _Lines:
+    """Numbered lines of a pipe.
+
+    Attributes:
+        digest: SHA-256 of those that were taken.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._hash = file, hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        limit, number = record_files.MAX_RECORD, 0
+        while line := self._file.readline(limit + 1):
+            number += 1
+            if len(line) > limit:
+                raise ValueError(
+                    f"stdin:{number}: expected a line of at most {limit} bytes, found a longer one"
+                )
+            self._hash.update(line)
+            yield number, line
+
+
+def _count(path: pathlib.Path) -> int | None:
+    """Records of a file, about; None where counting them takes reading them."""
+    if path.suffix == ".parquet":
+        return tables.ParquetTable(path).num_rows
+    if path.name.endswith((".gz", ".csv")):
+        return None
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _listed(cell: Any) -> list[Any]:
+    if isinstance(cell, list):
+        return cell
+    if isinstance(cell, str):
+        return record_cells.images(cell, _SEPARATOR)
+    return [cell]
+
+
+def _picture(cell: Any, folder: pathlib.Path) -> bytes:
+    """A picture's file, of what a record says of it.
+
+    Raises:
+        ValueError: it cannot be read, or is a URL.
+    """
+    if isinstance(cell, dict):  # Hugging Face's Image
+        held = cell.get("bytes")
+        cell = cell.get("path") if held is None else held
+        if isinstance(held, str):
+            cell = _decoded(held)
+    if isinstance(cell, str):
+        if start := _DATA_URL.match(cell[:200]):
+            cell = _decoded(cell[start.end() :])
+        elif record_cells.is_url(cell):
+            raise ValueError(
+                f"expected a path or a picture, found the URL {cell[:100]}; fetch it first: "
+                "python -m xmc_jax.vision.fetch"
+            )
+        else:
+            return _read(folder / cell)
+    if not isinstance(cell, bytes):
+        raise ValueError(f"expected a path or a picture, found {cell!r:.60}")
+    if not 0 < len(cell) <= MAX_IMAGE:
+        raise ValueError(f"expected a picture of 1 to {MAX_IMAGE} bytes, found {len(cell)}")
+    return cell
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (ValueError, binascii.Error):
+        raise ValueError(f"expected base64, found {text[:40]!r}") from None
+
+
+def _read(path: pathlib.Path) -> bytes:
+    if "\0" in str(path):
+        raise ValueError(f"expected a path, found {str(path)!r:.200}")
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"expected a file, found something else: {path!s:.200}")
+            found = file.read(MAX_IMAGE + 1)
+    except OSError as error:  # its own message has the path once more
+        raise ValueError(
+            f"expected a picture, found {(error.strerror or 'nothing').lower()}: {path!s:.200}"
+        ) from None
+    if not 0 < len(found) <= MAX_IMAGE:
+        size = f"more than {MAX_IMAGE} bytes" if found else "an empty file"
+        raise ValueError(f"expected a picture, found {size}: {path!s:.200}")
+    return found
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(names)
+    return listed[:200] + ("..." if len(listed) > 200 else "")

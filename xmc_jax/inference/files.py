@@ -1,0 +1,295 @@
+"""Ranked labels for a file of documents, whatever its size: `--mode=predict`.
+
+A thread reads ahead and one writes behind, while blocks of one size are encoded, so that what is
+found for a document depends on nothing else that is in the file.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import tqdm
+
+from xmc_jax.data import raw, record_files
+from xmc_jax.inference import documents, outputs
+from xmc_jax.inference.artifact import Artifact
+from xmc_jax.inference.config import PredictConfig
+from xmc_jax.inference.documents import Document, Source
+from xmc_jax.inference.outputs import Done, Making, Sink
+from xmc_jax.inference.predictor import Predictor
+from xmc_jax.inference.tower import Tower
+from xmc_jax.retrieval import scann
+
+T = TypeVar("T")
+
+_ROWS = (64,)  # of every block
+_AHEAD = 2  # batches that are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        done: all that is there now.
+        before: documents that were there before.
+        seconds: for the others.
+        complete: whether all was there before.
+    """
+
+    done: Done
+    before: int
+    seconds: float
+    complete: bool = False
+
+    def __str__(self) -> str:
+        done = self.done
+        said = [f"{done.documents:,} documents"]
+        if self.complete:
+            return f"is complete: {said[0]}"
+        if self.before:
+            said.append(f"{done.documents - self.before:,} of them now")
+        if done.errors:
+            said.append(f"{done.errors:,} with an error in place of labels")
+        if done.blank:
+            said.append(f"{done.blank:,} without text and pictures")
+        rate = (done.documents - self.before) / max(self.seconds, 1e-9)
+        return f"{', '.join(said)}; {self.seconds:,.1f} s, {rate:,.0f} documents/s"
+
+
+def predict(
+    opened: Artifact, config: PredictConfig, source: str, target: str, overwrite: bool = False
+) -> Report:
+    """Ranks labels for the documents of a file.
+
+    Args:
+        opened: see `artifact.open`.
+        config: see `PredictConfig`.
+        source: a file of documents, or "-" for JSONL from standard input; see `documents`.
+        target: .jsonl or .parquet, or "-" for JSONL to standard output, which no run can go on
+            with; see `outputs`.
+        overwrite: replace a target that was made of others.
+
+    Raises:
+        ValueError: bad records, or settings that do not fit; or a target that is there already.
+    """
+    only, exclude = (_ids(path) for path in (config.only, config.exclude))
+    restricted = only is not None or exclude is not None
+    if config.index == "scann" and restricted:
+        raise ValueError(
+            "predict.index: expected exact with predict.only or predict.exclude, whose labels are "
+            "searched exactly, got scann"
+        )
+    with_index = opened.index is not None and scann.available() and not restricted
+    approximate = config.index == "scann" or (config.index == "auto" and with_index)
+    index = "scann" if approximate else "exact"
+
+    def load() -> Predictor:
+        predictor = Predictor(opened, Tower(opened), index)
+        if not restricted:
+            return predictor
+        for path, ids in ((config.only, only), (config.exclude, exclude)):
+            for name, line in (ids or {}).items():
+                try:
+                    predictor.row(name)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{line}: {error}") from None
+        kept = set(opened.labels.ids if only is None else only)
+        return predictor.restricted(kept.difference(exclude or ()))
+
+    read = Source(source, opened.model, config.columns)
+    if target == outputs.STDOUT:
+        return _run(load(), read, config, outputs.PipeSink(sys.stdout.buffer, opened.labels), None)
+    path = pathlib.Path(target)
+    if source != documents.STDIN and path.exists() and path.samefile(source):
+        raise ValueError(f"{path}: expected another file than the input, got the same")
+    made_of = {
+        "artifact": opened.digest,
+        "input": read.digest or "standard input",
+        "k": config.k,
+        "index": index,
+        "ranking": config.ranking,
+        "only": _digest(only),
+        "exclude": _digest(exclude),
+        "columns": sorted(config.columns),
+    }
+    with outputs.begin(path, made_of, overwrite) as making:
+        if making.complete:
+            read.check_ends(making.done.documents, making.done.digest)
+            return Report(making.done, making.done.documents, 0.0, complete=True)
+        sink = outputs.sink(making, opened.labels)
+        return _run(load(), read, config, sink, making)
+
+
+def _run(
+    predictor: Predictor,
+    source: Source,
+    config: PredictConfig,
+    sink: Sink,
+    making: Making | None,
+) -> Report:
+    before = Done() if making is None else making.done
+    behind = _Behind(sink, making, before)
+    batches = source.batches(config.batch_size, before.documents, before.digest)
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        ahead = stack.enter_context(contextlib.closing(_ahead(batches)))
+        bar = stack.enter_context(
+            tqdm.tqdm(
+                desc="predict",
+                unit="document",
+                total=source.total,
+                initial=before.documents,
+                disable=None,
+            )
+        )
+        try:
+            for batch in ahead:
+                scores, rows, problems = _ranked(predictor, batch, config)
+                if problems and config.on_error == "stop":
+                    number = min(problems)
+                    raise ValueError(
+                        f"{batch[number].at}: {problems[number]}; --predict.on_error=skip writes "
+                        "that in place of its labels and goes on"
+                    )
+                behind.write(batch, scores, rows, problems)
+                bar.update(len(batch))
+        except (ValueError, KeyboardInterrupt):
+            behind.keep()
+            raise
+        behind.finish()
+    return Report(behind.done, before.documents, time.perf_counter() - start)
+
+
+def _ranked(
+    predictor: Predictor, batch: list[Document], config: PredictConfig
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """f32[n, k], i32[n, k], and what is wrong with those that were not ranked."""
+    problems = {i: document.problem for i, document in enumerate(batch) if document.problem}
+    whole = [i for i in range(len(batch)) if i not in problems]
+    scores = np.full((len(batch), config.k), -np.inf, np.float32)
+    rows = np.full((len(batch), config.k), -1, np.int32)
+    found: dict[int, str] = {}
+    queries = [batch[i].query for i in whole]
+    scores[whole], rows[whole] = predictor.rank(queries, config.k, config.ranking, _ROWS, found)
+    return scores, rows, problems | {whole[i]: problem for i, problem in found.items()}
+
+
+class _Behind:
+    """A thread that writes a batch while the next is ranked, and records what is on the disk.
+
+    Attributes:
+        done: what the sink has. Only the thread changes it, with the sink, so that an interrupt
+            never comes between the two.
+    """
+
+    def __init__(self, sink: Sink, making: Making | None, done: Done):
+        self._sink, self._making, self.done = sink, making, done
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
+
+    def write(
+        self,
+        batch: list[Document],
+        scores: np.ndarray,
+        rows: np.ndarray,
+        problems: dict[int, str],
+    ) -> None:
+        """Begins to write a batch, when the one before is written."""
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._thread.submit(self._write, batch, scores, rows, problems)
+
+    def keep(self) -> None:
+        """Has what was written so far on the disk, after an error elsewhere."""
+        self._thread.shutdown()
+        if self._writing is not None and self._writing.exception() is None:
+            self._commit()
+
+    def finish(self) -> None:
+        """Has all on the disk, under its name."""
+        self._thread.shutdown()
+        if self._writing is not None:
+            self._writing.result()
+        if self._making is not None:
+            self._making.finish(self._sink.finish(), self.done)
+
+    def _write(self, batch, scores, rows, problems) -> None:
+        self._sink.add([document.id for document in batch], scores, rows, problems)
+        self.done = dataclasses.replace(
+            self.done,
+            documents=self.done.documents + len(batch),
+            errors=self.done.errors + len(problems),
+            blank=self.done.blank + sum(document.blank for document in batch),
+            digest=batch[-1].digest,
+        )
+        if self._sink.due():
+            self._commit()
+
+    def _commit(self) -> None:
+        if self._making is not None:
+            self._making.commit(dataclasses.replace(self.done, written=self._sink.sync()))
+
+
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, of which a thread makes some in advance."""
+    made: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(_AHEAD)
+    ended = threading.Event()
+
+    def make() -> None:
+        try:
+            for item in items:
+                room.acquire()
+                if ended.is_set():
+                    return
+                made.put((item, None))
+            made.put((None, StopIteration()))
+        except BaseException as error:  # raised where the items are taken
+            made.put((None, error))
+
+    # A thread that waits for a pipe does not keep the process.
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+            room.release()
+    finally:
+        ended.set()
+        room.release()
+
+
+def _ids(path: str) -> dict[str, int] | None:
+    """Ids of labels -> their lines, of a file with one in a line; None without a file."""
+    if not path:
+        return None
+    found: dict[str, int] = {}
+    for number, line in raw.whole_lines(pathlib.Path(path), record_files.MAX_RECORD):
+        try:
+            name = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}:{number}: expected an id in UTF-8, found another") from None
+        if name:
+            found.setdefault(name, number)
+    if not found:
+        raise ValueError(f"{path}: expected ids of labels, one in a line, found none")
+    return found
+
+
+def _digest(ids: Iterable[str] | None) -> str | None:
+    return None if ids is None else hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
