@@ -52,7 +52,12 @@ HOMES = {
     "ml_collections": ("main.py",),
     "optax": ("training/",),
     "orbax": ("checkpoint.py",),
-    "pyarrow": ("data/synthetic.py", "data/tables.py", "vision/shards.py"),
+    "pyarrow": (
+        "data/synthetic.py",
+        "data/tables.py",
+        "inference/outputs.py",
+        "vision/shards.py",
+    ),
     "safetensors": ("models/hf.py", "models/hf_export.py"),
     "scann": ("retrieval/scann.py",),
     "skimage": ("vision/descriptor.py",),

@@ -12,6 +12,8 @@ Modes:
     export    write its encoder as a folder for Hugging Face and sentence-transformers, or with
               --config.export.format=adapter its adapters as one for peft.
     predict   rank labels for the documents of --input, of the exported model in --artifact.
+    labels    add labels to the exported model in --artifact, change and remove some, without
+              training: --labels.add, --labels.update and --labels.remove name files.
     report    write report.html of --workdir again, or of a run that is under way.
     plan      say what the run needs on --topology, and whether it fits; exit code 1 if not.
 """
@@ -36,7 +38,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from xmc_jax import command
-from xmc_jax.inference.config import PredictConfig
+from xmc_jax.inference.config import LabelsConfig, PredictConfig
 
 
 def _settings(section: str, kind: type) -> Callable[[], Any]:
@@ -77,8 +79,8 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     [
-        *("prepare", "train", "evaluate", "tune", "embed", "index", "export", "predict", "report"),
-        "plan",
+        *("prepare", "train", "evaluate", "tune", "embed", "index", "export", "predict"),
+        *("labels", "report", "plan"),
     ],
     "What to do.",
 )
@@ -88,8 +90,8 @@ _STEP = flags.DEFINE_string(
 _ARTIFACT = flags.DEFINE_string(
     "artifact",
     None,
-    "Of --mode=predict: what --mode=export wrote, <workdir>/export if not given; with it, neither "
-    "--config nor --workdir is needed.",
+    "Of --mode=predict and labels: what --mode=export wrote, <workdir>/export if not given; with "
+    "it, neither --config nor --workdir is needed.",
 )
 _INPUT = flags.DEFINE_string(
     "input", None, "Of --mode=predict: documents, .jsonl, .csv or .parquet, or - for JSONL."
@@ -101,6 +103,7 @@ _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "Of --mode=predict: replace an --output that was made of others."
 )
 _PREDICT = _settings("predict", PredictConfig)
+_LABELS = _settings("labels", LabelsConfig)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "cpu", "Of --mode=plan: cpu, cpu:8, gpu:h100x8, v5e:4x4, v5p:2x2x4, ..."
 )
@@ -120,7 +123,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     None,
     "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
-_OF_ARTIFACT = ("predict",)  # modes that need no config, but an exported model
+_OF_ARTIFACT = ("predict", "labels")  # modes that need no config, but an exported model
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
 
 
@@ -143,6 +146,7 @@ def main(argv: list[str]) -> int:
         output=_OUTPUT.value,
         overwrite=_OVERWRITE.value,
         predict=_PREDICT(),
+        labels=_LABELS(),
     )
     distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
     distributed.agree("config", fields)
@@ -186,7 +190,8 @@ def parse(argv: list[str]) -> list[str]:
         for flag in (_INPUT, _OUTPUT):
             if not flag.value:
                 raise ValueError(f"--{flag.name}: expected a file, or -, got none")
-    _PREDICT()  # raises what does not fit
+    for settings in (_PREDICT, _LABELS):
+        settings()  # raises what does not fit
     return rest
 
 

@@ -15,14 +15,15 @@ from xmc_jax import build, checkpoint, distributed, report
 from xmc_jax.data import image_import, images, prepare
 from xmc_jax.data.store import Store
 from xmc_jax.export import write
-from xmc_jax.inference import artifact
+from xmc_jax.inference import artifact, documents, labels
 from xmc_jax.inference import files as prediction_files
-from xmc_jax.inference.config import PredictConfig
+from xmc_jax.inference.config import LabelsConfig, PredictConfig
 from xmc_jax.planning import report as planning_report
 from xmc_jax.reporting import files as report_files
 from xmc_jax.reporting import page
 from xmc_jax.retrieval import evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
+from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -47,6 +48,7 @@ class Asked:
         output: likewise.
         overwrite: likewise.
         predict: likewise.
+        labels: of the mode labels.
     """
 
     fields: Mapping[str, Any] | None
@@ -59,6 +61,7 @@ class Asked:
     output: str | None = None
     overwrite: bool = False
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
+    labels: LabelsConfig = dataclasses.field(default_factory=LabelsConfig)
 
 
 def run(mode: str, asked: Asked) -> int:
@@ -76,7 +79,7 @@ def run(mode: str, asked: Asked) -> int:
     """
     if asked.fields is not None:
         RunConfig.from_dict(asked.fields)  # mistaken fields first
-    if mode in ("export", "predict") and jax.process_count() > 1:
+    if mode in ("export", "predict", "labels") and jax.process_count() > 1:
         raise ValueError(
             f"--mode={mode}: expected one process, got {jax.process_count()}; one reads the "
             "checkpoints of many: --distributed=off"
@@ -88,6 +91,7 @@ def run(mode: str, asked: Asked) -> int:
         "tune": _tune,
         "report": _report,
         "predict": _predict,
+        "labels": _labels,
     }
     if mode in whole:
         return whole[mode](asked)
@@ -262,6 +266,30 @@ def _predict(asked: Asked) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BY_SIGNAL + signal.SIGPIPE
     print(f"{asked.output}: {report}", file=sys.stderr)
+    return 0
+
+
+def _labels(asked: Asked) -> int:
+    """Changes the labels of an exported model."""
+    config, opened = asked.labels, _opened(asked)
+    if not (config.add or config.update or config.remove):
+        raise ValueError(
+            "--mode=labels: expected a file of labels in --labels.add, --labels.update or "
+            "--labels.remove, got none"
+        )
+    read = {
+        name: list(documents.labels(path, opened.model, config.columns)) if path else []
+        for name, path in (("add", config.add), ("update", config.update))
+    }
+    changes = labels.Changes(**read, remove=list(documents.ids_of(config.remove) or ()))
+    how = {} if config.how == "auto" else {"how": config.how}
+    found = labels.change(opened.folder, changes, NewLabelsConfig(**how), config.out or None)
+    recall = "" if found.recall is None else f"; the index finds {found.recall:.2%}"
+    print(
+        f"{config.out or opened.folder}: {found.added:,} labels added, {found.borrowing:,} of them "
+        f"like trained ones, {found.updated:,} updated, {found.removed:,} removed; "
+        f"{found.labels:,} now{recall}"
+    )
     return 0
 
 

@@ -5,11 +5,12 @@ import fcntl
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from etils import epath
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 
 from xmc_jax import build
 from xmc_jax.export import write
@@ -17,6 +18,7 @@ from xmc_jax.inference import artifact, labels
 from xmc_jax.inference.labels import Changes, Label
 from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.inference.tower import Tower
+from xmc_jax.retrieval.new_labels import NewLabelsConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 NEAREST = NewLabelsConfig(how="nearest", neighbours=2, threshold=-1.0, temperature=0.2, scale=0.9)
@@ -162,7 +164,7 @@ def test_the_index_is_of_the_labels_there_are(folder):
         (Changes(remove=["topic1", "topic1"]), "once, got it again"),
         (Changes(add=[Label("x")]), "without"),
         (Changes(remove=[f"topic{i}" for i in range(40)]), "labels to be left"),
-        (Changes(add=[Label("x", [b"GIF89a"], "new")]), "without pictures"),
+        (Changes(add=[Label("x", [b"GIF89a"], "new")]), "expected no pictures"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(folder, changes, message):
@@ -227,3 +229,47 @@ def test_without_prototypes_a_new_label_is_its_text(fields, tmp_path):
     opened = artifact.open(folder)
     expected = Tower(opened).encode([Label("some words")])[0]
     np.testing.assert_allclose(opened.labels.embeddings[-1], expected, atol=1e-6)
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "xmc_jax.main", "--mode=labels", *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command(folder, tmp_path):
+    (tmp_path / "new.csv").write_text('key,text\nnew1,"some words, new"\nnew2,others\n')
+    (tmp_path / "gone.txt").write_text("topic3\n")
+    done = command(
+        *(f"--artifact={folder}", f"--labels.add={tmp_path / 'new.csv'}"),
+        *("--labels.columns=id=key", f"--labels.remove={tmp_path / 'gone.txt'}"),
+        *("--labels.how=text", f"--labels.out={tmp_path / 'changed'}"),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 labels added, 0 of them like trained ones, 0 updated, 1 removed; 41 now" in (
+        done.stdout
+    )
+    after = artifact.open(tmp_path / "changed")
+    assert list(after.labels.ids)[-2:] == ["new1", "new2"] and "topic3" not in after.labels.ids
+    assert after.labels.texts[-2] == "some words, new"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected a file of labels"),
+        (("--labels.add={file}",), "expected a column id or uid"),
+        (("--labels.how=best",), "labels.how: expected one of"),
+        (("--labels.remove={folder}/none.txt",), "none.txt"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(folder, tmp_path, arguments, message):
+    file = tmp_path / "new.jsonl"
+    file.write_text('{"text": "some words"}\n')
+    given = [argument.format(file=file, folder=tmp_path) for argument in arguments]
+    done = command(f"--artifact={folder}", *given)
+    assert done.returncode in (1, 2) and message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")

@@ -1,10 +1,11 @@
-"""Settings of predictions; apart, since flags are made of them before anything is loaded."""
+"""Settings of predictions and of changes of labels: flags are made of them, so they load nothing."""
 
 import dataclasses
 
 INDEXES = ("auto", "exact", "scann")
 RANKINGS = ("auto", "plain", "augmented")
 ON_ERROR = ("stop", "skip")
+HOWS = ("auto", "text", "nearest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +50,30 @@ class PredictConfig:
         for name in ("k", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"predict.{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelsConfig:
+    """How the labels of an exported model change; see `labels`.
+
+    Attributes:
+        add: file of labels, .jsonl, .csv or .parquet, with id and text, perhaps images; their ids
+            must be new.
+        update: likewise, of ids that are there.
+        remove: file of label ids, one per line.
+        out: folder for the changed model; changed where it is by default.
+        how: prototypes of new labels: "text", "nearest", or "auto", the default of
+            `new_labels.NewLabelsConfig`.
+        columns: as of --predict.columns; fields are id, text, content, images.
+    """
+
+    add: str = ""
+    update: str = ""
+    remove: str = ""
+    out: str = ""
+    how: str = "auto"
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.how not in HOWS:
+            raise ValueError(f"labels.how: expected one of {HOWS}, got {self.how!r}")

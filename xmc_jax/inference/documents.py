@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from xmc_jax.data import record_cells, record_files, store, tables
+from xmc_jax.data import raw, record_cells, record_files, store, tables
 from xmc_jax.inference.artifact import ModelInput
+from xmc_jax.inference.labels import Label
 from xmc_jax.inference.predictor import Query
 
 MAX_IMAGE = 32 << 20
@@ -102,6 +103,11 @@ class Source:
             self.total = _count(where)
         self.name = str(self._table.path)
         self._columns = self._find(named(columns))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What its records say, of `FIELDS`."""
+        return tuple(self._columns)
 
     def documents(self, start: int = 0, digest: str | None = None) -> Iterator[Document]:
         """The documents from a number on, in order; of a pipe once.
@@ -244,6 +250,46 @@ def named(columns: Sequence[str]) -> dict[str, list[str]]:
                 f"once, got {column!r}"
             )
         found[field] = [name] if name else []
+    return found
+
+
+def labels(path: str, model: ModelInput, columns: Sequence[str] = ()) -> Iterator[Label]:
+    """Labels of a file: records as of documents, each with an id.
+
+    Args:
+        path: see `Source`.
+        model: see `Source`.
+        columns: see `Source`.
+
+    Raises:
+        ValueError: see `Source`; a label that cannot be read, or no column of ids.
+    """
+    source = Source(path, model, columns)
+    if "id" not in source.fields:
+        raise ValueError(
+            f"{source.name}: expected a column id or uid, found none; say which it is: "
+            "--labels.columns=id=NAME"
+        )
+    for document in source.documents():
+        if document.problem is not None:
+            raise ValueError(f"{document.at}: {document.problem}")
+        yield Label(document.query.text, document.query.images, document.id)
+
+
+def ids_of(path: str) -> dict[str, int] | None:
+    """Ids of labels -> their lines, of a file with one in a line; None without a file."""
+    if not path:
+        return None
+    found: dict[str, int] = {}
+    for number, line in raw.whole_lines(pathlib.Path(path), record_files.MAX_RECORD):
+        try:
+            name = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}:{number}: expected an id in UTF-8, found another") from None
+        if name:
+            found.setdefault(name, number)
+    if not found:
+        raise ValueError(f"{path}: expected ids of labels, one in a line, found none")
     return found
 
 

@@ -20,7 +20,6 @@ from typing import TypeVar
 import numpy as np
 import tqdm
 
-from xmc_jax.data import raw, record_files
 from xmc_jax.inference import documents, outputs
 from xmc_jax.inference.artifact import Artifact
 from xmc_jax.inference.config import PredictConfig
@@ -83,7 +82,7 @@ def predict(
     Raises:
         ValueError: bad records, or settings that do not fit; or a target that is there already.
     """
-    only, exclude = (_ids(path) for path in (config.only, config.exclude))
+    only, exclude = (documents.ids_of(path) for path in (config.only, config.exclude))
     restricted = only is not None or exclude is not None
     if config.index == "scann" and restricted:
         raise ValueError(
@@ -272,23 +271,6 @@ def _ahead(items: Iterable[T]) -> Iterator[T]:
     finally:
         ended.set()
         room.release()
-
-
-def _ids(path: str) -> dict[str, int] | None:
-    """Ids of labels -> their lines, of a file with one in a line; None without a file."""
-    if not path:
-        return None
-    found: dict[str, int] = {}
-    for number, line in raw.whole_lines(pathlib.Path(path), record_files.MAX_RECORD):
-        try:
-            name = line.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}:{number}: expected an id in UTF-8, found another") from None
-        if name:
-            found.setdefault(name, number)
-    if not found:
-        raise ValueError(f"{path}: expected ids of labels, one in a line, found none")
-    return found
 
 
 def _digest(ids: Iterable[str] | None) -> str | None:
