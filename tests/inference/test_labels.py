@@ -260,7 +260,7 @@ def test_the_command(folder, tmp_path):
     ("arguments", "message"),
     [
         ((), "expected a file of labels"),
-        (("--labels.add={file}",), "expected a column id or uid"),
+        (("--labels.add={file}",), "new.jsonl:1: expected an id, found none"),
         (("--labels.how=best",), "labels.how: expected one of"),
         (("--labels.remove={folder}/none.txt",), "none.txt"),
     ],

@@ -1,4 +1,4 @@
-"""Settings of predictions and of changes of labels: flags are made of them, so they load nothing."""
+"""Settings of predictions and of changes of labels: flags, made before anything is loaded."""
 
 import dataclasses
 

@@ -77,6 +77,7 @@ class Source:
         model: what the model takes.
         columns: "field=column" for fields whose columns have other names; "field=" to leave one
             out.
+        numbered: whether a record without an id has its number as one; otherwise it is a problem.
 
     Attributes:
         name: what errors call it.
@@ -87,8 +88,10 @@ class Source:
         ValueError: there is no such file, it is of another kind, or it has no column of texts.
     """
 
-    def __init__(self, path: str, model: ModelInput, columns: Sequence[str] = ()):
-        self._model = model
+    def __init__(
+        self, path: str, model: ModelInput, columns: Sequence[str] = (), numbered: bool = True
+    ):
+        self._model, self._numbered = model, numbered
         self._folder = pathlib.Path()
         self._lines: _Lines | None = None
         self.digest = self.total = None
@@ -103,11 +106,6 @@ class Source:
             self.total = _count(where)
         self.name = str(self._table.path)
         self._columns = self._find(named(columns))
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """What its records say, of `FIELDS`."""
-        return tuple(self._columns)
 
     def documents(self, start: int = 0, digest: str | None = None) -> Iterator[Document]:
         """The documents from a number on, in order; of a pipe once.
@@ -200,7 +198,7 @@ class Source:
         self, number: int, at: str, cells: Mapping[str, Any], digest: str | None
     ) -> Document:
         found: dict[str, Any] = {
-            "id": str(number),
+            "id": str(number) if self._numbered else "",
             "text": "",
             "content": "",
             "images": (),
@@ -215,6 +213,8 @@ class Source:
                 found[field] = self._value(field, cell)
             except ValueError as error:
                 problem = problem or f"column {self._columns[field]}: {error}"
+        if not found["id"]:
+            problem = problem or "expected an id, found none"
         text = found["text"]
         if found["content"]:
             text = f"{text} {found['content']}".strip()
@@ -264,15 +264,13 @@ def labels(path: str, model: ModelInput, columns: Sequence[str] = ()) -> Iterato
     Raises:
         ValueError: see `Source`; a label that cannot be read, or no column of ids.
     """
-    source = Source(path, model, columns)
-    if "id" not in source.fields:
-        raise ValueError(
-            f"{source.name}: expected a column id or uid, found none; say which it is: "
-            "--labels.columns=id=NAME"
-        )
+    source = Source(path, model, columns, numbered=False)
     for document in source.documents():
         if document.problem is not None:
-            raise ValueError(f"{document.at}: {document.problem}")
+            raise ValueError(
+                f"{document.at}: {document.problem}; columns of other names are said by "
+                "--labels.columns=id=NAME"
+            )
         yield Label(document.query.text, document.query.images, document.id)
 
 
