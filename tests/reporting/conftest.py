@@ -138,7 +138,7 @@ def left(data, evaluations, tmp_path_factory) -> Finished:
         files.predictions(folder, STEP),
         {"zero-shot": before.metrics["plain"]},
     )
-    evaluate.write_predictions(before, files.predictions(folder, 0))
+    evaluate.write_predictions(before, files.predictions(folder, 0), evaluate.sample(TEST))
     (folder / "config.json").write_text(json.dumps(config | {"provenance": provenance}))
     lines = (json.dumps(record) + "\n" for record in records(before, after))
     (folder / "metrics.jsonl").write_text("".join(lines))

@@ -49,13 +49,6 @@ def test_what_is_found():
     ]
 
 
-def test_documents_are_spread_evenly():
-    assert analysis.spread(5, 10).tolist() == [0, 1, 2, 3, 4]
-    assert analysis.spread(10, 4).tolist() == [0, 2, 5, 7]
-    assert analysis.spread(0, 4).tolist() == []
-    assert np.unique(np.diff(analysis.spread(970_237, 50_000))).tolist() == [19, 20]
-
-
 @pytest.mark.parametrize(
     ("frequency", "limit", "names"),
     [
@@ -79,7 +72,7 @@ def test_bins_hold_each_label_once_head_first(frequency, limit, names):
 def test_by_frequency_by_hand():
     bins = analysis.frequency_bins(FREQUENCY)
     assert bins.names == ["33–40", "5–8", "2", "1", "0"]
-    found = analysis.by_frequency(FOUND, POSITIVES, bins, ks=(1, 5, 100))
+    found = analysis.by_frequency(FOUND, POSITIVES, bins)
     # Right among the first five: labels 0 and 2 of document 0, label 1 of document 2.
     np.testing.assert_allclose(found.contribution, np.array([1, 1, 1, 0, 0]) / 15)
     assert found.predicted[1].tolist() == [2, 1, 0, 0, 0]
@@ -94,7 +87,7 @@ def test_by_frequency_adds_up_to_the_metrics(seed):
     ids, _, positives, frequency = random(seed)
     bins = analysis.frequency_bins(frequency, 6)
     found = analysis.find(ids, positives)
-    split = analysis.by_frequency(found, positives, bins, ks=(1, 5))
+    split = analysis.by_frequency(found, positives, bins)
     ks = (1, 5)
     whole = metrics(ids, positives.indptr, positives.indices, np.ones(positives.columns), ks)
     assert split.contribution.sum() == pytest.approx(whole["P@5"], rel=1e-12)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax.reporting import charts, files, page, predictions
+from xmc_jax.reporting import charts, files, page
+from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import COLUMNS
 
 STYLE = pathlib.Path(page.__file__).with_name("style.css")
@@ -168,7 +169,10 @@ def test_the_page_is_the_same_from_memory_and_from_files(finished, data):
 
 
 def test_of_many_documents_some_are_looked_at(finished, data, parsed, monkeypatch):
-    monkeypatch.setattr(predictions, "DOCUMENTS", 20)
+    monkeypatch.setattr(evaluate, "_LOOKED_AT", 20)
+    evaluate.write_predictions(
+        finished.zero_shot, files.predictions(finished.folder, 0), evaluate.sample(50)
+    )
     text = page.write(finished.folder, data).read_text()
     assert text.count("From 20 of the 50 test documents, evenly spread") == 4
     (rows, _) = (rows for rows in parsed(text).tables if rows[0][0].startswith("right ones among"))
@@ -244,6 +248,17 @@ def test_predictions_are_read_in_blocks(finished, monkeypatch):
         for row in ("plain", "augmented"):
             np.testing.assert_array_equal(found[row].ids, whole[f"{row}_ids"][documents])
             np.testing.assert_array_equal(found[row].scores, whole[f"{row}_scores"][documents])
+
+
+def test_of_a_file_of_some_documents_these_are_found(finished, tmp_path):
+    path, held = tmp_path / "0.npz", np.array([1, 4, 9, 30])
+    evaluate.write_predictions(finished.zero_shot, path, held)
+    found = files.read_predictions(path, np.array([4, 30]), 50, scores=False)["plain"]
+    np.testing.assert_array_equal(found.ids, finished.zero_shot.ids["plain"][[4, 30]])
+    assert found.scores is None
+    for asked in ([4, 31], [0, 4], [30, 49]):
+        with pytest.raises(ValueError, match="it holds 4 documents, and not all 2 asked for"):
+            files.read_predictions(path, np.array(asked), 50)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "other data"])

@@ -186,3 +186,22 @@ def test_bad_input_is_named(store):
         ev.EvalConfig(index="faiss")
     with pytest.raises(ValueError, match=r"eval\.ks: .*\[1, 50\].*100"):
         ev.EvalConfig(k=50)
+
+
+def test_documents_to_look_at_are_spread_evenly(monkeypatch):
+    assert ev.sample(0).tolist() == [] and ev.sample(3).tolist() == [0, 1, 2]
+    assert np.unique(np.diff(ev.sample(970_237))).tolist() == [19, 20]
+    assert len(ev.sample(970_237)) == 50_000
+    monkeypatch.setattr(ev, "_LOOKED_AT", 4)
+    assert ev.sample(10).tolist() == [0, 2, 5, 7]
+
+
+def test_predictions_of_some_documents(store, tmp_path):
+    found = ev.evaluate(TEST, LABELS, store, ev.EvalConfig(), train=TRAIN)
+    some = np.array([2, 3, 11])
+    ev.write_predictions(found, tmp_path / "0.npz", some)
+    with np.load(tmp_path / "0.npz", allow_pickle=False) as kept:
+        np.testing.assert_array_equal(kept["documents"], some)
+        for row, ids in found.ids.items():
+            np.testing.assert_array_equal(kept[f"{row}_ids"], ids[some])
+            np.testing.assert_array_equal(kept[f"{row}_scores"], found.scores[row][some])

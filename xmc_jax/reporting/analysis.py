@@ -15,12 +15,6 @@ _BASES = (2, 3, 4, 5, 10, 20, 50, 100)
 _Z = 1.959964  # of a 95 % interval
 
 
-def spread(count: int, limit: int) -> np.ndarray:
-    """i64[min(count, limit)]: numbers below `count`, evenly spread, all if they are few enough."""
-    taken = min(count, limit)
-    return np.arange(taken) * count // max(taken, 1)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
     """Which positives are among the predictions of m documents.
@@ -129,7 +123,11 @@ class ByFrequency:
 
 
 def by_frequency(
-    found: Found, positives: Csr, bins: Bins, ks: Sequence[int] = (1, DEPTH, 100)
+    found: Found,
+    positives: Csr,
+    bins: Bins,
+    precision: Sequence[int] = (1, DEPTH),
+    recall: Sequence[int] = (DEPTH, 100),
 ) -> ByFrequency:
     """Splits precision and recall by the frequency of labels.
 
@@ -137,20 +135,28 @@ def by_frequency(
         found: of m documents.
         positives: [m, L].
         bins: of the L labels.
-        ks: cut-offs; one beyond the predictions there are is that of all of them.
+        precision: cut-offs; one beyond the predictions there are is that of all of them.
+        recall: likewise.
     """
     count = len(bins.low)
     of_positive = bins.of_label[positives.indices]
     total = np.bincount(of_positive, minlength=count)
-    precision, recall, predicted = {}, {}, {}
-    for k in ks:
+
+    def right(k: int) -> np.ndarray:
+        there = found.rank < min(k, found.ids.shape[1])
+        return np.bincount(of_positive[there], minlength=count)
+
+    def predicted(k: int) -> np.ndarray:
         first = found.ids[:, :k]
-        predicted[k] = np.bincount(bins.of_label[first[first >= 0]], minlength=count)
-        right = np.bincount(of_positive[found.rank < min(k, found.ids.shape[1])], minlength=count)
-        precision[k], recall[k] = _ratio(right, predicted[k]), _ratio(right, total)
-    right = np.bincount(of_positive[found.rank < DEPTH], minlength=count)
-    contribution = right / (DEPTH * max(len(found.ids), 1))
-    return ByFrequency(contribution, precision, recall, predicted)
+        return np.bincount(bins.of_label[first[first >= 0]], minlength=count)
+
+    every = {k: predicted(k) for k in precision}
+    return ByFrequency(
+        contribution=right(DEPTH) / (DEPTH * max(len(found.ids), 1)),
+        precision={k: _ratio(right(k), every[k]) for k in precision},
+        recall={k: _ratio(right(k), total) for k in recall},
+        predicted=every,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -161,8 +161,8 @@ def read_predictions(
 
     Args:
         path: what `evaluate.write_predictions` wrote, local or remote.
-        documents: i64[m], ascending.
-        count: M, of how many documents the predictions have to be.
+        documents: i64[m], ascending, among those that the file has.
+        count: M, how many test documents there are.
         scores: whether they are read, too.
 
     Raises:
@@ -171,9 +171,10 @@ def read_predictions(
     path = epath.Path(path)
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            rows = [
-                match[1] for n in archive.namelist() if (match := re.match(r"(.+)_ids\.npy", n))
-            ]
+            names = archive.namelist()
+            rows = [match[1] for name in names if (match := re.match(r"(.+)_ids\.npy", name))]
+            if "documents.npy" in names:
+                documents, count = _places(archive, documents)
             return {
                 row: Ranking(
                     _rows(archive, f"{row}_ids.npy", np.int32, documents, count),
@@ -188,6 +189,16 @@ def read_predictions(
             f"{path}: expected the predictions of an evaluation, found another or a damaged file: "
             f"{error}; evaluate again"
         ) from error
+
+
+def _places(archive: zipfile.ZipFile, documents: np.ndarray) -> tuple[np.ndarray, int]:
+    """i64[m], where documents are in a file of some, and how many these are."""
+    with archive.open("documents.npy") as file:
+        held = np.lib.format.read_array(file, allow_pickle=False)
+    places = np.searchsorted(held, documents)
+    if not np.array_equal(held[np.minimum(places, len(held) - 1)], documents):
+        raise ValueError(f"it holds {len(held)} documents, and not all {len(documents)} asked for")
+    return places, len(held)
 
 
 def _rows(

@@ -230,9 +230,7 @@ def config(run: Run, recipe: Mapping[str, Any] | None) -> Element:
     return parts.section(
         "config",
         "Config",
-        None
-        if facts
-        else "What it ran on is not recorded: it has not ended yet, or was made before that was.",
+        None if facts else "What it ran on is not recorded; that is done when a run has ended.",
         *changes,
         parts.grid([table for table in tables if table is not None]) if facts else None,
         element(

@@ -9,9 +9,10 @@ from xml.etree.ElementTree import Element
 from etils import epath
 
 from xmc_jax.data.store import Store
-from xmc_jax.reporting import analysis, examples, files, overview, predictions
+from xmc_jax.reporting import examples, files, overview, predictions
 from xmc_jax.reporting.files import Run
 from xmc_jax.reporting.markup import Child, element, render
+from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
 
 NAME = "report.html"
@@ -56,7 +57,7 @@ def write(
 
 
 def _page(run: Run, workdir, data: Store, evaluation, recipe, pictures) -> str:
-    documents = analysis.spread(data.num_test, predictions.DOCUMENTS)
+    documents = evaluate.sample(data.num_test)
     rankings = files.rankings(workdir, run.step, documents, data.num_test, evaluation)
     sections: list[Element | None] = [overview.training(run, data)]
     if "plain" in rankings:

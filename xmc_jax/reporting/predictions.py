@@ -15,9 +15,6 @@ from xmc_jax.reporting.files import Ranking
 from xmc_jax.reporting.markup import element
 from xmc_jax.reporting.parts import KINDS, NAMES, SHORT, number, percent
 
-DOCUMENTS = 50_000
-"""Test documents that are looked at, at most; more tell no more and take longer."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:

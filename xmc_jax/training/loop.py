@@ -86,7 +86,8 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                     if distributed.is_first():
                         with clock.within("save"):
                             path = epath.Path(workdir) / "predictions" / "0.npz"
-                            evaluate.write_predictions(found, path)
+                            some = evaluate.sample(run.data.num_test)
+                            evaluate.write_predictions(found, path, some)
                     reporter.record(0, _prefixed("zero-shot", found.metrics["plain"]))
                 while epoch < config.epochs:
                     state, step = _steps(run, state, epoch, step, reporter, checkpoints, signals)
