@@ -59,8 +59,13 @@ def identifiers(cell: Any, separator: str) -> list[str]:
         ValueError: the cell is something else, or one of them is no id.
     """
     found = _listed(cell, separator)
-    if set(map(type, found)) == {str} and all(map(str.isalnum, found)):  # most ids of most files
-        return list(map(_unicode, found))
+    kinds = set(map(type, found))
+    if kinds == {int}:
+        return list(map(str, found))
+    if kinds == {str} and all(map(str.strip, found)):  # as most are: at once, for speed
+        together = "".join(found)
+        if together.isascii() and not _BAD_IN_IDS.search(together):
+            return found
     return list(map(identifier, found))
 
 

@@ -7,6 +7,7 @@ import bisect
 import functools
 import hashlib
 import os
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ class Items:
     def __init__(self):
         self._tables: list[Opened] = []
         self._firsts: list[int] = []
-        self._role = ""
+        self._role, self._folder = "", pathlib.Path()
         self._places = array.array("q")
         self._texts = bytearray()
         self._words, self._images, self._missing = (array.array("I") for _ in range(3))
@@ -38,7 +39,7 @@ class Items:
         """Says that the items that follow are of this table, of "train", "test" or "label"."""
         self._tables.append(opened)
         self._firsts.append(len(self))
-        self._role = role
+        self._role, self._folder = role, opened.table.path.parent
 
     def at(self, number: int) -> str:
         """Where an item was read."""
@@ -50,7 +51,7 @@ class Items:
         self._places.append(record.place)
         self._add_text(title, content)
         self._images.append(len(images))
-        missing, folder = 0, self._tables[-1].table.path.parent
+        missing = 0
         for image in images:
             kind = "url" if record_cells.is_url(image) else "path"
             if self.kinds.setdefault(self._role, kind) != kind:
@@ -59,7 +60,7 @@ class Items:
                     "expected paths alone or URLs alone in a file, found both; python -m "
                     "xmc_jax.vision.fetch makes files of URLs",
                 )
-            missing += kind == "path" and not os.path.isfile(folder / image)
+            missing += kind == "path" and not os.path.isfile(self._folder / image)
         self._missing.append(missing)
 
     def add_bare(self, text: str) -> None:

@@ -176,7 +176,7 @@ class _Json(Table):
                 continue
             text = _utf8(self.at(number), line)
             try:
-                record = json.loads(text, object_pairs_hook=_object)
+                record = _decode(text)
             except json.JSONDecodeError:
                 record = None
             except RecursionError:
@@ -448,3 +448,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r:.60} twice")
     return found
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
