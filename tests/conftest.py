@@ -47,7 +47,7 @@ def quick_compilation():
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation_of_folders(request) -> None:
     """Most programs of these tests are small, and each is run a few times."""
-    if request.path.parent.name in ("models", "retrieval", "training"):
+    if request.path.parent.name in ("inference", "models", "retrieval", "training"):
         request.getfixturevalue("quick_compilation")
 
 

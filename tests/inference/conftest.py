@@ -1,0 +1,50 @@
+"""A small run, not trained, and what it exports."""
+
+import copy
+import pathlib
+import types
+
+import jax
+import pytest
+
+ROWS = (64,)
+"""Of blocks, everywhere: few programs."""
+
+
+@pytest.fixture(scope="session")
+def exported(fields, tmp_path_factory) -> types.SimpleNamespace:
+    """A run, its state, and the folder that it exports."""
+    from xmc_jax import build
+    from xmc_jax.export import write
+
+    fields = copy.deepcopy(fields)
+    fields["name"] = "topics"
+    fields["prime"] |= {"combiner": "sum", "free_vectors": 64}
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    run = build.run(fields)
+    state = run.initial_state()
+    folder = write.whole(fields, run, 0, state, tmp_path_factory.mktemp("run"))
+    jax.config.update("jax_disable_most_optimizations", before)
+    return types.SimpleNamespace(
+        fields=fields, run=run, state=state, folder=pathlib.Path(str(folder))
+    )
+
+
+@pytest.fixture(scope="module")
+def predictor(exported):
+    from xmc_jax.inference.predictor import Predictor
+
+    return Predictor.open(exported.folder)
+
+
+@pytest.fixture(scope="module")
+def queries(exported):
+    """The test documents, and what the filter takes from each."""
+    from xmc_jax.inference.predictor import Query
+
+    data = exported.run.data
+    ids, excluded = data.uids("label"), [[] for _ in range(data.num_test)]
+    for document, label in data.filter("test"):
+        excluded[document].append(ids[label])
+    return [Query(text, exclude=some) for text, some in zip(data.texts("test"), excluded)]
