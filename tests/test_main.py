@@ -82,6 +82,20 @@ def test_train_learns_and_leaves_everything(trained):
 
 
 @pytest.mark.slow
+def test_the_report_is_written_again_byte_for_byte(trained):
+    folder, _ = trained
+    run = folder / "run"
+    written = (run / "report.html").read_bytes()
+    found = json.loads((run / "metrics.json").read_text())
+    for row in ("zero-shot", "plain", "augmented"):
+        assert f"{100 * found[row]['P@1']:.2f}".encode() in written
+    (run / "report.html").unlink()
+    done = command("--mode=report", f"--config={folder / 'config.py'}", f"--workdir={run}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "report.html" in done.stdout and (run / "report.html").read_bytes() == written
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["exact", "scann"])
 def test_evaluate_gives_what_training_ended_with(trained, index):
     folder, _ = trained
