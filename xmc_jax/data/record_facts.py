@@ -1,5 +1,7 @@
-"""What is kept of records while they are read: of a document some eighty bytes and four for each of
-its labels, of a label its id as well. Texts and ids are compared by digests of 128 bits.
+"""What is kept of records while they are read.
+
+Of a document some eighty bytes and four for each of its labels, in the end up to twenty; of a label
+its id as well. Texts, ids and groups are compared by digests of 128 bits.
 """
 
 import array
@@ -145,8 +147,8 @@ class Documents(Items):
 
     @functools.cached_property
     def owners(self) -> np.ndarray:
-        """i64[pairs], the document of each label in `labels`."""
-        return np.repeat(np.arange(len(self)), self.counts)
+        """i32[pairs], the document of each label in `labels`."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), self.counts)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:

@@ -85,10 +85,7 @@ def read(
         test = np.zeros(0, bool)
     else:
         test = holdout.choose_within(groups, fraction, seed)
-    columns = len(scanning.labels)
-    listed = documents.filter[:, 0].astype(np.int64) * columns + documents.filter[:, 1]
-    filtered = np.isin(documents.owners * columns + documents.labels, listed)
-    filtered &= test[documents.owners]
+    filtered = _filtered(documents, test, len(scanning.labels))
     labelled = np.bincount(documents.owners[~filtered], minlength=len(documents))
     there = [str(one.table.path) for split in ("train", "test") for one in opened[split]]
     dropped = f"; {scanning.unknown_pairs} labels were unknown" if scanning.unknown_pairs else ""
@@ -229,6 +226,18 @@ class _Scanning:
         plain = uid.strip().casefold()
         alike = next((known for known in numbers if known.strip().casefold() == plain), None)
         return "" if alike is None else f"; did you mean {alike!r:.60}?"
+
+
+def _filtered(documents: Documents, test: np.ndarray, columns: int) -> np.ndarray:
+    """bool[pairs], see `Scan`; costs what documents with a filter have."""
+    with_filter = np.zeros(len(documents), bool)
+    with_filter[documents.filter[:, 0]] = True
+    pairs = np.flatnonzero((with_filter & test)[documents.owners])
+    listed = documents.filter[:, 0].astype(np.int64) * columns + documents.filter[:, 1]
+    keys = documents.owners[pairs].astype(np.int64) * columns + documents.labels[pairs]
+    filtered = np.zeros(len(documents.labels), bool)
+    filtered[pairs] = np.isin(keys, listed)
+    return filtered
 
 
 def _check_ids(documents: Documents) -> None:
