@@ -1,15 +1,18 @@
 """The command: every mode on a small dataset, in processes of their own; mistakes in one line."""
 
 import copy
+import gzip
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
-from xmc_jax import report
+from xmc_jax import modes, report
 from xmc_jax.data import store
 from xmc_jax.models import hf
 
@@ -150,6 +153,41 @@ def test_embed_and_export_agree(trained, topics):
 
 
 @pytest.mark.slow
+def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_path, caplog):
+    folder, _ = trained
+    shutil.rmtree(folder / "run" / "export", ignore_errors=True)
+    with gzip.open(topics / "tst.json.gz", "rt", encoding="utf-8") as file:
+        tests = [json.loads(line) for line in file]
+    for line in (topics / "filter_labels_test.txt").read_text().splitlines():
+        document, label = map(int, line.split())
+        tests[document].setdefault("exclude", []).append(f"topic{label}")
+    lines = "".join(json.dumps(document) + "\n" for document in tests)
+    (tmp_path / "new.jsonl").write_text(lines)
+    done = command(
+        *("--mode=predict", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"),
+        *(f"--input={tmp_path / 'new.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"),
+        "--predict.k=3",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "export: no exported model yet; exporting step 60" in done.stderr and not done.stdout
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"{tmp_path}/out.jsonl: 60 documents; ") and "documents/s" in said
+    predictions = np.load(folder / "run" / "predictions" / "60.npz", allow_pickle=False)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in found] == [document["uid"] for document in tests]
+    ids = np.array([[int(x["id"].removeprefix("topic")) for x in one["labels"]] for one in found])
+    assert (ids == predictions["augmented_ids"][:, :3]).mean() > 0.98
+    scores = np.array([[x["score"] for x in one["labels"]] for one in found])
+    np.testing.assert_allclose(scores, predictions["augmented_scores"][:, :3], atol=1e-5)
+    # An export of another step than the one asked for is said.
+    manifest = folder / "run" / "export" / "artifact.json"
+    manifest.write_text(manifest.read_text().replace('"step": 60', '"step": 20'))
+    modes._opened(modes.Asked(fields=None, workdir=epath.Path(folder / "run")))
+    assert "exported at step 20, and the checkpoint asked for (latest) is of step 60" in caplog.text
+    shutil.rmtree(folder / "run" / "export")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said", "code"),
     [
@@ -164,6 +202,19 @@ def test_embed_and_export_agree(trained, topics):
         (("--config=configs/vixml.py", "--config.train.epochs=many"), "many", 2),
         (("--config=configs/vixml.py", "--mode=fly"), "fly", 2),
         (("--config=configs/absent.py",), "absent.py", 2),
+        (("--mode=predict", "--input=a", "--output=b"), "or --artifact=FOLDER, an exported", 2),
+        (("--mode=predict", "--artifact=a", "--output=b"), "--input: expected a file", 2),
+        (("--mode=predict", "--artifact=a", "--predict.kk=2"), "Did you mean: predict.k", 2),
+        (
+            ("--mode=predict", "--artifact=a", "--input=a", "--output=b", "--predict.k=0"),
+            "predict.k: expected at least 1, got 0",
+            2,
+        ),
+        (
+            ("--mode=predict", "--artifact=a", "--input=a", "--output=b"),
+            "a: expected an exported model with artifact.json, found none",
+            1,
+        ),
         (("--config=configs/vixml.py", "positional"), "positional", 2),
         (("--config=configs/vixml.py:bert/debian_3k,compare",), "a dataset with images, one of", 2),
         (("--config=configs/vixml.py", "--mode=evaluate"), "config.json: expected the config", 1),

@@ -343,6 +343,22 @@ def test_pipes(opened, records, expected, tmp_path, monkeypatch):
     assert out.getvalue() == expected
 
 
+def test_an_interrupt_keeps_what_was_done(opened, records, expected, tmp_path, monkeypatch):
+    source, ranked, calls = write(tmp_path / "in.jsonl", records), files._ranked, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ranked(*arguments)
+
+    monkeypatch.setattr(files, "_ranked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(opened, source, tmp_path / "out.jsonl")
+    assert run(opened, source, tmp_path / "out.jsonl").before == 100
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
 # Kills
 
 CRASH = """
@@ -414,6 +430,7 @@ print(deaths)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_killed_at_every_call_to_the_disk(kind, tmp_path):
     """Two times, with other sizes of batches: nothing lost, nothing twice, never half a file."""

@@ -35,7 +35,7 @@ class PredictConfig:
     exclude: str = ""
     columns: tuple[str, ...] = ()
     on_error: str = "stop"
-    batch_size: int = 1024
+    batch_size: int = 2048
 
     def __post_init__(self):
         for name, known in (
