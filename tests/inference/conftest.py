@@ -31,7 +31,7 @@ def exported(fields, tmp_path_factory) -> types.SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def predictor(exported):
     from xmc_jax.inference.predictor import Predictor
 

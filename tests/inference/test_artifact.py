@@ -14,6 +14,7 @@ import pytest
 from xmc_jax.inference import artifact
 from xmc_jax.inference.predictor import Predictor
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -242,7 +243,6 @@ def test_weights_that_do_not_fit_are_refused_when_they_are_loaded(folder):
         Predictor.open(folder)
 
 
-@pytest.mark.slow
 def test_predicts_with_what_the_package_requires_alone(exported, tmp_path):
     """Without the extras, and without what training needs: no import of them, whatever is there."""
     (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')

@@ -11,6 +11,7 @@ from tests.inference.conftest import ROWS
 from xmc_jax.data import texts
 from xmc_jax.inference.predictor import Predictor, Query
 
+pytestmark = pytest.mark.slow
 K = 20
 
 
@@ -214,7 +215,6 @@ def test_threads_share_a_predictor(predictor, queries):
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.slow
 def test_an_index_ranks_as_it_says(exported, predictor, queries, tmp_path):
     """Of all leaves, ScaNN finds what exact search finds, whatever else it is asked."""
     from xmc_jax.retrieval import scann

@@ -315,6 +315,6 @@ def _change(found: Change, name: str, count: int) -> Element:
             kinds,
             [f"{step}: {n:,} documents" for step, n in zip(steps, found.difference)],
             "more or fewer than before",
-            lambda share: percent(share, 0) if share >= 0.005 else "",
+            lambda share: percent(share, 0) if share > 0.005 else "",
         ),
     )
