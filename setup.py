@@ -45,8 +45,11 @@ EXTRAS = {
         "pyarrow>=18",
         "scikit-image>=0.25",  # the descriptor "hog-colour"
     ],
+    "notebook": ["ipykernel>=6.29", "nbclient>=0.10"],
     "dev": [
         "hypothesis>=6.100",
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "pyyaml>=6",
