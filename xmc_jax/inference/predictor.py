@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,10 @@ from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document
 
 _CHECKED = 65_536  # rows looked at at a time
-_STEP = 32  # what a filter adds to a search is rounded up to this, so that few are compiled
+# What a filter adds to a search is rounded up to one of these, or to a multiple of the last, so that
+# few are compiled.
+_EXTRA = (32, 256, 2048)
+_FEW = 4096  # labels of a restricted predictor that are searched on the host, with nothing compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Predictor:
         self.artifact, self._tower, self._index = opened, tower, index
         self._whole = labels is None
         self.labels = np.arange(len(opened.labels), dtype=np.int32) if self._whole else labels
+        self._of: Predictor | None = None  # what it is a part of
         self._lock = threading.RLock()
         self._approximate = None
         wanted = index == "scann" or (index == "auto" and self._whole and scann.available())
@@ -156,11 +160,11 @@ class Predictor:
             embedded = self._tower.encode(queries, rows=rows)
             return self.rank_embedded(embedded, queries, k, ranking, rows)
 
-    def embed(self, documents: Sequence[str | Query]) -> np.ndarray:
-        """f32[n, D], unit embeddings of documents."""
+    def embed(self, documents: Sequence[str | Query], rows: tuple[int, ...] = ROWS) -> np.ndarray:
+        """f32[n, D], unit embeddings of documents; `rows` as of `Tower.encode`."""
         queries = [Query(text=q) if isinstance(q, str) else q for q in documents]
         with self._lock:
-            return self._tower.encode(queries)
+            return self._tower.encode(queries, rows=rows)
 
     def rank_embedded(
         self,
@@ -178,7 +182,7 @@ class Predictor:
         out_rows = np.full((len(queries), k), -1, np.int32)
         listed = [i for i, query in enumerate(queries) if query.only is not None]
         for i in listed:
-            part = self._restricted_to(queries[i].only)
+            part = self.restricted(queries[i].only)
             one = dataclasses.replace(queries[i], only=None)
             found = part.rank_embedded(embedded[i : i + 1], [one], k, ranking, rows)
             out_scores[i], out_rows[i] = found[0][0], found[1][0]
@@ -197,19 +201,30 @@ class Predictor:
         Raises:
             ValueError: the artifact was exported without documents.
         """
-        if self.artifact.documents is None:
-            raise ValueError(
-                f"{self.artifact.folder}: expected training documents, found none; export with "
-                "--config.export.documents=True"
-            )
-        embedded = self.embed(documents)
+        scores, rows = self.neighbours_embedded(self.embed(documents), k)
         there = self.artifact.documents
-        with self._lock:
-            scores, rows = self._documents.search(embedded, min(k, len(there)), ROWS)
         return [
             [Prediction(there.ids[row], there.texts[row], score) for row, score in zip(*pair)]
             for pair in zip(rows.tolist(), scores.tolist())
         ]
+
+    def neighbours_embedded(
+        self, embedded: np.ndarray, k: int, rows: tuple[int, ...] = ROWS
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `neighbours`, of f32[n, D] embeddings.
+
+        Returns:
+            f32[n, min(k, N)] inner products, descending, and i32[n, min(k, N)] rows of the
+            artifact's documents.
+        """
+        there = self.artifact.documents
+        if there is None:
+            raise ValueError(
+                f"{self.artifact.folder}: expected training documents, found none; export with "
+                "--config.export.documents=True"
+            )
+        with self._lock:
+            return self._documents.search(embedded, min(k, len(there)), rows)
 
     def restricted(self, ids: Iterable[str]) -> "Predictor":
         """The same over some of the labels; searched exactly.
@@ -221,8 +236,10 @@ class Predictor:
             ValueError: there is no such label.
         """
         rows = np.unique(np.array([self.row(name) for name in ids], np.int32))
-        rows = rows[np.isin(rows, self.labels)]
-        return Predictor(self.artifact, self._tower, "exact", rows)
+        rows = rows if self._whole else rows[np.isin(rows, self.labels)]
+        part = Predictor(self.artifact, self._tower, "exact", rows)
+        part._of = self._of or self
+        return part
 
     def row(self, name: str) -> int:
         """The row of a label's id.
@@ -238,13 +255,45 @@ class Predictor:
             )
         return row
 
-    def warm_up(self, k: int, ranking: str = "auto", rows: tuple[int, ...] = ROWS) -> None:
-        """Compiles what predictions of up to the largest block need."""
-        text = "word " * self.artifact.model.max_length
-        for size in rows:
-            for share in range(1, 5):
-                words = " ".join(text.split()[: max(1, len(text.split()) * share // 4 - 2)])
-                self.rank([words] * size, k, ranking, rows)
+    def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
+        """See `Tower.prepare`; several threads may."""
+        return self._tower.prepare(image, limits)
+
+    def warm_up(
+        self,
+        k: int,
+        rows: tuple[int, ...] = ROWS,
+        exclude: int = 0,
+        neighbours: int = 0,
+    ) -> None:
+        """Compiles and reads all that predictions may need.
+
+        Args:
+            k: labels per document, neither more nor fewer.
+            rows: see `Tower.encode`.
+            exclude: at most so many labels are excluded of a document.
+            neighbours: training documents per document, likewise.
+        """
+        with self._lock:
+            self._tower.warm_up(rows)
+            rankings = ["plain"]
+            if self.artifact.documents is not None:
+                rankings.append("augmented")
+            extras = sorted({_extra(n) for n in (0, *_EXTRA, exclude) if n <= _extra(exclude)})
+            for size in rows:
+                embedded = np.zeros((size, self.artifact.model.width), np.float32)
+                for ranking in rankings:
+                    for extra in extras:
+                        pairs = np.zeros((0, 2), np.int32)
+                        self._ranked(embedded, pairs, k, self._mix(ranking), rows, extra)
+                if neighbours and self.artifact.documents is not None:
+                    self.neighbours_embedded(embedded, neighbours, rows)
+            self.row(self.artifact.labels.ids[0])
+
+    def warm_up_pictures(self) -> None:
+        """See `Tower.warm_up_pictures`."""
+        with self._lock:
+            self._tower.warm_up_pictures()
 
     def _prediction(self, row: int, score: float) -> Prediction:
         there = self.artifact.labels
@@ -271,9 +320,9 @@ class Predictor:
         pairs[:, 1] = np.searchsorted(self.labels, pairs[:, 1])
         return pairs.astype(np.int32)
 
-    def _ranked(self, embedded, pairs, k, mix, rows) -> tuple[np.ndarray, np.ndarray]:
+    def _ranked(self, embedded, pairs, k, mix, rows, extra=0) -> tuple[np.ndarray, np.ndarray]:
         """Scores and columns of `labels`, as `evaluate.evaluate` ranks test documents."""
-        extra = -(-filtered_per_document(pairs) // _STEP) * _STEP
+        extra = max(extra, _extra(filtered_per_document(pairs)))
         wanted = max(k, mix.labels if mix else 0) + extra
         count = len(self.labels)
         nearest = self._nearest(embedded, min(wanted, count), rows)
@@ -291,8 +340,9 @@ class Predictor:
             )
             best = np.argsort(-both[0], axis=1, kind="stable")[:, :wanted]
             retrieved = tuple(np.take_along_axis(x, best, axis=1) for x in both)
-        items = augmented.to_mix(mix, nearest, retrieved, pairs, extra, count)
-        mixed = augmented.augment(*items, self._positives, mix, k + extra)
+        scores, ids = augmented.to_mix(mix, nearest, retrieved, pairs, extra, count)
+        ids, positives = self._passed_on(ids)
+        mixed = augmented.augment(scores, ids, positives, mix, k + extra)
         return drop_filtered(*mixed, pairs, k)
 
     def _nearest(self, embedded, k: int, rows) -> tuple[np.ndarray, np.ndarray]:
@@ -300,44 +350,78 @@ class Predictor:
             return self._approximate.search(embedded, k)
         return self._rows.search(embedded, k, rows)
 
-    def _restricted_to(self, ids: Sequence[str]) -> "Predictor":
-        part = self.restricted(ids)
-        if "_documents" in self.__dict__:
-            part._documents = self._documents
-        return part
-
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
+        if self._of is not None:
+            return self._of._row_of
         return {name: row for row, name in enumerate(self.artifact.labels.ids)}
 
     @functools.cached_property
-    def _rows(self) -> "_Rows":
+    def _rows(self) -> "_Rows | _Few":
         embeddings = self.artifact.labels.embeddings
-        return _Rows(embeddings if self._whole else embeddings[self.labels], self._tower.mesh)
+        if self._whole:
+            return _Rows(embeddings, self._tower.mesh)
+        few = len(self.labels) <= _FEW
+        part = embeddings[self.labels]
+        return _Few(part) if few else _Rows(part, self._tower.mesh)
 
     @functools.cached_property
     def _documents(self) -> "_Rows":
+        if self._of is not None:
+            return self._of._documents
         return _Rows(self.artifact.documents.embeddings, self._tower.mesh)
 
-    @functools.cached_property
-    def _positives(self) -> Csr:
-        """[N, l]: labels of the training documents, of those that are ranked."""
-        whole = self.artifact.documents.positives
+    def _passed_on(self, ids: np.ndarray) -> tuple[np.ndarray, Csr]:
+        """Retrieved items, and the labels of the documents among them, of those that are ranked.
+
+        Args:
+            ids: columns of `labels`, or l + document.
+
+        Returns:
+            The same, documents numbered as the rows of the second.
+        """
+        whole, count = self.artifact.documents.positives, len(self.labels)
         if self._whole:
-            return whole
-        kept = np.isin(whole.indices, self.labels)
+            return ids, whole
+        documents = ids >= count
+        different, number = np.unique(ids[documents], return_inverse=True)
+        taken = whole.take(different - count)
+        kept = np.isin(taken.indices, self.labels)
         ends = np.concatenate([[0], np.cumsum(kept)])
-        indices = np.searchsorted(self.labels, whole.indices[kept]).astype(np.int32)
-        return Csr(ends[whole.indptr], indices, None, len(self.labels))
+        columns = np.searchsorted(self.labels, taken.indices[kept]).astype(np.int32)
+        ids = ids.copy()
+        ids[documents] = count + number
+        return ids, Csr(ends[taken.indptr], columns, None, count)
+
+
+def _extra(filtered: int) -> int:
+    """What a search asks for besides, where so many may have to be left out."""
+    fitting = next((size for size in (0, *_EXTRA) if size >= filtered), None)
+    return -(-filtered // _EXTRA[-1]) * _EXTRA[-1] if fitting is None else fitting
+
+
+class _Few:
+    """Embeddings of few rows, searched exactly on the host."""
+
+    def __init__(self, embeddings: np.ndarray):
+        _check_finite(embeddings)
+        self._embeddings = np.ascontiguousarray(embeddings)
+
+    def search(
+        self, queries: np.ndarray, k: int, rows: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `exact.search`."""
+        del rows
+        scores = queries @ self._embeddings.T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
+        return np.take_along_axis(scores, best, axis=1), best
 
 
 class _Rows:
     """Embeddings on the devices, searched exactly for few queries or many."""
 
     def __init__(self, embeddings: np.ndarray, mesh: Mesh):
-        for start in range(0, len(embeddings), _CHECKED):
-            if not np.isfinite(embeddings[start : start + _CHECKED]).all():
-                raise ValueError("artifact: expected finite embeddings, found others")
+        _check_finite(embeddings)
         self._placed = exact.place(embeddings, mesh)
 
     def search(
@@ -364,3 +448,9 @@ class _Rows:
             found.append([x[: len(part)] for x in jax.device_get(best)])
             start += size
         return tuple(np.concatenate(x) for x in zip(*found))
+
+
+def _check_finite(embeddings: np.ndarray) -> None:
+    for start in range(0, len(embeddings), _CHECKED):
+        if not np.isfinite(embeddings[start : start + _CHECKED]).all():
+            raise ValueError("artifact: expected finite embeddings, found others")

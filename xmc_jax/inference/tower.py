@@ -1,7 +1,9 @@
 """The encoder of an artifact: texts and pictures to embeddings, as in training.
 
-Few shapes are compiled: an item goes with those of about its length, in blocks of a few sizes. A
-row's embedding is a function of the item and the shape of its block, not of what else is there.
+Few shapes are compiled. Items are sorted by length and go in blocks of a few sizes, without their
+padding, in the smallest room of a few that holds their tokens; so a batch of any few texts is one
+call. The last bits of an embedding follow from the shape of its block. Where they may not depend on
+what else is encoded, blocks of one size are asked for, of items of about the same length.
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ import functools
 import os
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,11 +26,12 @@ from xmc_jax.data import packing
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.inference.artifact import Artifact, ImageInput
 from xmc_jax.models import dual, hf
-from xmc_jax.types import Inputs, own_tokens
+from xmc_jax.types import Inputs, Packing, own_tokens
 
 ROWS = (1, 8, 64, 256)
 """Sizes of blocks: the smallest that holds what is left, the largest while there is more."""
 _WIDTHS = 4  # at most so many lengths of sequences
+_STEPS = (1, 1.5)  # rooms are these times a power of two of the longest sequence
 _IMAGES = 8  # encoded at a time
 
 
@@ -38,11 +41,29 @@ class Item:
 
     Attributes:
         text: perhaps empty.
-        images: its pictures, as bytes of image files; more than the model takes are left out.
+        images: its pictures, as bytes of image files, or as `Tower.prepare` makes them of these;
+            more than the model takes are left out.
     """
 
     text: str
-    images: Sequence[bytes] = ()
+    images: Sequence[bytes | np.ndarray] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """Items that are encoded in one call.
+
+    Attributes:
+        items: i[m], which.
+        places: i[m], of the rows of the call, theirs.
+        size: rows of the call.
+        room: of a device's part of them.
+    """
+
+    items: np.ndarray
+    places: np.ndarray
+    size: int
+    room: Packing
 
 
 class Tower:
@@ -102,35 +123,118 @@ class Tower:
         lengths = own_tokens(inputs.lengths, inputs.image_count, self._rest)
         if not self._input.prompts.head and (empty := np.flatnonzero(lengths == 0)).size:
             raise ValueError(f"item {empty[0]}: expected a text or a picture, got neither")
-        fitting = np.searchsorted(self._widths, lengths)
-        blocks = []
-        for number, width in enumerate(self._widths):
-            of_width = np.flatnonzero(fitting == number)
-            while len(of_width):
-                size = next((r for r in rows if r >= len(of_width)), rows[-1])
-                size = -(-size // self._shards) * self._shards
-                blocks.append((of_width[:size], size, int(width)))
-                of_width = of_width[size:]
-        pending: list[tuple[np.ndarray, jax.Array]] = []
-        for chosen, size, width in blocks:
-            pending.append((chosen, self._block(inputs, chosen, size, width, pooled)))
+        pending: list[tuple[_Block, jax.Array]] = []
+        for block in self._blocks(lengths, rows):
+            pending.append((block, self._embedded(inputs, block, pooled)))
             if len(pending) > 1:  # one is fetched while the next is computed
                 self._take(out, *pending.pop(0))
-        for chosen, found in pending:
-            self._take(out, chosen, found)
+        for block, found in pending:
+            self._take(out, block, found)
         return out
 
-    def _take(self, out: np.ndarray, chosen: np.ndarray, found: jax.Array) -> None:
-        out[chosen] = jax.device_get(found)[: len(chosen)]
+    def warm_up(self, rows: tuple[int, ...] = ROWS) -> None:
+        """Compiles all that `encode` of texts may need, and of pictures if their encoder is there.
 
-    def _block(
-        self, inputs: Inputs, chosen: np.ndarray, size: int, width: int, pooled: bool
-    ) -> jax.Array:
-        rows = np.resize(chosen, size)  # what is missing repeats what is there
-        block = jax.tree.map(lambda x: x[rows], inputs)
-        block = sharding.put_batch(block, size, self.mesh)
-        room = packing.whole(size // self._shards, width)
-        output = self._run(self._params, block.replace(packing=room))
+        Args:
+            rows: see `encode`.
+        """
+        T, images = self._input.max_length, self._input.images
+        for size, rooms in self._rooms(rows).items():
+            inputs = Inputs(np.zeros((size, T), np.int32), np.full(size, -1, np.int32))
+            if images is not None:
+                inputs = inputs.replace(
+                    images=np.zeros((size, images.per_item, images.width), np.float16),
+                    image_count=np.zeros(size, np.int32),
+                )
+            for room in rooms:
+                everything = _Block(np.arange(size), np.arange(size), size, room)
+                jax.block_until_ready(self._embedded(inputs, everything, pooled=False))
+
+    def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
+        """What `Item.images` may hold in place of an image file; for other threads, too.
+
+        Args:
+            image: an image file.
+            limits: see `vision.images.Limits`.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        self._check_takes_pictures()
+        return self._pictures.prepare(image, limits)
+
+    def warm_up_pictures(self) -> None:
+        """Loads the image encoder and compiles it.
+
+        Raises:
+            ValueError: the model takes no pictures, or their encoder is not there.
+        """
+        self._check_takes_pictures()
+        self._pictures.warm_up()
+
+    def _check_takes_pictures(self) -> None:
+        if self._input.images is None:
+            raise ValueError(
+                f"{self.artifact.folder}: expected items without pictures, which this model was "
+                "not trained with, got some"
+            )
+
+    def _take(self, out: np.ndarray, block: "_Block", found: jax.Array) -> None:
+        out[block.items] = jax.device_get(found)[block.places]
+
+    def _rooms(self, rows: tuple[int, ...]) -> dict[int, list[Packing]]:
+        """The rooms of a device for each size of a block, ascending."""
+        longest, rooms = int(self._widths[-1]), {}
+        for size, before in zip(rows, (0, *rows)):
+            each = -(-size // self._shards)
+            if each == 1 or len(rows) == 1:
+                of_size = [packing.whole(each, int(width)) for width in self._widths]
+            else:
+                powers = (step * 2**i for i in range(each.bit_length()) for step in _STEPS)
+                steps = {int(x) for x in powers if x == int(x) and before / 2 / self._shards <= x}
+                # Sequences without padding lie in it, and each may be as long as any.
+                of_size = [
+                    Packing(longest * step, ((each, longest),))
+                    for step in sorted({x for x in steps if x < each} | {each})
+                ]
+            rooms[each * self._shards] = of_size
+        return rooms
+
+    def _blocks(self, lengths: np.ndarray, rows: tuple[int, ...]) -> Iterator["_Block"]:
+        """How items of these lengths are dealt to blocks; i[n]."""
+        rooms = self._rooms(rows)
+        order = np.argsort(-lengths, kind="stable")
+        if len(rows) == 1:
+            fitting = np.searchsorted(self._widths, lengths)
+            groups = [order[fitting[order] == number] for number in range(len(self._widths))]
+        else:
+            groups = [order]
+        for left in groups:
+            while len(left):
+                size = next((r for r in rooms if r >= len(left)), max(rooms))
+                items, left = left[:size], left[size:]
+                # Dealt to the devices in turn, so that these have about as many tokens each.
+                number = np.arange(len(items))
+                places = number % self._shards * (size // self._shards) + number // self._shards
+                tokens = int(lengths[items][:: self._shards].sum())
+                most = int(lengths[items[0]])
+                room = next(
+                    room
+                    for room in rooms[size]
+                    if most <= room.classes[-1][1] and (room.padded or tokens <= room.tokens)
+                )
+                yield _Block(items, places, size, room)
+
+    def _embedded(self, inputs: Inputs, block: "_Block", pooled: bool) -> jax.Array:
+        rows = np.full(block.size, block.items[0])
+        rows[block.places] = block.items
+        taken = jax.tree.map(lambda x: x[rows], inputs)
+        if not block.room.padded:  # else the rows that are left repeat what is there
+            nobody = np.ones(block.size, bool)
+            nobody[block.places] = False
+            taken.lengths[nobody] = -1
+        taken = sharding.put_batch(taken, block.size, self.mesh)
+        output = self._run(self._params, taken.replace(packing=block.room))
         return output.pooled if pooled else output.unit
 
     def _apply(self, params: Any, inputs: Inputs) -> Any:
@@ -145,12 +249,9 @@ class Tower:
         )
         inputs = Inputs(tokens=tokens, lengths=lengths)
         asked = self._input.images
+        if any(len(item.images) for item in items):
+            self._check_takes_pictures()
         if asked is None:
-            if any(item.images for item in items):
-                raise ValueError(
-                    f"{self.artifact.folder}: expected items without pictures, which this model "
-                    "was not trained with, got some"
-                )
             return inputs
         vectors, counts = self._pictures.encode([item.images for item in items])
         return inputs.replace(images=vectors, image_count=counts)
@@ -191,7 +292,9 @@ class _Pictures:
         self._folder, self._asked = folder, asked
         self._lock = threading.Lock()
 
-    def encode(self, images: Sequence[Sequence[bytes]]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, images: Sequence[Sequence[bytes | np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """f16[n, K, E] and i32[n]; needs the encoder only where there are pictures."""
         limit = self._asked.per_item
         taken = [list(of_item[:limit]) for of_item in images]
@@ -203,19 +306,39 @@ class _Pictures:
             vectors[there] = self._vectors(flat).astype(np.float16)  # as image folders hold them
         return vectors, counts
 
-    def _vectors(self, files: list[bytes]) -> np.ndarray:
+    def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
+        """See `Tower.prepare`."""
         from xmc_jax.vision import images  # an extra
 
-        def prepare(data: bytes) -> np.ndarray:
-            return self._encoder.prepare(images.decode(data, alpha=self._asked.alpha))
+        decoded = images.decode(image, limits or images.Limits(), self._asked.alpha)
+        return self._loaded().prepare(decoded)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            prepared = list(pool.map(prepare, files))
+    def warm_up(self) -> None:
+        """See `Tower.warm_up_pictures`."""
+        encoder = self._loaded()
+        from xmc_jax.vision import images
+
+        jax.block_until_ready(encoder.embed([encoder.prepare(images.white(8))]))
+
+    def _vectors(self, files: list[bytes | np.ndarray]) -> np.ndarray:
+        def prepare(image: bytes | np.ndarray) -> np.ndarray:
+            return self.prepare(image) if isinstance(image, bytes) else image
+
+        encoder = self._loaded()
+        if all(isinstance(image, np.ndarray) for image in files):
+            prepared = files
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                prepared = list(pool.map(prepare, files))
         rows = []
         for start in range(0, len(prepared), self._size):
             part = prepared[start : start + self._size]
-            rows.append(np.asarray(jax.device_get(self._encoder.embed(part)))[: len(part)])
+            rows.append(np.asarray(jax.device_get(encoder.embed(part)))[: len(part)])
         return np.concatenate(rows)
+
+    def _loaded(self) -> Any:
+        with self._lock:  # several threads may prepare
+            return self._encoder
 
     @property
     def _size(self) -> int:

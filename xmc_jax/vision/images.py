@@ -185,6 +185,11 @@ def _rgb(image: Image.Image, alpha: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def white(size: int) -> Image.Image:
+    """A white square, size x size, RGB."""
+    return Image.new("RGB", (size, size), "white")
+
+
 def pad_square(image: Image.Image, size: int) -> Image.Image:
     """The image shrunk into a square if it is larger, its proportions kept, on white.
 
