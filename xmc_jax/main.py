@@ -9,8 +9,11 @@ Modes:
     export    write its encoder as a folder for Hugging Face and sentence-transformers, or with
               --config.export.format=adapter its adapters as one for peft.
     plan      say what the run needs on --topology, and whether it fits; exit code 1 if not.
+    serve     answer queries over HTTP from --artifact, what export wrote, with --serve.*; needs no
+              --config.
 """
 
+import dataclasses
 import difflib
 import importlib.metadata
 import logging as py_logging
@@ -21,13 +24,14 @@ import runpy
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from xmc_jax import command
+from xmc_jax.serve.config import ServeConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
 _WORKDIR = flags.DEFINE_string(
@@ -36,11 +40,14 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["prepare", "train", "evaluate", "embed", "index", "export", "plan"],
+    ["prepare", "train", "evaluate", "embed", "index", "export", "plan", "serve"],
     "What to do.",
 )
 _STEP = flags.DEFINE_string(
     "step", "latest", "Checkpoint of the modes other than train: latest, best (by P@1) or a step."
+)
+_ARTIFACT = flags.DEFINE_string(
+    "artifact", None, "Exported folder that --mode=serve opens; <workdir>/export if not given."
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "cpu", "Of --mode=plan: cpu, cpu:8, gpu:h100x8, v5e:4x4, v5p:2x2x4, ..."
@@ -62,12 +69,50 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
+_OF_ARTIFACT = ("serve",)  # modes that need an exported folder and no config
+
+Section = TypeVar("Section")
+
+
+def _define(name: str, kind: type) -> None:
+    """A flag --name.field for each field of a dataclass, described as its docstring does."""
+    said = dict(re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n *\Z)", kind.__doc__, re.S | re.M))
+    define = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+        tuple[str, ...]: flags.DEFINE_list,
+    }
+    for field in dataclasses.fields(kind):
+        about = " ".join(said[field.name].split())
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        define[field.type](f"{name}.{field.name}", default, about)
+
+
+def _given(name: str, kind: type[Section]) -> Section:
+    """The dataclass of those flags.
+
+    Raises:
+        ValueError: a value that the field cannot have.
+    """
+    values = {
+        field.name: flags.FLAGS[f"{name}.{field.name}"].value for field in dataclasses.fields(kind)
+    }
+    return kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
+
+
+_define("serve", ServeConfig)
 
 
 def main(argv: list[str]) -> int:
     """Runs the mode that the flags name; returns the exit code."""
     del argv
     # Imported here, so that a mistyped flag is answered at once.
+    if _MODE.value == "serve":
+        from xmc_jax.serve import command as serving
+
+        serving.run(_artifact(), _given("serve", ServeConfig))
+        return 0
     from xmc_jax import distributed, modes
 
     fields = _CONFIG.value.to_dict()
@@ -98,9 +143,23 @@ def parse(argv: list[str]) -> list[str]:
         raise ValueError(_explain(argv, error)) from error
     if len(rest) > 1:
         raise ValueError(f"command line: expected flags alone, got {rest[1]!r}")
-    if config is None:
+    if _MODE.value in _OF_ARTIFACT:
+        _artifact()
+        _given("serve", ServeConfig)
+    elif config is None:
         raise ValueError("--config: expected a config file, e.g. --config=configs/vixml.py")
     return rest
+
+
+def _artifact() -> str:
+    """The folder of --artifact, or of the run that --workdir or --config name."""
+    if _ARTIFACT.value or _WORKDIR.value:
+        return _ARTIFACT.value or f"{_WORKDIR.value}/export"
+    if _CONFIG.value is None:
+        raise ValueError(
+            "--artifact: expected an exported folder, e.g. --artifact=runs/first/export, got none"
+        )
+    return f"runs/{_CONFIG.value.name}/export"
 
 
 def _explain(argv: list[str], error: Exception) -> str:

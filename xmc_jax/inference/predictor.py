@@ -24,8 +24,8 @@ from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document
 
 _CHECKED = 65_536  # rows looked at at a time
-# What a filter adds to a search is rounded up to one of these, or to a multiple of the last, so that
-# few are compiled.
+# What a filter adds to a search is rounded up to one of these, or to a multiple of the last: few
+# sizes are compiled.
 _EXTRA = (32, 256, 2048)
 _FEW = 4096  # labels of a restricted predictor that are searched on the host, with nothing compiled
 
