@@ -84,14 +84,9 @@ def _images(section: Mapping[str, Any]) -> image_folders.ImageStore:
     """The image folder of a dataset, made if it is not there."""
     from xmc_jax.vision import embed  # what it imports is an extra
 
-    asked, raw, dataset = section["images"], _raw(section), _dataset(section)
-    config = embed.ImagesConfig(
-        dataset=dataset,
-        data_dir=section["data_dir"],
-        **asked | {"source": asked["source"] or raw or bundled.path(dataset)},
-    )
+    asked, config = section["images"], _images_config(section)
     if not (config.folder / "manifest.json").is_file():
-        uids = embed.read_uids(dataset, raw, section["encoding"])
+        uids = embed.read_uids(config.dataset, _raw(section), section["encoding"])
         try:
             embed.make(config, uids)
         except ValueError as error:
@@ -109,6 +104,41 @@ def _images(section: Mapping[str, Any]) -> image_folders.ImageStore:
                 f"with {found}; set that, or another --config.data.images.name"
             )
     return opened
+
+
+def _images_config(section: Mapping[str, Any]) -> Any:
+    from xmc_jax.vision import embed
+
+    asked, raw, dataset = section["images"], _raw(section), _dataset(section)
+    return embed.ImagesConfig(
+        dataset=dataset,
+        data_dir=section["data_dir"],
+        **asked | {"source": asked["source"] or raw or bundled.path(dataset)},
+    )
+
+
+def pictures(fields: Mapping[str, Any]) -> dict[str, tuple[Any, list[str]]]:
+    """Image files of a config's labels and training documents, and all these items' identifiers.
+
+    Returns:
+        "label", "train" -> `vision.sources.Source` and identifiers, in its order.
+
+    Raises:
+        ValueError: the config has no images, or there are no files of them, but vectors, say.
+        ImportError: the extra `vision` is not installed.
+    """
+    from xmc_jax.vision import embed, sources
+
+    section, raw = fields["data"], _raw(fields["data"])
+    if section["images"]["name"] is None:
+        raise ValueError("data.images: expected images, found none in the config")
+    config = _images_config(section)
+    source = config.fetched if config.fetched.is_dir() else pathlib.Path(config.source).expanduser()
+    uids = embed.read_uids(_dataset(section), raw, section["encoding"])
+    return {
+        split: (sources.open(source, split, uids[split], config.by), uids[split])
+        for split in ("label", "train")
+    }
 
 
 def order(fields: Mapping[str, Any]) -> str | None:

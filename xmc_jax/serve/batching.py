@@ -1,9 +1,9 @@
 """Requests that come together are ranked together.
 
 One thread owns the predictor. While it ranks a batch, requests wait; then it takes those that wait,
-at most `max_batch` queries, and ranks them in one call. So batches fill by themselves under load. If
-there were several requests, it first waits a moment for those who have just got their answers, and
-may ask again: fewer and larger batches cost less. A lone request never waits for company.
+at most `max_batch` queries, and ranks them in one call: under load batches fill by themselves. If
+there were several requests, it first waits a moment for those who have just got their answers and
+may ask again, since fewer and larger batches cost less. A lone request never waits for company.
 """
 
 import asyncio
@@ -46,7 +46,6 @@ class Found:
 class _Request:
     queries: Sequence[Query]
     kind: str
-    since: float
     answer: asyncio.Future
 
     @property
@@ -73,7 +72,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._waiting: collections.deque[_Request] = collections.deque()
         self._weight = self._queries = 0
-        self._enough = 1  # queries, for a batch
+        self._company = 1  # requests that a batch waits for
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="ranks", daemon=True)
@@ -104,14 +103,14 @@ class Batcher:
             Full: too many wait.
             ValueError: in one line, what is wrong with a query.
         """
-        request = _Request(queries, kind, time.monotonic(), self._loop.create_future())
+        request = _Request(queries, kind, self._loop.create_future())
         with self._changed:
             if self._closing or self._weight + request.weight > self._config.queue:
                 raise Full
             self._waiting.append(request)
             self._weight += request.weight
             self._queries += len(queries)
-            if len(self._waiting) == 1 or self._queries >= self._enough:
+            if len(self._waiting) == 1 or self._is_enough():
                 self._changed.notify()
         return await request.answer
 
@@ -125,37 +124,37 @@ class Batcher:
     def _work(self) -> None:
         company, seconds = 1, 0.0
         while batch := self._gather(company, seconds):
+            requests = len(batch)
             batch = [request for request in batch if not request.answer.done()]
             if not batch:
                 continue
             started = time.monotonic()
             answers = self._answers(batch)
-            seconds, count = time.monotonic() - started, sum(len(r.queries) for r in batch)
-            company = count + self._queries
-            self._observe(count, seconds)
+            seconds = time.monotonic() - started
+            company = requests + len(self._waiting)
+            self._observe(sum(len(request.queries) for request in batch), seconds)
             self._loop.call_soon_threadsafe(_deliver, batch, answers)
 
     def _gather(self, company: int, seconds: float) -> list[_Request]:
         """What is ranked next; [] at the end.
 
         Args:
-            company: queries that the last batch and those that waited for its end were; as many are
-                waited for, who got their answers may ask again.
+            company: requests that the last batch and those that waited for its end were; who got
+                an answer may ask again, and is waited for.
             seconds: that the last batch took; no more than a part of it is waited.
         """
-        limit = self._config.max_batch
         wait = min(self._config.max_wait_ms / 1000, seconds * _WAITED)
         with self._changed:
-            self._enough = min(company, limit)
+            self._company = company
             while not self._waiting and not self._closing:
                 self._changed.wait()
             end = time.monotonic() + wait
-            while self._queries < self._enough and not self._closing:
+            while not (self._is_enough() or self._closing):
                 left = end - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
-            batch, count = [], 0
+            batch, count, limit = [], 0, self._config.max_batch
             while self._waiting and (not batch or count + len(self._waiting[0].queries) <= limit):
                 request = self._waiting.popleft()
                 batch.append(request)
@@ -163,6 +162,9 @@ class Batcher:
                 self._queries -= len(request.queries)
                 self._weight -= request.weight
             return batch
+
+    def _is_enough(self) -> bool:
+        return len(self._waiting) >= self._company or self._queries >= self._config.max_batch
 
     def _answers(self, batch: list[_Request]) -> list[Found | Exception]:
         """All together, or where that fails one by one, so that a request fails alone."""
