@@ -45,6 +45,15 @@ EXTRAS = {
         "pyarrow>=18",
         "scikit-image>=0.25",  # the descriptor "hog-colour"
     ],
+    # --mode=serve, with the event loop and the parser that make uvicorn fast.
+    "serve": [
+        "fastapi>=0.115",
+        "httptools>=0.6",
+        "prometheus-client>=0.21",
+        "pydantic>=2.9",
+        "uvicorn>=0.32",
+        "uvloop>=0.21; sys_platform != 'win32'",
+    ],
     "notebook": ["ipykernel>=6.29", "nbclient>=0.10"],
     "dev": [
         "hypothesis>=6.100",

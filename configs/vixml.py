@@ -219,6 +219,7 @@ BASE = {
         "documents": True,
         "prototypes": True,
         "index": "auto",
+        "thumbnails": "auto",
         "vision": "named",
     },
     # Another run, trained first and shown beside this one: its name, and the fields that differ.

@@ -36,6 +36,11 @@ BASE = LAYERS[-1]  # small modules without a folder; they may use one another
 
 # The only files or folders of the package that import a dependency.
 HOMES = {
+    "fastapi": ("serve/",),
+    "prometheus_client": ("serve/",),
+    "pydantic": ("serve/",),
+    "starlette": ("serve/",),
+    "uvicorn": ("serve/",),
     "PIL": (
         "vision/images.py",
         "vision/descriptor.py",

@@ -149,14 +149,9 @@ def _images(section: Mapping[str, Any], raw: pathlib.Path | None) -> image_folde
     """The image folder of a dataset, made if it is not there."""
     from xmc_jax.vision import embed  # what it imports is an extra
 
-    asked, dataset = section["images"], _dataset(section)
-    config = embed.ImagesConfig(
-        dataset=dataset,
-        data_dir=section["data_dir"],
-        **asked | {"source": _image_source(section, raw)},
-    )
+    asked, config = section["images"], _images_config(section, raw)
     if not (config.folder / "manifest.json").is_file():
-        uids = embed.read_uids(dataset, raw, section["encoding"])
+        uids = embed.read_uids(config.dataset, raw, section["encoding"])
         try:
             embed.make(config, uids)
         except ValueError as error:
@@ -179,6 +174,40 @@ def _images(section: Mapping[str, Any], raw: pathlib.Path | None) -> image_folde
 def _image_source(section: Mapping[str, Any], raw: pathlib.Path | None) -> pathlib.Path:
     """Where images are made from: what the config says, or the raw files."""
     return pathlib.Path(section["images"]["source"] or raw or bundled.path(_dataset(section)))
+
+
+def _images_config(section: Mapping[str, Any], raw: pathlib.Path | None) -> Any:
+    from xmc_jax.vision import embed
+
+    return embed.ImagesConfig(
+        dataset=_dataset(section),
+        data_dir=section["data_dir"],
+        **section["images"] | {"source": _image_source(section, raw)},
+    )
+
+
+def picture_files(fields: Mapping[str, Any]) -> dict[str, tuple[Any, list[str]]]:
+    """Image files of a config's labels and training documents, and all these items' identifiers.
+
+    Returns:
+        "label", "train" -> `vision.sources.Source` and identifiers, in its order.
+
+    Raises:
+        ValueError: the config has no images, or there are no files of them, but vectors, say.
+        ImportError: the extra `vision` is not installed.
+    """
+    from xmc_jax.vision import embed, sources
+
+    section, raw = fields["data"], _raw(fields["data"])
+    if section["images"]["name"] is None:
+        raise ValueError("data.images: expected images, found none in the config")
+    config = _images_config(section, raw)
+    source = config.fetched if config.fetched.is_dir() else pathlib.Path(config.source).expanduser()
+    uids = embed.read_uids(_dataset(section), raw, section["encoding"])
+    return {
+        split: (sources.open(source, split, uids[split], config.by), uids[split])
+        for split in ("label", "train")
+    }
 
 
 def order(fields: Mapping[str, Any]) -> str | None:

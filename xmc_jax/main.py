@@ -16,6 +16,8 @@ Modes:
               training: --labels.add, --labels.update and --labels.remove name files.
     report    write report.html of --workdir again, or of a run that is under way.
     plan      say what the run needs on --topology, and whether it fits; exit code 1 if not.
+    serve     answer queries over HTTP from --artifact, what export wrote, with --serve.*; needs no
+              --config.
 """
 
 import dataclasses
@@ -39,6 +41,7 @@ from ml_collections import ConfigDict, config_flags
 
 from xmc_jax import command
 from xmc_jax.inference.config import LabelsConfig, PredictConfig
+from xmc_jax.serve.config import ServeConfig
 
 
 def _settings(section: str, kind: type) -> Callable[[], Any]:
@@ -80,7 +83,7 @@ _MODE = flags.DEFINE_enum(
     "train",
     [
         *("prepare", "train", "evaluate", "tune", "embed", "index", "export", "predict"),
-        *("labels", "report", "plan"),
+        *("labels", "serve", "report", "plan"),
     ],
     "What to do.",
 )
@@ -90,7 +93,7 @@ _STEP = flags.DEFINE_string(
 _ARTIFACT = flags.DEFINE_string(
     "artifact",
     None,
-    "Of --mode=predict and labels: what --mode=export wrote, <workdir>/export if not given; with "
+    "Of predict, labels and serve: what --mode=export wrote, <workdir>/export if not given; with "
     "it, neither --config nor --workdir is needed.",
 )
 _INPUT = flags.DEFINE_string(
@@ -104,6 +107,7 @@ _OVERWRITE = flags.DEFINE_bool(
 )
 _PREDICT = _settings("predict", PredictConfig)
 _LABELS = _settings("labels", LabelsConfig)
+_SERVE = _settings("serve", ServeConfig)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "cpu", "Of --mode=plan: cpu, cpu:8, gpu:h100x8, v5e:4x4, v5p:2x2x4, ..."
 )
@@ -123,7 +127,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     None,
     "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
-_OF_ARTIFACT = ("predict", "labels")  # modes that need no config, but an exported model
+_OF_ARTIFACT = ("predict", "labels", "serve")  # modes that need no config, but an exported model
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
 
 
@@ -147,6 +151,7 @@ def main(argv: list[str]) -> int:
         overwrite=_OVERWRITE.value,
         predict=_PREDICT(),
         labels=_LABELS(),
+        serve=_SERVE(),
     )
     distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
     distributed.agree("config", fields)
@@ -190,7 +195,7 @@ def parse(argv: list[str]) -> list[str]:
         for flag in (_INPUT, _OUTPUT):
             if not flag.value:
                 raise ValueError(f"--{flag.name}: expected a file, or -, got none")
-    for settings in (_PREDICT, _LABELS):
+    for settings in (_PREDICT, _LABELS, _SERVE):
         settings()  # raises what does not fit
     return rest
 

@@ -24,6 +24,8 @@ from xmc_jax.reporting import page
 from xmc_jax.retrieval import evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
+from xmc_jax.serve import command as serving
+from xmc_jax.serve.config import ServeConfig
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -49,6 +51,7 @@ class Asked:
         overwrite: likewise.
         predict: likewise.
         labels: of the mode labels.
+        serve: of the mode serve.
     """
 
     fields: Mapping[str, Any] | None
@@ -62,6 +65,7 @@ class Asked:
     overwrite: bool = False
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
     labels: LabelsConfig = dataclasses.field(default_factory=LabelsConfig)
+    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
 
 
 def run(mode: str, asked: Asked) -> int:
@@ -79,7 +83,7 @@ def run(mode: str, asked: Asked) -> int:
     """
     if asked.fields is not None:
         RunConfig.from_dict(asked.fields)  # mistaken fields first
-    if mode in ("export", "predict", "labels") and jax.process_count() > 1:
+    if mode in ("export", "predict", "labels", "serve") and jax.process_count() > 1:
         raise ValueError(
             f"--mode={mode}: expected one process, got {jax.process_count()}; one reads the "
             "checkpoints of many: --distributed=off"
@@ -92,6 +96,7 @@ def run(mode: str, asked: Asked) -> int:
         "report": _report,
         "predict": _predict,
         "labels": _labels,
+        "serve": _serve,
     }
     if mode in whole:
         return whole[mode](asked)
@@ -290,6 +295,12 @@ def _labels(asked: Asked) -> int:
         f"like trained ones, {found.updated:,} updated, {found.removed:,} removed; "
         f"{found.labels:,} now{recall}"
     )
+    return 0
+
+
+def _serve(asked: Asked) -> int:
+    """Answers queries over HTTP until it is told to end."""
+    serving.run(str(_opened(asked).folder), asked.serve)
     return 0
 
 

@@ -17,13 +17,14 @@ from etils import epath
 from xmc_jax import build, sharding
 from xmc_jax.data import prompts, store, texts, tokenizer
 from xmc_jax.export import cards
-from xmc_jax.inference import artifact
+from xmc_jax.inference import artifact, thumbnails
 from xmc_jax.models import hf, hf_export
 from xmc_jax.retrieval import scann
 from xmc_jax.training.run import Run
 from xmc_jax.types import TrainState
 
 _VERSIONS = ("flax", "jax", "numpy", "safetensors", "scann", "tokenizers", "transformers")
+_MOST_THUMBNAILS = 200_000  # of a kind, unless they are asked for: two kilobytes each
 _VISION_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", hf.INDEX)
 
 
@@ -136,6 +137,7 @@ def _fill(
         "prototypes": None,
         "documents": None,
         "index": None,
+        "thumbnails": None,
         "config": _json(fields),
     }
     embeddings = _labels(folder / "labels", run, state)
@@ -157,6 +159,8 @@ def _fill(
         content["index"] = _part("index", data.num_labels, model) | _index(
             folder / "index", run, state, embeddings
         )
+    if config.thumbnails == "always" or (config.thumbnails == "auto" and data.images is not None):
+        content["thumbnails"] = _thumbnails(folder / "thumbnails", fields, run)
     for name, text in cards.make(content, fields, run).items():
         (folder / name).write_text(text, encoding="utf-8")
     artifact.write_manifest(folder, content)
@@ -265,6 +269,42 @@ def _index(
     found = scann.compare(index, np.asarray(embeddings), queries[::2], k)
     logging.info("ScaNN finds %.2f %% of the exact %d", 100 * found["recall"], k)
     return {"recall": found["recall"], "k": k, "queries": len(queries[::2])}
+
+
+def _thumbnails(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> dict[str, Any] | None:
+    """Writes them; returns the folder and counts. None where there are no image files."""
+    required = run.config.export.thumbnails == "always"
+    try:
+        from xmc_jax.vision import thumbnails as making  # an extra
+
+        found = build.picture_files(fields)
+    except (ImportError, ValueError) as error:
+        if required:
+            raise ValueError(f"export.thumbnails: expected image files, found none: {error}") from (
+                error
+            )
+        logging.info("no thumbnails, since there are no image files: %s", error)
+        return None
+    folder.mkdir()
+    section: dict[str, Any] = {"folder": folder.name}
+    splits = {"labels": "label", "documents": "train"}
+    if not run.config.export.documents:
+        del splits["documents"]
+    for kind in thumbnails.KINDS:
+        section[kind] = 0
+        source, uids = found.get(splits.get(kind), (None, ()))
+        if len(uids) > _MOST_THUMBNAILS and not required:
+            logging.info(
+                "no thumbnails of %d %s; --config.export.thumbnails=always makes them",
+                len(uids),
+                kind,
+            )
+        elif uids:
+            section[kind] = thumbnails.save(folder, kind, making.make(source, uids))
+    if not any(section[kind] for kind in thumbnails.KINDS):
+        folder.rmdir()
+        return None
+    return section
 
 
 def _part(folder: str, count: int, model: artifact.ModelInput) -> dict[str, Any]:

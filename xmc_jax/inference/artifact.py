@@ -12,6 +12,7 @@
     documents/               embeddings.npy f32[N, D]; their labels: positives.indptr.npy,
                              positives.indices.npy; ids and texts
     index/                   of ScaNN, over the labels
+    thumbnails/              small pictures of labels and documents, see `inference.thumbnails`
     vision/                  the image encoder, where it is carried
     README.md, DATA_CARD.md, LICENSE.md for people; not recorded, so that they can be added to
 
@@ -35,6 +36,7 @@ import numpy as np
 from xmc_jax.data import texts
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import sha256
+from xmc_jax.inference.thumbnails import KINDS, Thumbnails
 from xmc_jax.models import dual, hf
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.types import ORDERS, Prompts
@@ -44,7 +46,7 @@ FORMAT = 1
 MANIFEST = "artifact.json"
 TEXTS = ("title", "title_content")
 """What an item's text may be made of."""
-PARTS = ("labels", "prototypes", "documents", "index", "vision")
+PARTS = ("labels", "prototypes", "documents", "index", "thumbnails", "vision")
 """Folders of the artifact, or what their names begin with: `labels`, `labels-2`, ..."""
 
 _READ = (".json", ".model", ".npy", ".safetensors", ".txt")  # suffixes of what is opened
@@ -216,6 +218,7 @@ class Artifact:
         labels: see `Labels`.
         documents: None where they were left out.
         index: folder of the labels' ScaNN index; None without.
+        thumbnails: pictures of "labels" and "documents", where some have one.
     """
 
     folder: pathlib.Path
@@ -226,6 +229,7 @@ class Artifact:
     labels: Labels
     documents: Documents | None
     index: pathlib.Path | None
+    thumbnails: Mapping[str, Thumbnails]
 
     @property
     def name(self) -> str:
@@ -339,6 +343,7 @@ def open(folder, verify: bool = True) -> Artifact:
         labels=labels,
         documents=documents,
         index=None if index is None else folder / index.folder,
+        thumbnails=_thumbnails(folder, manifest),
     )
 
 
@@ -492,6 +497,25 @@ def _documents(folder: pathlib.Path, shape: tuple[int, int], num_labels: int) ->
         embeddings=_array(folder / "embeddings.npy", np.float32, shape),
         positives=Csr(indptr, indices, None, num_labels),
     )
+
+
+def _thumbnails(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Thumbnails]:
+    section, where = manifest.get("thumbnails"), folder / MANIFEST
+    if section is None:
+        return {}
+    counts = {kind: section.get(kind) for kind in KINDS} if isinstance(section, dict) else {}
+    if not counts or not all(type(count) is int for count in counts.values()):
+        raise ValueError(f"{where}: thumbnails: expected a folder and counts, found {section!r}")
+    _check_inside(where, section.get("folder"))
+    opened = {}
+    for kind in (kind for kind in KINDS if counts[kind]):
+        opened[kind] = found = Thumbnails(folder / section["folder"], kind)
+        if len(found) != counts[kind]:
+            raise ValueError(
+                f"{folder / section['folder']}: expected {counts[kind]} pictures of {kind}, found "
+                f"{len(found)}; copy or export the folder again"
+            )
+    return opened
 
 
 def _texts(folder: pathlib.Path, name: str, count: int) -> texts.Texts:

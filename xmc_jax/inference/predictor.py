@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,9 @@ from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import drop_filtered
 
 _CHECKED = 65_536  # rows looked at at a time
-_STEP = 32  # what a filter adds to a search is rounded up to this, so that few are compiled
+# What a filter adds to a search is rounded up to one of these, or to a multiple of the last: few
+# sizes are compiled.
+_EXTRA = (32, 256, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Predictor:
         self.artifact, self._tower, self._index = opened, tower, index
         self._whole = labels is None
         self.labels = np.arange(len(opened.labels), dtype=np.int32) if self._whole else labels
+        self._of: Predictor | None = None  # what it is a part of
         self._lock = threading.RLock()
         self._approximate = None
         wanted = index == "scann" or (index == "auto" and self._whole and scann.available())
@@ -160,11 +163,11 @@ class Predictor:
             embedded = self._tower.encode(queries, rows=rows, problems=problems)
             return self.rank_embedded(embedded, queries, k, ranking, rows, problems)
 
-    def embed(self, documents: Sequence[str | Query]) -> np.ndarray:
-        """f32[n, D], unit embeddings of documents."""
+    def embed(self, documents: Sequence[str | Query], rows: tuple[int, ...] = ROWS) -> np.ndarray:
+        """f32[n, D], unit embeddings of documents; `rows` as of `Tower.encode`."""
         queries = [Query(text=q) if isinstance(q, str) else q for q in documents]
         with self._lock:
-            return self._tower.encode(queries)
+            return self._tower.encode(queries, rows=rows)
 
     def rank_embedded(
         self,
@@ -193,7 +196,7 @@ class Predictor:
                 problems[number] = str(error)
                 continue
             excluded = len(asked[number][1])
-            of_extra.setdefault(-(-excluded // _STEP) * _STEP, []).append(number)
+            of_extra.setdefault(_extra(excluded), []).append(number)
         # Apart, so that no document's search depends on what is excluded for another.
         for extra, numbers in of_extra.items() if len(self.labels) else ():
             some = [asked[number] for number in numbers]
@@ -208,19 +211,30 @@ class Predictor:
         Raises:
             ValueError: the artifact was exported without documents.
         """
-        if self.artifact.documents is None:
-            raise ValueError(
-                f"{self.artifact.folder}: expected training documents, found none; export with "
-                "--config.export.documents=True"
-            )
-        embedded = self.embed(documents)
+        scores, rows = self.neighbours_embedded(self.embed(documents), k)
         there = self.artifact.documents
-        with self._lock:
-            scores, rows = self._documents.search(embedded, min(k, len(there)), ROWS)
         return [
             [Prediction(there.ids[row], there.texts[row], score) for row, score in zip(*pair)]
             for pair in zip(rows.tolist(), scores.tolist())
         ]
+
+    def neighbours_embedded(
+        self, embedded: np.ndarray, k: int, rows: tuple[int, ...] = ROWS
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `neighbours`, of f32[n, D] embeddings.
+
+        Returns:
+            f32[n, min(k, N)] inner products, descending, and i32[n, min(k, N)] rows of the
+            artifact's documents.
+        """
+        there = self.artifact.documents
+        if there is None:
+            raise ValueError(
+                f"{self.artifact.folder}: expected training documents, found none; export with "
+                "--config.export.documents=True"
+            )
+        with self._lock:
+            return self._documents.search(embedded, min(k, len(there)), rows)
 
     def restricted(self, ids: Iterable[str]) -> "Predictor":
         """The same over some of the labels; searched exactly.
@@ -232,8 +246,10 @@ class Predictor:
             ValueError: there is no such label.
         """
         rows = np.unique(np.array([self.row(name) for name in ids], np.int32))
-        rows = rows[np.isin(rows, self.labels)]
-        return Predictor(self.artifact, self._tower, "exact", rows)
+        rows = rows if self._whole else rows[np.isin(rows, self.labels)]
+        part = Predictor(self.artifact, self._tower, "exact", rows)
+        part._of = self._of or self
+        return part
 
     def row(self, name: str) -> int:
         """The row of a label's id.
@@ -249,13 +265,39 @@ class Predictor:
             )
         return row
 
-    def warm_up(self, k: int, ranking: str = "auto", rows: tuple[int, ...] = ROWS) -> None:
-        """Compiles what predictions of up to the largest block need."""
-        text = "word " * self.artifact.model.max_length
-        for size in rows:
-            for share in range(1, 5):
-                words = " ".join(text.split()[: max(1, len(text.split()) * share // 4 - 2)])
-                self.rank([words] * size, k, ranking, rows)
+    def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
+        """See `Tower.prepare`; several threads may."""
+        return self._tower.prepare(image, limits)
+
+    def warm_up(
+        self, k: int, rows: tuple[int, ...] = ROWS, exclude: int = 0, neighbours: int = 0
+    ) -> None:
+        """Compiles and reads all that predictions may need.
+
+        Args:
+            k: labels per document, neither more nor fewer.
+            rows: see `Tower.encode`.
+            exclude: at most so many labels are excluded of a document.
+            neighbours: training documents per document, likewise.
+        """
+        with self._lock:
+            self._tower.warm_up(rows)
+            rankings = ["plain"] if self.artifact.documents is None else ["plain", "augmented"]
+            extras = sorted({_extra(n) for n in (0, *_EXTRA, exclude) if n <= _extra(exclude)})
+            nothing = (None, np.zeros(0, np.int32))
+            for size in rows:
+                embedded = np.zeros((size, self.artifact.model.width), np.float32)
+                for mix in map(self._mix, rankings):
+                    for extra in extras:
+                        self._ranked(embedded, [nothing] * size, extra, k, mix, rows)
+                if neighbours and self.artifact.documents is not None:
+                    self.neighbours_embedded(embedded, neighbours, rows)
+            self.row(self.artifact.labels.ids[0])
+
+    def warm_up_pictures(self) -> None:
+        """See `Tower.warm_up_pictures`."""
+        with self._lock:
+            self._tower.warm_up_pictures()
 
     def _prediction(self, row: int, score: float) -> Prediction:
         there = self.artifact.labels
@@ -375,6 +417,8 @@ class Predictor:
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
+        if self._of is not None:
+            return self._of._row_of
         return {name: row for row, name in enumerate(self.artifact.labels.ids)}
 
     @functools.cached_property
@@ -384,6 +428,8 @@ class Predictor:
 
     @functools.cached_property
     def _documents(self) -> "_Rows":
+        if self._of is not None:
+            return self._of._documents
         return _Rows(self.artifact.documents.embeddings, self._tower.mesh)
 
     @property
@@ -452,6 +498,12 @@ def _mixed(
     items = augmented.to_mix(mix, nearest, retrieved, pairs, count)
     mixed = augmented.augment(*items, positives, mix, k + extra, prior)
     return drop_filtered(*mixed, pairs, k)
+
+
+def _extra(excluded: int) -> int:
+    """What a search asks for besides, where so many may have to be left out."""
+    fitting = next((size for size in (0, *_EXTRA) if size >= excluded), None)
+    return -(-excluded // _EXTRA[-1]) * _EXTRA[-1] if fitting is None else fitting
 
 
 class _Rows:

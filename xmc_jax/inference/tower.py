@@ -1,13 +1,16 @@
 """The encoder of an artifact: texts and pictures to embeddings, as in training.
 
-Few shapes are compiled: an item goes with those of about its length, in blocks of a few sizes. A
-row's embedding is a function of the item and the shape of its block, not of what else is there.
+Few shapes are compiled. Items are sorted by length and go in blocks of a few sizes, without their
+padding, in the smallest room of a few that holds their tokens; so a batch of any few texts is one
+call. The last bits of an embedding follow from the shape of its block. Where they may not depend on
+what else is encoded, blocks of one size are asked for, of items of about the same length.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,11 +26,12 @@ from xmc_jax.data import packing
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.inference.artifact import Artifact, ImageInput
 from xmc_jax.models import dual, hf
-from xmc_jax.types import Inputs, own_tokens
+from xmc_jax.types import Inputs, Packing, own_tokens
 
 ROWS = (1, 8, 64, 256)
 """Sizes of blocks: the smallest that holds what is left, the largest while there is more."""
 _WIDTHS = 4  # at most so many lengths of sequences
+_STEPS = (1, 1.5)  # rooms are these times a power of two of the longest sequence
 _IMAGES = 8  # encoded at a time
 _AT_A_TIME = 4096  # items that are tokenised, and whose pictures' vectors are held
 
@@ -38,11 +42,29 @@ class Item:
 
     Attributes:
         text: perhaps empty.
-        images: its pictures, as bytes of image files; more than the model takes are left out.
+        images: its pictures, as bytes of image files, or as `Tower.prepare` makes them of these;
+            more than the model takes are left out.
     """
 
     text: str
-    images: Sequence[bytes] = ()
+    images: Sequence[bytes | np.ndarray] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """Items that are encoded in one call.
+
+    Attributes:
+        items: i[m], which.
+        places: i[m], of the rows of the call, theirs.
+        size: rows of the call.
+        room: of a device's part of them.
+    """
+
+    items: np.ndarray
+    places: np.ndarray
+    size: int
+    room: Packing
 
 
 class Tower:
@@ -127,36 +149,121 @@ class Tower:
         if not self._input.prompts.head:
             for number in np.flatnonzero(lengths == 0).tolist():
                 problems.setdefault(number, "expected a text or a picture, got neither")
-        fitting = np.searchsorted(self._widths, lengths)
-        fitting[list(problems)] = -1
-        blocks = []
-        for number, width in enumerate(self._widths):
-            of_width = np.flatnonzero(fitting == number)
-            while len(of_width):
-                size = next((r for r in rows if r >= len(of_width)), rows[-1])
-                size = -(-size // self._shards) * self._shards
-                blocks.append((of_width[:size], size, int(width)))
-                of_width = of_width[size:]
-        pending: list[tuple[np.ndarray, jax.Array]] = []
-        for chosen, size, width in blocks:
-            pending.append((chosen, self._block(inputs, chosen, size, width, pooled)))
+        whole = np.setdiff1d(np.arange(len(items)), list(problems))
+        pending: list[tuple[_Block, jax.Array]] = []
+        for block in self._blocks(lengths, whole, rows):
+            pending.append((block, self._embedded(inputs, block, pooled)))
             if len(pending) > 1:  # one is fetched while the next is computed
                 self._take(out, *pending.pop(0))
-        for chosen, found in pending:
-            self._take(out, chosen, found)
+        for block, found in pending:
+            self._take(out, block, found)
         return out
 
-    def _take(self, out: np.ndarray, chosen: np.ndarray, found: jax.Array) -> None:
-        out[chosen] = jax.device_get(found)[: len(chosen)]
+    def warm_up(self, rows: tuple[int, ...] = ROWS) -> None:
+        """Compiles all that `encode` of texts may need, and of pictures if their encoder is there.
 
-    def _block(
-        self, inputs: Inputs, chosen: np.ndarray, size: int, width: int, pooled: bool
-    ) -> jax.Array:
-        rows = np.resize(chosen, size)  # what is missing repeats what is there
-        block = jax.tree.map(lambda x: x[rows], inputs)
-        block = sharding.put_batch(block, size, self.mesh)
-        room = packing.whole(size // self._shards, width)
-        output = self._run(self._params, block.replace(packing=room))
+        Args:
+            rows: see `encode`.
+        """
+        T, images = self._input.max_length, self._input.images
+        for size, rooms in self._rooms(rows).items():
+            inputs = Inputs(np.zeros((size, T), np.int32), np.full(size, -1, np.int32))
+            if images is not None:
+                inputs = inputs.replace(
+                    images=np.zeros((size, images.per_item, images.width), np.float16),
+                    image_count=np.zeros(size, np.int32),
+                )
+            for room in rooms:
+                everything = _Block(np.arange(size), np.arange(size), size, room)
+                jax.block_until_ready(self._embedded(inputs, everything, pooled=False))
+
+    def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
+        """What `Item.images` may hold in place of an image file; for other threads, too.
+
+        Args:
+            image: an image file.
+            limits: see `vision.images.Limits`.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        self._check_takes_pictures()
+        return self._pictures.prepare(image, limits)
+
+    def warm_up_pictures(self) -> None:
+        """Loads the image encoder and compiles it.
+
+        Raises:
+            ValueError: the model takes no pictures, or their encoder is not there.
+        """
+        self._check_takes_pictures()
+        self._pictures.warm_up()
+
+    def _check_takes_pictures(self) -> None:
+        if self._input.images is None:
+            raise ValueError(
+                f"{self.artifact.folder}: expected no pictures, since the model was trained "
+                "without, got some"
+            )
+
+    def _take(self, out: np.ndarray, block: "_Block", found: jax.Array) -> None:
+        out[block.items] = jax.device_get(found)[block.places]
+
+    def _rooms(self, rows: tuple[int, ...]) -> dict[int, list[Packing]]:
+        """The rooms of a device for each size of a block, ascending."""
+        longest, rooms = int(self._widths[-1]), {}
+        for size, before in zip(rows, (0, *rows)):
+            each = -(-size // self._shards)
+            if each == 1 or len(rows) == 1:
+                of_size = [packing.whole(each, int(width)) for width in self._widths]
+            else:
+                powers = (step * 2**i for i in range(each.bit_length()) for step in _STEPS)
+                steps = {int(x) for x in powers if x == int(x) and before / 2 / self._shards <= x}
+                # Sequences without padding lie in it, and each may be as long as any.
+                of_size = [
+                    Packing(longest * step, ((each, longest),))
+                    for step in sorted({x for x in steps if x < each} | {each})
+                ]
+            rooms[each * self._shards] = of_size
+        return rooms
+
+    def _blocks(
+        self, lengths: np.ndarray, chosen: np.ndarray, rows: tuple[int, ...]
+    ) -> Iterator["_Block"]:
+        """How some items, i[m], are dealt to blocks, of the lengths i[n] of all."""
+        rooms = self._rooms(rows)
+        order = chosen[np.argsort(-lengths[chosen], kind="stable")]
+        if len(rows) == 1:
+            fitting = np.searchsorted(self._widths, lengths)
+            groups = [order[fitting[order] == number] for number in range(len(self._widths))]
+        else:
+            groups = [order]
+        for left in groups:
+            while len(left):
+                size = next((r for r in rooms if r >= len(left)), max(rooms))
+                items, left = left[:size], left[size:]
+                # Dealt to the devices in turn, so that these have about as many tokens each.
+                number = np.arange(len(items))
+                places = number % self._shards * (size // self._shards) + number // self._shards
+                tokens = int(lengths[items][:: self._shards].sum())
+                most = int(lengths[items[0]])
+                room = next(
+                    room
+                    for room in rooms[size]
+                    if most <= room.classes[-1][1] and (room.padded or tokens <= room.tokens)
+                )
+                yield _Block(items, places, size, room)
+
+    def _embedded(self, inputs: Inputs, block: "_Block", pooled: bool) -> jax.Array:
+        rows = np.full(block.size, block.items[0])
+        rows[block.places] = block.items
+        taken = jax.tree.map(lambda x: x[rows], inputs)
+        if not block.room.padded:  # else the rows that are left repeat what is there
+            nobody = np.ones(block.size, bool)
+            nobody[block.places] = False
+            taken.lengths[nobody] = -1
+        taken = sharding.put_batch(taken, block.size, self.mesh)
+        output = self._run(self._params, taken.replace(packing=block.room))
         return output.pooled if pooled else output.unit
 
     def _apply(self, params: Any, inputs: Inputs) -> Any:
@@ -172,7 +279,7 @@ class Tower:
         inputs = Inputs(tokens=tokens, lengths=lengths)
         if self._input.images is None:
             for number, item in enumerate(items):
-                if item.images:
+                if len(item.images):
                     problems[number] = (
                         "expected no pictures, since the model was trained without, got "
                         f"{len(item.images)}"
@@ -215,9 +322,10 @@ class _Pictures:
 
     def __init__(self, folder: pathlib.Path, asked: ImageInput):
         self._folder, self._asked = folder, asked
+        self._lock = threading.Lock()
 
     def encode(
-        self, images: Sequence[Sequence[bytes]], problems: dict[int, str]
+        self, images: Sequence[Sequence[bytes | np.ndarray]], problems: dict[int, str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """f16[n, K, E] and i32[n]; needs the encoder only where there are pictures.
 
@@ -231,9 +339,9 @@ class _Pictures:
         places = [(i, k) for i, count in enumerate(counts.tolist()) for k in range(count)]
         if not places:
             return vectors, counts
-        encoder = self._encoder
+        encoder = self._loaded()
         parts = [places[i : i + self._size] for i in range(0, len(places), self._size)]
-        for part, prepared in zip(parts, self._prepared(encoder, images, parts)):
+        for part, prepared in zip(parts, self._prepared(images, parts)):
             whole = []
             for (i, k), found in zip(part, prepared):
                 if isinstance(found, str):
@@ -248,31 +356,48 @@ class _Pictures:
 
     def _prepared(
         self,
-        encoder: Any,
-        images: Sequence[Sequence[bytes]],
+        images: Sequence[Sequence[bytes | np.ndarray]],
         parts: list[list[tuple[int, int]]],
     ) -> Iterator[list[np.ndarray | str]]:
         """What the encoder takes of each part, or what is wrong; the next part is under way."""
         under_way: list[list[Future]] = []
         for part in parts:
             files = [images[i][k] for i, k in part]
-            under_way.append([self._threads.submit(self._prepare, encoder, x) for x in files])
+            under_way.append([self._threads.submit(self._prepare, x) for x in files])
             if len(under_way) > 1:
                 yield [future.result() for future in under_way.pop(0)]
         for futures in under_way:
             yield [future.result() for future in futures]
 
-    def _prepare(self, encoder: Any, data: bytes) -> np.ndarray | str:
-        from xmc_jax.vision import images  # an extra, which the encoder has asked for
-
+    def _prepare(self, image: bytes | np.ndarray) -> np.ndarray | str:
+        if isinstance(image, np.ndarray):
+            return image
         try:
-            return encoder.prepare(images.decode(data, alpha=self._asked.alpha))
+            return self.prepare(image)
         except ValueError as error:
             return str(error)
+
+    def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
+        """See `Tower.prepare`."""
+        encoder = self._loaded()
+        from xmc_jax.vision import images  # an extra, which the encoder has asked for
+
+        return encoder.prepare(images.decode(image, limits or images.Limits(), self._asked.alpha))
+
+    def warm_up(self) -> None:
+        """See `Tower.warm_up_pictures`."""
+        encoder = self._loaded()
+        from xmc_jax.vision import images
+
+        jax.block_until_ready(encoder.embed([encoder.prepare(images.white(8))]))
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(os.cpu_count())
+
+    def _loaded(self) -> Any:
+        with self._lock:  # several threads may prepare
+            return self._encoder
 
     @property
     def _size(self) -> int:

@@ -85,6 +85,8 @@ class ExportConfig:
         prototypes: with what label prototypes are made of, for adding and changing labels.
         index: "auto", a ScaNN index where there are `eval.scann.brute_force_below` labels or more
             and scann is installed; "scann", always; "none".
+        thumbnails: small pictures of labels and training documents, to be shown: "auto", where
+            image files are at hand, up to 200,000 of each; "always"; "none".
         vision: "named", the image encoder by name, revision and digest; or "carried", its files.
     """
 
@@ -93,6 +95,7 @@ class ExportConfig:
     documents: bool = True
     prototypes: bool = True
     index: str = "auto"
+    thumbnails: str = "auto"
     vision: str = "named"
 
     def __post_init__(self):
@@ -100,6 +103,7 @@ class ExportConfig:
             ("format", hf_export.FORMATS),
             ("dtype", hf_export.DTYPES),
             ("index", ("auto", "scann", "none")),
+            ("thumbnails", ("auto", "always", "none")),
             ("vision", ("named", "carried")),
         ):
             if getattr(self, name) not in known:

@@ -185,6 +185,20 @@ def _rgb(image: Image.Image, alpha: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def thumbnail(image: Image.Image, side: int) -> bytes:
+    """A WebP file of an image of mode RGB, shrunk to `side` pixels per side if it is larger."""
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80, method=6)
+    return file.getvalue()
+
+
+def white(size: int) -> Image.Image:
+    """A white square, size x size, RGB."""
+    return Image.new("RGB", (size, size), "white")
+
+
 def pad_square(image: Image.Image, size: int) -> Image.Image:
     """The image shrunk into a square if it is larger, its proportions kept, on white.
 

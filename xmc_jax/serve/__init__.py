@@ -1,0 +1,1 @@
+"""An exported model behind HTTP: `python -m xmc_jax.main --mode=serve`; see docs/serve.md."""

@@ -1,0 +1,21 @@
+"""The mode `serve`, for where its extra may be missing."""
+
+import pathlib
+
+from xmc_jax.serve.config import ServeConfig
+
+
+def run(folder: str, config: ServeConfig) -> None:
+    """See `server.run`.
+
+    Raises:
+        ValueError: likewise; or the extra "serve" is not installed.
+    """
+    try:
+        from xmc_jax.serve import server
+    except ImportError as error:
+        raise ValueError(
+            f'--mode=serve: expected the packages of the extra "serve", found no {error.name}; '
+            'install it: pip install -e ".[serve]"'
+        ) from error
+    server.run(pathlib.Path(folder), config)

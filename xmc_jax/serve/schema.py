@@ -1,0 +1,189 @@
+"""What requests and answers look like, and what is wrong with a request, in one line."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from xmc_jax.serve.config import ServeConfig
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Classes of the bodies of requests.
+
+    Attributes:
+        predict: of /v1/predict.
+        neighbours: of /v1/neighbours.
+    """
+
+    predict: type[BaseModel]
+    neighbours: type[BaseModel]
+
+
+def requests(config: ServeConfig) -> Requests:
+    """The classes, with the limits of a config."""
+    Id = Annotated[str, Field(max_length=config.max_text)]
+    count = Field(10, ge=1, le=config.max_k, description="How many of each query; at most so many.")
+
+    class Item(_Strict):
+        text: Annotated[str, Field(max_length=config.max_text)] = ""
+        images: list[str] = Field(
+            [],
+            description="Image files in base64, or as data: URLs; nothing is fetched.",
+        )
+
+    class Query(Item):
+        only: Annotated[list[Id], Field(max_length=config.max_only)] | None = Field(
+            None, description="Ids of the labels that may be ranked; all if left out."
+        )
+        exclude: list[Id] = Field(
+            [], max_length=config.max_exclude, description="Ids of labels that may not be ranked."
+        )
+
+    class Predict(_Strict):
+        queries: list[Query] = Field(min_length=1, max_length=config.max_queries)
+        k: int = count
+        ranking: Literal["auto", "plain", "augmented"] = Field(
+            "auto",
+            description="plain: labels by inner product; augmented: mixed with the labels of near "
+            "training documents; auto: as the model was exported.",
+        )
+
+    class Neighbours(_Strict):
+        queries: list[Item] = Field(min_length=1, max_length=config.max_queries)
+        k: int = count
+
+    return Requests(Predict, Neighbours)
+
+
+class Error(_Strict):
+    """Why a request was refused."""
+
+    error: str = Field(description="One line.")
+
+
+class Named(_Strict):
+    """A label."""
+
+    id: str
+    text: str
+
+
+class Ranked(Named):
+    """A label or a document that was ranked."""
+
+    score: float = Field(description="Inner product in [-1, 1]; augmented, a share in [0, 1].")
+    image: str | None = Field(description="Path of a small picture of it, if there is one.")
+
+
+class Document(Ranked):
+    """A training document."""
+
+    labels: list[Named] = Field(description="Its first labels.")
+
+
+class Labels(_Strict):
+    """The labels of a query, best first."""
+
+    labels: list[Ranked]
+
+
+class Documents(_Strict):
+    """The training documents near a query, nearest first."""
+
+    documents: list[Document]
+
+
+class Predictions(_Strict):
+    """Of each query, in their order."""
+
+    ranking: Literal["plain", "augmented"]
+    results: list[Labels]
+
+
+class Neighbourhoods(_Strict):
+    """Of each query, in their order."""
+
+    results: list[Documents]
+
+
+class Label(Named):
+    """A label, and how many training documents have it."""
+
+    frequency: int
+    image: str | None
+
+
+class ImageInput(_Strict):
+    """Whether queries may have images."""
+
+    possible: bool
+    reason: str | None = Field(description="Why not.")
+    per_query: int = Field(description="At most so many.")
+
+
+class Info(_Strict):
+    """What is served."""
+
+    name: str
+    digest: str = Field(description="SHA-256 of artifact.json.")
+    created: str
+    version: str = Field(description="Of xmc_jax, that serves.")
+    dataset: str
+    labels: int
+    documents: int
+    rankings: list[str] = Field(description="The first is the default.")
+    images: ImageInput
+    metrics: dict[str, dict[str, float]] = Field(description="On the test set, as fractions.")
+    limits: dict[str, float]
+    examples: list[str] = Field(description="Texts of some training documents.")
+
+
+class Health(_Strict):
+    """Whether the server does what it is for."""
+
+    status: str
+
+
+_STARTS = ("Input should be ", "Input should have ", "String should have ", "List should have ")
+_EXPECTED = {
+    "missing": "expected a value, got none",
+    "extra_forbidden": "no such field",
+}
+
+
+def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+    """Status and one line for what pydantic says of a request."""
+    error = errors[0]
+    kind, where = error["type"], _path(error["loc"])
+    if kind == "json_invalid":
+        said = " ".join(str(error.get("ctx", {}).get("error", "another")).split())
+        return 400, f"body: expected JSON, got: {said}"
+    if kind in _EXPECTED:
+        return 422, f"{where}: {_EXPECTED[kind]}"
+    said = " ".join(error["msg"].split())
+    for start in _STARTS:
+        said = said.removeprefix(start)
+    said = said.split(" after validation")[0]
+    return 422, f"{where}: expected {said[:1].lower()}{said[1:]}, got {_got(error.get('input'))}"
+
+
+def _got(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, str) and len(value) > 60:
+        return f"{len(value)} characters"
+    return repr(value)[:60]
+
+
+def _path(parts: Sequence[str | int]) -> str:
+    path = ""
+    for part in parts[1:] if parts and parts[0] == "body" else parts:
+        path += f"[{part}]" if isinstance(part, int) else f"{'.' if path else ''}{part[:60]}"
+    return path or "body"

@@ -1,0 +1,200 @@
+"""The model that is served: warmed up, asked, replaced by another, ended."""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import fastapi
+import numpy as np
+
+from xmc_jax.inference.predictor import Predictor, Query
+from xmc_jax.serve import guard
+from xmc_jax.serve.batching import Batcher, Found, Full, warm_up
+from xmc_jax.serve.config import ServeConfig
+from xmc_jax.serve.metrics import Metrics
+from xmc_jax.serve.shown import Shown
+
+STARTING, READY, ENDING = "starting", "ready", "ending"
+
+_DATA_URL = re.compile(r"data:[\w/+.;=-]{0,100};base64,")
+_URL = re.compile(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*:")
+Answer = TypeVar("Answer")
+
+
+class Service:
+    """A model that is served, and perhaps replaced; of one event loop.
+
+    Args:
+        config: see `ServeConfig`.
+
+    Attributes:
+        config: likewise.
+        state: STARTING, READY or ENDING.
+        metrics: see `Metrics`.
+    """
+
+    def __init__(self, config: ServeConfig):
+        self.config, self.state = config, STARTING
+        self.metrics = Metrics()
+        self._batcher: Batcher | None = None
+        self.metrics.gauge(
+            "xmc_queue_queries",
+            "Queries that wait.",
+            lambda: 0 if self._batcher is None else self._batcher.waiting,
+        )
+        self._pool = ThreadPoolExecutor(os.cpu_count(), "images")
+
+    async def serve(self, predictor: Predictor) -> None:
+        """Answers by a predictor from now on, once it is warmed up; until then by the one before.
+
+        Raises:
+            ValueError: it cannot be used; the one before goes on.
+        """
+        shown = await in_thread(self._warmed_up, predictor)
+        if self._batcher is None:
+            self._batcher = Batcher(shown, self.config, self.metrics.batch)
+            self.state = READY
+        self._batcher.replace(shown)
+
+    def _warmed_up(self, predictor: Predictor) -> Shown:
+        warm_up(predictor, self.config)
+        reason = None
+        try:
+            predictor.warm_up_pictures()
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{predictor.artifact.folder}: ")
+        return Shown(predictor, reason)
+
+    def ready(self) -> Shown:
+        """What is served.
+
+        Raises:
+            Refused: not yet, or no more.
+        """
+        if self.state != READY:
+            raise guard.busy(f"server: {self.state}; try again")
+        return self._batcher.shown
+
+    async def answer(
+        self, request: fastapi.Request, queries: Sequence[Query], kind: str
+    ) -> Found | None:
+        """What is found for the queries of a request; None if who asked has gone.
+
+        Raises:
+            Refused: too many wait, or too long; or what is wrong with a query.
+        """
+        try:
+            return await _unless_gone(
+                request, self._batcher.answer(queries, kind), self.config.timeout
+            )
+        except Full:
+            raise guard.busy("server: too many queries wait; try again") from None
+        except TimeoutError:
+            raise guard.busy(
+                f"server: not answered within {self.config.timeout} seconds; try again"
+            ) from None
+        except ValueError as error:
+            folder = self._batcher.shown.artifact.folder
+            raise guard.Refused(422, f"queries: {error}".replace(f"{folder}", "model")) from None
+
+    async def prepare(self, shown: Shown, where: str, images: Sequence[str]) -> list[np.ndarray]:
+        """Images of a query, decoded and made small.
+
+        Raises:
+            Refused: in one line, what is wrong with one.
+        """
+        if images and shown.no_images is not None:
+            raise guard.Refused(422, f"{where}: expected none, got some: {shown.no_images}")
+        if len(images) > shown.images_per_query:
+            raise guard.Refused(
+                422, f"{where}: expected at most {shown.images_per_query}, got {len(images)}"
+            )
+        loop = asyncio.get_running_loop()
+        prepared = []
+        for number, image in enumerate(images):
+            try:
+                prepared.append(
+                    await loop.run_in_executor(self._pool, self._prepare, shown.predictor, image)
+                )
+            except ValueError as error:
+                raise guard.Refused(422, f"{where}[{number}]: {error}") from None
+        return prepared
+
+    def _prepare(self, predictor: Predictor, image: str) -> np.ndarray:
+        from xmc_jax.vision.images import Limits  # an extra, there where images are possible
+
+        limits = Limits(self.config.max_image_bytes, self.config.max_image_pixels)
+        return predictor.prepare(_bytes(image), limits)
+
+    async def close(self) -> None:
+        """Answers what waits, and ends."""
+        self.state = ENDING
+        if self._batcher is not None:
+            await self._batcher.close()
+        self._pool.shutdown(cancel_futures=True)
+
+
+async def in_thread(function: Callable[..., Answer], *arguments: Any) -> Answer:
+    """What a function returns, which takes long; the process may end meanwhile."""
+    loop = asyncio.get_running_loop()
+    returned = loop.create_future()
+
+    def settle(set_one: Callable[[Any], None], value: Any) -> None:
+        if not returned.done():
+            set_one(value)
+
+    def call() -> None:
+        try:
+            value = function(*arguments)
+        except Exception as error:
+            outcome = returned.set_exception, error
+        else:
+            outcome = returned.set_result, value
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=call, name=function.__name__, daemon=True).start()
+    return await returned
+
+
+async def _unless_gone(
+    request: fastapi.Request, awaited: Awaitable[Answer], seconds: float
+) -> Answer | None:
+    """What is awaited; None if the client has gone before.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    gone = asyncio.ensure_future(request.receive())
+    task = asyncio.ensure_future(awaited)
+    try:
+        await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return await task
+        if gone.done():
+            return None
+        raise TimeoutError
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+def _bytes(image: str) -> bytes:
+    """An image file from base64 or a data: URL."""
+    given = _DATA_URL.match(image)
+    if given is None and _URL.match(image):
+        raise ValueError(
+            f"expected an image file in base64 or as a data: URL, got {image[:40]!r}; nothing is "
+            "fetched"
+        )
+    try:
+        return base64.b64decode(image[given.end() if given else 0 :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"expected base64, got something else: {error}") from None
