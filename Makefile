@@ -79,7 +79,7 @@ $(VENV)/.vision: $(VENV)/.quickstart
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.vision
-	$(INSTALL) --constraint requirements.txt --editable ".[dev,gcs]"
+	$(INSTALL) --constraint requirements.txt --editable ".[dev,gcs,serve]"
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.dev

