@@ -51,6 +51,7 @@ EXTRAS = {
         "httptools>=0.6",
         "prometheus-client>=0.21",
         "pydantic>=2.9",
+        "starlette>=0.40",
         "uvicorn>=0.32",
         "uvloop>=0.21; sys_platform != 'win32'",
     ],
