@@ -24,9 +24,7 @@ from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document
 
 _CHECKED = 65_536  # rows looked at at a time
-# What a filter adds to a search is rounded up to one of these, or to a multiple of the last: few
-# sizes are compiled.
-_EXTRA = (32, 256, 2048)
+_STEP = 128  # searches are for so many, or a multiple, so that few are compiled
 _FEW = 4096  # labels of a restricted predictor that are searched on the host, with nothing compiled
 
 
@@ -224,7 +222,7 @@ class Predictor:
                 "--config.export.documents=True"
             )
         with self._lock:
-            return self._documents.search(embedded, min(k, len(there)), rows)
+            return self._documents.search(embedded, k, rows)
 
     def restricted(self, ids: Iterable[str]) -> "Predictor":
         """The same over some of the labels; searched exactly.
@@ -260,35 +258,33 @@ class Predictor:
         return self._tower.prepare(image, limits)
 
     def warm_up(
-        self,
-        k: int,
-        rows: tuple[int, ...] = ROWS,
-        exclude: int = 0,
-        neighbours: int = 0,
+        self, k: int, rows: tuple[int, ...] = ROWS, exclude: int = 0, neighbours: int = 0
     ) -> None:
         """Compiles and reads all that predictions may need.
 
         Args:
-            k: labels per document, neither more nor fewer.
+            k: labels per document, at most.
             rows: see `Tower.encode`.
-            exclude: at most so many labels are excluded of a document.
+            exclude: labels that are excluded of a document, likewise.
             neighbours: training documents per document, likewise.
         """
+        mix, documents = self.artifact.ranking, self.artifact.documents
+        both = mix.labels + mix.documents if mix.mode == "joint" else 0
         with self._lock:
             self._tower.warm_up(rows)
-            rankings = ["plain"]
-            if self.artifact.documents is not None:
-                rankings.append("augmented")
-            extras = sorted({_extra(n) for n in (0, *_EXTRA, exclude) if n <= _extra(exclude)})
+            self.row(self.artifact.labels.ids[0])
             for size in rows:
                 embedded = np.zeros((size, self.artifact.model.width), np.float32)
-                for ranking in rankings:
-                    for extra in extras:
-                        pairs = np.zeros((0, 2), np.int32)
-                        self._ranked(embedded, pairs, k, self._mix(ranking), rows, extra)
-                if neighbours and self.artifact.documents is not None:
-                    self.neighbours_embedded(embedded, neighbours, rows)
-            self.row(self.artifact.labels.ids[0])
+                self._warm_up_search(
+                    self._nearest, embedded, max(k, mix.labels, both) + exclude, rows
+                )
+                if documents is not None:
+                    most = max(neighbours, mix.documents, both and both + exclude)
+                    self._warm_up_search(self._documents.search, embedded, most, rows)
+
+    def _warm_up_search(self, search, embedded, most: int, rows) -> None:
+        for wanted in range(_STEP, most + _STEP, _STEP):
+            search(embedded, wanted, rows)
 
     def warm_up_pictures(self) -> None:
         """See `Tower.warm_up_pictures`."""
@@ -320,22 +316,20 @@ class Predictor:
         pairs[:, 1] = np.searchsorted(self.labels, pairs[:, 1])
         return pairs.astype(np.int32)
 
-    def _ranked(self, embedded, pairs, k, mix, rows, extra=0) -> tuple[np.ndarray, np.ndarray]:
+    def _ranked(self, embedded, pairs, k, mix, rows) -> tuple[np.ndarray, np.ndarray]:
         """Scores and columns of `labels`, as `evaluate.evaluate` ranks test documents."""
-        extra = max(extra, _extra(filtered_per_document(pairs)))
-        wanted = max(k, mix.labels if mix else 0) + extra
+        extra = filtered_per_document(pairs)
         count = len(self.labels)
-        nearest = self._nearest(embedded, min(wanted, count), rows)
+        nearest = self._nearest(embedded, max(k, mix.labels if mix else 0) + extra, rows)
         if mix is None:
             return drop_filtered(*nearest, pairs, k)
-        documents = self.artifact.documents
         if mix.mode == "split":
-            retrieved = self._documents.search(embedded, min(mix.documents, len(documents)), rows)
+            retrieved = self._documents.search(embedded, mix.documents, rows)
         else:
             wanted = mix.labels + mix.documents + (extra if mix.filter_first else 0)
             both = augmented.union(
-                *self._nearest(embedded, min(wanted, count), rows),
-                *self._documents.search(embedded, min(wanted, len(documents)), rows),
+                *self._nearest(embedded, wanted, rows),
+                *self._documents.search(embedded, wanted, rows),
                 count,
             )
             best = np.argsort(-both[0], axis=1, kind="stable")[:, :wanted]
@@ -347,7 +341,7 @@ class Predictor:
 
     def _nearest(self, embedded, k: int, rows) -> tuple[np.ndarray, np.ndarray]:
         if self._approximate is not None:
-            return self._approximate.search(embedded, k)
+            return self._approximate.search(embedded, min(k, len(self.labels)))
         return self._rows.search(embedded, k, rows)
 
     @functools.cached_property
@@ -394,12 +388,6 @@ class Predictor:
         return ids, Csr(ends[taken.indptr], columns, None, count)
 
 
-def _extra(filtered: int) -> int:
-    """What a search asks for besides, where so many may have to be left out."""
-    fitting = next((size for size in (0, *_EXTRA) if size >= filtered), None)
-    return -(-filtered // _EXTRA[-1]) * _EXTRA[-1] if fitting is None else fitting
-
-
 class _Few:
     """Embeddings of few rows, searched exactly on the host."""
 
@@ -410,7 +398,7 @@ class _Few:
     def search(
         self, queries: np.ndarray, k: int, rows: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `exact.search`."""
+        """See `_Rows.search`."""
         del rows
         scores = queries @ self._embeddings.T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
@@ -427,8 +415,13 @@ class _Rows:
     def search(
         self, queries: np.ndarray, k: int, rows: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `exact.search`; queries go in blocks of the sizes of `rows`."""
+        """The best min(k, rows there are) of each query, see `exact.search`.
+
+        Queries go in blocks of the sizes of `rows`. As many are searched for as any such k needs,
+        so that scores are the same to the bit for all of these.
+        """
         placed, mesh = self._placed, self._placed.rows.sharding.mesh
+        searched, k = (min(n, placed.count) for n in (-(-k // _STEP) * _STEP, k))
         found = []
         start = 0
         while start < len(queries):
@@ -440,12 +433,12 @@ class _Rows:
             best = exact.search_block(
                 sharding.put_whole(block, mesh),
                 placed.rows,
-                k=k,
+                k=searched,
                 count=placed.count,
                 block=placed.block,
                 mesh=mesh,
             )
-            found.append([x[: len(part)] for x in jax.device_get(best)])
+            found.append([x[: len(part), :k] for x in jax.device_get(best)])
             start += size
         return tuple(np.concatenate(x) for x in zip(*found))
 
