@@ -8,7 +8,7 @@ predictor.predict(["geany: fast and lightweight IDE"], k=5)
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +24,7 @@ from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import drop_filtered
 
 _CHECKED = 65_536  # rows looked at at a time
-# What a filter adds to a search is rounded up to one of these, or to a multiple of the last: few
-# sizes are compiled.
-_EXTRA = (32, 256, 2048)
+_STEP = 128  # searches are for so many, or a multiple, so that few are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +194,7 @@ class Predictor:
                 problems[number] = str(error)
                 continue
             excluded = len(asked[number][1])
-            of_extra.setdefault(_extra(excluded), []).append(number)
+            of_extra.setdefault(-(-excluded // _STEP) * _STEP, []).append(number)
         # Apart, so that no document's search depends on what is excluded for another.
         for extra, numbers in of_extra.items() if len(self.labels) else ():
             some = [asked[number] for number in numbers]
@@ -275,24 +273,33 @@ class Predictor:
         """Compiles and reads all that predictions may need.
 
         Args:
-            k: labels per document, neither more nor fewer.
+            k: labels per document, at most.
             rows: see `Tower.encode`.
-            exclude: at most so many labels are excluded of a document.
+            exclude: labels that are excluded of a document, likewise.
             neighbours: training documents per document, likewise.
         """
+        mix, documents = self.artifact.ranking, self.artifact.documents
+        both = mix.labels + mix.documents if mix.mode == "joint" else 0
+        most = max(k, mix.labels, both) + -(-exclude // _STEP) * _STEP
         with self._lock:
             self._tower.warm_up(rows)
-            rankings = ["plain"] if self.artifact.documents is None else ["plain", "augmented"]
-            extras = sorted({_extra(n) for n in (0, *_EXTRA, exclude) if n <= _extra(exclude)})
-            nothing = (None, np.zeros(0, np.int32))
+            self.row(self.artifact.labels.ids[0])
             for size in rows:
                 embedded = np.zeros((size, self.artifact.model.width), np.float32)
-                for mix in map(self._mix, rankings):
-                    for extra in extras:
-                        self._ranked(embedded, [nothing] * size, extra, k, mix, rows)
-                if neighbours and self.artifact.documents is not None:
-                    self.neighbours_embedded(embedded, neighbours, rows)
-            self.row(self.artifact.labels.ids[0])
+                self._warm_up_search(self._nearest, embedded, most, rows)
+                if documents is not None:
+                    near = max(neighbours, mix.documents, most if both else 0)
+                    self._warm_up_search(self._documents.search, embedded, near, rows)
+
+    def _warm_up_search(
+        self,
+        search: Callable[..., tuple[np.ndarray, np.ndarray]],
+        embedded: np.ndarray,
+        most: int,
+        rows: tuple[int, ...],
+    ) -> None:
+        for wanted in range(_STEP, most + _STEP, _STEP):
+            search(embedded, wanted, rows)
 
     def warm_up_pictures(self) -> None:
         """See `Tower.warm_up_pictures`."""
@@ -500,12 +507,6 @@ def _mixed(
     return drop_filtered(*mixed, pairs, k)
 
 
-def _extra(excluded: int) -> int:
-    """What a search asks for besides, where so many may have to be left out."""
-    fitting = next((size for size in (0, *_EXTRA) if size >= excluded), None)
-    return -(-excluded // _EXTRA[-1]) * _EXTRA[-1] if fitting is None else fitting
-
-
 class _Rows:
     """Embeddings on the devices, searched exactly for few queries or many."""
 
@@ -518,8 +519,13 @@ class _Rows:
     def search(
         self, queries: np.ndarray, k: int, rows: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `exact.search`; queries go in blocks of the sizes of `rows`."""
+        """The best min(k, rows there are) of each query, see `exact.search`.
+
+        Queries go in blocks of the sizes of `rows`. As many are searched for as any such k needs,
+        so that few programs are compiled.
+        """
         placed, mesh = self._placed, self._placed.rows.sharding.mesh
+        searched, k = (min(n, placed.count) for n in (-(-k // _STEP) * _STEP, k))
         found = []
         start = 0
         while start < len(queries):
@@ -531,11 +537,11 @@ class _Rows:
             best = exact.search_block(
                 sharding.put_whole(block, mesh),
                 placed.rows,
-                k=k,
+                k=searched,
                 count=placed.count,
                 block=placed.block,
                 mesh=mesh,
             )
-            found.append([x[: len(part)] for x in jax.device_get(best)])
+            found.append([x[: len(part), :k] for x in jax.device_get(best)])
             start += size
         return tuple(np.concatenate(x) for x in zip(*found))

@@ -38,6 +38,17 @@ _REFUSALS = {
 
 def create(service: Service) -> guard.Guard:
     """The ASGI application of a service."""
+    app = _routes(service)
+    posted = ("/v1/predict", "/v1/neighbours")
+    return guard.Guard(app, service.config, service.metrics, posted)
+
+
+def describe(service: Service) -> dict[str, Any]:
+    """The OpenAPI description of a service, as /openapi.json has it."""
+    return _routes(service).openapi()
+
+
+def _routes(service: Service) -> fastapi.FastAPI:
     config, requests = service.config, schema.requests(service.config)
     app = fastapi.FastAPI(
         title="xmc_jax",
@@ -159,7 +170,7 @@ def create(service: Service) -> guard.Guard:
         kind = _TYPES[pathlib.PurePath(file).suffix]
         app.get(path, include_in_schema=False)(_file(content, kind))
 
-    return guard.Guard(app, config, service.metrics, ("/v1/predict", "/v1/neighbours"))
+    return app
 
 
 def _picture(service: Service, kind: str) -> Route:

@@ -152,6 +152,7 @@ class Health(_Strict):
 
 
 _STARTS = ("Input should be ", "Input should have ", "String should have ", "List should have ")
+_OBJECTS = ("model_attributes_type", "model_type", "dict_type")
 _EXPECTED = {
     "missing": "expected a value, got none",
     "extra_forbidden": "no such field",
@@ -167,7 +168,7 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
         return 400, f"body: expected JSON, got: {said}"
     if kind in _EXPECTED:
         return 422, f"{where}: {_EXPECTED[kind]}"
-    said = " ".join(error["msg"].split())
+    said = "an object" if kind in _OBJECTS else " ".join(error["msg"].split())
     for start in _STARTS:
         said = said.removeprefix(start)
     said = said.split(" after validation")[0]

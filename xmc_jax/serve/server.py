@@ -30,27 +30,28 @@ def run(folder: pathlib.Path, config: ServeConfig) -> None:
     predictor = Predictor.open(folder, config.index)
     with _listening(config) as listener:
         service = Service(config)
-        server = _Server(
-            uvicorn.Config(
-                app.create(service),
-                http=Protocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                limit_concurrency=config.max_connections,
-                timeout_keep_alive=config.keep_alive,
-                timeout_graceful_shutdown=config.drain,
-            ),
-            service,
-            folder,
-            predictor,
-        )
+        server = _Server(settings(service), service, folder, predictor)
         server.run([listener])
     if server.failure is not None:
         raise server.failure
+
+
+def settings(service: Service) -> uvicorn.Config:
+    """How uvicorn runs a service."""
+    config = service.config
+    return uvicorn.Config(
+        app.create(service),
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=config.max_connections,
+        timeout_keep_alive=config.keep_alive,
+        timeout_graceful_shutdown=config.drain,
+    )
 
 
 @contextlib.contextmanager
