@@ -408,7 +408,7 @@ class Predictor:
 
     def _nearest(self, embedded, k: int, rows) -> tuple[np.ndarray, np.ndarray]:
         if self._approximate is not None:
-            return self._approximate.search(embedded, k)
+            return self._approximate.search(embedded, min(k, len(self.labels)))
         return self._rows.search(embedded, k, rows)
 
     def _neighbours_of(
