@@ -172,6 +172,6 @@ def test_texts_of_another_width_are_refused(labels):
 
 def test_prototypes_are_not_taken_for_texts(labels):
     new, known, *_ = labels
-    with pytest.raises(ValueError, match="expected unit text embeddings .* row 3 of length 2"):
+    with pytest.raises(ValueError, match=r"expected unit text embeddings .* row 3 of length 2"):
         lengths = np.where(np.arange(30) == 3, 2, 1)[:, None]
         new_labels.nearest(new, known * lengths, NewLabelsConfig())
