@@ -56,12 +56,15 @@ def write(
         compute_dtype="float32",
         order="image_text",
         positions="contiguous",
+        text="title",
         images=None,
     )
     content = {
         "name": name,
         "created": "2026-11-27T00:00:00+00:00",
         "dataset": {"name": "Topics-40"},
+        "step": 0,
+        "config": {},
         "model": dataclasses.asdict(model),
         "metrics": {"plain": {"P@1": 0.25}, "augmented": {"P@1": 0.5}},
         "prototypes": None,

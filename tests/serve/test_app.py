@@ -168,7 +168,7 @@ def test_info(served):
     assert info["rankings"] == ["augmented", "plain"]
     assert info["metrics"] == artifact.manifest["metrics"]
     assert info["limits"]["max_k"] == 10
-    assert not info["images"]["possible"] and "not trained with" in info["images"]["reason"]
+    assert not info["images"]["possible"] and "trained without" in info["images"]["reason"]
     assert set(info["examples"]) <= set(artifact.documents.texts)
 
 

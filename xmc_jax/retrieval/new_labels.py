@@ -41,7 +41,7 @@ class NewLabelsConfig:
     """
 
     how: Literal["text", "nearest"] = "nearest"
-    neighbours: int = 5
+    neighbours: int = 20
     threshold: float = -1.0
     temperature: float = 0.1
     scale: float = 0.95
