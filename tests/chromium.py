@@ -6,6 +6,11 @@
 
 Input goes through the browser as a person's does. What the page asks for, and what it complains
 about, is kept. Nothing is downloaded; other hosts than 127.0.0.1 are not found.
+
+    python tests/chromium.py http://127.0.0.1:8000/ "a query" docs [picture.png ...]
+
+takes the pictures of docs/serve.md from a server that runs: serve.png, serve-dark.png and
+serve-narrow.png.
 """
 
 import base64
@@ -16,6 +21,8 @@ import pathlib
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,6 +44,15 @@ _FLAGS = (
     "--force-color-profile=srgb",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
+# The browser expects its pipes at 3 and 4.
+_START = """\
+import os, sys
+kept = [os.dup(int(number)) for number in sys.argv[1:3]]
+for kept, number in zip(kept, (3, 4)):
+    os.dup2(kept, number)
+    os.set_inheritable(number, True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowRight": 39}
 
 
@@ -51,15 +67,10 @@ def started(folder: pathlib.Path) -> Iterator["Browser"]:
     to_child, to_browser = os.pipe()
     from_browser, from_child = os.pipe()
 
-    def place() -> None:  # where the browser expects them
-        kept = [os.dup(to_child), os.dup(from_child)]
-        os.dup2(kept[0], 3)
-        os.dup2(kept[1], 4)
-
     process = subprocess.Popen(
-        [find(), *_FLAGS, f"--user-data-dir={folder / 'profile'}"],
-        pass_fds=(3, 4),
-        preexec_fn=place,
+        [sys.executable, "-c", _START, str(to_child), str(from_child), find(), *_FLAGS]
+        + [f"--user-data-dir={folder / 'profile'}"],
+        pass_fds=(to_child, from_child),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -253,3 +264,29 @@ class Page:
         """Writes a PNG of the page."""
         taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(taken["data"]))
+
+
+def _main(url: str, query: str, folder: str, *pictures: str) -> None:
+    with tempfile.TemporaryDirectory() as profile, started(pathlib.Path(profile)) as browser:
+        page = browser.page(url, 1040, 760)
+        page.until("!document.querySelector('#model').hidden")
+        if pictures:
+            page.upload("#files", [pathlib.Path(picture).resolve() for picture in pictures])
+            page.until(f"document.querySelectorAll('.pictures img').length == {len(pictures)}")
+        page.click("#text")
+        page.type(query)
+        page.press("Enter")
+        page.until("!document.querySelector('#results').hidden")
+        page.until("[...document.images].every((image) => image.complete)")
+        for name, scheme, width, height in (
+            ("serve", "light", 1040, 760),
+            ("serve-dark", "dark", 1040, 760),
+            ("serve-narrow", "light", 400, 760),
+        ):
+            page.prefer(color_scheme=scheme)
+            page.size(width, height)
+            page.screenshot(pathlib.Path(folder) / f"{name}.png", whole=False)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -9,12 +9,13 @@ import json
 import pathlib
 import socket
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from xmc_jax.data import store, texts
-from xmc_jax.inference import artifact, tower
+from xmc_jax.inference import artifact, thumbnails, tower
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.serve.config import ServeConfig
 from xmc_jax.types import Prompts
@@ -36,6 +37,8 @@ def write(
     labels: list[dict[str, Any]],
     documents: list[dict[str, Any]],
     name: str = "topics",
+    images: artifact.ImageInput | None = None,
+    pictures: Mapping[str, Mapping[str, bytes]] | None = None,
 ) -> None:
     """Makes an encoder's folder an artifact.
 
@@ -44,6 +47,8 @@ def write(
         labels: "uid" and "title" of each.
         documents: likewise, and "target_ind".
         name: of the run.
+        images: what the encoder takes.
+        pictures: files of "labels" and "documents" by their ids.
     """
     files = {path.name: store.sha256(path) for path in folder.iterdir() if path.is_file()}
     model = artifact.ModelInput(
@@ -57,21 +62,23 @@ def write(
         order="image_text",
         positions="contiguous",
         text="title",
-        images=None,
+        images=images,
     )
     content = {
         "name": name,
-        "created": "2026-11-27T00:00:00+00:00",
-        "dataset": {"name": "Topics-40"},
         "step": 0,
         "config": {},
+        "created": "2026-11-27T00:00:00+00:00",
+        "dataset": {"name": name.title()},
         "model": dataclasses.asdict(model),
         "metrics": {"plain": {"P@1": 0.25}, "augmented": {"P@1": 0.5}},
         "prototypes": None,
         "index": None,
+        "thumbnails": None,
         "ranking": dataclasses.asdict(AugmentedConfig(labels=20, documents=20)),
     }
-    for kind, items in (("labels", labels), ("documents", documents)):
+    items_of = {"labels": labels, "documents": documents}
+    for kind, items in items_of.items():
         (folder / kind).mkdir()
         texts.save(folder / kind, "ids", [item["uid"] for item in items])
         texts.save(folder / kind, "texts", [item["title"] for item in items])
@@ -83,12 +90,31 @@ def write(
     indptr = np.cumsum([0, *map(len, pairs)]).astype(np.int64)
     np.save(folder / "documents" / "positives.indptr.npy", indptr)
     np.save(folder / "documents" / "positives.indices.npy", flat)
+    pictures = pictures or {"labels": {}, "documents": {}}
+    if any(pictures.values()):
+        (folder / "thumbnails").mkdir()
+        counts = {
+            kind: thumbnails.save(folder / "thumbnails", kind, _small(pictures[kind]))
+            for kind in pictures
+        }
+        content["thumbnails"] = {"folder": "thumbnails"} | counts
     artifact.write_manifest(folder, content)
     encoder = tower.Tower(artifact.open(folder, verify=False))
-    for kind, items in (("labels", labels), ("documents", documents)):
-        embedded = encoder.encode([tower.Item(item["title"]) for item in items], rows=(8,))
-        np.save(folder / kind / "embeddings.npy", embedded)
+    for kind, items in items_of.items():
+        files = [pictures[kind].get(item["uid"]) for item in items]
+        asked = [
+            tower.Item(item["title"], [file] if file and images else [])
+            for item, file in zip(items, files)
+        ]
+        np.save(folder / kind / "embeddings.npy", encoder.encode(asked, rows=(8,)))
     artifact.write_manifest(folder, content)
+
+
+def _small(files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    from xmc_jax.vision import images
+
+    for uid, file in files.items():
+        yield uid, images.thumbnail(images.decode(file), 96)
 
 
 class Served:

@@ -5,8 +5,12 @@ import shutil
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import pytest
 from served import CONFIG, Served, read, write
+
+from xmc_jax.inference import artifact
+from xmc_jax.models import hf_export
 
 
 @pytest.fixture(scope="session")
@@ -33,5 +37,50 @@ def served(exported, quick) -> Iterator[Served]:
     from xmc_jax.inference.predictor import Predictor
 
     server = Served(Predictor.open(exported), CONFIG)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def pictured(backbone, tmp_path_factory, quick) -> pathlib.Path:
+    """The folder of a model that takes pictures, of synthetic products; untrained, too."""
+    from xmc_jax.data import synthetic
+    from xmc_jax.vision import encoders, sources
+
+    raw, folder = tmp_path_factory.mktemp("products"), tmp_path_factory.mktemp("serve") / "export"
+    synthetic.generate(synthetic.SyntheticConfig(120, 40, 2, looks=4, styles=8), raw / "raw")
+    items = [read(raw / "raw" / f"{name}.json.gz") for name in ("lbl", "trn")]
+    items[0][0]["title"] = "<img src=x onerror=alert(1)> <b>jar</b>"  # as no page should read it
+    pictures = {}
+    for kind, split, of_split in zip(("labels", "documents"), ("label", "train"), items):
+        uids = [item["uid"] for item in of_split]
+        found = sources.open(raw / "raw", split, uids).read(1)
+        pictures[kind] = {uids[item]: image for item, _, image in found}
+    shutil.copytree(backbone, folder)
+    made_by = encoders.build("hog-colour", 1)
+    noise = np.random.default_rng(0).standard_normal((made_by.width, 32)).astype(np.float32)
+    projection = {"kernel": 3 * noise / made_by.width**0.5, "bias": np.zeros(32, np.float32)}
+    hf_export.projection(folder, projection, made_by.identity)
+    images = artifact.ImageInput(
+        encoder="hog-colour",
+        revision=made_by.identity["revision"],
+        digest=made_by.identity["digest"],
+        width=made_by.width,
+        per_item=2,
+        layout="pad",
+        alpha="white",
+        dtype="float32",
+        folder=None,
+    )
+    write(folder, *items, "products", images, pictures)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def products(pictured, quick) -> Iterator[Served]:
+    """A server of `pictured`."""
+    from xmc_jax.inference.predictor import Predictor
+
+    server = Served(Predictor.open(pictured), CONFIG)
     yield server
     server.close()

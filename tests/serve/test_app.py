@@ -7,6 +7,7 @@ import http.client
 import json
 import select
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.monitoring
@@ -15,8 +16,9 @@ import processes
 import pytest
 
 from xmc_jax.inference.predictor import Query
-from xmc_jax.serve import guard, protocol
+from xmc_jax.serve import command, guard, protocol
 from xmc_jax.serve.batching import Batcher, Full
+from xmc_jax.serve.config import ServeConfig
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,10 @@ def test_info(served):
     assert info["rankings"] == ["augmented", "plain"]
     assert info["metrics"] == artifact.manifest["metrics"]
     assert info["limits"]["max_k"] == 10
-    assert not info["images"]["possible"] and "trained without" in info["images"]["reason"]
+    assert (
+        not info["images"]["possible"]
+        and info["images"]["reason"] == "the model was trained without"
+    )
     assert set(info["examples"]) <= set(artifact.documents.texts)
 
 
@@ -431,3 +436,37 @@ def test_a_body_that_does_not_come_is_408(served, monkeypatch):
             b"content-length: 100\r\n\r\n{"
         )
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
+
+
+# What keeps a server from starting
+
+
+def test_mistakes_are_one_line(exported, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port}: expected an address"):
+            command.run(str(exported), ServeConfig(port=port))
+    with pytest.raises(ValueError, match=r"expected an exported model with artifact\.json"):
+        command.run(str(tmp_path), ServeConfig())
+    monkeypatch.delitem(sys.modules, "xmc_jax.serve.server")
+    monkeypatch.delattr("xmc_jax.serve.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ValueError, match=r'found no uvicorn; install it: .*"\.\[serve\]"'):
+        command.run(str(exported), ServeConfig())
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"port": -1}, r"serve.port: expected a number in \[0, 65535\], got -1"),
+        ({"max_k": 0}, "serve.max_k: expected at least 1, got 0"),
+        ({"max_exclude": -1}, "serve.max_exclude: expected at least 0, got -1"),
+        ({"timeout": 0.0}, "serve.timeout: expected more than 0, got 0.0"),
+        ({"queue": 5}, "serve.queue: expected max_queries, 32, or more, got 5"),
+        ({"max_held": 5}, "serve.max_held: expected max_body, 16777216, or more, got 5"),
+        ({"index": "best"}, "serve.index: expected one of"),
+    ],
+)
+def test_settings_that_cannot_be(values, said):
+    with pytest.raises(ValueError, match=said):
+        ServeConfig(**values)

@@ -49,7 +49,7 @@ TEXTS = ("title", "title_content")
 PARTS = ("labels", "prototypes", "documents", "index", "thumbnails", "vision")
 """Folders of the artifact, or what their names begin with: `labels`, `labels-2`, ..."""
 
-_READ = (".json", ".model", ".npy", ".safetensors", ".txt")  # suffixes of what is opened
+_READ = (".bin", ".json", ".model", ".npy", ".safetensors", ".txt")  # suffixes of what is opened
 _MODEL_FILE = re.compile(
     rf"config\.json|model.*\.safetensors|{re.escape(hf.PROJECTION)}|tokenizer\.json"
 )

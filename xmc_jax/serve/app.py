@@ -15,7 +15,7 @@ from xmc_jax.inference import thumbnails
 from xmc_jax.inference.predictor import Query
 from xmc_jax.serve import guard, schema
 from xmc_jax.serve.metrics import CONTENT_TYPE
-from xmc_jax.serve.service import Service
+from xmc_jax.serve.service import READY, Service
 from xmc_jax.serve.shown import NEIGHBOURS, Shown
 
 Route = Callable[..., Awaitable[fastapi.Response]]
@@ -86,7 +86,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
     @app.post("/v1/predict", response_model=schema.Predictions, responses=bodies)
     async def predict(asked: requests.predict, request: fastapi.Request) -> fastapi.Response:
         """The best labels of each query."""
-        shown = service.ready()
+        shown = service.shown()
         kind = shown.rankings[0] if asked.ranking == "auto" else asked.ranking
         if kind not in shown.rankings:
             raise guard.Refused(
@@ -102,7 +102,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
     @app.post("/v1/neighbours", response_model=schema.Neighbourhoods, responses=bodies)
     async def neighbours(asked: requests.neighbours, request: fastapi.Request) -> fastapi.Response:
         """The training documents near each query."""
-        shown = service.ready()
+        shown = service.shown()
         if shown.artifact.documents is None:
             raise guard.Refused(
                 422, "queries: expected none, got some; the model was exported without documents"
@@ -116,7 +116,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
     @app.get("/v1/info", response_model=schema.Info, responses={503: _refusal(503)})
     async def info() -> fastapi.Response:
         """What is served, and within which limits."""
-        return _json(service.ready().info(config))
+        return _json(service.shown().info(config))
 
     for kind in thumbnails.KINDS:
         app.get(
@@ -138,7 +138,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
     )
     async def label(name: str) -> fastapi.Response:
         """A label by its id."""
-        shown = service.ready()
+        shown = service.shown()
         row = shown.row(name)
         if row is None:
             raise guard.Refused(404, f"labels: expected the id of a label, got {name[:60]!r}")
@@ -153,7 +153,8 @@ def _routes(service: Service) -> fastapi.FastAPI:
     @app.get("/readyz", response_model=schema.Health, responses={503: _refusal(503)})
     async def readyz() -> fastapi.Response:
         """Whether it answers queries."""
-        service.ready()
+        if service.state != READY:
+            raise guard.busy(f"server: {service.state}; try again")
         return _json({"status": service.state})
 
     @app.get(
@@ -175,7 +176,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
 
 def _picture(service: Service, kind: str) -> Route:
     async def picture(name: str, request: fastapi.Request) -> fastapi.Response:
-        pictures = service.ready().artifact.thumbnails.get(kind)
+        pictures = service.shown().artifact.thumbnails.get(kind)
         found = None if pictures is None else pictures.get(name)
         if found is None:
             raise guard.Refused(404, f"{kind}: expected an id with a picture, got {name[:60]!r}")

@@ -71,8 +71,12 @@ class ServeConfig:
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("timeout", "read_timeout"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
-        self._expect("queue", self.queue >= self.max_queries, f"max_queries, {self.max_queries},")
-        self._expect("max_held", self.max_held >= self.max_body, f"max_body, {self.max_body},")
+        self._expect(
+            "queue", self.queue >= self.max_queries, f"max_queries, {self.max_queries}, or more"
+        )
+        self._expect(
+            "max_held", self.max_held >= self.max_body, f"max_body, {self.max_body}, or more"
+        )
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:

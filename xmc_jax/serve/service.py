@@ -66,19 +66,22 @@ class Service:
     def _warmed_up(self, predictor: Predictor) -> Shown:
         warm_up(predictor, self.config)
         reason = None
-        try:
-            predictor.warm_up_pictures()
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{predictor.artifact.folder}: ")
+        if predictor.artifact.model.images is None:
+            reason = "the model was trained without"
+        else:
+            try:
+                predictor.warm_up_pictures()
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{predictor.artifact.folder}: ")
         return Shown(predictor, reason)
 
-    def ready(self) -> Shown:
-        """What is served.
+    def shown(self) -> Shown:
+        """What is served; also to requests that were there before the end was.
 
         Raises:
-            Refused: not yet, or no more.
+            Refused: not yet.
         """
-        if self.state != READY:
+        if self._batcher is None:
             raise guard.busy(f"server: {self.state}; try again")
         return self._batcher.shown
 
@@ -111,7 +114,9 @@ class Service:
             Refused: in one line, what is wrong with one.
         """
         if images and shown.no_images is not None:
-            raise guard.Refused(422, f"{where}: expected none, got some: {shown.no_images}")
+            raise guard.Refused(
+                422, f"{where}: expected none, got {len(images)}; {shown.no_images}"
+            )
         if len(images) > shown.images_per_query:
             raise guard.Refused(
                 422, f"{where}: expected at most {shown.images_per_query}, got {len(images)}"

@@ -3,6 +3,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
+const NAMED = 4; // labels of a document
 const RETRY = 1500; // milliseconds until a model that starts is asked again
 const SHOWN = ["P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@100"];
 const number = new Intl.NumberFormat("en");
@@ -256,9 +257,16 @@ function format(score) {
 
 function showDocuments(documents) {
   show($("documents"), documents, "document", false, (item) => {
-    const names = item.labels.map((label) => label.text && label.text.length <= 40 ? label.text : label.id);
-    return names.length ? [element("span", { class: "of" }, `has ${names.join(", ")}`)] : [];
+    const names = item.labels.slice(0, NAMED).map(nameOf);
+    if (item.labels.length > NAMED) names.push("…");
+    return names.length ? [element("span", { class: "of" }, `with ${names.join(" · ")}`)] : [];
   });
+}
+
+// A label in a few words.
+function nameOf(label) {
+  if (!label.text || label.text.startsWith(label.id)) return label.id;
+  return label.text.length <= 32 ? label.text : `${label.text.slice(0, 30).trimEnd()}…`;
 }
 
 // The query is in the address, so that it can be kept and sent.
