@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import pathlib
 import signal
 import socket
@@ -34,6 +35,10 @@ def run(folder: pathlib.Path, config: ServeConfig) -> None:
         server.run([listener])
     if server.failure is not None:
         raise server.failure
+    if server.left_at_work:
+        # A thread still compiles, under which the interpreter cannot be taken down.
+        logging.flush()
+        os._exit(0)
 
 
 def settings(service: Service) -> uvicorn.Config:
@@ -73,6 +78,7 @@ class _Server(uvicorn.Server):
 
     Attributes:
         failure: what ended it, if not a signal.
+        left_at_work: whether it ended while a model was being opened.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class _Server(uvicorn.Server):
     ):
         super().__init__(config)
         self.failure: Exception | None = None
+        self.left_at_work = False
         self._service, self._folder, self._first = service, folder, predictor
         self._digest = predictor.artifact.digest
         self._opening: asyncio.Task | None = None
@@ -96,6 +103,7 @@ class _Server(uvicorn.Server):
         """See uvicorn."""
         self._service.state = ENDING
         await super().shutdown(sockets)
+        self.left_at_work = not self._opening.done()
         self._opening.cancel()
         await self._service.close()
 
