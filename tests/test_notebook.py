@@ -13,13 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("XMC_JAX_CONFIG", "configs/vixml.py:tiny")
     monkeypatch.setenv("XMC_JAX_WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.delenv("XLA_FLAGS")  # one device: eight on few cores train slowly
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
@@ -31,7 +31,7 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     of_training = next(text for text in printed if "trained + augmented" in text)
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert f"{100 * found['augmented']['P@1']:.2f}" in of_training
-    assert sum("libtuner1" in text for text in printed) == 1
+    assert any("1 labels added" in text for text in printed)
     assert (tmp_path / "run" / "report.html").is_file()
     ranked = (tmp_path / "run" / "ranked.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["labels"]) for line in ranked] == [3, 3, 3]
