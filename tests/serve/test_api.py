@@ -17,7 +17,7 @@ api = schemathesis.openapi.from_dict(app.describe(service.Service(serving.CONFIG
 
 @api.parametrize()
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     database=None,

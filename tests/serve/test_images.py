@@ -5,6 +5,7 @@ import io
 import json
 import urllib.parse
 
+import jax.monitoring
 import numpy as np
 import pytest
 
@@ -48,6 +49,26 @@ def test_pictures_rank_as_the_predictor_does(products):
     assert named == answer
     _, alone = products.post("/v1/predict", {"queries": [{"images": [encoded(red)]}], "k": 5})
     assert alone["results"][0]["labels"]
+
+
+def test_nothing_is_compiled_after_warming_up(products):
+    compiled = []
+
+    def note(event, seconds, **about):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for count in range(3):
+            for text in ("", "toy", "a red wooden toy car in a box " * 3):
+                if text or count:
+                    body = asked(*[encoded(file())] * count, text=text)
+                    assert products.post("/v1/predict", body)[0] == 200
+                    assert products.post("/v1/neighbours", body)[0] == 200
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert compiled == []
 
 
 def test_info_says_that_pictures_are_possible(products):

@@ -194,7 +194,7 @@ def test_what_goes_wrong_is_said(page, tmp_path):
     page.upload("#files", [tmp_path / "no.png"])
     page.until("document.querySelectorAll('#pictures img').length == 1")
     page.click("#rank")
-    page.until(f"{alert}.startsWith('queries[0].images[0]: image: expected one of')")
+    page.until(f"{alert}.startsWith('Picture 1: expected one of JPEG, PNG')")
     assert not page.value("document.querySelector('#rank').disabled")
     # The browser says, too, that it was refused.
     assert all("422" in said for said in page.complaints) and page.complaints

@@ -1,5 +1,6 @@
 """The process of --mode=serve: it starts, reloads, drains and ends; its mistakes in one line."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -7,11 +8,12 @@ import re
 import shutil
 import signal
 import socket
+import threading
 
 import processes
 import pytest
 
-pytestmark = pytest.mark.slow
+from xmc_jax.serve import service
 
 SMALL = ("--serve.max_batch=1", "--serve.max_k=10", "--serve.max_exclude=0", "--serve.port=0")
 
@@ -49,6 +51,7 @@ def get(port, path):
     return found
 
 
+@pytest.mark.slow
 def test_a_server_s_life(exported, tmp_path):
     """Ready; the same, a damaged and another artifact by SIGHUP; requests drained by SIGTERM."""
     folder = tmp_path / "export"
@@ -114,6 +117,7 @@ def metrics(port):
     return client.getresponse().read()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_while_it_warms_up(exported):
     with processes.started(1, flags(exported)) as group:
         processes.until(lambda: "listens at" in said(group), 120)
@@ -123,3 +127,17 @@ def test_sigterm_ends_it_while_it_warms_up(exported):
         os.kill(group.processes[0].pid, signal.SIGTERM)
         (done,) = group.wait(30)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_takes_long_does_not_keep_a_process():
+    """A model that is warmed up in a thread, when the end comes; errors come through."""
+
+    async def main() -> None:
+        with pytest.raises(ValueError, match="broken"):
+            await service.in_thread(int, "broken")
+        assert await service.in_thread(divmod, 7, 3) == (2, 1)
+        waiting = asyncio.ensure_future(service.in_thread(threading.Event().wait))
+        await asyncio.sleep(0)
+        waiting.cancel()
+
+    asyncio.run(main())  # ends, though the thread does not

@@ -203,13 +203,20 @@ async function rank() {
   } catch (error) {
     if (error.name !== "AbortError") {
       say("");
-      complain(error.message);
+      complain(inWords(error.message));
     }
   }
   if (asking === own) {
     asking = null;
     busy(false);
   }
+}
+
+// Where something is wrong, as the page has it.
+function inWords(line) {
+  return line
+    .replace(/^queries\[0\]\.images\[(\d+)\]: (image: )?/, (_, at) => `Picture ${Number(at) + 1}: `)
+    .replace(/^queries\[0\](\.\w+)?: /, "");
 }
 
 function count(n, what) {
@@ -257,16 +264,14 @@ function format(score) {
 
 function showDocuments(documents) {
   show($("documents"), documents, "document", false, (item) => {
-    const names = item.labels.slice(0, NAMED).map(nameOf);
-    if (item.labels.length > NAMED) names.push("…");
-    return names.length ? [element("span", { class: "of" }, `with ${names.join(" · ")}`)] : [];
+    if (!item.labels.length) return [];
+    const names = item.labels.slice(0, NAMED).map((label) => {
+      const short = !label.text || label.text.startsWith(label.id);
+      return element("span", { class: "label", title: label.text }, short ? label.id : label.text);
+    });
+    const more = item.labels.length > NAMED ? ["…"] : [];
+    return [element("span", { class: "of" }, element("span", { class: "hidden" }, "labels "), ...names, ...more)];
   });
-}
-
-// A label in a few words.
-function nameOf(label) {
-  if (!label.text || label.text.startsWith(label.id)) return label.id;
-  return label.text.length <= 32 ? label.text : `${label.text.slice(0, 30).trimEnd()}…`;
 }
 
 // The query is in the address, so that it can be kept and sent.
