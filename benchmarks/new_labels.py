@@ -30,6 +30,7 @@ means, and what was chosen.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -48,6 +49,7 @@ from xmc_jax.data import bundled, holdout, raw_folder
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.raw import Items
 from xmc_jax.data.raw_folder import RawDataset
+from xmc_jax.models import dual
 from xmc_jax.retrieval import augmented, exact, new_labels
 from xmc_jax.retrieval.evaluate import format_table
 from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document, metrics
@@ -356,11 +358,8 @@ class Runs:
         else:
             indices = old[positives.indices].astype(np.int32)
             positives = Csr(positives.indptr, indices, None, len(held))
-        params = run.merged(state)
-
-        @jax.jit
-        def combine(*vectors):
-            return run.model.apply({"params": params}, *vectors, method="combine")
+        combiner = {"params": run.merged(state).get("combiner", {})}
+        combine = jax.jit(functools.partial(dual.combiner(run.config.prime).apply, combiner))
 
         trained = Trained(
             held=held,

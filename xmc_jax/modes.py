@@ -276,7 +276,7 @@ def _predict(asked: Asked) -> int:
 
 def _labels(asked: Asked) -> int:
     """Changes the labels of an exported model."""
-    config, opened = asked.labels, _opened(asked)
+    config, opened = asked.labels, _opened(asked, verify=False)  # verified when it is changed
     if not (config.add or config.update or config.remove):
         raise ValueError(
             "--mode=labels: expected a file of labels in --labels.add, --labels.update or "
@@ -300,23 +300,24 @@ def _labels(asked: Asked) -> int:
 
 def _serve(asked: Asked) -> int:
     """Answers queries over HTTP until it is told to end."""
-    serving.run(str(_opened(asked).folder), asked.serve)
+    opened = _opened(asked, verify=False)  # verified when it is opened to be served
+    serving.run(str(opened.folder), asked.serve)
     return 0
 
 
-def _opened(asked: Asked) -> artifact.Artifact:
+def _opened(asked: Asked, verify: bool = True) -> artifact.Artifact:
     """The artifact that was asked for; exports the checkpoint first if the workdir has none."""
     folder = asked.artifact or str(asked.workdir / "export")
     if "://" in folder:
         raise ValueError(f"{folder}: expected a local folder; copy it here and name it --artifact")
     if asked.artifact:
-        return artifact.open(folder)
+        return artifact.open(folder, verify)
     if not (epath.Path(folder) / artifact.MANIFEST).exists():
         run, step, state = _restored(asked)
         logging.info("%s: no exported model yet; exporting step %d", folder, step)
         write.whole(asked.fields, run, step, state, asked.workdir)
-        return artifact.open(folder)
-    opened = artifact.open(folder)
+        return artifact.open(folder, verify)
+    opened = artifact.open(folder, verify)
     if (asked.workdir / "checkpoints").exists():
         wanted = loop.find(asked.workdir, asked.step)
         if opened.step != wanted:

@@ -4,6 +4,7 @@ Memory holds a record at a time, of Parquet a few megabytes. Errors are one line
 the place, `file:line` where lines are counted from 1, in Parquet `file: row n` from 0.
 """
 
+import abc
 import csv
 import dataclasses
 import difflib
@@ -86,7 +87,7 @@ def find(folder: pathlib.Path, role: str) -> list[pathlib.Path]:
     return [folder / name for name in names]
 
 
-class Table:
+class Table(abc.ABC):
     """A file of records.
 
     Attributes:
@@ -98,6 +99,7 @@ class Table:
         self.path = path
         self.columns = columns
 
+    @abc.abstractmethod
     def rows(
         self, names: Sequence[str], required: Sequence[str] = ()
     ) -> Iterator[tuple[int, list[Any]]]:
@@ -110,7 +112,6 @@ class Table:
         Raises:
             ValueError: a record is damaged; names its place.
         """
-        raise NotImplementedError
 
     def at(self, place: int) -> str:
         """A place, as errors begin with it."""

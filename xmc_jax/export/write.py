@@ -97,22 +97,19 @@ def whole(
         ValueError: an image encoder that is to be carried and is not there.
     """
     target = epath.Path(workdir) / "export"
-    with tempfile.TemporaryDirectory(prefix="xmc_jax-export-") as temporary:
-        # Beside the target where that is local, so that it goes there in one move.
-        if "://" not in str(target):
-            pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-            temporary = tempfile.mkdtemp(prefix=".export-", dir=workdir)
-        try:
-            local = pathlib.Path(str(encoder(fields, run, state, temporary)))
-            _fill(local, fields, run, step, state)
-            if target.exists():
-                target.rmtree()
-            if "://" in str(target):
-                _copy(local, target)
-            else:
-                local.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    remote = "://" in str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target where that is local, so that it goes there in one move.
+    beside = None if remote else workdir
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as temporary:
+        local = pathlib.Path(str(encoder(fields, run, state, temporary)))
+        _fill(local, fields, run, step, state)
+        if target.exists():
+            target.rmtree()
+        if remote:
+            _copy(local, target)
+        else:
+            local.rename(target)
     return target
 
 
@@ -263,12 +260,10 @@ def _index(
     """Writes the ScaNN index; returns its recall and the documents that measured it."""
     k = min(run.config.eval.k, len(embeddings))
     queries = run.embed(state.params, "test")
-    # Measured on some and tuned on others.
-    index = scann.ScannIndex.build(embeddings, run.config.eval.scann, queries[1::2], k)
+    index, measured = scann.build_measured(embeddings, run.config.eval.scann, queries, k)
     index.save(folder)
-    found = scann.compare(index, np.asarray(embeddings), queries[::2], k)
-    logging.info("ScaNN finds %.2f %% of the exact %d", 100 * found["recall"], k)
-    return {"recall": found["recall"], "k": k, "queries": len(queries[::2])}
+    logging.info("ScaNN finds %.2f %% of the exact %d", 100 * measured["recall"], k)
+    return measured
 
 
 def _thumbnails(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> dict[str, Any] | None:

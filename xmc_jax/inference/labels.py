@@ -269,7 +269,7 @@ def _embed(
     """Fills the rows of changed and new labels; returns how many of the new ones borrow."""
     rows = np.concatenate([updated, added])
     if made_of is None:
-        table.embeddings[rows] = _unit(pooled)
+        table.embeddings[rows] = new_labels.unit(pooled)
         return 0
     combine = _combiner(made_of)
     trained = np.flatnonzero(table.frequency > 0)  # those added before have nothing to lend
@@ -281,7 +281,7 @@ def _embed(
         free = table.free_vectors[table.free_vector_of[own]]
         table.embeddings[own] = combine(pooled[part], free, table.centroids[own])
     new, vectors = rows[~known], pooled[~known]
-    neighbours = new_labels.nearest(vectors, _unit(table.text[trained]), config)
+    neighbours = new_labels.nearest(vectors, new_labels.unit(table.text[trained]), config)
     free = new_labels.borrowed(neighbours, table.free_vectors, table.free_vector_of[trained])
     centroids = new_labels.borrowed(neighbours, table.centroids[trained])
     table.embeddings[new] = new_labels.prototypes(
@@ -318,12 +318,10 @@ def _index(
     some = embeddings if opened.documents is None else opened.documents.embeddings
     some = np.asarray(some[:: -(-len(some) // _QUERIES)], np.float32)
     k = min(before["k"], len(embeddings))
-    index = scann.ScannIndex.build(embeddings, config, some[1::2], k)
+    index, measured = scann.build_measured(embeddings, config, some, k)
     section = _section({"index": before}, "index", number, len(embeddings))
     index.save(folder / section["folder"])
-    found = scann.compare(index, embeddings, some[::2], k)
-    recall = {"recall": found["recall"], "k": k, "queries": len(some[::2])}
-    return section | recall, found["recall"]
+    return section | measured, measured["recall"]
 
 
 def _write_labels(folder: pathlib.Path, table: _Table) -> None:
@@ -413,10 +411,6 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 @contextlib.contextmanager

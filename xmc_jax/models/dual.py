@@ -260,19 +260,6 @@ class DualEncoder(nn.Module):
         free = sharding.rows(self.free_vectors, free_vector_ids)
         return self.combiner(pooled, free, centroids, deterministic)
 
-    def combine(self, pooled: jax.Array, free: jax.Array, centroids: jax.Array) -> jax.Array:
-        """Prototypes of n labels that are not the trained ones; needs PRIME.
-
-        Args:
-            pooled: f32[n, D], as `encode` gives it.
-            free: f32[n, D], their free vectors.
-            centroids: f32[n, D].
-
-        Returns:
-            unit f32[n, D].
-        """
-        return self.combiner(pooled, free, centroids)
-
     def __call__(self, inputs: Inputs) -> EncoderOutput:
         """Touches every parameter; what `init_params` initialises through."""
         out = self.encode(inputs)

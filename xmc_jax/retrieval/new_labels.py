@@ -102,7 +102,7 @@ def nearest(
     if not isinstance(trained, exact.Database):
         _check_unit(trained)
     k = min(config.neighbours, len(trained))
-    cosines, ids = exact.search(_unit(new), trained, k, mesh=mesh)
+    cosines, ids = exact.search(unit(new), trained, k, mesh=mesh)
     logits = np.where(cosines >= config.threshold, cosines.astype(np.float64), -np.inf)
     top = np.where(np.isfinite(logits[:, :1]), logits[:, :1], 0)
     weights = np.exp((logits - top) / config.temperature)
@@ -151,7 +151,7 @@ def prototypes(
         combine: the model's combiner; it is given all labels that have neighbours, in blocks.
         config: see `NewLabelsConfig`.
     """
-    rows, found = _unit(new), np.flatnonzero(neighbours.found)
+    rows, found = unit(new), np.flatnonzero(neighbours.found)
     for start in range(0, len(found), _BLOCK):
         part = found[start : start + _BLOCK]
         rows[part] = np.asarray(combine(new[part], free[part], centroids[part]), np.float32)
@@ -169,7 +169,7 @@ def _check_unit(trained: np.ndarray) -> None:
             )
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    """f32[n, D] of length 1."""
+def unit(x: np.ndarray) -> np.ndarray:
+    """f32[n, D], the rows of [n, D] at length 1."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -21,8 +21,6 @@ from xmc_jax import sharding
 from xmc_jax.retrieval import exact
 
 _MANIFEST = "index.json"
-
-
 _SAMPLE = 1_000  # at most this many queries tune an index
 # What is tried: shares of the leaves, a factor of 1.25 apart, and candidates in multiples of k.
 _SHARES = tuple(0.8**i for i in reversed(range(25)))
@@ -136,7 +134,9 @@ class ScannIndex:
         index = cls(config, count, width, _digest(database), builder.build())
         if exhaustive:
             return index._with(leaves_searched=1.0, reorder=1.0)
-        return index._tuned(database, database if queries is None else queries, min(k, count))
+        if queries is None or not len(queries):
+            queries = database
+        return index._tuned(database, queries, min(k, count))
 
     def _with(self, **fields) -> "ScannIndex":
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **fields))
@@ -275,6 +275,20 @@ class ScannIndex:
                 if _file_digest(local, name) != recorded:
                     raise ValueError(f"{folder / name}: expected sha256 {recorded}, got another")
             return cls(config, count, width, digest, scann.scann_ops_pybind.load_searcher(local))
+
+
+def build_measured(
+    database: np.ndarray, config: ScannConfig, queries: np.ndarray, k: int
+) -> tuple[ScannIndex, dict[str, Any]]:
+    """An index tuned on every other query, and measured on the rest; see `ScannIndex.build`.
+
+    Returns:
+        The index; its "recall" of the exact "k", and how many "queries" measured it.
+    """
+    index = ScannIndex.build(database, config, queries[1::2], k)
+    some = queries[::2]
+    found = compare(index, np.asarray(database), some, k)
+    return index, {"recall": found["recall"], "k": k, "queries": len(some)}
 
 
 def compare(
