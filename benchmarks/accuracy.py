@@ -23,7 +23,7 @@ import sys
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax.retrieval.evaluate import format_table
 
@@ -116,8 +116,7 @@ def main() -> None:
         }
         content = {"benchmark": "accuracy", "settings": settings}
         content |= environment(PACKAGES) | {"results": tables}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+        save(arguments.output, content)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ The results go to --output: "benchmark", "settings", environment and "results", 
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import tempfile
@@ -33,7 +32,7 @@ import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build, rng
 from xmc_jax.data import raw
@@ -213,8 +212,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "results": results,
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {arguments.output}")
+        save(arguments.output, content)
     return content
 
 

@@ -52,7 +52,7 @@ from benchmarks.decoder_workload import (
     batch_of,
     real_tokens,
 )
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from xmc_jax import rng, sharding
 from xmc_jax.data import packing
 from xmc_jax.models import decoder_config, dual, layers
@@ -571,9 +571,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         what = f"{name}_images" if settings.images else name
         out = pathlib.Path(__file__).parent / "results" / f"decoder_step_{what}_{kind}.json"
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"\nwritten to {out}")
+        save(out, content)
     if failure := results.get("torch", {}).get("failure"):
         sys.exit(f"error: --torch: {failure}")
     return content

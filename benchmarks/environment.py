@@ -1,12 +1,13 @@
-"""Where and when something was measured."""
+"""Where and when something was measured, and the file that says it."""
 
 import datetime
+import json
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +26,18 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
     }
+
+
+def save(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes results as JSON, and says where.
+
+    Args:
+        path: of the file; its folder is made.
+        content: "benchmark", "settings", what `environment` gives, and "results".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
 
 
 def _processor() -> str:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 
 PACKAGES = ("jax", "jaxlib", "flax", "grain", "numpy")
 DEFAULTS = (
@@ -99,8 +99,7 @@ def main() -> None:
         "results": results,
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {arguments.output}")
+        save(arguments.output, content)
 
 
 if __name__ == "__main__":

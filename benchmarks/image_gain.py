@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import accuracy
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build
 from xmc_jax.data import images
@@ -131,8 +131,7 @@ def main() -> None:
         settings["images"] = {"encoder": data.images.encoder, "percent": data.images.shares}
         content = {"benchmark": "image_gain", "settings": settings}
         content |= environment(accuracy.PACKAGES) | {"results": {"oracles": known} | results}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+        save(arguments.output, content)
 
 
 if __name__ == "__main__":

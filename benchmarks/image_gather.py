@@ -19,7 +19,6 @@ environment variable COMMIT.
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import pathlib
@@ -34,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from xmc_jax.data import images
 
 PACKAGES = ("numpy",)
@@ -208,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **environment(PACKAGES),
         "results": results,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {arguments.out}")
+    save(arguments.out, content)
     return content
 
 

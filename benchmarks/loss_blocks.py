@@ -17,7 +17,6 @@ The results go to --output: "benchmark", "settings", environment and "results".
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import time
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from xmc_jax.planning import flops
 from xmc_jax.training import losses
 from xmc_jax.training.losses import LossConfig
@@ -152,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "results": results,
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {arguments.output}")
+        save(arguments.output, content)
     return content
 
 

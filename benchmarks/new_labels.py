@@ -42,7 +42,7 @@ import jax
 import numpy as np
 
 from benchmarks import accuracy
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build
 from xmc_jax.data import bundled, holdout, raw_folder
@@ -562,8 +562,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if split == "test":
         content["settings"]["ways"] = {n: dataclasses.asdict(c) for n, c in WAYS.items()}
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save(arguments.output, content)
     return content
 
 

@@ -29,7 +29,6 @@ The results go to --output: "benchmark", "settings", environment and "results".
 import argparse
 import functools
 import importlib.util
-import json
 import os
 import pathlib
 import statistics
@@ -45,7 +44,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 import jax
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build, command, packaged
 from xmc_jax.data import raw
@@ -202,8 +201,7 @@ def main() -> dict[str, Any]:
         "results": results,
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {arguments.output}")
+        save(arguments.output, content)
     return content
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "tokenizers", "transformers")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -215,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "results": results,
     }
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {arguments.output}")
+        save(arguments.output, content)
     same = [one["same"] for one in (*results["batch_sizes"].values(), results["killed"])]
     if not all(same):
         raise SystemExit("expected the same output every time, got others")

@@ -15,7 +15,6 @@ Needs jax, flax, optax and numpy only.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
@@ -27,7 +26,7 @@ import jax
 
 from benchmarks import decoder_step
 from benchmarks.decoder_workload import CHOSEN, MODELS, Settings, batch_of
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from xmc_jax.models import layers
 from xmc_jax.models.decoder_config import DecoderConfig
 
@@ -146,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     print("\n".join(lines(results)))
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {arguments.out}")
+        save(arguments.out, content)
     return content
 
 

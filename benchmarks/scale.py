@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 
 PACKAGES = ("jax", "numpy", "scann", "tokenizers")
 _LINES = 1 << 14  # written at a time
@@ -386,9 +386,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **environment(PACKAGES),
         "results": results | {"all": {"total_seconds": seconds, "rss": peak}},
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {arguments.out}")
+    save(arguments.out, content)
     return content
 
 

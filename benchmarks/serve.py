@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from xmc_jax.inference import artifact
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -251,9 +251,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **environment(PACKAGES),
         "results": results,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {arguments.out}")
+    save(arguments.out, content)
     return content
 
 

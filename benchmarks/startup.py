@@ -16,7 +16,6 @@ all threads; they suffer less from other work on the machine), their medians, an
 """
 
 import argparse
-import json
 import os
 import pathlib
 import re
@@ -29,7 +28,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 
 NAMES = ("cold", "again", "other")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -122,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **environment(PACKAGES),
         "results": results,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {arguments.out}")
+    save(arguments.out, content)
     return content
 
 

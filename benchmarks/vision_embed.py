@@ -23,7 +23,6 @@ Needs jax, flax, optax and numpy only.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import re
 import sys
@@ -38,7 +37,7 @@ import numpy as np
 from flax import traverse_util
 
 from benchmarks.decoder_step import matmul_rate, memory
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from xmc_jax import rng, sharding
 from xmc_jax.models.vision import Vision, VisionConfig
 
@@ -334,9 +333,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     kind = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower())
     name = f"vision_embed_{settings.model}_{kind}.json"
     out = arguments.out or pathlib.Path(__file__).parent / "results" / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {out}")
+    save(out, content)
     return content
 
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax.planning import plan, programs, shape, topology
 from xmc_jax.training.config import RunConfig
@@ -190,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if out is not None:
             content = {"benchmark": "weak_scaling", "settings": {"variant": VARIANT}}
             content |= environment(PACKAGES) | {"results": results}
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            save(out, content)
     print(table(results))
     if arguments.plot:
         plot(results, arguments.plot)
