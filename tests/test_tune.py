@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from xmc_jax import build, modes
+from xmc_jax.retrieval import tuned as tuned_file
 from xmc_jax.retrieval import tuning
 from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.tuning import TuneConfig
@@ -111,7 +112,7 @@ def test_all_training_documents_take_what_some_chose(tuned, own_fields, topics, 
     final = modes.override(own_fields, whole)
     data, config = build.data(final), RunConfig.from_dict(final).eval.augmented
     assert data.manifest["validation"] is None and data.num_documents == 200
-    read = tuning.read(tuned, final, data, config)
+    read = tuned_file.read(tuned, final, data, config)
     assert read == dataclasses.replace(config, **content["augmented"]) != config
     # Were the test split ever handed over, it would be refused.
     eight = np.ones((data.num_labels, 8), np.float32)

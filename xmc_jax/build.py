@@ -22,7 +22,7 @@ from xmc_jax.data import (
 )
 from xmc_jax.data import images as image_folders
 from xmc_jax.models import backbone, hf
-from xmc_jax.retrieval import tuning
+from xmc_jax.retrieval import tuned
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
@@ -47,13 +47,15 @@ def run(
     """
     config, opened = RunConfig.from_dict(fields), data(fields)
     if config.eval.augmented.weights == "tuned":
-        tuned = workdir and tuning.read(workdir, fields, opened, config.eval.augmented)
-        if tuned is None:
+        chosen = workdir and tuned.read(workdir, fields, opened, config.eval.augmented)
+        if chosen is None:
             raise ValueError(
-                f"eval.augmented.weights: expected {tuning.FILE} in {workdir or 'a workdir'}, "
+                f"eval.augmented.weights: expected {tuned.FILE} in {workdir or 'a workdir'}, "
                 "found none; make it with --mode=tune"
             )
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, augmented=tuned))
+        config = dataclasses.replace(
+            config, eval=dataclasses.replace(config.eval, augmented=chosen)
+        )
     return Run(config, opened, _prompts(fields), devices)
 
 

@@ -21,7 +21,7 @@ from xmc_jax.inference.config import LabelsConfig, PredictConfig
 from xmc_jax.planning import report as planning_report
 from xmc_jax.reporting import files as report_files
 from xmc_jax.reporting import page
-from xmc_jax.retrieval import evaluate, exact, scann, tuning
+from xmc_jax.retrieval import evaluate, exact, scann, tuned, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.serve import command as serving
@@ -192,7 +192,7 @@ def _tune(asked: Asked) -> int:
     step, state = loop.restore(run, folder, asked.step)
     choice = run.tune(state)
     if choice is not None:
-        path = tuning.write(asked.workdir, choice, fields, run.data, run.config.tune)
+        path = tuned.write(asked.workdir, choice, fields, run.data, run.config.tune)
         print(f"{tuning.report(choice, run.config.tune)}\n\nstep {step} of {folder}; in {path}")
     return 0
 

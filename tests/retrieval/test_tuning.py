@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xmc_jax.data.csr import Csr
-from xmc_jax.retrieval import tuning
+from xmc_jax.retrieval import pool, tuned, tuning
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.metrics import NAMES, Truth
@@ -79,9 +79,9 @@ def test_every_setting_ranks_as_evaluation_does(mode, k):
         for switches in itertools.product((False, True), repeat=3)
         for prior_weight in (0.0, 0.7)
     ]
-    pool = tuning._Pool(labels, documents, positives, truth, pairs, mode, prior, k)
+    retrieved_once = pool.Pool(labels, documents, positives, truth, pairs, mode, prior, k)
     measured, hits = Truth(truth.indptr, truth.indices, np.ones(L)), 0
-    for one, ranks in zip(settings, pool.ranks(settings)):
+    for one, ranks in zip(settings, retrieved_once.ranks(settings)):
         ids = tuning._ranked(one, labels, documents, positives, pairs, k, prior)
         want = measured.ranks(ids, (k,))
         np.testing.assert_array_equal(np.minimum(ranks, k), want, err_msg=str(one))
@@ -246,13 +246,13 @@ def test_read_gives_what_was_written_and_refuses_what_is_not_its_own(tmp_path):
     }
     store = FakeStore(train="1", label="2", test="3")
     own = AugmentedConfig(temperature=0.9, prior="p.tsv", weights="tuned")
-    assert tuning.read(tmp_path, fields, store, own) is None
+    assert tuned.read(tmp_path, fields, store, own) is None
     config = dataclasses.replace(
         EVAL, augmented=dataclasses.replace(EVAL.augmented, prior="other.tsv")
     )
     choice = choose(problem(0), prior=np.ones(L), config=config)
     choice = dataclasses.replace(choice, accepted=True)
-    path = tuning.write(tmp_path, choice, fields, FakeStore(train="1", label="2"), TUNE)
+    path = tuned.write(tmp_path, choice, fields, FakeStore(train="1", label="2"), TUNE)
     assert path == tmp_path / "tuned.json"
     content = json.loads(path.read_text())
     assert content["rows"]["defaults"]["metrics"] == choice.metrics["defaults"]
@@ -264,12 +264,12 @@ def test_read_gives_what_was_written_and_refuses_what_is_not_its_own(tmp_path):
         "data": fields["data"] | {"data_dir": "there", "validation_fraction": 0.2},
         "tune": {},
     }
-    read = tuning.read(tmp_path, same, store, own)
+    read = tuned.read(tmp_path, same, store, own)
     assert read == dataclasses.replace(choice.best, prior="p.tsv")
 
     def refused(said, fields=fields, store=store, own=own):
         with pytest.raises(ValueError, match=said) as error:
-            tuning.read(tmp_path, fields, store, own)
+            tuned.read(tmp_path, fields, store, own)
         assert "\n" not in str(error.value) and "tuned.json" in str(error.value)
 
     refused(r"train.epochs: 3 there, 4 here", fields | {"train": {"epochs": 4, "keep": 2}})

@@ -31,7 +31,7 @@ class AugmentedConfig:
         prior: where each label's prior comes from, see `data.priors`; None for none.
         prior_weight: exponent of the prior; 0 leaves it out, negative ones favour labels of low
             prior.
-        weights: "config" takes the values here; "tuned" those that `tuning.write` left in the
+        weights: "config" takes the values here; "tuned" those that `tuned.write` left in the
             workdir, which whoever opens a run puts in their place.
     """
 
@@ -181,7 +181,7 @@ def augment(
     if config.weights == "tuned":
         raise ValueError(
             "eval.augmented.weights: expected the tuned weights themselves, got only their name; "
-            "read them with retrieval.tuning.read"
+            "read them with retrieval.tuned.read"
         )
     if prior is None and config.prior is not None:
         raise ValueError(f"augment: expected the prior {config.prior!r}, got none")

@@ -1,0 +1,139 @@
+"""The weights that tuning chose, in a workdir, and what they may be used for: tuned.json."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from xmc_jax import checkpoint
+from xmc_jax.data.store import Store
+from xmc_jax.retrieval.augmented import AugmentedConfig
+from xmc_jax.retrieval.tuning import FIELDS, Choice, TuneConfig, values_of
+
+FILE = "tuned.json"
+"""Name of the file in a workdir."""
+FORMAT = 1
+# Fields of a config, beside `checkpoint.RESUMABLE`, that weights do not depend on: names, and what
+# differs between a validation run and the run on all training documents.
+_APART = (
+    *("name", "baseline", "provenance", "data.validation_fraction", "data.validation_seed"),
+    *("train.log_every", "train.zero_shot"),
+)
+
+
+def belongs(fields: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """What a choice depends on: the recipe and the training data; not which documents are held out.
+
+    Args:
+        fields: a config as nested mappings.
+        store: its data, whole or a validation split.
+    """
+    apart = (*checkpoint.RESUMABLE, *_APART)
+    recipe = {
+        name: value
+        for name, value in checkpoint.flat(fields).items()
+        if not any(name == one or name.startswith(f"{one}.") for one in apart)
+    }
+    raw = store.manifest["raw"]
+    files = {
+        f"data: {role} file": raw[role]["sha256"]
+        for role in ("train", "train labels", "label")
+        if role in raw
+    }
+    return json.loads(json.dumps(recipe | files))  # tuples are lists there
+
+
+def write(
+    workdir: epath.PathLike,
+    choice: Choice,
+    fields: Mapping[str, Any],
+    store: Store,
+    tune: TuneConfig,
+) -> epath.Path:
+    """Writes a choice to `tuned.json` in a workdir, and returns its path.
+
+    Args:
+        workdir: local or remote.
+        choice: see `tuning.choose`.
+        fields: the config, see `belongs`.
+        store: the validation split.
+        tune: what was asked for.
+    """
+    path = epath.Path(workdir) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "augmented": values_of(choice.chosen),
+        "prior": choice.chosen.prior,
+        "accepted": choice.accepted,
+        "metric": tune.metric,
+        "gain": choice.gain,
+        "standard_error": choice.standard_error,
+        "rows": {
+            name: {
+                "augmented": values_of(one),
+                "metrics": choice.metrics[name],
+                "standard_errors": choice.standard_errors[name],
+            }
+            for name, one in (("defaults", choice.defaults), ("best", choice.best))
+        },
+        "standard_errors_of_differences": choice.standard_errors["difference"],
+        "validation": {
+            **store.manifest["validation"],
+            "data": store.digest,
+            "documents": choice.documents,
+            "sources": choice.sources,
+        },
+        "settings": choice.settings,
+        "tune": dataclasses.asdict(tune),
+        "belongs_to": belongs(fields, store),
+    }
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read(
+    workdir: epath.PathLike, fields: Mapping[str, Any], store: Store, config: AugmentedConfig
+) -> AugmentedConfig | None:
+    """The settings of a config with those in place that were chosen for it; None without a file.
+
+    Args:
+        workdir: where `write` wrote.
+        fields: the config of the run, see `belongs`.
+        store: its data.
+        config: its settings; those that are not tuned, as the prior, stay.
+
+    Raises:
+        ValueError: the file cannot be read, is of another config or dataset, or was made with a
+            prior and there is none, or the other way round.
+    """
+    path = epath.Path(workdir) / FILE
+    if not path.exists():
+        return None
+    again = "tune again with --mode=tune"
+    try:
+        content = json.loads(path.read_text())
+        prior, then = content["prior"], dict(content["belongs_to"])
+        if content["format"] != FORMAT or set(content["augmented"]) != set(FIELDS):
+            raise ValueError("other fields")
+        chosen = dataclasses.replace(config, weights="config", **content["augmented"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected what --mode=tune writes, got {error!r}; {again}"
+        ) from None
+    now = belongs(fields, store)
+    differ = [
+        f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if differ:
+        raise ValueError(f"{path}: made for another config ({'; '.join(differ)}); {again}")
+    if (prior is None) != (config.prior is None):
+        raise ValueError(
+            f"{path}: expected --config.eval.augmented.prior as it was tuned with, {prior!r}, got "
+            f"{config.prior!r}; set it, or {again}"
+        )
+    return chosen
