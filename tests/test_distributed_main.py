@@ -45,7 +45,7 @@ BREAKS = """
 import sys
 from xmc_jax import build, main
 
-def damaged(fields):
+def damaged(*_, **__):
     raise ValueError("data: this copy is damaged")
 
 if "--process_id=1" in sys.argv:
