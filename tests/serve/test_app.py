@@ -232,8 +232,9 @@ def test_a_body_without_a_length_is_bounded_too(served):
             b"POST /v1/predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             b"transfer-encoding: chunked\r\n\r\n"
         )
-        for _ in range(100):
-            client.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may not read it all
+            for _ in range(100):
+                client.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
         answer = client.recv(1 << 16)
     assert answer.startswith(b"HTTP/1.1 413 ") and b"connection: close" in answer
 
