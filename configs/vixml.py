@@ -138,7 +138,7 @@ BASE = {
     },
     "curriculum": {  # [script]; nothing is published for the text-only runs or the other datasets
         "start": 10,
-        "update": 5,
+        "update_every": 5,
         "cluster_size": 16,
         "double_at": (20, 40, 60, 80, 100, 120),
     },
@@ -323,7 +323,7 @@ def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16) -> dict
         },
         "curriculum": {  # [script]
             "start": 4,
-            "update": 2,
+            "update_every": 2,
             "cluster_size": 16,
             "double_at": (8, 12, 16, 20, 24),
         },
@@ -358,7 +358,7 @@ _REFERENCE = {
     # The script's own loss collapses on this set within two epochs.
     "loss": {"num_negatives": 200, "weighted": False},
     "optimizer": {"lr": _lr(2e-4, 5e-4), "warmup_steps": 20},
-    "curriculum": {"start": 2, "update": 2, "cluster_size": 16, "double_at": (4, 6, 8)},
+    "curriculum": {"start": 2, "update_every": 2, "cluster_size": 16, "double_at": (4, 6, 8)},
     "train": {"batch_size": 256, "epochs": 12, "eval_every": 4},
 }
 # [ours]: every document against all labels (DEXML's softmax, over prototypes); see README, "The
@@ -591,7 +591,7 @@ NAMES = {
             "data": {"max_length": 8},
             "encoder": {"layers": 1, "init": "random"},
             "prime": {"free_vectors": 64, "ff_dim": 128},
-            "curriculum": {"start": 0, "update": 1},
+            "curriculum": {"start": 0, "update_every": 1},
             "optimizer": {"warmup_steps": 2},
             "train": {"batch_size": 512, "epochs": 2, "log_every": 2},
         },
@@ -619,7 +619,7 @@ NAMES = {
                 "lr": (("backbone/.*", 5e-3), ("free_vectors", 5e-3), (".*", 2e-3)),
                 "weight_decay": ((".*bias", 0.0), ("free_vectors", 0.0), (".*", 0.01)),
             },
-            "curriculum": {"start": 0, "update": 1},
+            "curriculum": {"start": 0, "update_every": 1},
             "train": {"labels": "sampled", "epochs": 4, "n_chunks": 2},
         },
     ),

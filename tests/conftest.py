@@ -156,7 +156,7 @@ def fields(topics, backbone, tmp_path_factory) -> dict:
     loss = {"num_negatives": 8, "weighted": False, "block": None}
     fields["loss"] = copy.deepcopy(vixml.BASE["loss"]) | loss
     fields["optimizer"]["lr"] = ((".*", 2e-3),)
-    fields["curriculum"] |= {"start": 0, "update": 1, "cluster_size": 8, "double_at": (1,)}
+    fields["curriculum"] |= {"start": 0, "update_every": 1, "cluster_size": 8, "double_at": (1,)}
     fields["train"] |= {
         "labels": "sampled",
         "batch_size": 40,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from flax.core import meta
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from configs import vixml
 from xmc_jax import build, modes, packaged, sharding
@@ -409,7 +409,7 @@ def test_decoder_recipes(backbone):
     assert config.optimizer.clip_norm == 1.0 and config.optimizer.warmup_steps == 100
     assert config.encoder.compute_dtype == config.encoder.frozen_dtype == "bfloat16"
     assert config.prime.free_vector_init == "cluster_mean" and config.prime.heads == 8
-    assert (config.curriculum.start, config.curriculum["update"]) == (4, 2)
+    assert (config.curriculum.start, config.curriculum.update_every) == (4, 2)
     assert config.curriculum.double_at == (8, 12, 16, 20, 24)
     assert config.fusion.prefix == "This product text"
     assert config.fusion.image_prefix == "and its image" and config.fusion.order == "text_image"
@@ -481,6 +481,18 @@ def parse(monkeypatch, variant: str, *overrides: str) -> dict:
     config_flags.DEFINE_config_file("config", flag_values=values)
     values(arguments)
     return values["config"].value.to_dict()
+
+
+def test_no_field_is_called_as_a_method_that_a_flag_would_find_instead():
+    def names(config):
+        for name, value in config.items():
+            yield name
+            if isinstance(value, dict):
+                yield from names(value)
+
+    found = set(names(vixml.get_config("mm").to_dict()))
+    assert {"update_every", "records_options", "lr"} <= found
+    assert not found & set(dir(config_dict.ConfigDict))
 
 
 def test_flags_override_fields_that_are_none_and_tuples(monkeypatch):

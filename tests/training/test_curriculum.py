@@ -28,7 +28,7 @@ def test_plan_is_what_a_run_of_the_loop_would_do(cfg):
         made = None
         if epoch in cfg.double_at:  # at the epoch's end
             size *= 2
-        if epoch >= cfg.start and (epoch - cfg.start) % cfg.update == 0:
+        if epoch >= cfg.start and (epoch - cfg.start) % cfg.update_every == 0:
             made = size
         assert curriculum.plan(epoch, cfg) == curriculum.EpochPlan(in_force, made)
         in_force = made or in_force
@@ -297,7 +297,7 @@ def test_more_leaves_than_points_are_refused():
     "fields",
     [
         {"start": -1},
-        {"update": 0},
+        {"update_every": 0},
         {"cluster_size": 1},
         {"double_at": (4, 4)},
         {"double_at": (6, 4)},

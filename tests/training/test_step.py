@@ -222,7 +222,7 @@ def test_centroids_at_the_boundary(fields, centroids):
 def test_nothing_is_compiled_after_the_first_step_of_each_phase(fields, tmp_path):
     """Random and clustered epochs, boundaries, evaluations, saves: warm after the second."""
     fields = copy.deepcopy(fields)
-    fields["curriculum"] |= {"start": 0, "update": 1, "double_at": ()}
+    fields["curriculum"] |= {"start": 0, "update_every": 1, "double_at": ()}
     program = make(fields)
     compiled = []
     epochs = []

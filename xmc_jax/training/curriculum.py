@@ -28,13 +28,13 @@ class CurriculumConfig:
     Attributes:
         start: the first epoch whose end clusters the documents; earlier orders are random. None:
             all are.
-        update: epochs from one clustering to the next.
+        update_every: epochs from one clustering to the next.
         cluster_size: documents per leaf at first, before rounding leaves up to a power of two.
         double_at: epochs at whose end `cluster_size` doubles, before that end's clustering.
     """
 
     start: int | None = 10
-    update: int = 5
+    update_every: int = 5
     cluster_size: int = 16
     double_at: tuple[int, ...] = ()
 
@@ -43,8 +43,10 @@ class CurriculumConfig:
             raise ValueError(
                 f"curriculum.start: expected an epoch from 0 on, or None, got {self.start}"
             )
-        if self.update < 1:
-            raise ValueError(f"curriculum.update: expected at least 1 epoch, got {self.update}")
+        if self.update_every < 1:
+            raise ValueError(
+                f"curriculum.update_every: expected at least 1 epoch, got {self.update_every}"
+            )
         if self.cluster_size < 2:
             raise ValueError(
                 f"curriculum.cluster_size: expected at least 2 documents, got {self.cluster_size}"
@@ -87,10 +89,10 @@ def plan(epoch: int, cfg: CurriculumConfig) -> EpochPlan:
         return cfg.cluster_size * 2 ** sum(e <= end_of for e in cfg.double_at)
 
     since = epoch - cfg.start
-    latest = cfg.start + (since - 1) // cfg.update * cfg.update
+    latest = cfg.start + (since - 1) // cfg.update_every * cfg.update_every
     return EpochPlan(
         cluster_size=size(latest) if since > 0 else None,
-        new_cluster_size=size(epoch) if since >= 0 and since % cfg.update == 0 else None,
+        new_cluster_size=size(epoch) if since >= 0 and since % cfg.update_every == 0 else None,
     )
 
 
