@@ -1,0 +1,136 @@
+"""Kill it anywhere, run the same command again: the same bits."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from xmc_jax import build
+from xmc_jax.training import loop
+
+STEPS = 20  # of the run
+
+
+def leaves(full: dict, workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint: parameters, moments, tables, counters."""
+    step, state = loop.restore(build.run(full), workdir)
+    assert step == STEPS
+    return {
+        jax.tree_util.keystr(path): np.asarray(jax.device_get(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def records(workdir: pathlib.Path) -> list[dict]:
+    """metrics.jsonl but for times."""
+    return [
+        {name: x for name, x in json.loads(line).items() if not name.startswith("time/")}
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def assert_same(full: dict, workdir: pathlib.Path, straight: tuple[dict, list]) -> None:
+    expected, recorded = straight
+    found = leaves(full, workdir)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].tobytes() == array.tobytes(), name
+    assert records(workdir) == recorded
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in pathlib.Path("/dev/shm").iterdir()}
+
+
+def running(workdir: pathlib.Path) -> list[str]:
+    """Command lines of processes that have something to do with a run."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue  # it has ended
+            if str(workdir) in words:
+                found.append(words)
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(full, config, start, tmp_path_factory):
+    """The run that nothing interrupts, its records, and how many seconds it takes."""
+    folder = tmp_path_factory.mktemp("straight")
+    for name in ("first", "second"):  # what the first one compiled is on disk for all others
+        started = time.monotonic()
+        process = start(config, f"--workdir={folder / name}")
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+    seconds = time.monotonic() - started
+    whole = leaves(full, folder / "second"), records(folder / "second")
+    assert {"train/loss", "eval/P@1"} <= set().union(*whole[1])
+    assert_same(full, folder / "first", whole)
+    return whole, seconds
+
+
+def killed(start, config: str, workdir: pathlib.Path, number: int, after: float) -> int | None:
+    """The exit code of a run that got a signal after some seconds; None if it ended before."""
+    process = start(config, f"--workdir={workdir}")
+    try:
+        process.communicate(timeout=after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+        said, _ = process.communicate()
+        assert "Traceback" not in said, said
+        return process.returncode
+    assert process.returncode == 0
+    return None
+
+
+CAMPAIGNS = [
+    pytest.param(signal.SIGKILL, 2, id="SIGKILL", marks=pytest.mark.slow),
+    pytest.param(signal.SIGKILL, 50, id="50 SIGKILL", marks=pytest.mark.reliability),
+    pytest.param(signal.SIGTERM, 20, id="20 SIGTERM", marks=pytest.mark.reliability),
+]
+
+
+@pytest.mark.parametrize("number, kills", CAMPAIGNS)
+def test_killed_at_random_moments(full, config, start, straight, tmp_path, figures, number, kills):
+    """Again and again, a finished run followed by a new one, until so many kills have hit."""
+    (whole, seconds), generator = straight, np.random.default_rng(kills)
+    before, hit, finished, codes, lost = shared_memory(), 0, 0, [], []
+    while hit < kills or finished == 0:
+        workdir = tmp_path / str(finished)
+        # Enough to get somewhere, so that a run ends at some time.
+        after = generator.uniform(0.3, 1.0) * seconds if hit < kills else 10 * seconds
+        code = killed(start, config, workdir, number, after)
+        assert not running(workdir)
+        if code is None:
+            assert_same(full, workdir, whole)
+            finished += 1
+            continue
+        hit += 1
+        codes.append(code)
+        if number == signal.SIGTERM:
+            lost.append(lost_steps(workdir))
+    if number == signal.SIGKILL:
+        assert set(codes) == {-signal.SIGKILL}
+        assert shared_memory() <= before
+    else:
+        # Before the run has begun to train, SIGTERM ends a process as any other.
+        assert set(codes) <= {128 + signal.SIGTERM, -signal.SIGTERM}
+        assert codes.count(128 + signal.SIGTERM) > kills // 4 and max(lost) <= 1
+    figures(kills=hit, runs_finished=finished, identical=finished, steps_lost=max(lost, default=0))
+
+
+def lost_steps(workdir: pathlib.Path) -> int:
+    """Steps that were trained and are not in the newest checkpoint."""
+    if not (workdir / "metrics.jsonl").exists():
+        return 0
+    trained = max((record["step"] for record in records(workdir)), default=0)
+    return trained - loop.find(workdir) if trained else 0
