@@ -69,7 +69,7 @@ COLUMNS = (
 _TEXT = NewLabelsConfig(how="text", scale=1.0)
 WAYS = {
     "text": _TEXT,
-    "nearest label": NewLabelsConfig(neighbours=1, threshold=0.9, temperature=0.05, scale=1.0),
+    "nearest label": NewLabelsConfig(neighbours=1, threshold=0.8, temperature=0.05, scale=0.95),
     "nearest labels": NewLabelsConfig(),
 }
 GRID = {

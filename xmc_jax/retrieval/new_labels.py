@@ -41,9 +41,9 @@ class NewLabelsConfig:
     """
 
     how: Literal["text", "nearest"] = "nearest"
-    neighbours: int = 20
+    neighbours: int = 5
     threshold: float = -1.0
-    temperature: float = 0.1
+    temperature: float = 1.0
     scale: float = 0.95
 
     def __post_init__(self):
