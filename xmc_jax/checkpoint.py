@@ -78,7 +78,10 @@ class Checkpoints:
                 lightweight_initialize=read_only,  # reads nothing that may be damaged
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(
-                    timeout_secs=_TIMEOUT, post_finalization_callback=self._prove
+                    timeout_secs=_TIMEOUT,
+                    post_finalization_callback=self._prove,
+                    # Otherwise a folder that cannot be made is noticed after five minutes.
+                    create_directories_asynchronously=False,
                 ),
             ),
         )
@@ -232,13 +235,11 @@ class Checkpoints:
             OSError: it could not be written; in one line.
         """
         step = self._pending
-        try:
-            with self._writing(step):
-                self._manager.wait_until_finished()
-                if step is not None and distributed.is_first():
-                    proof.seal(self._folder / str(step))
-        finally:
-            self._pending = None
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            if step is not None and distributed.is_first():
+                proof.seal(self._folder / str(step))
+        self._pending = None
 
     def close(self) -> None:
         """Waits for the writes and releases the threads.
@@ -327,6 +328,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            self._pending = None
             raise OSError(
                 f"checkpoint {self._folder}/{step}: could not be written: {_one_line(error)}; "
                 "those before it are kept: run the same command again to go on from the newest"
