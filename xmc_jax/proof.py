@@ -103,12 +103,13 @@ def examine(
             )
         if manifest["step"] != step:
             raise _Damaged(f"{MANIFEST}: expected step {step}, got {manifest['step']!r}")
-        files = dict(manifest["files"])
-        if (folder / SEAL).exists():
-            files |= _read(folder / SEAL, ("files", "format"))["files"]
-        else:  # a run that ended between a commit and its next call
-            _check_commit(folder)
+        files = manifest["files"]
         names = sorted(files)[part::parts]
+        if (folder / SEAL).exists():
+            files = files | _read(folder / SEAL, ("files", "format"))["files"]
+            names += _OF_COMMIT
+        else:  # the run goes on, or ended between a commit and its next call
+            _check_commit(folder)
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda name: _problem(folder, name, files[name], hashed), names)
             if problem := next(filter(None, found), ""):
