@@ -112,6 +112,25 @@ def test_a_checkpoint_is_there_once_its_commit_file_is(workdir, server):
     np.testing.assert_array_equal(restored["bank"], state(8)["bank"])
 
 
+def test_a_damaged_object_is_noticed_and_cleared_away(workdir, server):
+    save(workdir, {1: 0.5, 2: None})
+    data = next(name for name in server.names(f"{workdir.name}/checkpoints/2/state/d/"))
+    server.objects[data] = server.objects[data]._replace(data=server.objects[data].data[:-1] + b"?")
+    before = server.names(f"{workdir.name}/")
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        assert (checkpoints.latest(), checkpoints.best()) == (1, 1)
+        assert "state/d/" in checkpoints.finding(2).reason
+    assert server.names(f"{workdir.name}/") == before
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        assert checkpoints.steps() == [1]
+        checkpoints.save(2, state(8), NO_HISTORY)
+    assert data not in server.names(f"{workdir.name}/")
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.latest() == 2
+        restored, _ = checkpoints.restore(2, abstract(state(8)))
+    np.testing.assert_array_equal(restored["bank"], state(8)["bank"])
+
+
 def test_a_workdir_goes_on_where_it_was_copied_to(workdir, server, tmp_path):
     save(workdir, {1: 0.5})
     for name in objects(server, workdir):

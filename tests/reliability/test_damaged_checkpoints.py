@@ -226,10 +226,11 @@ main.run()
 """
 
 
+@pytest.mark.usefixtures("trained")  # its programs are compiled: they are larger than that
 def test_the_command_cannot_write(short, tmp_path):
     """A write that fails in the background ends the run with one line, and leaves nothing."""
     workdir = tmp_path / "run"
-    flags = (written(short, tmp_path), f"--workdir={workdir}", "--compilation_cache=off")
+    flags = (written(short, tmp_path), f"--workdir={workdir}")
     with processes.started(1, ["-c", LIMITED, *flags]) as group:
         (done,) = group.wait(300)
     assert done.returncode == 1 and "could not be written" in one_error(done.stderr)
