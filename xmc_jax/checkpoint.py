@@ -267,7 +267,7 @@ class Checkpoints:
 
     def _clear(self, strays: list[epath.Path]) -> None:
         """Moves what is not whole out of the way of a run that goes on."""
-        usable = [step for step in self._listed if self._is_usable(step, "moved away")]
+        usable = [step for step in self._listed if self._is_usable(step)]
         if not usable:
             self._check_some(self._listed)
         distributed.barrier("checkpoints compared")
@@ -280,7 +280,7 @@ class Checkpoints:
         distributed.barrier("checkpoints cleared")
         self._listed = usable
 
-    def _is_usable(self, step: int, otherwise: str = "skipped") -> bool:
+    def _is_usable(self, step: int) -> bool:
         """Whether a checkpoint may be read; says so in one line if it is not known to be whole."""
         known = step in self._found
         found = self.finding(step)
@@ -288,7 +288,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint {self._folder}/{step}: {found.reason}")
         usable = found.kind in ("whole", "unproven")
         if found.reason and not known and distributed.is_first():
-            done = "read as it is" if usable else otherwise
+            done = "read as it is" if usable else "skipped"
             logging.warning("checkpoint %s/%d: %s: %s", self._folder, step, done, found.reason)
         return usable
 
