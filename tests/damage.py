@@ -45,8 +45,8 @@ def newest(workdir: pathlib.Path, read_only: bool = True) -> int | None:
         return step
 
 
-def assert_restored(checkpoints: checkpoint.Checkpoints, step: int) -> None:
-    restored, history = checkpoints.restore(step, abstract(state(step)))
+def assert_restored(checkpoints: checkpoint.Checkpoints, step: int, sharding=None) -> None:
+    restored, history = checkpoints.restore(step, abstract(state(step), sharding))
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state(step)), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)

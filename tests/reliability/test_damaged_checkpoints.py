@@ -231,10 +231,12 @@ sys.path.insert(0, "tests")
 import damage
 from xmc_jax import checkpoint
 workdir = sys.argv[1]
+mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
+everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 for read_only in (True, False):
     with checkpoint.Checkpoints(workdir, read_only=read_only) as checkpoints:
         step = checkpoints.latest()
-        damage.assert_restored(checkpoints, step)
+        damage.assert_restored(checkpoints, step, everywhere)
         print(json.dumps([step, [x.reason for x in checkpoints._found.values() if x.reason]]))
 """
 
