@@ -88,7 +88,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps there is a committed checkpoint of, ascending; of a run that goes on, whole."""
-        return self._listed if self._read_only else sorted(self._manager.all_steps())
+        # Of several processes, the manager's are NumPy numbers.
+        return self._listed if self._read_only else sorted(map(int, self._manager.all_steps()))
 
     def latest(self) -> int | None:
         """The newest step whose checkpoint is whole, or None where there is no checkpoint.
