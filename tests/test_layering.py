@@ -24,12 +24,16 @@ LAYERS = (
         "checkpoint",
         "command",
         "compilation",
+        "digests",
         "distributed",
         "packaged",
+        "proof",
         "report",
         "rng",
         "sharding",
         "types",
+        "verify",
+        "workdirs",
     ),
 )
 BASE = LAYERS[-1]  # small modules without a folder; they may use one another

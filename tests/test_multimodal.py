@@ -13,7 +13,7 @@ import pytest
 import safetensors
 
 from configs import vixml
-from xmc_jax import build, checkpoint
+from xmc_jax import build, workdirs
 from xmc_jax.data import batches, synthetic
 from xmc_jax.export import write
 from xmc_jax.models import hf
@@ -250,9 +250,10 @@ def test_an_image_folder_that_was_made_otherwise_is_refused(with_images, program
 
 def test_other_images_under_a_run_are_refused(with_images, program, with_random_images, tmp_path):
     config = with_images | {"provenance": program.provenance()}
-    checkpoint.write_config(tmp_path, config)
+    workdirs.write_config(tmp_path, config)
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    checkpoint.check_config(tmp_path, config)
+    (tmp_path / "checkpoints" / "2" / "file").touch()
+    workdirs.check_config(tmp_path, config)
     data = with_random_images(program.data, tmp_path / "images-hog-colour")
     other = Run(RunConfig.from_dict(with_images), data).provenance()
     there, here = program.provenance()["images"], other["images"]
@@ -260,7 +261,7 @@ def test_other_images_under_a_run_are_refused(with_images, program, with_random_
     with pytest.raises(
         ValueError, match=rf"\(provenance\.images: '{there}' there, '{here}' here\); choose anoth"
     ) as refused:
-        checkpoint.check_config(tmp_path, with_images | {"provenance": other})
+        workdirs.check_config(tmp_path, with_images | {"provenance": other})
     assert "\n" not in str(refused.value)
 
 

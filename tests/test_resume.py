@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build, checkpoint
+from xmc_jax import build, checkpoint, workdirs
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -151,22 +151,24 @@ def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
 
 
 def test_another_config_is_refused(fields, tmp_path):
-    checkpoint.write_config(tmp_path, fields | {"name": "nothing made with this one yet"})
-    checkpoint.check_config(tmp_path, fields)
-    checkpoint.write_config(tmp_path, fields)
+    workdirs.write_config(tmp_path, fields | {"name": "nothing made with this one yet"})
+    workdirs.check_config(tmp_path, fields)
+    workdirs.write_config(tmp_path, fields)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    checkpoint.check_config(tmp_path, fields)
+    workdirs.check_config(tmp_path, fields | {"name": "an empty folder is no checkpoint"})
+    (tmp_path / "checkpoints" / "4" / "file").touch()
+    workdirs.check_config(tmp_path, fields)
     changed = copy.deepcopy(fields)
     changed["train"]["batch_size"] = 64
     changed["eval"]["k"] = 120
     changed["train"]["epochs"] += 1
     with pytest.raises(ValueError, match=r"train\.batch_size: 40 there, 64 here\);") as refused:
-        checkpoint.check_config(tmp_path, changed)
+        workdirs.check_config(tmp_path, changed)
     assert "eval" not in str(refused.value) and "epochs" not in str(refused.value)
     changed = copy.deepcopy(fields)
     changed["train"]["epochs"] -= 1
     with pytest.raises(ValueError, match=r"train\.epochs: 3 there, 2 here"):
-        checkpoint.check_config(tmp_path, changed)
+        workdirs.check_config(tmp_path, changed)
 
 
 @pytest.mark.slow

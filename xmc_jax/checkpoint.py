@@ -1,35 +1,25 @@
-"""Save and restore of the whole training state with Orbax; the config a workdir belongs to.
+"""Save and restore of the whole training state with Orbax; which checkpoints are whole.
 
 A checkpoint holds the state as a flat mapping from path to array, so that no Python type is stored,
-and the run's metric records, so that a resumed run ends with the records of the straight one.
+the run's metric records, so that a resumed run ends with the records of the straight one, and the
+digests of its files, see `proof`.
 """
 
-import importlib.util
-import json
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
-# Fields that may differ between the run that wrote a workdir and the one that goes on with it.
-RESUMABLE = (
-    "data.data_dir",
-    "data.raw_dir",
-    "data.records",  # what they are made to is compared by its digest
-    "data.records_options",
-    "eval",
-    "export",
-    "mesh",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "train.keep",
-    "train.prefetch",
-    "tune",
-)
-_CONFIG = "config.json"
+from xmc_jax import distributed, proof, workdirs
+
+# Seconds that processes wait for the first one, which reads what it hashes before the commit.
+_TIMEOUT = 3600
 
 
 class Checkpoints:
@@ -38,23 +28,42 @@ class Checkpoints:
     With several processes all of them call every method, in the same order: each writes and reads
     what its devices hold, the first one alone commits and deletes, and the rest waits for it.
 
+    A run that goes on compares all checkpoints with their digests first and moves those that are
+    not whole out of the way: to <step>.damaged, or on gs://, where nothing can be renamed, away.
+
     Args:
         workdir: a folder that all processes see, or gs://...
         keep: how many of the latest checkpoints stay, at least 2: while the newest is being written
             the one before it is the only whole one.
-        read_only: leave the workdir as it is, for a run that may be in progress elsewhere.
+        read_only: leave the workdir as it is, for a run that may be in progress elsewhere; a
+            checkpoint is compared with its digests when it is asked for.
+        hashed: False for who only wants a step's number: of files, sizes alone are compared.
 
     Raises:
-        ValueError: `keep` is below 2, or checkpoints cannot be there.
+        ValueError: `keep` is below 2, checkpoints cannot be there, or there are some and none is
+            whole.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        keep: int = 2,
+        read_only: bool = False,
+        hashed: bool = True,
+    ):
         if keep < 2:
             raise ValueError(f"train.keep: expected at least 2 checkpoints, got {keep}")
+        workdir = workdirs.absolute(workdir)
+        self._folder, self._read_only, self._hashed = workdir / "checkpoints", read_only, hashed
+        self._found: dict[int, proof.Finding] = {}
+        self._pending: int | None = None  # the step that is being written
+        self._listed = distributed.broadcast("checkpoints", workdirs.steps(workdir))
+        if not read_only:
+            self._clear(workdirs.strays(workdir))
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_precision, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
-            _absolute(workdir) / "checkpoints",
+            self._folder,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "history": ocp.JsonCheckpointHandler(),
@@ -66,24 +75,46 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,  # what a killed save left behind
                 create=not read_only,
                 read_only=read_only,
+                lightweight_initialize=read_only,  # reads nothing that may be damaged
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_TIMEOUT,
+                    post_finalization_callback=self._prove,
+                    # Otherwise a folder that cannot be made is noticed after five minutes.
+                    create_directories_asynchronously=False,
+                ),
             ),
         )
 
-    def steps(self) -> Sequence[int]:
-        """The steps there is a committed checkpoint of, ascending."""
-        return sorted(self._manager.all_steps())
+    def steps(self) -> list[int]:
+        """The steps there is a committed checkpoint of, ascending; of a run that goes on, whole."""
+        # Of several processes, the manager's are NumPy numbers.
+        return self._listed if self._read_only else sorted(map(int, self._manager.all_steps()))
 
     def latest(self) -> int | None:
-        """The newest committed step, or None."""
-        step = self._manager.latest_step()  # of several processes, a NumPy number
-        return None if step is None else int(step)
+        """The newest step whose checkpoint is whole, or None where there is no checkpoint.
+
+        Raises:
+            ValueError: there are checkpoints and none is whole.
+        """
+        steps = self.steps()
+        if not self._read_only:
+            return steps[-1] if steps else None
+        for step in reversed(steps):
+            if self._is_usable(step):
+                return step
+        self._check_some(steps)
+        return None
 
     def best(self) -> int | None:
-        """The step with the highest P@1 among those kept, or None if none was evaluated."""
+        """The whole step with the highest P@1 among those kept, or None if none was evaluated."""
         self.wait()
-        best = self._manager.best_step()
-        return best if best is not None and self._manager.metrics(best) else None
+        steps = self.steps()
+        if self._read_only:
+            steps = [step for step in steps if self._is_usable(step)]
+        metrics = {step: self._manager.metrics(step) for step in steps}
+        evaluated = [step for step in steps if metrics[step]]
+        return max(evaluated, key=lambda step: (_precision(metrics[step]), step), default=None)
 
     def save(
         self,
@@ -100,19 +131,27 @@ class Checkpoints:
             state: pytree of arrays.
             history: what `report.Reporter.history` gave; stored as JSON.
             metrics: evaluation metrics of this step, if it was evaluated; needs "P@1".
+
+        Raises:
+            OSError: this checkpoint or the one before it could not be written; in one line.
         """
-        if step in self._manager.all_steps():
-            self.wait()
-            self._manager.delete(step)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flatten(state)),
-                history=ocp.args.JsonSave(dict(history)),
-            ),
-            metrics={} if metrics is None else {"P@1": metrics["P@1"]},
-            force=True,
-        )
+        self.wait()
+        scores = {} if metrics is None else {"P@1": metrics["P@1"]}
+        self._pending = step
+        self._found.pop(step, None)
+        with self._writing(step):
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_flatten(state)),
+                    history=ocp.args.JsonSave(dict(history)),
+                ),
+                metrics=scores,
+                custom_metadata=proof.MARK,
+                force=True,
+            )
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint onto the devices, from any mesh onto any mesh.
@@ -125,10 +164,12 @@ class Checkpoints:
             The state and the history stored with it.
 
         Raises:
-            ValueError: an array is missing, unknown, or has another shape or dtype.
+            ValueError: it is not whole, or an array is missing, unknown, or has another shape or
+                dtype.
         """
         expected = _flatten(abstract)
-        stored = self._manager.item_metadata(step)["state"]
+        with self._reading(step):
+            stored = self._manager.item_metadata(step)["state"]
         problems = [
             f"{name}: expected {_describe(expected.get(name))}, got {_describe(stored.get(name))}"
             for name in sorted(expected.keys() | stored.keys())
@@ -136,25 +177,81 @@ class Checkpoints:
         ]
         if problems:
             raise ValueError(
-                f"checkpoint {self._manager.directory}/{step}: does not hold the state of this "
-                f"config: " + "; ".join(problems)
+                f"checkpoint {self._folder}/{step}: does not hold the state of this config: "
+                + "; ".join(problems)
             )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(expected), history=ocp.args.JsonRestore()
-            ),
-        )
-        leaves = [restored["state"][name] for name in expected]
+        with self._reading(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(expected), history=ocp.args.JsonRestore()
+                ),
+            )
+            leaves = [restored["state"][name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["history"]
 
+    def arrays(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The name and the values of each array of a checkpoint's state, one at a time.
+
+        Args:
+            step: one of `steps()`.
+
+        Raises:
+            ValueError: it is not whole.
+        """
+        folder = self._folder / str(step) / "state"
+        with self._reading(step):
+            names = sorted(self._manager.item_metadata(step)["state"])
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                for name in names:
+                    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+                    wanted = ocp.args.PyTreeRestore(
+                        item={name: 0}, restore_args=as_numpy, partial_restore=True
+                    )
+                    yield name, reader.restore(folder, args=wanted)[name]
+
+    def finding(self, step: int) -> proof.Finding:
+        """What is known of a checkpoint; its files are read the first time.
+
+        Args:
+            step: one of `steps()`.
+
+        Raises:
+            OSError: a file cannot be read for a reason that says nothing about what is in it.
+        """
+        if step not in self._found:
+            folder = self._folder / str(step)
+            own = proof.examine(
+                folder, step, jax.process_index(), jax.process_count(), self._hashed
+            )
+            everyone = distributed.gather(f"checkpoint {step}", [own.kind, own.reason])
+            worst = next((x for x in everyone if x[0] != "whole"), everyone[0])
+            self._found[step] = proof.Finding(*worst)
+        return self._found[step]
+
     def wait(self) -> None:
-        """Waits until what is being written is committed."""
-        self._manager.wait_until_finished()
+        """Waits until what is being written is committed.
+
+        Raises:
+            OSError: it could not be written; in one line.
+        """
+        step = self._pending
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            if step is not None and distributed.is_first():
+                proof.seal(self._folder / str(step))
+        self._pending = None
 
     def close(self) -> None:
-        """Waits for the writes and releases the threads."""
-        self._manager.close()
+        """Waits for the writes and releases the threads.
+
+        Raises:
+            OSError: what was being written could not be; in one line.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -162,111 +259,101 @@ class Checkpoints:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
+    def _prove(self) -> None:
+        """In Orbax's thread, on the first process: all files are there, and not committed yet."""
+        step = self._pending
+        partial = f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
+        folders = [path for path in self._folder.iterdir() if path.name.startswith(partial)]
+        proof.write(folders[0] if folders else self._folder / str(step), step)
+
+    def _clear(self, strays: list[epath.Path]) -> None:
+        """Moves what is not whole out of the way of a run that goes on."""
+        usable = [step for step in self._listed if self._is_usable(step)]
+        if not usable:
+            self._check_some(self._listed)
+        distributed.barrier("checkpoints compared")
+        if distributed.is_first():
+            for path in strays:
+                logging.warning("%s: an empty folder named as a checkpoint; removed", path)
+                path.rmtree()
+            for step in set(self._listed) - set(usable):
+                _move_away(self._folder / str(step))
+        distributed.barrier("checkpoints cleared")
+        self._listed = usable
+
+    def _is_usable(self, step: int) -> bool:
+        """Whether a checkpoint may be read; says so in one line if it is not known to be whole."""
+        known = step in self._found
+        found = self.finding(step)
+        if found.kind == "newer":
+            raise ValueError(f"checkpoint {self._folder}/{step}: {found.reason}")
+        usable = found.kind in ("whole", "unproven")
+        if found.reason and not known and distributed.is_first():
+            done = "read as it is" if usable else "skipped"
+            logging.warning("checkpoint %s/%d: %s: %s", self._folder, step, done, found.reason)
+        return usable
+
+    def _check_some(self, steps: list[int]) -> None:
+        """Raises a ValueError if there are checkpoints, none of which is whole."""
+        if steps:
+            raise ValueError(
+                f"{self._folder}: expected a checkpoint that is whole, found none among "
+                f"{steps} (of step {steps[-1]}, {self._found[steps[-1]].reason}); put back a copy, "
+                "or remove the folder to start anew"
+            )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Within it a checkpoint is read; if it may be damaged, errors are said in one line."""
+        found = proof.Finding("whole")  # as all are that this run has written
+        if self._read_only or step in self._found:
+            found = self.finding(step)
+        if found.kind not in ("whole", "unproven"):
+            raise ValueError(
+                f"checkpoint {self._folder}/{step}: expected a whole one, found {found.kind}: "
+                f"{found.reason}; ask for another of {self.steps()}"
+            )
+        try:
+            yield
+        except Exception as error:
+            if found.kind == "whole":
+                raise
+            raise ValueError(
+                f"checkpoint {self._folder}/{step}: expected one that can be read, found "
+                f"{_one_line(error)} ({found.reason})"
+            ) from error
+
+    @contextlib.contextmanager
+    def _writing(self, step: int | None) -> Iterator[None]:
+        """Within it, whatever the disk or the store refuses is an OSError of one line."""
+        try:
+            yield
+        except Exception as error:
+            self._pending = None
+            raise OSError(
+                f"checkpoint {self._folder}/{step}: could not be written: {_one_line(error)}; "
+                "those before it are kept: run the same command again to go on from the newest"
+            ) from error
+
+
+def _move_away(folder: epath.Path) -> None:
+    if "://" in str(folder):
+        (folder / "commit_success.txt").unlink()  # Orbax clears away what was never committed
+        return
+    target = folder.parent / f"{folder.name}.damaged"
+    if target.exists():  # of an earlier time
+        target.rmtree()
+    folder.rename(target)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    return text if len(text) < 300 else f"{text[:80]} ... {text[-200:]}"  # the reason comes last
+
 
 def _precision(metrics: Mapping[str, float]) -> float:
     """P@1, lowest where a checkpoint was not evaluated."""
     return metrics.get("P@1", -math.inf)
-
-
-def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool = True) -> None:
-    """Compares a workdir's config with this run's; writes nothing.
-
-    A workdir without a checkpoint takes any config: nothing has been made with the one before.
-
-    Args:
-        workdir: see `Checkpoints`.
-        config: nested mapping of JSON values.
-        new: whether the workdir may be a new one.
-
-    Raises:
-        ValueError: a field differs that may not (see `RESUMABLE`; `train.epochs` may grow), there
-            is no config where there should be, or a run cannot be there.
-    """
-    workdir = _absolute(workdir)
-    if new and not ocp.utils.checkpoint_steps(workdir / "checkpoints"):
-        return
-    config = json.loads(json.dumps(config))  # tuples are lists there
-    then, now = flat(read_config(workdir)), flat(config)
-    differ = [
-        f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not _may_differ(name, then, now)
-    ]
-    if differ:
-        raise ValueError(
-            f"{workdir / _CONFIG}: this workdir was made by another config ({'; '.join(differ)}); "
-            f"choose another --workdir or give the same config"
-        )
-
-
-def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Makes a config the workdir's; the first process writes it, others do nothing.
-
-    Several processes need a barrier before, so that all have compared, and one behind; those that
-    then find no config do not see the first one's workdir.
-
-    Args:
-        workdir: see `Checkpoints`.
-        config: see `check_config`, which comes first.
-    """
-    if jax.process_index() == 0:
-        path = epath.Path(workdir) / _CONFIG
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-def _absolute(workdir: epath.PathLike) -> epath.Path:
-    """The path of a workdir from any working directory, as Orbax wants it.
-
-    Raises:
-        ValueError: Orbax cannot write there, the client would take the name for a pattern, or it is
-            not installed.
-    """
-    workdir = epath.Path(workdir)
-    scheme, remote, name = str(workdir).partition("://")
-    if not remote:
-        return workdir.resolve()  # of gs://... it would make a relative path
-    if scheme != "gs":
-        raise ValueError(f"{workdir}: expected a folder or gs://bucket/..., got {scheme}://")
-    if set(name) & set("*?[]"):
-        raise ValueError(f"{workdir}: expected a name without any of * ? [ ] on gs://")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(
-            f"{workdir}: expected the package gcsfs, found none; pip install 'xmc_jax[gcs]'"
-        )
-    return workdir
-
-
-def _may_differ(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    if name == "train.epochs":
-        return now[name] > then[name]
-    return any(name == field or name.startswith(field + ".") for field in RESUMABLE)
-
-
-def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """The config a workdir was made with.
-
-    Raises:
-        ValueError: there is none, it is not JSON, or a run cannot be there.
-    """
-    path = _absolute(workdir) / _CONFIG
-    if not path.exists():
-        raise ValueError(f"{path}: expected the config of a run, found no such file")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of nested mappings by their dotted names."""
-    fields = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            fields |= flat(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = value
-    return fields
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

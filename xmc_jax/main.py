@@ -266,12 +266,19 @@ class _Numbered(logging.PythonFormatter):
         return f"[process {distributed.number()}] {super().format(record)}"
 
 
+def _is_for_users(record: py_logging.LogRecord) -> bool:
+    """Whether a line is ours, or an error of another package.
+
+    Orbax logs its inner workings through absl too, and with traces what it raises besides.
+    """
+    if record.pathname.startswith(os.path.dirname(__file__) + os.sep):
+        return True
+    return record.levelno > py_logging.WARNING and "orbax" not in record.pathname
+
+
 def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
-    # Orbax logs its inner workings through absl too; of other packages, errors are enough.
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > py_logging.WARNING or "xmc_jax" in record.pathname
-    )
+    logging.get_absl_handler().addFilter(_is_for_users)
     from xmc_jax import distributed
 
     try:

@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from xmc_jax import build, checkpoint, distributed, report
+from xmc_jax import build, distributed, report, workdirs
 from xmc_jax.data import image_import, images, prepare
 from xmc_jax.data.store import Store
 from xmc_jax.export import write
@@ -164,7 +164,7 @@ def _train(asked: Asked) -> int:
 
 def _report(asked: Asked) -> int:
     """Writes report.html again, from what the workdir holds."""
-    checkpoint.read_config(asked.workdir)  # an absent run is answered before anything is loaded
+    workdirs.read_config(asked.workdir)  # an absent run is answered before anything is loaded
     data = build.data(asked.fields)
     if distributed.is_first():
         pictures = build.pictures(asked.fields)
@@ -207,21 +207,21 @@ def _begun(fields: Mapping[str, Any], folder: epath.Path) -> Run:
     run = build.run(fields, workdir=folder)
     distributed.agree("provenance", run.provenance())
     config = fields | {"provenance": run.provenance()}
-    checkpoint.check_config(folder, config, new=True)
+    workdirs.check_config(folder, config, new=True)
     distributed.barrier("config compared")
-    checkpoint.write_config(folder, config)
+    workdirs.write_config(folder, config)
     distributed.barrier("config written")
-    checkpoint.check_config(folder, config, new=False)  # fails where others see no such folder
+    workdirs.check_config(folder, config, new=False)  # fails where others see no such folder
     return run
 
 
 def _restored(asked: Asked) -> tuple[Run, int, TrainState]:
     """The run in the workdir, and a checkpoint of it: its step and its state."""
-    checkpoint.read_config(asked.workdir)  # an absent run is answered before anything is loaded
+    workdirs.read_config(asked.workdir)  # an absent run is answered before anything is loaded
     run = build.run(asked.fields, workdir=asked.workdir)
     provenance = run.provenance()
     distributed.agree("provenance", provenance)
-    checkpoint.check_config(asked.workdir, asked.fields | {"provenance": provenance}, new=False)
+    workdirs.check_config(asked.workdir, asked.fields | {"provenance": provenance}, new=False)
     return run, *loop.restore(run, asked.workdir, asked.step)
 
 

@@ -1142,13 +1142,13 @@ def test_the_variant_own_asks_for_records(tmp_path):
 
 
 def test_records_may_move_between_two_starts(own_fields, tmp_path):
-    from xmc_jax import checkpoint
+    from xmc_jax import workdirs
 
-    checkpoint.write_config(tmp_path, own_fields)
+    workdirs.write_config(tmp_path, own_fields)
     (tmp_path / "own").rename(tmp_path / "moved")
     own_fields["data"]["records"] = str(tmp_path / "moved")
     own_fields["data"]["records_options"]["labels"] = str(tmp_path / "moved" / "labels.csv")
-    checkpoint.check_config(tmp_path, own_fields, new=False)
+    workdirs.check_config(tmp_path, own_fields, new=False)
 
 
 @pytest.mark.slow

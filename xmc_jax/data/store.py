@@ -21,6 +21,7 @@ import numpy as np
 from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
+from xmc_jax.digests import sha256
 from xmc_jax.types import DataShape, Inputs, Prompts, own_tokens
 
 FORMAT = 1
@@ -286,12 +287,6 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
         _filter=arrays["filter"],
         **splits,
     )
-
-
-def sha256(path: pathlib.Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def escape(text: str) -> str:

@@ -16,6 +16,7 @@ import safetensors
 from flax import traverse_util
 
 from xmc_jax import packaged
+from xmc_jax.digests import sha256
 from xmc_jax.models import backbone, hf_names, vision
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.vision import VisionConfig
@@ -400,8 +401,7 @@ def _sha256(path: pathlib.Path) -> str:
 def _sha256_of_version(path: pathlib.Path, size: int, mtime_ns: int) -> str:
     # Gigabytes, and a process may resolve a model more than once: a file is read once per version.
     del size, mtime_ns
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _digest_of(text: str) -> str:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from xmc_jax import checkpoint
+from xmc_jax import workdirs
 from xmc_jax.retrieval.evaluate import Evaluation
 
 _FACTS = "run.json"
@@ -95,7 +95,7 @@ def read(workdir: epath.PathLike) -> Run:
         ValueError: there is no run, or a file of it is damaged.
     """
     workdir = epath.Path(workdir)
-    config = checkpoint.read_config(workdir)
+    config = workdirs.read_config(workdir)
     path = workdir / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{path}: expected the records of a run, found no such file; train first")

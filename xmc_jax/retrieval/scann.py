@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from xmc_jax import sharding
+from xmc_jax.digests import sha256
 from xmc_jax.retrieval import exact
 
 _MANIFEST = "index.json"
@@ -359,5 +360,4 @@ def _digest(database: np.ndarray) -> str:
 
 
 def _file_digest(folder: str, name: str) -> str:
-    with pathlib.Path(folder, os.path.basename(name)).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(pathlib.Path(folder, os.path.basename(name)))

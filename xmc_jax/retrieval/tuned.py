@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from xmc_jax import checkpoint
+from xmc_jax import workdirs
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.tuning import FIELDS, Choice, TuneConfig, values_of
@@ -15,7 +15,7 @@ from xmc_jax.retrieval.tuning import FIELDS, Choice, TuneConfig, values_of
 FILE = "tuned.json"
 """Name of the file in a workdir."""
 FORMAT = 1
-# Fields of a config, beside `checkpoint.RESUMABLE`, that weights do not depend on: names, and what
+# Fields of a config, beside `workdirs.RESUMABLE`, that weights do not depend on: names, and what
 # differs between a validation run and the run on all training documents.
 _APART = (
     *("name", "baseline", "provenance", "data.validation_fraction", "data.validation_seed"),
@@ -30,10 +30,10 @@ def belongs(fields: Mapping[str, Any], store: Store) -> dict[str, Any]:
         fields: a config as nested mappings.
         store: its data, whole or a validation split.
     """
-    apart = (*checkpoint.RESUMABLE, *_APART)
+    apart = (*workdirs.RESUMABLE, *_APART)
     recipe = {
         name: value
-        for name, value in checkpoint.flat(fields).items()
+        for name, value in workdirs.flat(fields).items()
         if not any(name == one or name.startswith(f"{one}.") for one in apart)
     }
     raw = store.manifest["raw"]

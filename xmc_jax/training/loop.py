@@ -60,7 +60,9 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
         workdir: local folder or any path that `epath` knows.
 
     Raises:
-        ValueError: the checkpoint in `workdir` is of another config.
+        ValueError: the checkpoint in `workdir` is of another config, or there are checkpoints and
+            none is whole.
+        OSError: a checkpoint could not be written.
         FloatingPointError: the loss is not finite.
         Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint.
     """
@@ -127,7 +129,7 @@ def restore(run: Run, workdir: epath.PathLike, which: str = "latest") -> tuple[i
         which: "latest", "best" by P@1 of those evaluated, or a step's number.
 
     Raises:
-        ValueError: there is no such checkpoint, or it does not fit the config.
+        ValueError: there is no such checkpoint, it is not whole, or it does not fit the config.
     """
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step = _named(checkpoints, workdir, which)
@@ -135,15 +137,19 @@ def restore(run: Run, workdir: epath.PathLike, which: str = "latest") -> tuple[i
 
 
 def find(workdir: epath.PathLike, which: str = "latest") -> int:
-    """The step of a checkpoint of a run; see `restore`."""
-    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+    """The step of a checkpoint of a run; see `restore`. Its files are not read."""
+    with checkpoint.Checkpoints(workdir, read_only=True, hashed=False) as checkpoints:
         return _named(checkpoints, workdir, which)
 
 
 def _named(checkpoints: checkpoint.Checkpoints, workdir: epath.PathLike, which: str) -> int:
     steps = checkpoints.steps()
-    named = {"latest": checkpoints.latest(), "best": checkpoints.best()}
-    step = named[which] if which in named else next((s for s in steps if str(s) == which), None)
+    if which == "latest":
+        step = checkpoints.latest()
+    elif which == "best":
+        step = checkpoints.best()
+    else:
+        step = next((s for s in steps if str(s) == which), None)
     if step is None:
         raise ValueError(
             f"{workdir}: expected the checkpoint {which!r}, found those of steps {list(steps)}"

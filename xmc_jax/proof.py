@@ -1,0 +1,242 @@
+"""What proves a checkpoint whole: digests of its files, written into it before it is committed.
+
+<step>/digests.json names every file with its size and SHA-256, the format and what wrote it. Two
+files are written by the commit itself, after it; nothing is read from them, and their digests
+follow in <step>/committed.json. Both files carry a digest of themselves.
+"""
+
+import concurrent.futures
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from xmc_jax.digests import sha256
+
+FORMAT = 2
+"""Version of what a checkpoint holds; 1 had no digests."""
+MANIFEST, SEAL = "digests.json", "committed.json"
+MARK = {"xmc_jax": FORMAT}
+"""What Orbax's own description of a checkpoint has to carry as custom metadata."""
+
+_DESCRIPTION = "_CHECKPOINT_METADATA"
+_OF_COMMIT = (_DESCRIPTION, "commit_success.txt")
+_PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
+_THREADS = 8  # files read at once; of a bucket, each waits for its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a look at a checkpoint gave.
+
+    Attributes:
+        kind: "whole"; "unproven", of format 1, whose files may be damaged; "damaged"; "newer", of a
+            format that this version does not know.
+        reason: why it is not whole, in one line; "" if it is.
+    """
+
+    kind: str
+    reason: str = ""
+
+
+class _Damaged(Exception):
+    """Says what is wrong with a file."""
+
+
+def write(folder: epath.Path, step: int) -> None:
+    """Writes the digests of all files of a checkpoint that is about to be committed.
+
+    Args:
+        folder: of the checkpoint, not under its final name yet.
+        step: of the checkpoint.
+    """
+    names = [name for name in _files(folder) if name not in (MANIFEST, SEAL, *_OF_COMMIT)]
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    content = {"format": FORMAT, "step": step, "packages": packages, "files": _facts(folder, names)}
+    (folder / MANIFEST).write_text(_text(content))
+
+
+def seal(folder: epath.Path) -> None:
+    """Writes the digests of what the commit of a checkpoint wrote; in one move.
+
+    Args:
+        folder: of a checkpoint that was just committed.
+    """
+    text = _text({"format": FORMAT, "files": _facts(folder, _OF_COMMIT)})
+    if "://" in str(folder):  # there an object is there as a whole or not
+        (folder / SEAL).write_text(text)
+        return
+    partial = folder / f".{SEAL}.partial"
+    partial.write_text(text)
+    partial.replace(folder / SEAL)
+
+
+def examine(
+    folder: epath.Path, step: int, part: int = 0, parts: int = 1, hashed: bool = True
+) -> Finding:
+    """Compares a committed checkpoint with its digests.
+
+    Args:
+        folder: of the checkpoint.
+        step: of the checkpoint.
+        part: of several processes that look at it together, which this is.
+        parts: how many there are; each reads its share of the files.
+        hashed: whether to read the files; without, only their sizes are compared.
+
+    Raises:
+        OSError: a file cannot be read for a reason that says nothing about what is in it.
+    """
+    try:
+        if not (folder / MANIFEST).exists():
+            return _without_manifest(folder)
+        manifest = _read(folder / MANIFEST, ("files", "format", "packages", "step"))
+        if (version := manifest.get("format")) != FORMAT:
+            return Finding(
+                "newer",
+                f"{MANIFEST}: expected format {FORMAT}, got {version!r}: a checkpoint of another "
+                "version of xmc_jax; go on with that one",
+            )
+        if manifest["step"] != step:
+            raise _Damaged(f"{MANIFEST}: expected step {step}, got {manifest['step']!r}")
+        files = manifest["files"]
+        names = sorted(files)[part::parts]
+        if (folder / SEAL).exists():
+            files = files | _read(folder / SEAL, ("files", "format"))["files"]
+            names += _OF_COMMIT
+        else:  # the run goes on, or ended between a commit and its next call
+            _check_commit(folder)
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(lambda name: _problem(folder, name, files[name], hashed), names)
+            if problem := next(filter(None, found), ""):
+                raise _Damaged(problem)
+    except _Damaged as damaged:
+        return Finding("damaged", str(damaged))
+    return Finding("whole")
+
+
+def _without_manifest(folder: epath.Path) -> Finding:
+    """Of format 1, or damaged, or not ours: what Orbax wrote tells."""
+    description = _json(folder / _DESCRIPTION)
+    handlers = description.get("item_handlers")
+    if description.get("custom_metadata"):
+        raise _Damaged(f"{MANIFEST}: expected the digests of its files, found no such file")
+    if not isinstance(handlers, dict) or not handlers.keys() >= {"state", "history"}:
+        raise _Damaged(
+            "expected a checkpoint of xmc_jax with state and history, found one of "
+            f"{sorted(handlers) if isinstance(handlers, dict) else handlers!r:.80}"
+        )
+    _json(folder / "state" / "_METADATA")
+    for item, name in (("history", "metadata"), ("metrics", "metrics")):
+        _json(folder / item / name)
+    return Finding("unproven", "a checkpoint of format 1, which has no digests of its files")
+
+
+def _check_commit(folder: epath.Path) -> None:
+    """Raises `_Damaged` unless what the commit wrote is there."""
+    if _json(folder / _DESCRIPTION).get("custom_metadata") != MARK:
+        raise _Damaged(f"{_DESCRIPTION}: expected custom metadata {MARK}, got other")
+    name = _OF_COMMIT[1]
+    if not (folder / name).exists() or not (folder / name).stat().length:
+        raise _Damaged(f"{name}: expected a note of the commit, found none")
+
+
+def _problem(folder: epath.Path, name: str, recorded: Any, hashed: bool) -> str:
+    """What is wrong with one file; "" if nothing is."""
+    path = folder / name
+    try:
+        size = path.stat().length if path.is_file() else None
+        if size is None or size != recorded["bytes"]:
+            found = "no such file" if size is None else f"{size} bytes"
+            return f"{name}: expected {recorded['bytes']} bytes, found {found}"
+        if hashed and (digest := sha256(path)) != recorded["sha256"]:
+            return f"{name}: expected sha256 {recorded['sha256'][:16]}..., found {digest[:16]}..."
+    except FileNotFoundError:
+        return f"{name}: expected {recorded['bytes']} bytes, found no such file"
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return f"{name}: expected {recorded['bytes']} bytes, found {error.strerror}"
+    return ""
+
+
+def _read(path: epath.Path, keys: Iterable[str]) -> dict[str, Any]:
+    """A file that `_text` made, bit for bit, or `_Damaged`."""
+    data = _bytes(path)
+    content = _parsed(path, data)
+    digest = content.pop("sha256", None)
+    if digest != _digest(content) or _text(content).encode() != data:
+        raise _Damaged(f"{path.name}: expected its own sha256, found another content")
+    # A digest that fits is of what some version wrote; its format says the rest.
+    if content.get("format") == FORMAT and set(content) != set(keys):
+        raise _Damaged(f"{path.name}: expected {sorted(keys)}, found {sorted(content)}")
+    return content
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    """A file's JSON object, or `_Damaged`."""
+    return _parsed(path, _bytes(path))
+
+
+def _bytes(path: epath.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise _Damaged(f"{_within_step(path)}: expected a file, found none") from None
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise _Damaged(f"{_within_step(path)}: expected a file, found {error.strerror}") from None
+
+
+def _parsed(path: epath.Path, data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _Damaged(f"{_within_step(path)}: expected JSON, found {error}") from None
+    if not isinstance(content, dict):
+        raise _Damaged(f"{_within_step(path)}: expected a JSON object, found another value")
+    return content
+
+
+def _within_step(path: epath.Path) -> str:
+    item = path.parent.name
+    return path.name if item.isdecimal() else f"{item}/{path.name}"
+
+
+def _facts(folder: epath.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """{name: size and digest} of files, read at the same time."""
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        digests = pool.map(lambda name: sha256(folder / name), names)
+        sizes = [(folder / name).stat().length for name in names]
+        return {
+            name: {"bytes": size, "sha256": digest}
+            for name, size, digest in zip(names, sizes, digests)
+        }
+
+
+def _files(folder: epath.Path, prefix: str = "") -> list[str]:
+    """The names of all files under a folder, sorted."""
+    names = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            names += _files(path, f"{prefix}{path.name}/")
+        else:
+            names.append(prefix + path.name)
+    return sorted(names)
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    """JSON of a content with its digest, the only text that stands for it."""
+    whole = {**content, "sha256": _digest(content)}
+    return json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

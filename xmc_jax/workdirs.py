@@ -1,0 +1,165 @@
+"""Workdirs: where one can be, the steps of its checkpoints, the config that it belongs to."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+# Fields that may differ between the run that wrote a workdir and the one that goes on with it.
+RESUMABLE = (
+    "data.data_dir",
+    "data.raw_dir",
+    "data.records",  # what they are made to is compared by its digest
+    "data.records_options",
+    "eval",
+    "export",
+    "mesh",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.keep",
+    "train.prefetch",
+    "tune",
+)
+_CONFIG = "config.json"
+
+
+def steps(workdir: epath.PathLike) -> list[int]:
+    """The steps that a workdir has a committed checkpoint of, ascending, whole or damaged.
+
+    Args:
+        workdir: see `absolute`.
+    """
+    return [int(path.name) for path in _numbered(absolute(workdir)) if _is_committed(path)]
+
+
+def strays(workdir: epath.PathLike) -> list[epath.Path]:
+    """The local folders of a workdir that are named as a checkpoint and hold no file."""
+    folder = absolute(workdir)
+    remote = "://" in str(folder)
+    return [path for path in _numbered(folder) if not remote and not _is_committed(path)]
+
+
+def _numbered(workdir: epath.Path) -> list[epath.Path]:
+    folder = workdir / "checkpoints"
+    paths = folder.iterdir() if folder.exists() else ()
+    numbered = [path for path in paths if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    return sorted((path for path in numbered if path.is_dir()), key=lambda path: int(path.name))
+
+
+def _is_committed(path: epath.Path) -> bool:
+    """Whether a step's folder got its name as a whole; on gs://, whether its last file is there."""
+    if "://" in str(path):
+        return (path / "commit_success.txt").exists()
+    return _holds_a_file(path)
+
+
+def _holds_a_file(folder: epath.Path) -> bool:
+    return any(_holds_a_file(path) if path.is_dir() else True for path in folder.iterdir())
+
+
+def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool = True) -> None:
+    """Compares a workdir's config with this run's; writes nothing.
+
+    A workdir without a checkpoint takes any config: nothing has been made with the one before.
+
+    Args:
+        workdir: see `absolute`.
+        config: nested mapping of JSON values.
+        new: whether the workdir may be a new one.
+
+    Raises:
+        ValueError: a field differs that may not (see `RESUMABLE`; `train.epochs` may grow), there
+            is no config where there should be, or a run cannot be there.
+    """
+    workdir = absolute(workdir)
+    if new and not steps(workdir):
+        return
+    config = json.loads(json.dumps(config))  # tuples are lists there
+    then, now = flat(read_config(workdir)), flat(config)
+    differ = [
+        f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name) and not _may_differ(name, then, now)
+    ]
+    if differ:
+        raise ValueError(
+            f"{workdir / _CONFIG}: this workdir was made by another config ({'; '.join(differ)}); "
+            f"choose another --workdir or give the same config"
+        )
+
+
+def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Makes a config the workdir's; the first process writes it, others do nothing.
+
+    Several processes need a barrier before, so that all have compared, and one behind; those that
+    then find no config do not see the first one's workdir.
+
+    Args:
+        workdir: see `absolute`.
+        config: see `check_config`, which comes first.
+    """
+    if jax.process_index() == 0:
+        path = epath.Path(workdir) / _CONFIG
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def absolute(workdir: epath.PathLike) -> epath.Path:
+    """The path of a workdir from any working directory, as Orbax wants it.
+
+    Args:
+        workdir: a folder that all processes see, or gs://...
+
+    Raises:
+        ValueError: Orbax cannot write there, the client would take the name for a pattern, or it is
+            not installed.
+    """
+    workdir = epath.Path(workdir)
+    scheme, remote, name = str(workdir).partition("://")
+    if not remote:
+        return workdir.resolve()  # of gs://... it would make a relative path
+    if scheme != "gs":
+        raise ValueError(f"{workdir}: expected a folder or gs://bucket/..., got {scheme}://")
+    if set(name) & set("*?[]"):
+        raise ValueError(f"{workdir}: expected a name without any of * ? [ ] on gs://")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"{workdir}: expected the package gcsfs, found none; pip install 'xmc_jax[gcs]'"
+        )
+    return workdir
+
+
+def _may_differ(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if name == "train.epochs":
+        return now[name] > then[name]
+    return any(name == field or name.startswith(field + ".") for field in RESUMABLE)
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The config a workdir was made with.
+
+    Raises:
+        ValueError: there is none, it is not JSON, or a run cannot be there.
+    """
+    path = absolute(workdir) / _CONFIG
+    if not path.exists():
+        raise ValueError(f"{path}: expected the config of a run, found no such file")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of nested mappings by their dotted names."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields |= flat(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
