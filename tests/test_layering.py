@@ -26,6 +26,8 @@ LAYERS = (
         "compilation",
         "distributed",
         "packaged",
+        "peers",
+        "relay",
         "report",
         "rng",
         "sharding",
