@@ -76,6 +76,10 @@ class Group:
                 )
             )
 
+    def seconds(self) -> float:
+        """Since the group was made."""
+        return time.monotonic() - self._started
+
     def output(self, number: int, name: str = "out") -> str:
         """What a process has written up to now; name "out" or "err"."""
         return (self._folder / f"{number}.{name}").read_text(errors="replace")

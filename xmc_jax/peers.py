@@ -94,7 +94,7 @@ class Hub:
             elif not self._over:
                 if message["end"]:
                     self._end(message["end"], link)
-                del self._peers[link.process]
+                self._peers.pop(link.process, None)
                 return False
         return True
 
