@@ -164,6 +164,8 @@ BASE = {
         "zero_shot": True,
         "keep": 2,
         "prefetch": 2,
+        "non_finite": "stop",
+        "non_finite_limit": 10,
     },
     "eval": {
         "ks": (1, 3, 5, 10, 100),
