@@ -166,6 +166,7 @@ BASE = {
         "prefetch": 2,
         "non_finite": "stop",
         "non_finite_limit": 10,
+        "stuck_after": 1800.0,
     },
     "eval": {
         "ks": (1, 3, 5, 10, 100),

@@ -76,9 +76,9 @@ class Group:
                 )
             )
 
-    def seconds(self) -> float:
-        """Since the group was made."""
-        return time.monotonic() - self._started
+    def until(self, seconds: float) -> None:
+        """Waits until so many seconds after the group was made."""
+        time.sleep(max(self._started + seconds - time.monotonic(), 0))
 
     def output(self, number: int, name: str = "out") -> str:
         """What a process has written up to now; name "out" or "err"."""

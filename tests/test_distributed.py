@@ -5,7 +5,7 @@ import socket
 import processes
 import pytest
 
-from xmc_jax import distributed
+from xmc_jax import distributed, peers
 
 # Of three processes the last has another config, and the last two share a host.
 VALUES = """
@@ -180,7 +180,7 @@ distributed.barrier("never")
 def test_a_killed_process_ends_all(killed):
     done = processes.script(2, KILLED, str(killed), check=False, timeout=60)
     other = done[1 - killed]
-    assert other.returncode == 1
+    assert other.returncode == peers.LOST
     assert other.seconds - done[killed].seconds < 12
     gone = f"error: process {killed} ({socket.gethostname()}) is gone: its connection is closed\n"
     assert other.stderr.endswith(gone)

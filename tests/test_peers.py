@@ -17,8 +17,9 @@ class Heard:
     def __init__(self):
         self.lines = queue.Queue()
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, line: str, code: int) -> None:
         self.lines.put(line)
+        assert code == (peers.LOST if "is gone" in line else 1)
 
     def next(self) -> str:
         return self.lines.get(timeout=LONG)
@@ -57,7 +58,7 @@ def test_all_see_that_process_0_is_gone(three):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_is_told_to_all_others_and_the_end_after_it_is_no_news(three, failing):
     hub, spokes, heard = three
-    (hub, *spokes)[failing].say("ended with it")
+    (hub, *spokes)[failing].say("ended with it", 1)
     for link in [spokes[0]._link] if failing else list(hub._peers.values()):
         closed(link)
     others = [one for i, one in enumerate(heard) if i != failing]
@@ -72,7 +73,7 @@ def test_after_a_good_end_nobody_is_missed(three):
     links = [spokes[0]._link, *hub._peers.values()]
     for link in links:
         closed(link)
-    spokes[1].say("told to process 0, which no longer listens")
+    spokes[1].say("told to process 0, which no longer listens", 1)
     assert all(one.lines.empty() for one in heard)
 
 

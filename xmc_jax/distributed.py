@@ -222,18 +222,19 @@ def finish() -> None:
 
 
 def fail(reason: str, code: int) -> None:
-    """Ends this process and tells the others, which then end with 1; returns if it is alone.
+    """Ends this process and tells the others, which then end, too; returns if it is alone.
 
     Leaving the usual way, JAX would wait for the others, which wait for this one.
 
     Args:
         reason: one line, for the others to show.
-        code: exit code of this process, not 0.
+        code: exit code of this process, not 0; the others end with 1, or `peers.LOST` as this one.
     """
     if _alone():
         return
     if _link is not None:
-        _link.say(f"ended with process {_self()}: {' '.join(reason.split())}")
+        line = f"ended with process {_self()}: {' '.join(reason.split())}"
+        _link.say(line, code if code == peers.LOST else 1)
     _leave(code)
 
 
@@ -407,10 +408,21 @@ def _host_and_port(address: str) -> tuple[str, str]:
     return host.strip("[]"), port
 
 
-def _told(line: str) -> None:
+def _told(line: str, code: int) -> None:
     """In a thread: ends this process when another one failed or is gone."""
+    if code == peers.LOST and line.startswith("ended with") and _dump is not None:
+        _dump()
     print(f"error: {line}", file=sys.stderr, flush=True)
-    _leave(1)
+    _leave(code)
+
+
+def when_stuck(dump: Callable[[], Any] | None) -> None:
+    """Sets what is called before this process ends because another one found itself stuck."""
+    global _dump
+    _dump = dump
+
+
+_dump: Callable[[], Any] | None = None
 
 
 def _self() -> str:

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
+LOST = 75  # exit code of a run that may go on if it is started again (EX_TEMPFAIL)
 _LINE = 1 << 16  # bytes of a message, at most
 
-Ended = Callable[[str], None]
-"""What to do with the line that says how the run ended; called in a thread, once."""
+Ended = Callable[[str, int], None]
+"""What to do with the line that says how the run ended, and an exit code; called in a thread."""
 
 
 class Hub:
@@ -53,11 +54,11 @@ class Hub:
         self._complete.wait(seconds)
         return () if self._complete.is_set() else sorted(self._missing)
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, code: int = 0) -> None:
         """Tells all how the run ended, "" if well; nothing is looked at any more."""
         self._over = True
         for link in list(self._peers.values()):
-            link.send({"end": line})
+            link.send({"end": line, "code": code})
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -79,7 +80,7 @@ class Hub:
             messages = link.receive()
         except OSError as error:
             if link.process and not self._over:
-                self._end(f"{link.who} is gone: {_why(error, self._silence)}", link)
+                self._end(f"{link.who} is gone: {_why(error, self._silence)}", LOST, link)
             return False
         for message in messages:
             if not link.process:
@@ -93,15 +94,15 @@ class Hub:
                     self._complete.set()
             elif not self._over:
                 if message["end"]:
-                    self._end(message["end"], link)
+                    self._end(message["end"], message["code"], link)
                 self._peers.pop(link.process, None)
                 return False
         return True
 
-    def _end(self, line: str, source: "_Link") -> None:
+    def _end(self, line: str, code: int, source: "_Link") -> None:
         self._peers.pop(source.process, None)
-        self.say(line)
-        self._ended(line)
+        self.say(line, code)
+        self._ended(line, code)
 
 
 class Spoke:
@@ -131,18 +132,19 @@ class Spoke:
         connection.settimeout(None)
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, code: int = 0) -> None:
         """Tells process 0 how the run ended, and it the others; see `Hub.say`."""
         self._over = True
-        self._link.send({"end": line})
+        self._link.send({"end": line, "code": code})
 
     def _watch(self) -> None:
         try:
-            line = _first(self._link)["end"]
+            told = _first(self._link)
+            line, code = told["end"], told["code"]
         except OSError as error:
-            line = f"{self._link.who} is gone: {_why(error, self._silence)}"
+            line, code = f"{self._link.who} is gone: {_why(error, self._silence)}", LOST
         if line and not self._over:
-            self._ended(line)
+            self._ended(line, code)
 
 
 class _Link:

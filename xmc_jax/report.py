@@ -36,17 +36,21 @@ class Clock:
 
     Args:
         now: seconds from any origin.
+
+    Attributes:
+        phase: the current one.
+        moves: how often a phase began or ended; a run that makes headway moves.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now, self._thread = now, threading.get_ident()
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._phase, self._since = "other", now()
+        self.phase, self._since, self.moves = "other", now(), 0
         self._compiled: list[tuple[float, float]] = []  # (middle, seconds), of this phase
 
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds up to now."""
-        self._enter(self._phase)
+        self._enter(self.phase)
         return dict(self._seconds)
 
     def shares(self) -> dict[str, float]:
@@ -62,7 +66,7 @@ class Clock:
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
         """Counts the time of its block as that of a phase, one of `PHASES`."""
-        outer = self._phase
+        outer = self.phase
         self._enter(phase)
         try:
             yield
@@ -81,8 +85,9 @@ class Clock:
 
     def _enter(self, phase: str) -> None:
         now = self._now()
-        self._seconds[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        self._seconds[self.phase] += now - self._since
+        self.phase, self._since = phase, now
+        self.moves += 1
         self._compiled = []
 
     def _hear(self, event: str, seconds: float, **_: Any) -> None:
@@ -94,7 +99,7 @@ class Clock:
             own -= self._compiled.pop()[1]
         self._compiled.append((now - seconds / 2, seconds))
         self._seconds["compile"] += own
-        self._seconds[self._phase] -= own
+        self._seconds[self.phase] -= own
 
     def __enter__(self) -> "Clock":
         jax.monitoring.register_event_duration_secs_listener(self._hear)

@@ -37,6 +37,7 @@ class TrainConfig:
         prefetch: batches prepared ahead.
         non_finite: a step of which loss, gradient or embeddings are not finite is never applied;
             "stop" ends the run there, "skip" goes on with the next batch.
+        stuck_after: seconds after which a step that does not end ends the run; see `Watchdog`.
         non_finite_limit: so many of them in a row end the run with "skip", too.
     """
 
@@ -57,6 +58,7 @@ class TrainConfig:
     prefetch: int = 2
     non_finite: str = "stop"
     non_finite_limit: int = 10
+    stuck_after: float = 1800.0
 
     def __post_init__(self):
         for name in (
@@ -69,6 +71,7 @@ class TrainConfig:
         self._expect(
             "sampling", self.sampling in batches.WEIGHTINGS, f"one of {batches.WEIGHTINGS}"
         )
+        self._expect("stuck_after", self.stuck_after >= 0, "seconds, or 0 for no limit")
         policies = health.POLICIES
         self._expect("non_finite", self.non_finite in policies, f"one of {policies}")
         self._expect("labels", self.labels in batches.LABELS, f"one of {batches.LABELS}")

@@ -17,6 +17,7 @@ from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, health, losses
 from xmc_jax.training.run import Run
+from xmc_jax.training.watchdog import Watchdog
 from xmc_jax.types import Health, TrainState
 
 _IN_FLIGHT = 2  # steps the host may be ahead of the devices; more would delay a signal's save
@@ -67,7 +68,7 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
         Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint.
     """
     config = run.config.train
-    with report.Clock() as clock:
+    with report.Clock() as clock, Watchdog(clock, config.stuck_after, workdir):
         with checkpoint.Checkpoints(workdir, config.keep) as checkpoints, _Signals() as signals:
             with clock.within("start"):
                 step = checkpoints.latest()
