@@ -330,6 +330,7 @@ def measure(
             start = time.perf_counter()
             state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
             seconds.append(time.perf_counter() - start)
+            del metrics["health"]
             reported.append({name: float(value) for name, value in metrics.items()})
             tokens.append(real_tokens(host, s.prompts))
             if not math.isfinite(reported[-1]["loss"]):

@@ -164,6 +164,9 @@ BASE = {
         "zero_shot": True,
         "keep": 2,
         "prefetch": 2,
+        "non_finite": "stop",
+        "non_finite_limit": 10,
+        "stuck_after": 1800.0,
     },
     "eval": {
         "ks": (1, 3, 5, 10, 100),

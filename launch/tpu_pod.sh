@@ -465,7 +465,7 @@ up() {
             exit_code=0
             for argument in ${codes[@]+"${codes[@]}"}; do
                 if ((argument == 2)); then finish 2; fi
-                if ((!exit_code || argument == 143)); then exit_code=$argument; fi
+                if ((!exit_code || argument == 143 || argument == 75)); then exit_code=$argument; fi
             done
             if [[ $stopped ]]; then
                 if ((!running)); then finish "$exit_code"; fi
@@ -478,8 +478,8 @@ up() {
                 pause "$poll"
             done
             halt_or_recreate || continue
-            if ((exit_code && exit_code != 143)); then finish "$exit_code"; fi
-            # Restarted machines, or told to save by something other than this script.
+            if ((exit_code && exit_code != 143 && exit_code != 75)); then finish "$exit_code"; fi
+            # Restarted machines, a process that was lost or stuck (75), or told to save by something else.
             again "$name: the run was interrupted on a slice that is there"
             followed=
         fi

@@ -76,6 +76,10 @@ class Group:
                 )
             )
 
+    def until(self, seconds: float) -> None:
+        """Waits until so many seconds after the group was made."""
+        time.sleep(max(self._started + seconds - time.monotonic(), 0))
+
     def output(self, number: int, name: str = "out") -> str:
         """What a process has written up to now; name "out" or "err"."""
         return (self._folder / f"{number}.{name}").read_text(errors="replace")

@@ -1,13 +1,14 @@
 """Several real processes over 127.0.0.1: values, order, one end for all; one process for free."""
 
+import socket
+
 import processes
 import pytest
 
-from xmc_jax import distributed
+from xmc_jax import distributed, peers
 
 # Of three processes the last has another config, and the last two share a host.
 VALUES = """
-import atexit, threading
 own = jax.process_index()
 out = {"first": distributed.is_first(), "devices": jax.device_count()}
 out["gathered"] = distributed.gather("own", {"number": own, "pair": (1, 2)})
@@ -30,12 +31,7 @@ def make():
 
 out["made"] = distributed.first_then_others("folder", make)
 out["stop"] = distributed.stop_requested(1)
-
-def say():
-    out["threads"] = [thread.name for thread in threading.enumerate()]
-    print(json.dumps(out))
-
-atexit.register(say)  # after `finish`
+print(json.dumps(out))
 """
 
 
@@ -57,12 +53,6 @@ def test_values_reach_all_processes(three):
         assert one["broadcast"] == {"number": 0}
         assert one["made"] == own
         assert one["stop"] is False
-
-
-@pytest.mark.slow
-def test_no_thread_of_a_finished_run_is_left_to_come_back_while_python_ends(three):
-    said, _ = three
-    assert ["end of the run" in one["threads"] for one in said] == [False] * 3
 
 
 @pytest.mark.slow
@@ -176,15 +166,10 @@ def test_the_failure_of_one_ends_all(failing):
     assert other.seconds - done[failing].seconds < 5
 
 
-# Whoever is killed cannot say so: the coordinator's end is seen at once, another's by its silence.
-SILENT = """
-import os, signal, sys
-from xmc_jax import distributed
-distributed._HEARTBEAT_TIMEOUT = 4
-address, killed, own = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-distributed.initialize("auto", address, 2, own)
+KILLED = """
+import os, signal
 distributed.barrier("up")
-if own == killed:
+if jax.process_index() == int(sys.argv[1]):
     os.kill(os.getpid(), signal.SIGKILL)
 distributed.barrier("never")
 """
@@ -193,14 +178,13 @@ distributed.barrier("never")
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_all(killed):
-    address = f"127.0.0.1:{processes.free_port()}"
-    words = [["-c", SILENT, address, str(killed), own] for own in "01"]
-    with processes.started(2, words) as group:
-        done = group.wait(60)
+    done = processes.script(2, KILLED, str(killed), check=False, timeout=60)
     other = done[1 - killed]
-    assert other.returncode != 0
+    assert other.returncode == peers.LOST
     assert other.seconds - done[killed].seconds < 12
-    assert "another task died" in other.stderr or "error: " in other.stderr
+    gone = f"error: process {killed} ({socket.gethostname()}) is gone: its connection is closed\n"
+    assert other.stderr.endswith(gone)
+    assert "trace" not in other.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 Values travel over the key-value store of JAX's coordinator, not over devices: a collective that one
 process comes to late is an error on CPU after half a minute, and these may wait for hours. Every
 process calls the functions here in the same order. With one process they are trivial and free.
+
+Who is gone, and how the run ended, travels over connections of our own (`peers`): JAX notices a
+lost process late, and says so with a stack trace.
 """
 
 import collections
@@ -13,26 +16,28 @@ import os
 import pathlib
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
+from xmc_jax import peers, relay
+
 Result = TypeVar("Result")
 
-# Seconds until a process that is gone without a word (SIGKILL, a host that fails) ends the others.
-_HEARTBEAT_TIMEOUT = 60
-_GOODBYE = 5  # seconds that process 0, which holds the store, waits for others to see a failure
-_FOREVER = 7 * 24 * 3600 * 1000  # milliseconds
-_COUNT = "xmc_jax/count"
-_END = "xmc_jax/end"  # "" or what failed; written once
+# Seconds without a heartbeat of JAX's own: `peers` sees who is gone, and who is stuck is not.
+_HEARTBEAT_TIMEOUT = 24 * 3600
+# Seconds that an error of JAX waits to be said, as it may be the consequence of a lost process.
+_GRACE = 3
+_COUNT, _PEERS = "xmc_jax/count", "xmc_jax/peers"  # keys of the store
 _calls = itertools.count()  # keys of the store are written once, so each call has a number
 
 
@@ -43,6 +48,7 @@ def initialize(
     process_id: int | None = None,
     *,
     timeout: int = 300,
+    peer_timeout: int = 10,
     preemption: bool = False,
 ) -> None:
     """Makes this process one of a run's; to be called before anything asks JAX for devices.
@@ -57,6 +63,8 @@ def initialize(
         num_processes: of the run.
         process_id: 0 to num_processes - 1.
         timeout: seconds until all processes must be there.
+        peer_timeout: seconds after which a host that no longer answers has failed, and all end; a
+            process that is killed is missed at once, one that is busy or suspended never.
         preemption: SIGTERM is noted for `stop_requested` and ends nothing by itself.
 
     Raises:
@@ -73,7 +81,7 @@ def initialize(
     clock.daemon = True
     clock.start()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _relayed():
             # JAX says that it could ask Kubernetes if it had a package for it.
             warnings.filterwarnings("ignore", "Kubernetes environment detected")
             jax.distributed.initialize(
@@ -93,7 +101,7 @@ def initialize(
         clock.cancel()
     if not _alone():
         sys.excepthook = _fail_by
-        _watcher.start()
+        _meet(peer_timeout, timeout)
         _check_count()
 
 
@@ -209,28 +217,24 @@ def finish() -> None:
     if _alone():
         return
     barrier("end")
-    if is_first():
-        _store().key_value_set(_END, "")
-    # A thread that comes back from C++ while Python shuts down aborts the process.
-    _watcher.join()
+    _link.say("")
     sys.excepthook = sys.__excepthook__
 
 
 def fail(reason: str, code: int) -> None:
-    """Ends this process and tells the others, which then end with 1; returns if it is alone.
+    """Ends this process and tells the others, which then end, too; returns if it is alone.
 
     Leaving the usual way, JAX would wait for the others, which wait for this one.
 
     Args:
         reason: one line, for the others to show.
-        code: exit code of this process, not 0.
+        code: exit code of this process, not 0; the others end with 1, or `peers.LOST` as this one.
     """
     if _alone():
         return
-    text = f"{_self()}: {' '.join(reason.split())}"
-    # Refused if another one was first, or the store is gone: all are ending already.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _store().key_value_set(_END, text)
+    if _link is not None:
+        line = f"ended with process {_self()}: {' '.join(reason.split())}"
+        _link.say(line, code if code == peers.LOST else 1)
     _leave(code)
 
 
@@ -340,43 +344,109 @@ def _wait_for(key: str) -> str:
                 raise
 
 
-def _watch() -> None:
-    """In a thread: ends this process when another one failed."""
+@contextlib.contextmanager
+def _relayed() -> Iterator[None]:
+    """Within it, JAX's client is made to connect by `relay`, but for process 0's own."""
+    library = jax_distributed._jax
+    make = library.get_distributed_runtime_client
+
+    def by_relay(address: str, process: int, **options: Any) -> Any:
+        return make(address if process == 0 else _start_relay(address), process, **options)
+
+    library.get_distributed_runtime_client = by_relay
     try:
-        reason = _store().blocking_key_value_get(_END, _FOREVER)
-    except jax.errors.JaxRuntimeError:
+        yield
+    finally:
+        library.get_distributed_runtime_client = make
+
+
+def _start_relay(address: str) -> str:
+    """The address to connect to instead; the relay ends with this process."""
+    global _relay
+    _relay = subprocess.Popen(
+        [sys.executable, "-I", "-S", relay.__file__, *_host_and_port(address)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # no signal of a terminal or to our group is for it
+    )
+    return f"127.0.0.1:{int(_relay.stdout.readline())}"
+
+
+_relay: subprocess.Popen | None = None  # held: its standard input is open as long as we live
+_link: peers.Hub | peers.Spoke | None = None
+
+
+def _meet(silence: int, timeout: int) -> None:
+    """Connects process 0 with each of the others.
+
+    Raises:
+        ValueError: they do not reach each other.
+    """
+    global _link
+    if number() == 0:
+        _link = peers.Hub(jax_distributed.global_state.num_processes, silence, _told)
+        _store().key_value_set(_PEERS, _link.address)
+        if missing := _link.wait(timeout):
+            raise ValueError(
+                f"distributed: expected all processes to connect to process 0 within {timeout} s, "
+                f"{', '.join(map(str, missing))} did not; let hosts reach each other's ports"
+            )
         return
-    if reason and not reason.startswith(_self()):
-        print(f"error: ended with {reason}", file=sys.stderr, flush=True)
-        _leave(1)
+    address = _wait_for(_PEERS)
+    host, _ = _host_and_port(jax_distributed.global_state.coordinator_address)
+    try:
+        _link = peers.Spoke(host, address, number(), silence, _told, timeout)
+    except OSError as error:
+        raise ValueError(
+            f"distributed: expected process 0 at {host}:{address.split()[0]}, got {error}; let "
+            "hosts reach each other's ports"
+        ) from None
 
 
-_watcher = threading.Thread(target=_watch, name="end of the run", daemon=True)
+def _host_and_port(address: str) -> tuple[str, str]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), port
+
+
+def _told(line: str, code: int) -> None:
+    """In a thread: ends this process when another one failed or is gone."""
+    if code == peers.LOST and line.startswith("ended with") and _dump is not None:
+        _dump()
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def when_stuck(dump: Callable[[], Any] | None) -> None:
+    """Sets what is called before this process ends because another one found itself stuck."""
+    global _dump
+    _dump = dump
+
+
+_dump: Callable[[], Any] | None = None
 
 
 def _self() -> str:
-    return f"process {number()} ({socket.gethostname()})"
+    return f"{number()} ({socket.gethostname()})"
 
 
 def _fail_by(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """`sys.excepthook` with several processes."""
+    if _is_of_jax(error):
+        time.sleep(_GRACE)  # if a process is lost, this one ends meanwhile, and says so
     traceback.print_exception(kind, error, trace)
     fail(f"{kind.__name__}: {error}", 1)
 
 
+def _is_of_jax(error: BaseException | None) -> bool:
+    """Whether JAX raised it, or what it was raised from."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _leave(code: int) -> None:
-    """Ends this process at once, process 0 when the others know."""
-    try:
-        if number():
-            _store().key_value_set(f"{_END}/{number()}", "")
-        else:
-            until = time.monotonic() + _GOODBYE
-            for other in range(1, jax_distributed.global_state.num_processes):
-                left = max(until - time.monotonic(), 0)
-                _store().blocking_key_value_get(f"{_END}/{other}", int(1000 * left))
-            time.sleep(0.5)  # they are about to go
-    except jax.errors.JaxRuntimeError:
-        pass  # they are gone already
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Ends this process at once."""
+    with contextlib.suppress(ValueError, OSError):  # a closed stream, or nobody to read it
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -122,6 +122,12 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_addre
 _DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 300, "Seconds until all processes must have started.", lower_bound=1
 )
+_PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout",
+    10,
+    "Seconds after which a host that no longer answers has failed, and the run ends on all.",
+    lower_bound=4,
+)
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -232,6 +238,7 @@ def _start() -> None:
     distributed.initialize(
         **_cluster(),
         timeout=_DISTRIBUTED_TIMEOUT.value,
+        peer_timeout=_PEER_TIMEOUT.value,
         preemption=_MODE.value in ("train", "tune"),
     )
     if not distributed.is_first():

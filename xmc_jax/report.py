@@ -7,7 +7,6 @@ only when a record is due, and only those of steps that are done.
 
 import contextlib
 import json
-import math
 import pathlib
 import tempfile
 import threading
@@ -37,17 +36,21 @@ class Clock:
 
     Args:
         now: seconds from any origin.
+
+    Attributes:
+        phase: the current one.
+        moves: how often a phase began or ended; a run that makes headway moves.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now, self._thread = now, threading.get_ident()
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._phase, self._since = "other", now()
+        self.phase, self._since, self.moves = "other", now(), 0
         self._compiled: list[tuple[float, float]] = []  # (middle, seconds), of this phase
 
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds up to now."""
-        self._enter(self._phase)
+        self._enter(self.phase)
         return dict(self._seconds)
 
     def shares(self) -> dict[str, float]:
@@ -63,7 +66,7 @@ class Clock:
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
         """Counts the time of its block as that of a phase, one of `PHASES`."""
-        outer = self._phase
+        outer = self.phase
         self._enter(phase)
         try:
             yield
@@ -82,8 +85,9 @@ class Clock:
 
     def _enter(self, phase: str) -> None:
         now = self._now()
-        self._seconds[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        self._seconds[self.phase] += now - self._since
+        self.phase, self._since = phase, now
+        self.moves += 1
         self._compiled = []
 
     def _hear(self, event: str, seconds: float, **_: Any) -> None:
@@ -95,7 +99,7 @@ class Clock:
             own -= self._compiled.pop()[1]
         self._compiled.append((now - seconds / 2, seconds))
         self._seconds["compile"] += own
-        self._seconds[self._phase] -= own
+        self._seconds[self.phase] -= own
 
     def __enter__(self) -> "Clock":
         jax.monitoring.register_event_duration_secs_listener(self._hear)
@@ -161,6 +165,7 @@ class Reporter:
 
     Attributes:
         steps: reported up to now, those of a restored run with them.
+        skipped_in_a_row: how many of the latest changed nothing.
         clock: as given.
     """
 
@@ -178,6 +183,7 @@ class Reporter:
         self._records: list[dict[str, Any]] = list(history["records"]) if history else []
         self._pending: list[Any] = list(history["pending"]) if history else []
         self.steps = self._records_step() + len(self._pending)
+        self.skipped_in_a_row = 0
         self.clock = clock
         self._last = (clock.seconds(), self.steps)
         self._writes = jax.process_index() == 0
@@ -191,30 +197,35 @@ class Reporter:
             )
             self._flush()
 
-    def step(self, metrics: Mapping[str, jax.Array], documents: int) -> dict[str, float] | None:
+    def step(
+        self, metrics: Mapping[str, jax.Array], documents: int, skipped: bool = False
+    ) -> dict[str, float] | None:
         """Takes the metrics of the next step, which is done: fetching them waits for no other.
 
         Args:
             metrics: f32[] arrays.
             documents: in the batch.
+            skipped: the step changed nothing, as numbers of it are not finite; it is counted, and
+                its metrics are in no mean.
 
         Returns:
-            The means since the last record when a record is due, else None.
-
-        Raises:
-            FloatingPointError: a loss since the last record is not finite.
+            The means since the last record when a record is due, else None; None, too, if all steps
+            since then were skipped.
         """
-        self._pending.append(metrics)
+        self._pending.append({} if skipped else metrics)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.steps += 1
         if self._writes:
             self._bar.update()
         if self.steps % self._every and self.steps % self._steps_per_epoch:
             return None
         self._fetch()
+        applied = [metrics for metrics in self._pending if metrics]
         means = {
-            name: float(np.mean([m[name] for m in self._pending], dtype=np.float64))
-            for name in self._pending[0]
+            name: float(np.mean([m[name] for m in applied], dtype=np.float64))
+            for name in (applied[0] if applied else ())
         }
+        skipped = len(self._pending) - len(applied)
         self._pending = []
         now, (before, steps) = self.clock.seconds(), self._last
         self._last = (now, self.steps)
@@ -224,17 +235,18 @@ class Reporter:
         )
         record = {f"train/{name}": value for name, value in means.items()}
         record |= {
+            "train/skipped": skipped,
             "time/step": seconds,
             "time/data_wait": waiting,
             "time/documents_per_second": documents / seconds,
         }
         self.record(self.steps, record)
-        if self._writes:
+        if self._writes and means:
             self._bar.set_postfix_str(
                 f"loss {means['loss']:.4f}, violators {means['violators']:.1%}, "
                 f"{documents / seconds:,.0f} documents/s"
             )
-        return means
+        return means or None
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one record to metrics.jsonl and to the TensorBoard events."""
@@ -248,12 +260,7 @@ class Reporter:
                 self._flush()
 
     def history(self) -> dict[str, Any]:
-        """Everything reported up to now as JSON values, for a checkpoint.
-
-        Raises:
-            FloatingPointError: a loss since the last record is not finite: the state is not worth
-                keeping.
-        """
+        """Everything reported up to now as JSON values, for a checkpoint."""
         self._fetch()
         if self._writes:
             self._flush()
@@ -295,17 +302,11 @@ class Reporter:
             self._events.close()
 
     def _fetch(self) -> None:
-        """Turns the metrics of the steps since the last record into numbers, and checks them."""
+        """Turns the metrics of the steps since the last record into numbers."""
         self._pending = [
             {name: float(value) for name, value in metrics.items()}
             for metrics in jax.device_get(self._pending)
         ]
-        for step, metrics in enumerate(self._pending, self.steps - len(self._pending) + 1):
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(
-                    f"train: the loss of step {step} is {metrics['loss']}; nothing after the last "
-                    f"checkpoint is kept; lower optimizer.lr or set optimizer.clip_norm"
-                )
 
     def _records_step(self) -> int:
         steps = [r["step"] for r in self._records if any(k.startswith("train/") for k in r)]

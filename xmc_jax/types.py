@@ -184,6 +184,24 @@ class Pairs:
 
 
 @flax.struct.dataclass
+class Health:
+    """Whether the numbers of a step are finite. If not, it changed nothing but its own number.
+
+    Attributes:
+        finite: bool[], all that follows and the loss.
+        documents: bool[B], the embedding of each document.
+        label: i32[], a label with an embedding or prototype that is not, -1 if there is none; not
+            looked for where documents are compared with all labels.
+        gradients: bool[] for each trainable parameter, in their tree.
+    """
+
+    finite: Array
+    documents: Array
+    label: Array
+    gradients: Any
+
+
+@flax.struct.dataclass
 class EncoderOutput:
     """Embeddings of n items.
 

@@ -21,7 +21,10 @@ RESUMABLE = (
     "train.checkpoint_every",
     "train.eval_every",
     "train.keep",
+    "train.non_finite",
+    "train.non_finite_limit",
     "train.prefetch",
+    "train.stuck_after",
     "tune",
 )
 _CONFIG = "config.json"

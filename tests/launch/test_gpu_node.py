@@ -78,7 +78,7 @@ def test_one_process_gets_the_arguments_unharmed(node):
 
 def test_a_crash_is_restarted_until_it_goes_well(node):
     folder, run = node
-    (folder / "codes").write_text("1\n139\n0\n")
+    (folder / "codes").write_text("75\n139\n0\n")
     done = run()
     assert done.returncode == 0 and _runs(folder) == 3
     assert "exit code 139; restart 2 of 3" in done.stderr

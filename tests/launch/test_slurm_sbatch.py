@@ -132,7 +132,16 @@ def test_a_job_that_slurm_cancelled_or_preempted_is_not_requeued_by_the_script(j
     assert f"JobState={state}" in done.stderr
 
 
-@pytest.mark.parametrize("code", ["1", "2", "137"])
+@pytest.mark.parametrize("code", ["75", "137"])
+def test_a_run_that_lost_a_process_or_was_stuck_is_requeued(job, code):
+    folder, run = job
+    (folder / "code").write_text(code)
+    done = run()
+    assert done.returncode == 0 and _requeued(folder)
+    assert "a process was lost or stuck; requeued (1 of 100)" in done.stderr
+
+
+@pytest.mark.parametrize("code", ["1", "2", "139"])
 def test_failures_end_the_job(job, code):
     folder, run = job
     (folder / "code").write_text(code)

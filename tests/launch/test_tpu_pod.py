@@ -350,6 +350,14 @@ def test_a_run_that_the_machines_interrupted_goes_on(cloud):
     assert cloud.count("create") == 1 and len(cloud.lines("runs")) == 4
 
 
+@pytest.mark.parametrize("codes", ["75 0", "137 0"])
+def test_a_run_that_lost_a_process_or_was_stuck_goes_on(cloud, codes):
+    cloud.codes(codes, "75 0")
+    done = cloud()
+    assert done.returncode == 0, done.stderr
+    assert cloud.count("create") == 1 and len(cloud.lines("runs")) == 4
+
+
 def test_a_restarted_worker_is_noticed(cloud):
     cloud.codes("wait", "wait")
     process = subprocess.Popen(

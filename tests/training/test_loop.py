@@ -13,6 +13,7 @@ from xmc_jax import report
 from xmc_jax.data import pipeline
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
+from xmc_jax.types import Health
 
 STEPS, EVERY, SAVED, BATCH = 7, 3, 5, 8
 BUILD, DISPATCH, COMPUTE, SAVE = 0.5, 0.25, 2.0, 4.0  # seconds
@@ -32,12 +33,12 @@ class Time:
 class Metric:
     """A value that can be had once it has been waited for."""
 
-    def __init__(self, value: float, time: Time):
-        self.value, self.time, self.done = value, time, False
+    def __init__(self, value: float, time: Time, seconds: float = COMPUTE):
+        self.value, self.time, self.seconds, self.done = value, time, seconds, False
 
     def block_until_ready(self) -> "Metric":
         if not self.done:
-            self.time.passes(COMPUTE)
+            self.time.passes(self.seconds)
         self.done = True
         return self
 
@@ -51,6 +52,8 @@ class Fakes:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path, losses: list[float]):
         self.config, self.steps_per_epoch = config, STEPS
+        uids = [f"document {i}" for i in range(STEPS * BATCH)]
+        self.data = types.SimpleNamespace(uids=lambda split: uids)
         self.frozen = self.rows = self.put = None
         self.time, self.workdir, self.losses = Time(), workdir, losses
         self.clock = report.Clock(self.time)
@@ -67,7 +70,10 @@ class Fakes:
         loss = Metric(self.losses[batch], self.time)
         self.dispatched.append(loss)
         assert sum(not metric.done for metric in self.dispatched) <= 1 + loop._IN_FLIGHT
-        return state, {"loss": loss, "violators": 0.5, "similarity_spread": 1.0}
+        metrics = {"loss": loss, "grad_norm": 1.0, "violators": 0.5, "similarity_spread": 1.0}
+        fine = Metric(np.isfinite(self.losses[batch]), self.time, seconds=0.0)
+        seen = Health(fine, np.array([True, False]), np.array(-1), {"a": np.array(False)})
+        return state, metrics | {"health": seen}
 
     def save(self, step, state, history):
         self.time.passes(SAVE)
@@ -90,9 +96,10 @@ class Fakes:
 def fakes(tmp_path, monkeypatch):
     fields = vixml.get_config("tiny").to_dict()
     fields["train"] |= {"log_every": EVERY, "checkpoint_every": SAVED, "batch_size": BATCH}
-    config = RunConfig.from_dict(fields)
 
-    def make(losses: list[float]) -> Fakes:
+    def make(losses: list[float], non_finite: str = "stop", non_finite_limit: int = 3) -> Fakes:
+        policy = {"non_finite": non_finite, "non_finite_limit": non_finite_limit}
+        config = RunConfig.from_dict(fields | {"train": fields["train"] | policy})
         made = Fakes(config, tmp_path, losses)
         monkeypatch.setattr(pipeline, "open", made.batches)
         return made
@@ -128,13 +135,31 @@ def test_metrics_are_fetched_of_steps_that_are_done_and_all_of_them_saved(fakes)
     assert [metrics["loss"] for metrics in history["pending"]] == [3.0, 4.0]
 
 
-@pytest.mark.parametrize("bad", [1, 3, 4, 7])
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(fakes, bad):
+@pytest.mark.parametrize("bad", [1, 3, 5, 7])
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(fakes, bad):
     run = fakes([np.nan if step == bad else 1.0 for step in range(1, STEPS + 1)])
-    with pytest.raises(FloatingPointError, match=f"the loss of step {bad} is nan"):
+    with pytest.raises(FloatingPointError) as raised:
         run.train()
+    said = str(raised.value)
+    assert said.startswith(f"train: step {bad} is not applied: not finite: loss nan; ")
+    assert "gradient of all parameters; embedding of document document " in said
     assert [step for step, _ in run.saved] == [SAVED] * (bad > SAVED)
-    assert len(run.dispatched) <= -(-bad // EVERY) * EVERY + loop._IN_FLIGHT
+    assert len(run.dispatched) <= bad + loop._IN_FLIGHT
+
+
+def test_steps_that_are_skipped_are_counted_and_in_no_mean(fakes):
+    run = fakes([1.0, np.nan, 3.0, np.inf, np.nan, np.nan, 5.0], non_finite="skip")
+    records = run.train()
+    assert [record["train/skipped"] for record in records] == [1, 3, 0]
+    assert [record.get("train/loss") for record in records] == [2.0, None, 5.0]
+    assert [metrics for metrics in run.saved[0][1]["pending"]] == [{}, {}]
+
+
+def test_too_many_skipped_in_a_row_end_the_run(fakes):
+    run = fakes([1.0, np.nan, 3.0, np.nan, np.nan, 1.0, 1.0], "skip", non_finite_limit=1)
+    with pytest.raises(FloatingPointError, match=r"step 5 .*; 2 in a row, more than train\."):
+        run.train()
+    assert run.saved == []
 
 
 def test_what_is_compiled_is_taken_off_the_phase_once():

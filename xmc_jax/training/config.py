@@ -8,7 +8,7 @@ from xmc_jax import sharding
 from xmc_jax.data import batches
 from xmc_jax.models import dual, fusion, hf_export
 from xmc_jax.retrieval import evaluate, tuning
-from xmc_jax.training import curriculum, losses, optimizer, tables
+from xmc_jax.training import curriculum, health, losses, optimizer, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,10 @@ class TrainConfig:
         zero_shot: evaluate the weights that training starts from, too.
         keep: latest checkpoints kept beside the best.
         prefetch: batches prepared ahead.
+        non_finite: a step of which loss, gradient or embeddings are not finite is never applied;
+            "stop" ends the run there, "skip" goes on with the next batch.
+        stuck_after: seconds after which a step that does not end ends the run; see `Watchdog`.
+        non_finite_limit: so many of them in a row end the run with "skip", too.
     """
 
     batch_size: int
@@ -52,11 +56,14 @@ class TrainConfig:
     zero_shot: bool = True
     keep: int = 2
     prefetch: int = 2
+    non_finite: str = "stop"
+    non_finite_limit: int = 10
+    stuck_after: float = 1800.0
 
     def __post_init__(self):
         for name in (
             *("batch_size", "epochs", "n_chunks", "positives_per_document", "encode_batch_size"),
-            *("checkpoint_every", "log_every", "prefetch"),
+            *("checkpoint_every", "log_every", "prefetch", "non_finite_limit"),
         ):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         self._expect("keep", self.keep >= 2, "at least 2 checkpoints")
@@ -64,6 +71,9 @@ class TrainConfig:
         self._expect(
             "sampling", self.sampling in batches.WEIGHTINGS, f"one of {batches.WEIGHTINGS}"
         )
+        self._expect("stuck_after", self.stuck_after >= 0, "seconds, or 0 for no limit")
+        policies = health.POLICIES
+        self._expect("non_finite", self.non_finite in policies, f"one of {policies}")
         self._expect("labels", self.labels in batches.LABELS, f"one of {batches.LABELS}")
         self._expect("eval_every", self.eval_every >= 0, "epochs, or 0 for the end only")
         self._expect("batch_size", self.batch_size % self.n_chunks == 0, "a multiple of n_chunks")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -14,9 +15,10 @@ from xmc_jax import checkpoint, distributed, report
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
-from xmc_jax.training import curriculum, losses
+from xmc_jax.training import curriculum, health, losses
 from xmc_jax.training.run import Run
-from xmc_jax.types import TrainState
+from xmc_jax.training.watchdog import Watchdog
+from xmc_jax.types import Health, TrainState
 
 _IN_FLIGHT = 2  # steps the host may be ahead of the devices; more would delay a signal's save
 # Rows of an evaluation -> prefix of their names in metrics.jsonl.
@@ -63,11 +65,12 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
         ValueError: the checkpoint in `workdir` is of another config, or there are checkpoints and
             none is whole.
         OSError: a checkpoint could not be written.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: numbers of a step are not finite; see `TrainConfig.non_finite`. What is
+            saved is of before.
         Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint.
     """
     config = run.config.train
-    with report.Clock() as clock:
+    with report.Clock() as clock, Watchdog(clock, config.stuck_after, workdir):
         with checkpoint.Checkpoints(workdir, config.keep) as checkpoints, _Signals() as signals:
             with clock.within("start"):
                 step = checkpoints.latest()
@@ -182,12 +185,18 @@ def _steps(
     )
     with clock.within("start"):
         frozen = run.frozen  # read here, not within the guard
-    in_flight: collections.deque[Mapping[str, jax.Array]] = collections.deque()
+    in_flight: collections.deque[tuple[Mapping[str, jax.Array], Health]] = collections.deque()
 
     def report_done(ahead: int) -> None:
         """Waits until the devices are at most so many steps behind, and reports the others."""
         while len(in_flight) > ahead:
-            means = reporter.step(jax.block_until_ready(in_flight.popleft()), config.batch_size)
+            metrics, seen = jax.block_until_ready(in_flight.popleft())
+            skipped = not health.is_finite(seen)
+            if skipped:
+                first = (reporter.steps - before) * config.batch_size
+                ids = order[first : first + config.batch_size]
+                _not_applied(run, reporter, metrics, seen, ids)
+            means = reporter.step(metrics, config.batch_size, skipped)
             if means is not None and (seen := losses.collapse(means, run.config.loss)):
                 reporter.warn(seen)
 
@@ -196,7 +205,7 @@ def _steps(
             with jax.transfer_guard("disallow"):
                 state, metrics = run.train_step(state, frozen, batch)
             step += 1
-            in_flight.append(metrics)
+            in_flight.append((metrics, metrics.pop("health")))
             report_done(_IN_FLIGHT)
             # The last step of an epoch is saved after the boundary, unless there is no time for it.
             within = step < before + run.steps_per_epoch
@@ -209,6 +218,32 @@ def _steps(
                 raise Interrupted(stop, step)
         report_done(0)
     return state, step
+
+
+def _not_applied(
+    run: Run,
+    reporter: report.Reporter,
+    metrics: Mapping[str, jax.Array],
+    seen: Health,
+    documents: np.ndarray,
+) -> None:
+    """Says what is wrong with the step after those reported.
+
+    Raises:
+        FloatingPointError: the run is to end.
+    """
+    config, step = run.config.train, reporter.steps + 1
+    said = health.describe(step, metrics, seen, documents, run.data)
+    in_a_row = reporter.skipped_in_a_row + 1
+    if config.non_finite == "skip" and in_a_row <= config.non_finite_limit:
+        reporter.warn(said)
+        return
+    if config.non_finite == "skip":
+        said += f"; {in_a_row} in a row, more than train.non_finite_limit"
+    raise FloatingPointError(
+        f"train: {said}; lower optimizer.lr or set optimizer.clip_norm, look at what is named, or "
+        "leave such batches out with --config.train.non_finite=skip"
+    )
 
 
 def _boundary(

@@ -12,7 +12,7 @@ from xmc_jax import rng, sharding
 from xmc_jax.models import layers
 from xmc_jax.models.dual import DualEncoder
 from xmc_jax.training import losses, optimizer, tables
-from xmc_jax.types import Batch, EncoderOutput, Inputs, Pairs, Tables, TrainState
+from xmc_jax.types import Batch, EncoderOutput, Health, Inputs, Pairs, Tables, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Step:
     seed: int
 
     def train(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
-        """One optimizer step.
+        """One optimizer step; of numbers that are not finite, none reaches parameters or tables.
 
         Args:
             state: donated by the caller.
@@ -45,7 +45,8 @@ class Step:
             batch: of B documents, B divisible by `n_chunks`, with sampled labels or with positives.
 
         Returns:
-            The next state, and f32[] metrics: those of `losses.objective`, and `grad_norm`.
+            The next state, and f32[] metrics: those of `losses.objective`, and `grad_norm`; with
+            them, as "health", a `Health`.
 
         Source: ViXML sec. 3.1, supp. A; reference utils.py, train.
         """
@@ -57,21 +58,32 @@ class Step:
             params = optimizer.merge(params, frozen)
             pairs = compare(params, state.tables, batch, key)
             loss, metrics = losses.objective(pairs, positive, self.loss)
-            return loss, (metrics, jax.lax.stop_gradient(pairs.document))
+            return loss, (metrics, jax.lax.stop_gradient(pairs))
 
-        grads, (metrics, document_unit) = jax.grad(objective, has_aux=True)(state.params)
-        document_unit = sharding.batch_to_width(document_unit)
+        grads, (metrics, pairs) = jax.grad(objective, has_aux=True)(state.params)
         label_ids = batch.label_ids if batch.columns is None else batch.label_ids[batch.columns]
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        health = _health(pairs, label_ids, grads, metrics)
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(health.finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             tables=tables.after_step(
-                state.tables, batch.document_ids, document_unit, label_ids, self.tables
+                state.tables,
+                _unless(health.finite, batch.document_ids, state.tables.document_bank),
+                sharding.batch_to_width(pairs.document),
+                _unless(health.finite, label_ids, state.tables.centroids),
+                self.tables,
             ),
         )
-        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
+        return state, metrics | {"health": health}
 
     def encode(self, params: Any, frozen: Any, inputs: Inputs) -> EncoderOutput:
         """Embeddings without dropout. `params` and `frozen` as in `train`."""
@@ -193,6 +205,36 @@ class Step:
         return self.model.apply(
             {"params": params}, inputs, deterministic=False, rngs={"dropout": key}, method="encode"
         )
+
+
+def _health(
+    pairs: Pairs, label_ids: jax.Array | None, grads: Any, metrics: dict[str, jax.Array]
+) -> Health:
+    """See `Health`; the sums of squares are those of the gradient's norm."""
+
+    def rows(*embeddings: jax.Array | None) -> jax.Array:
+        found = [jnp.isfinite(x).all(axis=1) for x in embeddings if x is not None]
+        return jnp.stack(found).all(axis=0)
+
+    documents, label = rows(pairs.document), jnp.full((), -1, jnp.int32)
+    if pairs.positives is None:
+        labels = rows(pairs.label, pairs.prototype)
+        label = jnp.where(labels.all(), label, label_ids[jnp.argmin(labels)])
+    squares = jax.tree.map(lambda x: optax.tree.norm(x, squared=True), grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    return Health(
+        finite=finite & documents.all() & (label < 0),
+        documents=documents,
+        label=label,
+        gradients=jax.tree.map(jnp.isfinite, squares),
+    )
+
+
+def _unless(finite: jax.Array, ids: jax.Array | None, table: jax.Array | None) -> jax.Array | None:
+    """`ids`, or so many past the table, where nothing is written, unless all is finite."""
+    if ids is None or table is None:
+        return ids
+    return jnp.where(finite, ids, len(table) + jnp.arange(len(ids), dtype=ids.dtype))
 
 
 def in_chunks(

@@ -1,0 +1,149 @@
+"""Any process of several killed at any moment: the rest ends, says who, and the run goes on later.
+
+pytest -n0 -m reliability tests/reliability/test_lost_peers.py
+"""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import shutil
+import signal
+import socket
+
+import jax
+import numpy as np
+import processes
+import pytest
+
+from xmc_jax import build, peers
+from xmc_jax.training import loop
+from xmc_jax.training.config import RunConfig
+from xmc_jax.training.run import Run
+
+pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("quick_compilation")]
+ENDS_WITHIN = 15  # seconds after a process is killed
+
+# Kills itself when a function is called for the n-th time.
+KILLED = """
+import os, signal, sys
+from xmc_jax import main
+from xmc_jax.training import loop, run
+
+where, left = sys.argv.pop(1), int(sys.argv.pop(1))
+holder = loop._Signals if where == "at" else run.Run
+function = getattr(holder, where)
+
+def killing(*arguments, **options):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments, **options)
+
+setattr(holder, where, killing)
+sys.argv[0] = "main.py"
+main.run()
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Straight:
+    """An uninterrupted run: its flags but for the workdir, and its end."""
+
+    program: Run
+    flags: tuple[str, ...]
+    state: dict[str, np.ndarray]
+    records: list[dict]
+
+
+def ends_with(program: Run, workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """The state of the newest checkpoint, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(loop.restore(program, workdir)[1])
+    return {jax.tree_util.keystr(path): jax.device_get(leaf) for path, leaf in leaves}
+
+
+def records(workdir: pathlib.Path) -> list[dict]:
+    """metrics.jsonl without the times."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def count(request) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def straight(count, fields, tmp_path_factory) -> Straight:
+    folder = tmp_path_factory.mktemp("lost")
+    small = copy.deepcopy(fields) | {"name": "topics"}
+    small["curriculum"]["start"] = 0
+    small["train"] |= {"checkpoint_every": 2, "log_every": 1, "eval_every": 1}
+    small["train"] |= {"epochs": 2, "zero_shot": False}
+    (folder / "config.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({small!r})\n"
+    )
+    flags = (f"--config={folder / 'config.py'}",)
+    workdir = folder / "run"
+    processes.command(count, *flags, f"--workdir={workdir}", timeout=600)
+    program = Run(RunConfig.from_dict(small), build.data(small))
+    return Straight(program, flags, ends_with(program, workdir), records(workdir))
+
+
+def assert_ended(done: list[processes.Done], killed: int) -> None:
+    gone = f"error: process {killed} ({socket.gethostname()}) is gone: its connection is closed"
+    for own, one in enumerate(done):
+        if own != killed:
+            assert one.returncode == peers.LOST, one.stderr[-2000:]
+            assert one.stderr.splitlines()[-1] == gone, one.stderr[-2000:]
+            assert "stack trace" not in one.stderr
+            assert one.seconds - done[killed].seconds < ENDS_WITHIN
+
+
+def assert_goes_on(count: int, straight: Straight, workdir: pathlib.Path) -> None:
+    processes.command(count, *straight.flags, f"--workdir={workdir}", timeout=600)
+    found = ends_with(straight.program, workdir)
+    assert found.keys() == straight.state.keys()
+    for name, expected in straight.state.items():
+        np.testing.assert_array_equal(found[name], expected, err_msg=name)
+    assert records(workdir) == straight.records
+
+
+@pytest.mark.parametrize("where, call", [("at", 7), ("boundary", 2), ("evaluate", 1)])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_in_a_step_a_boundary_or_an_evaluation(
+    count, straight, tmp_path, where, call, killed
+):
+    words = processes.commanded(count, *straight.flags, f"--workdir={tmp_path / 'run'}")
+    words[killed] = ["-c", KILLED, where, str(call), *words[killed][2:]]
+    with processes.started(count, words) as group:
+        done = group.wait(600)
+    assert done[killed].returncode == -signal.SIGKILL
+    assert_ended(done, killed)
+    assert_goes_on(count, straight, tmp_path / "run")
+
+
+def test_any_process_killed_at_any_moment(count, straight, tmp_path):
+    warm = processes.command(count, *straight.flags, f"--workdir={tmp_path / 'warm'}")
+    seconds = max(one.seconds for one in warm)
+    generator = np.random.default_rng(count)
+    for number in range(10):
+        killed = int(generator.integers(count))
+        moment = float(generator.uniform(0.3, 1)) * seconds
+        workdir = tmp_path / str(number)
+        words = processes.commanded(count, *straight.flags, f"--workdir={workdir}")
+        with processes.started(count, words) as group:
+            group.until(moment)
+            group.processes[killed].kill()
+            done = group.wait(600)
+        if any(one.returncode == 0 for one in done):
+            continue  # it was over
+        if "is gone" in "".join(one.stderr for one in done):  # they had met
+            assert_ended(done, killed)
+        assert_goes_on(count, straight, workdir)
+        shutil.rmtree(workdir)
