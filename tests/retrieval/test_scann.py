@@ -63,6 +63,17 @@ class TestWithScann:
         assert result["queries_per_second"] > 0
         assert result["exact_queries_per_second"] > 0
 
+    @pytest.mark.parametrize("below", [0, 10_000])
+    def test_a_query_finds_the_same_in_whatever_company(self, below):
+        database, queries = embeddings(1, 6000, 64), embeddings(2, 390, 64)
+        config = ScannConfig(brute_force_below=below, leaves=80, leaves_searched=0.05, reorder=2.0)
+        index = ScannIndex.build(database, config)
+        whole = index.search(queries, 20)
+        for size in (1, 9, 40, 127):
+            parts = [index.search(queries[i : i + size], 20) for i in range(0, 390, size)]
+            for found, expected in zip(map(np.concatenate, zip(*parts)), whole):
+                np.testing.assert_array_equal(found, expected)
+
     def test_a_tree_is_tuned_to_its_target_at_the_least_cost(self):
         database, documents = embeddings(1, 4000), embeddings(2, 700)
         queries, others = documents[:200], documents[200:]

@@ -29,6 +29,7 @@ _REORDERS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 # A candidate scored exactly takes as long as so many of a leaf's rows by their codes (2 cores of an
 # AMD EPYC, D = 384, 131,073 rows).
 _CANDIDATE = 50
+_TOGETHER = 4  # queries that a tree is given at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +184,8 @@ class ScannIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """About the k rows with the highest inner product, on all cores.
 
+        What a query finds does not depend on the queries beside it, nor on how many they are.
+
         Args:
             queries: f32[Q, D].
             k: how many, in [1, L].
@@ -201,13 +204,18 @@ class ScannIndex:
             )
         if not 1 <= k <= self.count:
             raise ValueError(f"scann: expected k in [1, {self.count}], the rows indexed, got {k}")
-        options = {"final_num_neighbors": k}
+        options, size = {"final_num_neighbors": k}, 1
         if self.count >= self.config.brute_force_below:
             candidates = min(math.ceil(self.config.reorder * k), self.count)
             share = max(self.config.leaves_searched, candidates / self.count)
             options["pre_reorder_num_neighbors"] = candidates
             options["leaves_to_search"] = math.ceil(share * self.config.leaves)
-        ids, scores = self._searcher.search_batched_parallel(queries, **options)
+            size = _TOGETHER
+        # ScaNN ranks leaves by other sums where a batch has one query, a few, or more than 32; as
+        # it is, a query finds the same in whatever company.
+        padded = np.pad(queries, ((0, -len(queries) % size), (0, 0)), mode="edge")
+        ids, scores = self._searcher.search_batched_parallel(padded, batch_size=size, **options)
+        ids, scores = ids[: len(queries)], scores[: len(queries)]
         missing = np.isnan(scores)  # past its candidates, ScaNN returns row 0 with score NaN
         return (
             np.where(missing, np.float32(-np.inf), scores),
