@@ -252,7 +252,7 @@ def test_processes_choose_the_same(count, tmp_path):
         original = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-{name.name}")
         damage.flip(original / "checkpoints" / "2" / name, 9)
         done = processes.script(count, _CHOOSE, str(original))
-        lines = [one.stdout.splitlines() for one in done]
+        lines = [one.stdout.splitlines()[-2:] for one in done]  # Gloo says something before
         assert all(line == lines[0] for line in lines)
         for line in lines[0]:
             found, reasons = json.loads(line)
