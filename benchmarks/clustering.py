@@ -118,6 +118,7 @@ def minilm_vectors(folder: pathlib.Path) -> np.ndarray:
             "dataset": folder.name,
             "data_dir": made,
         }
+        fields["train"]["batch_size"] = jax.device_count()  # no step is taken
         run = build.run(fields)
         params = run.initial_params(run.abstract.params)
         return np.concatenate([run.embed(params, split) for split in ("train", "label", "test")])

@@ -7,11 +7,12 @@ import os
 import pathlib
 import signal
 
+import processes
+
 # Eight devices on few cores may wait long for each other, where XLA else gives up after 40 s.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+    processes.xla_flags(8) + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -47,7 +48,7 @@ def quick_compilation():
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation_of_folders(request) -> None:
     """Most programs of these tests are small, and each is run a few times."""
-    if request.path.parent.name in ("inference", "models", "retrieval", "training"):
+    if request.path.parent.name in ("inference", "models", "retrieval", "training", "vision"):
         request.getfixturevalue("quick_compilation")
 
 

@@ -9,6 +9,7 @@ Each process has `devices` virtual CPU devices. None outlives the call, whatever
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -31,6 +32,14 @@ address, count, own = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1)
 distributed.initialize("auto", address, count, own, timeout=60, preemption=True)
 """
 _EPILOGUE = "\ndistributed.finish()\n"
+
+
+def xla_flags(devices: int = 1) -> str:
+    """XLA_FLAGS of so many virtual CPU devices; with them programs compile in half the time."""
+    flags = [f"--xla_force_host_platform_device_count={devices}"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # one unknown would end a process
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return " ".join(flags)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,7 @@ def started(
     variables = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         **(environment or {}),

@@ -5,6 +5,8 @@ import copy
 import processes
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def config(fields, tmp_path_factory) -> str:

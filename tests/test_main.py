@@ -3,12 +3,14 @@
 import copy
 import gzip
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from etils import epath
 
@@ -26,6 +28,7 @@ def command(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         cwd=cwd,
+        env=os.environ | {"XLA_FLAGS": processes.xla_flags()},  # one device compiles fastest
     )
 
 
@@ -238,7 +241,6 @@ def test_mistakes_are_answered_in_one_line(arguments, said, code, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=None,
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr

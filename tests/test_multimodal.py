@@ -9,6 +9,7 @@ import sys
 
 import jax
 import numpy as np
+import processes
 import pytest
 import safetensors
 
@@ -279,7 +280,7 @@ def test_text_and_images_side_by_side_in_one_command(tmp_path):
                 "--config.eval.compare_scann=False",
                 *flags,
             ],
-            env=os.environ | {"XLA_FLAGS": ""},  # one device compiles fastest
+            env=os.environ | {"XLA_FLAGS": processes.xla_flags()},  # one device compiles fastest
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
@@ -350,7 +351,7 @@ def test_two_processes_write_what_one_process_reads(workdir, server):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": processes.xla_flags(2),
         "PYTHONPATH": str(ROOT),
     }
     children = [
@@ -424,7 +425,7 @@ def start(*arguments: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=os.environ | {"XLA_FLAGS": processes.xla_flags()},
     )
 
 

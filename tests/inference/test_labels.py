@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import functools
 import os
 import pathlib
 import shutil
@@ -24,22 +25,35 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 NEAREST = NewLabelsConfig(how="nearest", neighbours=2, threshold=-1.0, temperature=0.2, scale=0.9)
 
 
-@pytest.fixture(scope="module", params=["transformer", "sum"])
-def exported(request, fields, tmp_path_factory) -> pathlib.Path:
-    """An artifact of the untrained model, which has centroids; free vectors that are not zero."""
-    fields = copy.deepcopy(fields)
-    fields["name"] = "topics"
-    fields["prime"] |= {"combiner": request.param, "free_vectors": 64}
-    fields["export"] |= {"index": "scann"}
-    run = build.run(fields)
-    folder = tmp_path_factory.mktemp("labels")
-    return pathlib.Path(write.whole(fields, run, 0, run.initial_state(), epath.Path(folder)))
+@pytest.fixture(scope="module")
+def exported(fields, tmp_path_factory):
+    """A function: an artifact of the untrained model with a combiner; it has centroids.
+
+    Its free vectors are not zero.
+    """
+
+    @functools.cache
+    def export(combiner: str) -> pathlib.Path:
+        changed = copy.deepcopy(fields)
+        changed["name"] = "topics"
+        changed["prime"] |= {"combiner": combiner, "free_vectors": 64}
+        changed["export"] |= {"index": "scann"}
+        run = build.run(changed)
+        folder = epath.Path(tmp_path_factory.mktemp("labels"))
+        return pathlib.Path(write.whole(changed, run, 0, run.initial_state(), folder))
+
+    return export
 
 
 @pytest.fixture
 def folder(exported, tmp_path) -> pathlib.Path:
-    shutil.copytree(exported, tmp_path / "export")
-    return tmp_path / "export"
+    return shutil.copytree(exported("transformer"), tmp_path / "export")
+
+
+@pytest.fixture(params=["transformer", "sum"])
+def each_folder(request, exported, tmp_path) -> pathlib.Path:
+    """One for each combiner."""
+    return shutil.copytree(exported(request.param), tmp_path / "export")
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -50,25 +64,25 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def test_a_label_in_its_own_words_stays_what_it_was(folder):
-    before = artifact.open(folder)
+def test_a_label_in_its_own_words_stays_what_it_was(each_folder):
+    before = artifact.open(each_folder)
     rows = range(0, len(before.labels), 3)
     changes = [Label(before.labels.texts[r], id=before.labels.ids[r]) for r in rows]
-    found = labels.change(folder, Changes(update=changes), NEAREST)
-    after = artifact.open(folder)
+    found = labels.change(each_folder, Changes(update=changes), NEAREST)
+    after = artifact.open(each_folder)
     assert (found.updated, found.added, found.removed) == (len(changes), 0, 0)
     np.testing.assert_allclose(after.labels.embeddings, before.labels.embeddings, atol=2e-6)
     assert list(after.labels.ids) == list(before.labels.ids)
     assert list(after.labels.texts) == list(before.labels.texts)
 
 
-def test_a_label_in_other_words_keeps_its_free_vector_and_centroid(folder):
-    before = artifact.open(folder)
+def test_a_label_in_other_words_keeps_its_free_vector_and_centroid(each_folder):
+    before = artifact.open(each_folder)
     row = int(np.flatnonzero(before.labels.frequency)[2])
     name, text = before.labels.ids[row], before.labels.texts[row + 1]
     old = before.prototypes()
-    labels.change(folder, Changes(update=[Label(text, id=name)]), NEAREST)
-    after = artifact.open(folder)
+    labels.change(each_folder, Changes(update=[Label(text, id=name)]), NEAREST)
+    after = artifact.open(each_folder)
     assert after.labels.texts[row] == text
     new = after.prototypes()
     np.testing.assert_array_equal(new.centroids[row], old.centroids[row])
@@ -80,16 +94,16 @@ def test_a_label_in_other_words_keeps_its_free_vector_and_centroid(folder):
 
 
 @pytest.mark.parametrize("how", ["text", "nearest"])
-def test_added_labels_are_what_the_definition_says(folder, how):
+def test_added_labels_are_what_the_definition_says(each_folder, how):
     config = NewLabelsConfig(how, 2, -1.0, 0.2, 0.9)
-    before = artifact.open(folder)
+    before = artifact.open(each_folder)
     made_of = before.prototypes()
     combine = labels._combiner(made_of)
     texts = [f"{before.labels.texts[3]} {before.labels.texts[5]}", before.labels.texts[7]]
     new = [Label(text, id=f"new{i}") for i, text in enumerate(texts)]
-    found = labels.change(folder, Changes(add=new), config)
+    found = labels.change(each_folder, Changes(add=new), config)
     assert (found.added, found.borrowing) == (2, 2 if how == "nearest" else 0)
-    after = artifact.open(folder)
+    after = artifact.open(each_folder)
     assert list(after.labels.ids)[-2:] == ["new0", "new1"] and after.labels.frequency[-1] == 0
 
     pooled = Tower(before).encode(new, pooled=True)
@@ -112,8 +126,8 @@ def test_added_labels_are_what_the_definition_says(folder, how):
     np.testing.assert_array_equal(after.labels.embeddings[:-2], before.labels.embeddings)
 
     # In other words it is made anew, as if it had been added so.
-    labels.change(folder, Changes(update=[Label(texts[1], id="new0")]), config)
-    again = artifact.open(folder).labels.embeddings
+    labels.change(each_folder, Changes(update=[Label(texts[1], id="new0")]), config)
+    again = artifact.open(each_folder).labels.embeddings
     np.testing.assert_allclose(again[-2], again[-1], atol=1e-5)
 
 

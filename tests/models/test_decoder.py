@@ -262,6 +262,7 @@ def test_gradients_of_the_scan_are_those_of_a_loop(family):
 
 
 @functools.cache
+@functools.cache
 def gradient_with_dropout(remat):
     """Of all parameters, adapters among them; every kind of dropout is on."""
     config, params, file = golden("gemma3")

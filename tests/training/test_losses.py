@@ -399,6 +399,18 @@ def pairs_of(labels: str, dtype=np.float64) -> Pairs:
     return Pairs(x, u, z if labels == "sampled" else None, relevance=y)
 
 
+@functools.cache
+def at_once(labels: str, cfg: LossConfig):
+    """`with_gradients` in float64, without blocks."""
+    return with_gradients(pairs_of(labels), jax.random.key(3), cfg)
+
+
+@functools.cache
+def in_blocks(labels: str, cfg: LossConfig):
+    """`with_gradients` in float64, of 8 documents at a time."""
+    return with_gradients(pairs_of(labels), jax.random.key(3), dataclasses.replace(cfg, block=8))
+
+
 def with_gradients(pairs: Pairs, key: jax.Array, cfg: LossConfig, mesh=None):
     """Loss, metrics and gradients; and the text of the program."""
     floats = {
@@ -446,11 +458,8 @@ VARIANTS = [
 @pytest.mark.parametrize("labels", ["sampled", "all"])
 def test_blocks_do_not_change_the_objective(labels, fields):
     cfg = LossConfig(**{"num_negatives": 4, "prototype_to_document": 0.5} | fields)
-    key = jax.random.key(3)
     with jax.enable_x64(True):
-        whole, _ = with_gradients(pairs_of(labels), key, cfg)
-        blocks = dataclasses.replace(cfg, block=8)
-        assert_same(with_gradients(pairs_of(labels), key, blocks)[0], whole, 1e-12)
+        assert_same(in_blocks(labels, cfg)[0], at_once(labels, cfg)[0], 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["margin", "decoupled_softmax"])
@@ -462,14 +471,14 @@ def test_blocks_do_not_change_the_objective_without_prototypes_and_in_float32(ki
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["margin", "decoupled_softmax"])
 @pytest.mark.parametrize("labels", ["sampled", "all"])
 def test_blocks_on_a_mesh_do_not_change_the_objective(labels, kind, sizes):
     cfg = LossConfig(kind=kind, num_negatives=4, prototype_to_document=0.5)
     mesh, key = sharding.make_mesh(MeshConfig(*sizes)), jax.random.key(3)
     with jax.enable_x64(True):
-        whole, _ = with_gradients(pairs_of(labels), key, cfg)
+        whole, _ = at_once(labels, cfg)
         blocks = dataclasses.replace(cfg, block=8)
         found, program = with_gradients(pairs_of(labels), key, blocks, mesh)
     assert_same(found, whole, 1e-12)
@@ -481,15 +490,16 @@ def test_blocks_on_a_mesh_do_not_change_the_objective(labels, kind, sizes):
 @pytest.mark.parametrize("kind", ["margin", "decoupled_softmax"])
 @pytest.mark.parametrize("labels", ["sampled", "all"])
 def test_blocks_hold_no_number_of_every_pair(labels, kind):
-    def largest(cfg):
-        _, program = with_gradients(pairs_of(labels, np.float32), jax.random.key(3), cfg)
+    def largest(made):
+        with jax.enable_x64(True):
+            _, program = made(labels, cfg)
         shapes = re.findall(r"\b(?:f|s|u)(?:32|64)\[([\d,]+)\]", program)
         return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
     cfg = LossConfig(kind=kind, num_negatives=4, prototype_to_document=0.5)
-    pairs = 32 * (83 if labels == "all" else 64)
-    assert largest(cfg) >= pairs
-    assert largest(dataclasses.replace(cfg, block=4)) < pairs / 4
+    count = 83 if labels == "all" else 64
+    assert largest(at_once) >= 32 * count
+    assert largest(in_blocks) <= 8 * (count + 1)  # one more, to which absent positives point
 
 
 def test_blocks_are_chosen_from_the_number_of_similarities():

@@ -1,6 +1,7 @@
 """The train step: chunks, devices, tables, and what is compared with what."""
 
 import copy
+import functools
 
 import jax
 import numpy as np
@@ -47,34 +48,47 @@ def assert_close(ours, theirs, tolerance=1e-5, rtol=1e-4):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=rtol, err_msg=str(path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "sections",
-    [pytest.param({}, id="sampled", marks=pytest.mark.scale), pytest.param(ALL_LABELS, id="all")],
-)
-def test_chunks_and_devices_do_not_change_a_step(fields, sections):
+@pytest.fixture(scope="module")
+def without_dropout(fields) -> dict:
     fields = copy.deepcopy(fields)
     fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
+    return fields
+
+
+@pytest.fixture(scope="module")
+def on_one_device(without_dropout):
+    """A function: two steps at once, on one device, with labels "sampled" or "all"."""
+    sections = {"sampled": {}, "all": ALL_LABELS}
+    return functools.cache(lambda labels: run(make(without_dropout, 1, **sections[labels]), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("labels", "sections"),
+    [pytest.param("sampled", {}, marks=pytest.mark.scale), ("all", ALL_LABELS)],
+    ids=["sampled", "all"],
+)
+def test_chunks_and_devices_do_not_change_a_step(without_dropout, on_one_device, labels, sections):
+    whole, metrics = on_one_device(labels)
     sections = copy.deepcopy(sections)
-    whole, metrics = run(make(fields, **sections), 2)
     sections.setdefault("train", {})["n_chunks"] = 4
     # Adam divides by the root of the second moment, which for a gradient near 0 is rounding: the
     # parameters are compared through the losses of the next step and through the bank.
-    parts, found = run(make(fields, 2, **sections), 2)
+    parts, found = run(make(without_dropout, 2, **sections), 2)
     assert_close(metrics, found)
     assert_close(whole.tables.document_bank, parts.tables.document_bank)
     assert not np.allclose(whole.tables.document_bank[:40], 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sections", [{}, ALL_LABELS], ids=["sampled", "all"])
-def test_blocks_of_the_loss_do_not_change_a_step(fields, sections):
+@pytest.mark.parametrize(
+    ("labels", "sections"), [("sampled", {}), ("all", ALL_LABELS)], ids=["sampled", "all"]
+)
+def test_blocks_of_the_loss_do_not_change_a_step(without_dropout, on_one_device, labels, sections):
     """On one device at once, on 8 devices in 5 blocks."""
-    fields = copy.deepcopy(fields)
-    fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
     loss = sections.get("loss", {})
-    whole, metrics = run(make(fields, 1, **sections), 2)
-    blocks, found = run(make(fields, 8, **sections | {"loss": loss | {"block": 8}}), 2)
+    whole, metrics = on_one_device(labels)
+    blocks, found = run(make(without_dropout, 8, **sections | {"loss": loss | {"block": 8}}), 2)
     assert_close(metrics, found)
     assert_close(whole.tables.document_bank, blocks.tables.document_bank)
 
@@ -149,8 +163,9 @@ def test_without_padding_a_step_is_the_same(fields, sections):
     fields["optimizer"]["lr"] = ((".*", 1e6),)
     fields["optimizer"]["weight_decay"] = ((".*", 0.0),)
     sections = copy.deepcopy(sections)
-    start, _ = run(make(fields, **sections), 0)
-    packed, metrics = run(program := make(fields, **sections), 1)
+    program = make(fields, **sections)
+    start = jax.device_get(program.initial_state())
+    packed, metrics = run(program, 1)
     sections.setdefault("train", {})["packed"] = False
     padded, expected = run(make(fields, **sections), 1)
     assert_close(metrics, expected)

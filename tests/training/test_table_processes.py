@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from xmc_jax.retrieval import exact
@@ -54,7 +55,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": processes.xla_flags(2)}
     running = [
         subprocess.Popen(
             [
