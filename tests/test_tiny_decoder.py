@@ -1,4 +1,8 @@
-"""`:tiny_decoder` on the bundled dataset: it learns, resumes bit for bit, and is exported whole."""
+"""`:tiny_decoder` on a part of the bundled titles: learns, resumes bit for bit, exports all."""
+
+import gzip
+import json
+import pathlib
 
 import jax
 import numpy as np
@@ -6,26 +10,48 @@ import pytest
 
 from configs import vixml
 from xmc_jax import build
+from xmc_jax.data import bundled
 from xmc_jax.export import write
 from xmc_jax.models import hf
 from xmc_jax.training import loop
 
-pytestmark = pytest.mark.slow
-STEPS = 32
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+LABELS, DOCUMENTS, STEPS = 300, 1024, 64
 
 
 @pytest.fixture(scope="module")
-def fields(tmp_path_factory) -> dict:
+def raw(tmp_path_factory) -> pathlib.Path:
+    """The first labels, and documents that have some of them."""
+    whole, part = bundled.path("LF-DebianTitles-3K"), tmp_path_factory.mktemp("raw")
+    for name, count in (("lbl", LABELS), ("trn", DOCUMENTS), ("tst", None)):
+        with gzip.open(whole / f"{name}.json.gz", "rt", encoding="utf-8") as file:
+            items = [json.loads(line) for line in file]
+        if name != "lbl":
+            items = [
+                item | {"target_ind": kept, "target_rel": [1.0] * len(kept)}
+                for item in items
+                if (kept := [label for label in item["target_ind"] if label < LABELS])
+            ]
+        lines = "".join(json.dumps(item) + "\n" for item in items[:count])
+        (part / f"{name}.json").write_text(lines, encoding="utf-8")
+    for split in ("train", "test"):
+        (part / f"filter_labels_{split}.txt").write_text("")
+    return part
+
+
+@pytest.fixture(scope="module")
+def fields(raw, tmp_path_factory) -> dict:
     fields = vixml.get_config("tiny_decoder").to_dict()
-    fields["data"]["data_dir"] = str(tmp_path_factory.mktemp("data"))
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    fields["data"] |= {"dataset": "Debian-300", "raw_dir": str(raw), "data_dir": data_dir}
     fields["eval"]["compare_scann"] = False
-    fields["train"]["epochs"] = 2
+    fields["train"] |= {"batch_size": DOCUMENTS // (STEPS // 4), "epochs": 4}
     return fields
 
 
 @pytest.fixture(scope="module")
 def program(fields):
-    return build.run(fields)
+    return build.run(fields, jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
