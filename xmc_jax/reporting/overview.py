@@ -26,7 +26,7 @@ _TILES = (
 )
 _PREFIXES = {"plain": "eval/", "augmented": "eval_augmented/"}
 # Names of training records that have plots of their own, or say nothing beside these.
-_PLOTTED = ("loss", "violators", "grad_norm")
+_PLOTTED = ("loss", "violators", "grad_norm", "skipped")
 _SIMILARITIES = {
     "similarity_positive": ("positive", "right"),
     "similarity_negative": ("negative", "wrong"),

@@ -197,8 +197,8 @@ def _steps(
                 ids = order[first : first + config.batch_size]
                 _not_applied(run, reporter, metrics, seen, ids)
             means = reporter.step(metrics, config.batch_size, skipped)
-            if means is not None and (seen := losses.collapse(means, run.config.loss)):
-                reporter.warn(seen)
+            if means is not None and (collapsed := losses.collapse(means, run.config.loss)):
+                reporter.warn(collapsed)
 
     with clock.within("step"):
         for batch in clock.awaiting(stream):
