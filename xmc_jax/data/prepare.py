@@ -327,7 +327,7 @@ def _write(partial: pathlib.Path, dataset: RawDataset, inputs: dict[str, Any], t
     for path in sorted(partial.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
         if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r")
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
             files[path.name] |= {"dtype": str(array.dtype), "shape": list(array.shape)}
     manifest = json.dumps(inputs | {"report": summary, "files": files}, indent=1)
     (partial / "manifest.json").write_text(manifest + "\n", encoding="utf-8")

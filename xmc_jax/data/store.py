@@ -224,7 +224,11 @@ class Store:
     def groups(self, split: str) -> np.ndarray | None:
         """i32[n], the source of each document, numbered over both splits; None where unknown."""
         name = f"{split}.groups.npy"
-        return np.load(self.folder / name) if name in self.manifest["files"] else None
+        return (
+            np.load(self.folder / name, allow_pickle=False)
+            if name in self.manifest["files"]
+            else None
+        )
 
 
 def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) -> Store:
