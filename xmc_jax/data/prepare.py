@@ -80,6 +80,11 @@ class PrepareConfig:
             ("text", self.text in (None, "title", "title_content"), "title or title_content"),
             ("validation_fraction", 0 <= self.validation_fraction < 1, "a fraction in [0, 1)"),
             ("seed", self.seed >= 0, "0 or more"),
+            (
+                "propensity",
+                self.propensity is None or all(0 <= number <= 100 for number in self.propensity),
+                "two numbers from 0 to 100",
+            ),
         ):
             if not fits:
                 raise ValueError(
