@@ -18,8 +18,15 @@ _KIBIBYTES = 1 << 19  # that the largest size of the process may grow by
 
 # Where code comes from that was installed; anything else that is executed was read.
 _INSTALLED = (
-    *{str(pathlib.Path(sysconfig.get_path(kind)).resolve()) for kind in ("stdlib", "purelib")},
-    str(pathlib.Path(__file__).resolve().parents[1]),
+    *{
+        str(form)
+        for kind in ("stdlib", "purelib")
+        for form in (
+            pathlib.Path(sysconfig.get_path(kind)),
+            pathlib.Path(sysconfig.get_path(kind)).resolve(),
+        )
+    },
+    str(pathlib.Path(__file__).resolve().parents[1] / "xmc_jax"),
     "<frozen",
 )
 _ALWAYS = (
@@ -50,6 +57,8 @@ class _Watch:
         self.found: list[str] = []
 
     def see(self, event: str, arguments: tuple) -> None:
+        if event == "marshal.loads" and _imported():
+            return
         if event in _ALWAYS:
             self.found.append(f"{event} {arguments!r:.100}")
         elif event == "exec":
@@ -61,12 +70,19 @@ class _Watch:
             if isinstance(path, str | bytes) and flags & _WRITING:
                 self._written(event, os.fsdecode(path))
         elif event in _CHANGES and isinstance(arguments[0], str | bytes):
-            self._written(event, os.fsdecode(arguments[0]))
+            folder = arguments[-1] if isinstance(arguments[-1], int) else -1
+            start = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else ""
+            self._written(event, os.path.join(start, os.fsdecode(arguments[0])))
 
     def _written(self, event: str, path: str) -> None:
         real = os.path.realpath(path)
         if real != os.devnull and not f"{real}/".startswith(f"{self.folder}/"):
             self.found.append(f"{event} of {path!r:.100}")
+
+
+def _imported() -> bool:
+    """Whether it is Python that reads a module which was compiled before."""
+    return sys._getframe(3).f_code.co_filename.startswith("<frozen importlib")
 
 
 def _generated(code: Any) -> bool:

@@ -437,12 +437,12 @@ class Asked:
         if status != 503:
             raise ValueError(json.loads(answer)["error"])
 
-    async def post(self, body: bytes) -> tuple[int, bytes]:
+    async def post(self, body: bytes, *headers: tuple[bytes, bytes]) -> tuple[int, bytes]:
         scope = {
             **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1"},
             **{"method": "POST", "path": "/v1/predict", "raw_path": b"/v1/predict"},
             **{"query_string": b"", "scheme": "http", "root_path": "", "client": ("::1", 1)},
-            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json"), *headers],
         }
         sent: list[dict[str, Any]] = []
         given = [{"type": "http.request", "body": body, "more_body": False}]

@@ -28,8 +28,9 @@ _HEADER = re.compile(rb"[ \t]*+(\d{1,10})[ \t]++(\d{1,10})[ \t]*+")
 _MAX_ID = 2**31 - 1  # ids are kept as int32
 _BLOCK = 1 << 16  # lines parsed at a time
 # What is compressed far beyond what texts and numbers are is made to fill the memory: so many bytes
-# are free, and those after them may be so many times those of the file.
-_FREE_BYTES, _EXPANSION = 1 << 24, 100
+# are free, and those after them may be so many times those of the file. A line counts as so many
+# more, as it takes time even where it is empty.
+_FREE_BYTES, _EXPANSION, _LINE_BYTES = 1 << 24, 100, 64
 MAX_LINE = 16 << 20
 """Most bytes of a line."""
 
@@ -217,7 +218,7 @@ def whole_lines(path: pathlib.Path, limit: int = MAX_LINE) -> Iterator[tuple[int
         left = most_bytes(path) if zipped else math.inf
         with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
-                left -= len(line)
+                left -= len(line) + _LINE_BYTES
                 if left < 0:
                     raise ValueError(
                         f"{path}:{number}: expected a gzip file of at most {_EXPANSION} times its "

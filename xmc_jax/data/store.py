@@ -356,7 +356,7 @@ def _unescape(line: str) -> str:
 
 def _load(path: pathlib.Path) -> np.ndarray:
     try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except Exception as error:  # a damaged header raises a dozen types; all mean the same here
         raise ValueError(f"{path}: expected a NumPy array file, found a damaged one") from error
 

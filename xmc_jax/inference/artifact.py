@@ -558,7 +558,7 @@ def _ids(path: pathlib.Path, dtype: type, shape: tuple[int, ...], limit: int) ->
 
 def _array(path: pathlib.Path, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
     try:
-        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        array = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except Exception as error:  # a damaged header raises a dozen types; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: expected an array, found: {reason}") from error
