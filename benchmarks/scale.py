@@ -170,7 +170,7 @@ def cluster_documents(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     from xmc_jax import rng
     from xmc_jax.training import curriculum
 
-    table = jax.device_put(np.load(folder / "train.npy", mmap_mode="r"))
+    table = jax.device_put(np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False))
     leaves = curriculum.num_leaves(s.documents, s.cluster_size)
     start = time.perf_counter()
     key = rng.key(s.seed, rng.Stream.KMEANS, 1)
@@ -188,7 +188,7 @@ def cluster_labels(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     from xmc_jax import rng
     from xmc_jax.training import tables
 
-    table = jax.device_put(np.load(folder / "label.npy", mmap_mode="r"))
+    table = jax.device_put(np.load(folder / "label.npy", mmap_mode="r", allow_pickle=False))
     start = time.perf_counter()
     key = rng.key(s.seed, rng.Stream.KMEANS, 0)
     vector_of = tables.free_vector_map(table, np.ones(s.labels), s.free_vectors, 0, key)
@@ -215,7 +215,7 @@ def make_centroids(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     start = time.perf_counter()
     pairs = tables.label_pairs(positives.indptr, positives.indices, data.num_labels)
     paired = time.perf_counter() - start
-    bank = jax.device_put(np.load(folder / "train.npy", mmap_mode="r"))
+    bank = jax.device_put(np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False))
     start = time.perf_counter()
     found = tables.centroids_of(bank, pairs).block_until_ready()
     seconds = time.perf_counter() - start
@@ -240,7 +240,9 @@ def search_exact(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     from xmc_jax.retrieval import exact
 
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    labels, queries = (np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("label", "test"))
+    labels, queries = (
+        np.load(folder / f"{x}.npy", mmap_mode="r", allow_pickle=False) for x in ("label", "test")
+    )
     start = time.perf_counter()
     database = exact.place(labels, mesh)
     placed = time.perf_counter() - start
@@ -264,14 +266,17 @@ def search_scann(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     """A ScaNN index of the labels, and its recall of what exact search found."""
     from xmc_jax.retrieval import scann
 
-    labels, queries = np.load(folder / "label.npy"), np.load(folder / "test.npy")
+    labels, queries = (
+        np.load(folder / "label.npy", allow_pickle=False),
+        np.load(folder / "test.npy", allow_pickle=False),
+    )
     start = time.perf_counter()
     index = scann.ScannIndex.build(labels, scann.ScannConfig(), queries[::10], s.k)
     built = time.perf_counter() - start
     start = time.perf_counter()
     _, ids = index.search(queries, s.k)
     seconds = time.perf_counter() - start
-    nearest = np.load(folder / "nearest.npy")
+    nearest = np.load(folder / "nearest.npy", allow_pickle=False)
     hits = sum(len(np.intersect1d(a, b)) for a, b in zip(ids, nearest))
     return {
         "build_seconds": built,

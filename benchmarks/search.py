@@ -93,7 +93,7 @@ def cached(source: pathlib.Path, rows: int, cache: pathlib.Path | None) -> dict[
     """`embeddings`, of the folder `cache` if they are there."""
     names = ("label", "train", "test")
     if cache is not None and all((cache / f"{name}.npy").exists() for name in names):
-        found = {name: np.load(cache / f"{name}.npy") for name in names}
+        found = {name: np.load(cache / f"{name}.npy", allow_pickle=False) for name in names}
         if len(found["label"]) == rows:
             return found
     found = embeddings(source, rows)

@@ -32,6 +32,7 @@ _HEADER = 128  # bytes before an array; NumPy leaves room in them for any number
 _COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 5.0
 _PROGRESS = "progress.json"
+_FACTS = ("bytes", "sha256", "dtype", "shape")  # of each file
 
 
 def path(data_dir, dataset: str, name: str) -> pathlib.Path:
@@ -61,9 +62,8 @@ def open(folder, expect: Mapping[str, int] | None = None, verify: bool = False) 
     try:
         content = (folder / "manifest.json").read_bytes()
         manifest = json.loads(content)
-        files = manifest["files"]
-        recorded = {name: files[name] for split in SPLITS for name in _names(split)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        recorded = _recorded(manifest)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         state = "an unfinished one" if (folder / _PROGRESS).is_file() else "none that can be read"
         raise ValueError(
             f"{folder}: expected an image folder with a manifest.json, found {state}; make one "
@@ -80,7 +80,7 @@ def open(folder, expect: Mapping[str, int] | None = None, verify: bool = False) 
             _compare(f"{file}: sha256", facts["sha256"], store.sha256(file))
         try:
             array = np.asarray(np.lib.format.open_memmap(file, mode="r"))
-        except ValueError as error:
+        except Exception as error:  # a damaged header raises a dozen types
             raise ValueError(f"{file}: expected a NumPy array file, found a damaged one") from error
         _compare(f"{file}: dtype", facts["dtype"], str(array.dtype))
         _compare(f"{file}: shape", facts["shape"], list(array.shape))
@@ -399,6 +399,26 @@ def report(folder) -> str:
             f"  {split:5}  items {items:,}  images {images:,}  with an image {share:.2f} %"
         )
     return "\n".join(lines)
+
+
+def _recorded(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """File -> what the manifest says of it; KeyError or TypeError where it lacks a field."""
+    recorded = {
+        name: {field: manifest["files"][name][field] for field in _FACTS}
+        for split in SPLITS
+        for name in _names(split)
+    }
+    encoder = manifest["encoder"]
+    kinds = [(manifest["dataset"], str), (encoder["name"], str), (encoder["E"], int)]
+    kinds += [(manifest["source"], dict)]
+    for split in SPLITS:
+        kinds += [(manifest[field][split], int) for field in ("counts", "images")]
+        if type(manifest["with_image"][split]) not in (int, float):
+            raise TypeError("shares that are no numbers")
+    for value, kind in kinds:
+        if type(value) is not kind:
+            raise TypeError(f"{value!r:.60} that is no {kind.__name__}")
+    return recorded
 
 
 def _names(split: str) -> tuple[str, str]:

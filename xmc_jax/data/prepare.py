@@ -80,6 +80,11 @@ class PrepareConfig:
             ("text", self.text in (None, "title", "title_content"), "title or title_content"),
             ("validation_fraction", 0 <= self.validation_fraction < 1, "a fraction in [0, 1)"),
             ("seed", self.seed >= 0, "0 or more"),
+            (
+                "propensity",
+                self.propensity is None or all(0 <= number <= 100 for number in self.propensity),
+                "two numbers from 0 to 100",
+            ),
         ):
             if not fits:
                 raise ValueError(
@@ -327,7 +332,7 @@ def _write(partial: pathlib.Path, dataset: RawDataset, inputs: dict[str, Any], t
     for path in sorted(partial.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
         if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r")
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
             files[path.name] |= {"dtype": str(array.dtype), "shape": list(array.shape)}
     manifest = json.dumps(inputs | {"report": summary, "files": files}, indent=1)
     (partial / "manifest.json").write_text(manifest + "\n", encoding="utf-8")

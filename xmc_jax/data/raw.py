@@ -9,8 +9,10 @@ import codecs
 import dataclasses
 import gzip
 import json
+import math
 import pathlib
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 
@@ -25,6 +27,12 @@ _PAIR = re.compile(rb"[ \t]*+\d++[ \t]++\d++[ \t]*+")
 _HEADER = re.compile(rb"[ \t]*+(\d{1,10})[ \t]++(\d{1,10})[ \t]*+")
 _MAX_ID = 2**31 - 1  # ids are kept as int32
 _BLOCK = 1 << 16  # lines parsed at a time
+# What is compressed far beyond what texts and numbers are is made to fill the memory: so many bytes
+# are free, and those after them may be so many times those of the file. A line counts as so many
+# more, as it takes time even where it is empty.
+_FREE_BYTES, _EXPANSION, _LINE_BYTES = 1 << 24, 100, 64
+MAX_LINE = 16 << 20
+"""Most bytes of a line."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,24 +200,31 @@ def read_groups(path) -> dict[str, str]:
     return groups
 
 
-def whole_lines(path: pathlib.Path, limit: int | None = None) -> Iterator[tuple[int, bytes]]:
+def whole_lines(path: pathlib.Path, limit: int = MAX_LINE) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a file or of its `.gz` form, with their ends, without a byte order mark.
 
     Args:
         path: the file.
-        limit: most bytes of a line; None for any number.
+        limit: most bytes of a line.
 
     Raises:
-        ValueError: the file cannot be read, is a damaged gzip file, or has a longer line.
+        ValueError: the file cannot be read, is a damaged gzip file or one that grows more than a
+            hundredfold, or has a longer line.
     """
     zipped = path.suffix.lower() == ".gz"
     try:
         if zipped and path.stat().st_size == 0:  # which gzip takes for empty contents
             raise EOFError
+        left = most_bytes(path) if zipped else math.inf
         with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
-            lines = file if limit is None else iter(lambda: file.readline(limit + 1), b"")
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(line) > limit:
+            for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
+                left -= len(line) + _LINE_BYTES
+                if left < 0:
+                    raise ValueError(
+                        f"{path}:{number}: expected a gzip file of at most {_EXPANSION} times its "
+                        "size, found a larger one; decompress it yourself if it is meant so"
+                    )
+                if len(line) > limit:
                     raise ValueError(
                         f"{path}:{number}: expected a line of at most {limit} bytes, found a "
                         "longer one"
@@ -221,6 +236,11 @@ def whole_lines(path: pathlib.Path, limit: int | None = None) -> Iterator[tuple[
         ) from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def most_bytes(path: pathlib.Path) -> int:
+    """Of what a compressed file may hold: a hundred times its own, and some that are free."""
+    return _FREE_BYTES + _EXPANSION * path.stat().st_size
 
 
 def _read_json(path: pathlib.Path, encoding: str, num_labels: int | None) -> Items:
@@ -293,6 +313,10 @@ def _read_json(path: pathlib.Path, encoding: str, num_labels: int | None) -> Ite
 
 def _read_npz(path: pathlib.Path) -> Csr:
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > most_bytes(path):
+            raise ValueError(f"an archive that grows to {size} bytes")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("format", "shape", "indptr", "indices", "data")}
     except Exception as error:  # a damaged zip raises a dozen types; all mean the same here

@@ -27,6 +27,7 @@ from xmc_jax.types import DataShape, Inputs, Prompts, own_tokens
 FORMAT = 1
 """Version of the folder's layout."""
 SPLITS = ("train", "test", "label")
+_NAME = re.compile(r"[\w.-]+\.(?:npy|txt)")
 _SCANNED = 1 << 24  # bytes looked through for line ends at a time
 
 
@@ -124,7 +125,8 @@ class Store:
             else:
                 uids = self.manifest["files"][f"{name}.uids.txt"]["sha256"]
                 what = f"{images.folder}/manifest.json: source.uids.{name}"
-                _compare(what, uids, images.manifest["source"]["uids"][name])
+                found = images.manifest["source"].get("uids")
+                _compare(what, uids, found.get(name) if isinstance(found, dict) else None)
             rows = getattr(images, source)
             splits[name] = dataclasses.replace(
                 split, images=rows, per_item=per_item, image_items=items
@@ -216,16 +218,21 @@ class Store:
         memory than theirs.
         """
         path = self.folder / f"{split}.titles.txt"
-        return _read_lines(path) if ids is None else _read_some_lines(path, ids)
+        count = len(getattr(self, split))
+        return _read_lines(path, count) if ids is None else _read_some_lines(path, count, ids)
 
     def uids(self, split: str) -> list[str]:
         """The identifier of each item."""
-        return _read_lines(self.folder / f"{split}.uids.txt")
+        return _read_lines(self.folder / f"{split}.uids.txt", len(getattr(self, split)))
 
     def groups(self, split: str) -> np.ndarray | None:
         """i32[n], the source of each document, numbered over both splits; None where unknown."""
         name = f"{split}.groups.npy"
-        return np.load(self.folder / name) if name in self.manifest["files"] else None
+        return (
+            np.load(self.folder / name, allow_pickle=False)
+            if name in self.manifest["files"]
+            else None
+        )
 
 
 def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) -> Store:
@@ -245,12 +252,13 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
         content = (folder / "manifest.json").read_bytes()
         manifest = json.loads(content)
         files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{folder}: expected a dataset folder with a manifest.json, found none that can be "
             "read; make one with python -m xmc_jax.data.prepare"
         ) from error
     _compare(f"{folder}/manifest.json: format", FORMAT, manifest.get("format"))
+    _check_manifest(folder, manifest)
     for field, value in (expect or {}).items():
         found = functools.reduce(
             lambda node, key: node.get(key) if isinstance(node, dict) else None,
@@ -269,6 +277,7 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
             _compare(f"{path}: dtype", recorded["dtype"], str(array.dtype))
             _compare(f"{path}: shape", recorded["shape"], list(array.shape))
             arrays[name.removesuffix(".npy")] = array
+    _check_arrays(folder, arrays, manifest["max_length"])
     splits = {s: Split(arrays[f"{s}.tokens"], arrays[f"{s}.lengths"]) for s in SPLITS}
     positives = {
         split: Csr(
@@ -299,12 +308,17 @@ def lines(texts: Iterable[str]) -> bytes:
     return "".join(escape(text) + "\n" for text in texts).encode("utf-8")
 
 
-def _read_lines(path: pathlib.Path) -> list[str]:
-    lines = path.read_bytes().decode("utf-8").split("\n")[:-1]
-    return [_unescape(line) if "\\" in line else line for line in lines]
+def _read_lines(path: pathlib.Path, count: int) -> list[str]:
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")[:-1]
+        texts = [_unescape(line) if "\\" in line else line for line in lines]
+    except (KeyError, UnicodeDecodeError) as error:
+        raise _damaged(path) from error
+    _compare(f"{path}: lines", count, len(texts))
+    return texts
 
 
-def _read_some_lines(path: pathlib.Path, numbers: np.ndarray) -> list[str]:
+def _read_some_lines(path: pathlib.Path, count: int, numbers: np.ndarray) -> list[str]:
     if not len(numbers):  # an empty file cannot be mapped
         return []
     content = np.memmap(path, np.uint8, "r")
@@ -314,21 +328,119 @@ def _read_some_lines(path: pathlib.Path, numbers: np.ndarray) -> list[str]:
             for start in range(0, len(content), _SCANNED)
         ]
     )
+    _compare(f"{path}: lines", count, len(ends))
     starts = np.concatenate([[0], ends + 1])[numbers]
     lines = (bytes(content[start:end]) for start, end in zip(starts, ends[numbers]))
-    return [_unescape(line.decode("utf-8")) for line in lines]
+    try:
+        return [_unescape(line.decode("utf-8")) for line in lines]
+    except (KeyError, UnicodeDecodeError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"{path}: expected texts as they were written, found a damaged file; make the folder anew "
+        "with python -m xmc_jax.data.prepare --overwrite"
+    )
 
 
 def _unescape(line: str) -> str:
     undo = {"\\\\": "\\", "\\n": "\n"}
-    return re.sub(r"\\.", lambda m: undo[m[0]], line)
+    return re.sub(r"\\.?", lambda m: undo[m[0]], line)
 
 
 def _load(path: pathlib.Path) -> np.ndarray:
     try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except ValueError as error:
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except Exception as error:  # a damaged header raises a dozen types; all mean the same here
         raise ValueError(f"{path}: expected a NumPy array file, found a damaged one") from error
+
+
+def _check_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the fields that are read have their types."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and 0 <= value <= 100
+
+    files, tokenizer = manifest["files"], manifest.get("tokenizer")
+    constants, validation = manifest.get("propensity"), manifest.get("validation", 0)
+    for field, fits, expected in (
+        (
+            "files",
+            isinstance(files, dict)
+            and all(
+                isinstance(facts, dict)
+                and type(facts.get("bytes")) is int
+                and type(facts.get("sha256")) is str
+                and _NAME.fullmatch(name)
+                and (not name.endswith(".npy") or {"dtype", "shape"} <= set(facts))
+                for name, facts in files.items()
+            ),
+            "plain names with bytes, sha256, and of arrays dtype and shape",
+        ),
+        ("dataset", type(manifest.get("dataset")) is str, "a name"),
+        ("max_length", type(manifest.get("max_length")) is int, "a whole number"),
+        (
+            "tokenizer",
+            isinstance(tokenizer, dict) and type(tokenizer.get("vocab_size")) is int,
+            "an object with vocab_size",
+        ),
+        (
+            "propensity",
+            isinstance(constants, list) and len(constants) == 2 and all(map(number, constants)),
+            "two numbers from 0 to 100",
+        ),
+        ("validation", validation is None or isinstance(validation, dict), "null or an object"),
+        ("raw", isinstance(manifest.get("raw"), dict), "an object"),
+        ("report", isinstance(manifest.get("report"), dict), "an object"),
+        ("special_tokens", type(manifest.get("special_tokens", True)) is bool, "true or false"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"{folder}/manifest.json: {field}: expected {expected}, found "
+                f"{manifest.get(field)!r:.100}; make the folder anew with python -m "
+                "xmc_jax.data.prepare --overwrite"
+            )
+    for name in (f"{split}.{kind}.txt" for split in SPLITS for kind in ("uids", "titles")):
+        if name not in files:
+            raise ValueError(f"{folder}/manifest.json: files: expected {name}, found none")
+
+
+def _check_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], max_length: int) -> None:
+    """Raises ValueError unless the arrays that every folder has fit together."""
+
+    def check(name: str, dtype: type, *shape: int | None) -> np.ndarray:
+        array = arrays.get(name)
+        fits = array is not None and array.dtype == dtype and array.ndim == len(shape)
+        if not fits or any(n not in (None, found) for n, found in zip(shape, array.shape)):
+            found = "none" if array is None else f"{array.dtype}{list(array.shape)}"
+            wanted = [size if size is not None else "n" for size in shape]
+            _compare(f"{folder}/{name}.npy", f"{np.dtype(dtype)}{wanted}", found)
+        return array
+
+    def within(name: str, array: np.ndarray, limit: int) -> None:
+        if array.size and not (array.min() >= 0 and array.max() < limit):
+            found = f"{array.min()} to {array.max()}"
+            _compare(f"{folder}/{name}.npy", f"numbers in [0, {limit})", found)
+
+    count = {}
+    for split in SPLITS:
+        lengths = check(f"{split}.lengths", np.uint16, None)
+        within(f"{split}.lengths", lengths, max_length + 1)
+        count[split] = len(check(f"{split}.tokens", np.int32, len(lengths), max_length))
+    for split in ("train", "test"):
+        name = f"{split}.positives.indptr"
+        indptr = check(name, np.int64, count[split] + 1)
+        indices = check(f"{split}.positives.indices", np.int32, None)
+        if indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
+            _compare(f"{folder}/{name}.npy", f"ascending offsets to {len(indices)}", "others")
+        within(f"{split}.positives.indices", indices, count["label"])
+        for name in (f"{split}.groups", f"{split}.raw_rows"):
+            if name in arrays:
+                check(name, np.int32, count[split])
+    pairs = check("filter", np.int32, None, 2)
+    within("filter", pairs[:, 0], count["test"])
+    within("filter", pairs[:, 1], count["label"])
 
 
 def _compare(what: str, expected: Any, found: Any) -> None:

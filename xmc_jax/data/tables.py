@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from xmc_jax.data import raw
+
 MAX_LINE = 256 << 20  # bytes of a record of a text table
 _SHOWN_RECORDS = 1000  # looked at for the columns of a JSONL file
 _BATCH_BYTES = 4 << 20  # of the rows of a Parquet file that are decoded at a time
 _FIRST_ROWS = 256
+_ROWS_PER_BYTE = 64  # of a file, at most
 _HELD_ROWS = 1 << 14  # at most, reordered at a time, where a table's order is not the items'
 _HELD_BYTES = 256 << 20  # of those
 
@@ -155,8 +158,14 @@ class ParquetTable:
                 )
             meta = file.metadata
             self.num_rows = meta.num_rows
-            rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-            self.starts = np.cumsum([0, *rows])
+            groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+            self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        size, held = path.stat().st_size, sum(group.total_byte_size for group in groups)
+        if self.num_rows > _ROWS_PER_BYTE * size or held > raw.most_bytes(path):
+            raise ValueError(
+                f"{path}: expected what {size} bytes may hold, found {self.num_rows} rows of "
+                f"{held} bytes: a file made to be slow"
+            )
 
     def check(self, *columns: str) -> None:
         """Raises ValueError unless the columns are there."""

@@ -73,7 +73,8 @@ def open(folder: pathlib.Path, name: str) -> Texts:
     for part in ("utf8", "offsets"):
         path = folder / f"{name}.{part}.npy"
         try:
-            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path}: expected an array of texts, found: {error}") from error
+            arrays.append(np.lib.format.open_memmap(path, mode="r"))
+        except Exception as error:  # a damaged header raises a dozen types
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: expected an array of texts, found: {reason}") from error
     return Texts(*map(np.asarray, arrays), where=str(folder / name))

@@ -229,7 +229,7 @@ def _labels(folder: pathlib.Path, run: Run, state: TrainState) -> np.ndarray:
         np.save(folder / "prior.npy", np.asarray(run.prior, np.float64))
     texts.save(folder, "ids", run.data.uids("label"))
     texts.save(folder, "texts", run.data.texts("label"))
-    return np.load(folder / "embeddings.npy", mmap_mode="r")
+    return np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
 
 
 def _prototypes(folder: pathlib.Path, run: Run, state: TrainState) -> None:

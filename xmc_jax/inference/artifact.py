@@ -23,6 +23,7 @@ as a whole: the new one is written beside the old one, and the manifest decides.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -81,6 +82,11 @@ class ImageInput:
     dtype: str
     folder: str | None
 
+    def __post_init__(self):
+        for name in ("width", "per_item"):
+            if not 1 <= getattr(self, name) < 1 << 16:
+                raise ValueError(f"{name}: expected 1 to 65535, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelInput:
@@ -122,8 +128,11 @@ class ModelInput:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         for name in ("width", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 1 << 16:
+                raise ValueError(f"{name}: expected 1 to 65535, got {getattr(self, name)}")
+        prompts = (*self.prompts.head, *self.prompts.middle, *self.prompts.tail)
+        if not all(0 <= token < 1 << 31 for token in prompts):
+            raise ValueError(f"prompts: expected token ids of at least 0, got {prompts!r:.60}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +288,8 @@ def open(folder, verify: bool = True) -> Artifact:
     folder = pathlib.Path(folder)
     where = folder / MANIFEST
     try:
+        if where.exists() and not where.is_file():  # a pipe would be waited for
+            raise ValueError("no file")
         content = where.read_bytes()
         manifest = json.loads(content)
         files = manifest["files"]
@@ -292,11 +303,14 @@ def open(folder, verify: bool = True) -> Artifact:
             f"{where}: expected format {FORMAT}, found {manifest.get('format')!r}; export the "
             "model again with this version"
         )
-    for name, kind in (("name", str), ("step", int), ("config", dict)):
+    kinds = {"name": str, "created": str, "step": int}
+    kinds |= {"config": dict, "dataset": dict, "metrics": dict}
+    for name, kind in kinds.items():
         if type(manifest.get(name)) is not kind:
             raise ValueError(
                 f"{where}: {name}: expected {kind.__name__}, found {manifest.get(name)!r:.60}"
             )
+    _check_shown(where, manifest)
     check_files(folder, files, verify)
     model = parse(ModelInput, manifest.get("model"), f"{where}: model")
     recorded = {name: str(facts.get("sha256")) for name, facts in files.items()}
@@ -475,6 +489,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {expected}, found {value!r}")
 
 
+def _check_shown(where: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """What a server says of the model."""
+    if type(name := manifest["dataset"].get("name")) is not str:
+        raise ValueError(f"{where}: dataset: name: expected str, found {name!r:.60}")
+    for row, metrics in manifest["metrics"].items():
+        numbers = metrics.values() if isinstance(metrics, dict) else (None,)
+        if not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
+            raise ValueError(f"{where}: metrics: {row}: expected numbers, found {metrics!r:.60}")
+
+
 def _labels(folder: pathlib.Path, shape: tuple[int, int], prior: bool) -> Labels:
     return Labels(
         ids=_texts(folder, "ids", shape[0]),
@@ -534,9 +558,10 @@ def _ids(path: pathlib.Path, dtype: type, shape: tuple[int, ...], limit: int) ->
 
 def _array(path: pathlib.Path, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
     try:
-        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: expected an array, found: {error}") from error
+        array = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except Exception as error:  # a damaged header raises a dozen types; all mean the same here
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: expected an array, found: {reason}") from error
     fits = len(array.shape) == len(shape) and all(
         size in (None, found) for size, found in zip(shape, array.shape)
     )

@@ -193,7 +193,8 @@ def _change(
 def _check(opened: Artifact, changes: Changes) -> dict[str, int]:
     """Identifier -> row, after the changes are found to fit."""
     rows = {name: row for row, name in enumerate(opened.labels.ids)}
-    if opened.manifest.get("prototypes") is None and opened.manifest["config"]["prime"]["enabled"]:
+    prime = _setting(opened, "prime", "enabled", bool)
+    if opened.manifest.get("prototypes") is None and prime:
         raise ValueError(
             f"{opened.folder}: expected what prototypes are made of, found an artifact without; "
             "export with --config.export.prototypes=True"
@@ -219,6 +220,18 @@ def _check(opened: Artifact, changes: Changes) -> dict[str, int]:
     if len(rows) + len(changes.add) == len(changes.remove):
         raise ValueError("remove: expected labels to be left, got all of them")
     return rows
+
+
+def _setting(opened: Artifact, section: str, name: str, kind: type) -> Any:
+    """A setting of the config that the model was trained with."""
+    fields = opened.manifest["config"].get(section)
+    found = fields.get(name) if isinstance(fields, dict) else None
+    if type(found) is not kind:
+        raise ValueError(
+            f"{opened.folder / artifact.MANIFEST}: config: {section}.{name}: expected "
+            f"{kind.__name__}, found {found!r:.60}"
+        )
+    return found
 
 
 def _kept(opened: Artifact, made_of: Prototypes | None, kept: np.ndarray, more: int) -> _Table:
@@ -313,10 +326,15 @@ def _index(
         )
         return None, None
     before = opened.manifest["index"]
-    settings = opened.manifest["config"]["eval"]["scann"]
+    settings = _setting(opened, "eval", "scann", dict)
     config = artifact.parse(scann.ScannConfig, settings, f"{opened.folder}: eval.scann")
     some = embeddings if opened.documents is None else opened.documents.embeddings
     some = np.asarray(some[:: -(-len(some) // _QUERIES)], np.float32)
+    if type(before.get("k")) is not int or before["k"] < 1:
+        raise ValueError(
+            f"{opened.folder / artifact.MANIFEST}: index: k: expected a number of at least 1, "
+            f"found {before.get('k')!r:.60}"
+        )
     k = min(before["k"], len(embeddings))
     index, measured = scann.build_measured(embeddings, config, some, k)
     section = _section({"index": before}, "index", number, len(embeddings))

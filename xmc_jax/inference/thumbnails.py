@@ -32,9 +32,10 @@ class Thumbnails:
         self._ids = texts.open(folder, f"{kind}.ids")
         try:
             self._images = np.memmap(folder / f"{kind}.images.bin", np.uint8, "r")
-            spans = np.load(folder / f"{kind}.spans.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{folder}: expected pictures of {kind}, found: {error}") from error
+            spans = np.lib.format.open_memmap(folder / f"{kind}.spans.npy", mode="r")
+        except Exception as error:  # a damaged header raises a dozen types
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder}: expected pictures of {kind}, found: {reason}") from error
         self._spans = spans = np.asarray(spans)
         shape = len(self._ids), 2
         fits = spans.dtype == np.int64 and spans.shape == shape and shape[0] > 0

@@ -67,6 +67,7 @@ class BertConfig:
         for name in ("vocab_size", "hidden", "layers", "heads", "ff", "max_positions"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"BertConfig.{name}: expected at least 1, got {value}")
+        layers.check_sizes(self)
         if self.hidden % self.heads:
             raise ValueError(
                 f"BertConfig.heads: expected a divisor of hidden = {self.hidden}, got {self.heads}"

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from xmc_jax.models import layers
+
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3")
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -40,8 +42,11 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in ROPE_TYPES:
             raise ValueError(f"rope: expected a type of {ROPE_TYPES}, got {self.kind!r}")
-        if not self.factor >= 1:
+        if not 1 <= self.factor < math.inf:
             raise ValueError(f"rope: expected a factor of at least 1, got {self.factor}")
+        numbers = self.low_factor, self.high_factor, self.original_positions
+        if not all(0 < number < math.inf for number in numbers):
+            raise ValueError(f"rope: expected positive numbers, got {numbers}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +118,7 @@ class DecoderConfig:
         for name in (*positive, "max_positions", "window"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"DecoderConfig.{name}: expected at least 1, got {value}")
+        layers.check_sizes(self)
         for name, fits, expected in (
             ("family", self.family in FAMILIES, f"one of {FAMILIES}"),
             ("hidden_act", self.hidden_act in ACTIVATIONS, f"one of {tuple(ACTIVATIONS)}"),
@@ -120,6 +126,8 @@ class DecoderConfig:
             ("head_dim", self.head_dim % 2 == 0, "an even number"),
             ("sliding", len(self.sliding) in (0, self.layers), f"one for each of {self.layers}"),
             ("attention_dropout", 0 <= self.attention_dropout < 1, "a fraction in [0, 1)"),
+            ("rope_theta", 0 < self.rope_theta < math.inf, "a positive number"),
+            ("local_rope_theta", 0 < self.local_rope_theta < math.inf, "a positive number"),
         ):
             if not fits:
                 raise ValueError(
@@ -239,6 +247,11 @@ def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
     kv_heads = get("num_key_value_heads", int, None) or heads
     layer_count = get("num_hidden_layers", int)
+    if layer_count > layers.MOST_LAYERS:  # before something is made for each
+        raise ValueError(
+            f"config.json: expected at most {layers.MOST_LAYERS} num_hidden_layers, got "
+            f"{layer_count}"
+        )
     biased = family == "qwen2" or get("attention_bias", bool)
     common = {
         "family": family,
@@ -380,6 +393,10 @@ def _sliding(text: Mapping[str, Any], family: str, count: int) -> tuple[bool, ..
         pattern = _field(
             text, {"sliding_window_pattern": _GEMMA_PATTERN}, "sliding_window_pattern", int
         )
+        if pattern < 1:
+            raise ValueError(
+                f"config.json: expected sliding_window_pattern of at least 1, got {pattern}"
+            )
         sliding = tuple((layer + 1) % pattern != 0 for layer in range(count))
     elif text.get("use_sliding_window"):
         first = _field(text, _DEFAULTS[family], "max_window_layers", int)
@@ -411,5 +428,10 @@ def _rope(text: Mapping[str, Any], get, kind: str | None = None) -> tuple[float,
         _number(scaling, "factor", 1.0),
         _number(scaling, "low_freq_factor", 1.0),
         _number(scaling, "high_freq_factor", 4.0),
-        int(_number(scaling, "original_max_position_embeddings", 8192)),
+        _field(
+            scaling,
+            {"original_max_position_embeddings": 8192},
+            "original_max_position_embeddings",
+            int,
+        ),
     )

@@ -385,7 +385,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON file, found none")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, found: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")

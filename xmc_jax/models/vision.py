@@ -58,6 +58,7 @@ class VisionConfig:
         for name in ("hidden", "layers", "heads", "ff", "image_size", "patch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"VisionConfig.{name}: expected at least 1, got {value}")
+        layers.check_sizes(self)
         for name, fits, expected in (
             ("family", self.family in FAMILIES, f"one of {FAMILIES}"),
             ("hidden_act", self.hidden_act in ACTIVATIONS, f"one of {tuple(ACTIVATIONS)}"),
@@ -123,7 +124,7 @@ def from_hf(config: Mapping[str, Any]) -> VisionConfig:
             type, or sizes that do not fit together.
     """
     kind = config.get("model_type")
-    if kind not in _MODEL_TYPES:
+    if kind not in MODEL_TYPES:
         hint = "; of SigLIP 2, those of fixed resolution are here" if kind == "siglip2" else ""
         raise ValueError(
             f"config.json: expected model_type to be one of {MODEL_TYPES}, got {kind!r} "

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -213,6 +214,9 @@ def _rows(
             raise ValueError(f"{name} holds {found}{list(shape)}")
         if shape[0] != count:
             raise ValueError(f"{name} has {shape[0]} documents, not {count}")
+        size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+        if archive.getinfo(name).file_size != size:
+            raise ValueError(f"{name} says it has shape {list(shape)}, and has another size")
         taken = np.empty((len(documents), shape[1]), dtype)
         width = taken.itemsize * shape[1]
         block = max(_BLOCK_BYTES // max(width, 1), 1)
@@ -238,7 +242,7 @@ def _content(path: epath.Path) -> dict[str, Any]:
 def _json(path: epath.Path, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, got {text[:60]!r}")

@@ -71,7 +71,10 @@ def _of_split(source: pathlib.Path, data: Store, split: str, items: np.ndarray) 
     name, uids, rows = split, data.uids(split), items
     if data.manifest["validation"] is not None and split != "label":
         # Held-out documents are some of the raw training documents.
-        places = {s: np.load(data.folder / f"{s}.raw_rows.npy") for s in ("train", "test")}
+        places = {
+            s: np.load(data.folder / f"{s}.raw_rows.npy", allow_pickle=False)
+            for s in ("train", "test")
+        }
         name, rows, uids = "train", places[split][items], [""] * sum(map(len, places.values()))
         for part, numbers in places.items():
             for number, uid in zip(numbers.tolist(), data.uids(part)):

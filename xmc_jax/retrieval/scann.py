@@ -8,8 +8,10 @@ import json
 import math
 import os
 import pathlib
+import re
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +24,14 @@ from xmc_jax.digests import sha256
 from xmc_jax.retrieval import exact
 
 _MANIFEST = "index.json"
+_ASSETS = "scann_assets.pbtxt"
+# What ScaNN may be given: not its pickle, and no name that leads out of the folder.
+_FILE = re.compile(r"[A-Za-z0-9_]+\.(?:npy|pb)|" + re.escape(_ASSETS))
+# The list of these files, as ScaNN writes it, and nothing else that the format allows.
+_ASSET = re.compile(
+    r'assets \{\n  asset_type: [A-Z0-9_]+\n  asset_path: "([A-Za-z0-9_]+\.(?:npy|pb))"\n\}\n'
+)
+_ASSETS_END = re.compile(r"(?:trained_on_the_fly: (?:true|false)\n)?")
 _SAMPLE = 1_000  # at most this many queries tune an index
 # What is tried: shares of the leaves, a factor of 1.25 apart, and candidates in multiples of k.
 _SHARES = tuple(0.8**i for i in reversed(range(25)))
@@ -262,7 +272,14 @@ class ScannIndex:
             count, width = manifest["count"], manifest["width"]
             digest, files = manifest["database_sha256"], manifest["files"]
             config = ScannConfig(**manifest["config"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not (type(count) is type(width) is int and type(digest) is str):
+                raise TypeError(f"count {count!r:.40}, width {width!r:.40}, digest {digest!r:.40}")
+            if None in dataclasses.astuple(config):
+                raise ValueError("a config that leaves something open")
+            others = [name for name in files if not _FILE.fullmatch(name)]
+            if others or _ASSETS not in files:
+                raise ValueError(f"files that ScaNN does not write: {others!r:.100}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{folder / _MANIFEST}: expected the description of a ScaNN index, got {error!r}; "
                 f"build the index again"
@@ -278,12 +295,21 @@ class ScannIndex:
         # Only files that `save` recorded reach ScaNN, which would also read pickles lying there.
         with tempfile.TemporaryDirectory() as local:
             for name, recorded in files.items():
-                if not (folder / name).exists():
+                if not (folder / name).is_file():
                     raise ValueError(f"{folder / name}: expected a file of the index, got none")
-                (folder / name).copy(epath.Path(local, os.path.basename(name)))
+                (folder / name).copy(epath.Path(local, name))
                 if _file_digest(local, name) != recorded:
                     raise ValueError(f"{folder / name}: expected sha256 {recorded}, got another")
-            return cls(config, count, width, digest, scann.scann_ops_pybind.load_searcher(local))
+            _check_assets(folder / _ASSETS, pathlib.Path(local, _ASSETS).read_bytes(), files)
+            try:
+                searcher = scann.scann_ops_pybind.load_searcher(local)
+            except RuntimeError as error:  # of the library, whatever the files lack
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{folder}: expected a ScaNN index, got one that does not load ({reason}); "
+                    "build the index again"
+                ) from error
+            return cls(config, count, width, digest, searcher)
 
 
 def build_measured(
@@ -368,4 +394,17 @@ def _digest(database: np.ndarray) -> str:
 
 
 def _file_digest(folder: str, name: str) -> str:
-    return sha256(pathlib.Path(folder, os.path.basename(name)))
+    return sha256(pathlib.Path(folder, name))
+
+
+def _check_assets(path: epath.Path, content: bytes, files: Mapping[str, str]) -> None:
+    """Raises ValueError unless ScaNN's list of files names files of the index."""
+    text = content.decode("latin-1")
+    rest = _ASSET.sub("", text)
+    outside = [name for name in _ASSET.findall(text) if name not in files]
+    if outside or not _ASSETS_END.fullmatch(rest):
+        found = outside[0] if outside else rest
+        raise ValueError(
+            f"{path}: expected names of files of the index, got {found[:80]!r}; build the index "
+            "again"
+        )

@@ -118,8 +118,12 @@ def read(
         prior, then = content["prior"], dict(content["belongs_to"])
         if content["format"] != FORMAT or set(content["augmented"]) != set(FIELDS):
             raise ValueError("other fields")
+        for name, value in content["augmented"].items():
+            kind = type(getattr(config, name))
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ValueError(f"{name}: {value!r:.60}")
         chosen = dataclasses.replace(config, weights="config", **content["augmented"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected what --mode=tune writes, got {error!r}; {again}"
         ) from None

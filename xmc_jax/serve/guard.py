@@ -126,9 +126,15 @@ class _Body:
         limit, headers = self._guard.config.max_body, dict(scope["headers"])
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         length = headers.get(b"content-length", b"0")
-        if int(length) > limit:
+        if not length.isdigit():
             raise Refused(
-                413, f"body: expected at most {limit} bytes, got {int(length)}", connection="close"
+                400, f"content-length: expected a number, got {length[:40]!r}", connection="close"
+            )
+        if int(length[:20]) > limit:
+            raise Refused(
+                413,
+                f"body: expected at most {limit} bytes, got {length[:20].decode()}",
+                connection="close",
             )
         if kind != b"application/json":
             raise Refused(

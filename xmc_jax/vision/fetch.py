@@ -250,8 +250,10 @@ def _check_same(out: pathlib.Path, inputs: dict[str, Any], config: FetchConfig) 
         return
     try:
         recorded = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, {error}; choose another --out") from None
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path}: expected a JSON object, found another; choose another --out")
     for field, value in inputs.items():
         if recorded.get(field) == value or (field == "limits" and config.retry_failed):
             continue
