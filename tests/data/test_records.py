@@ -984,7 +984,7 @@ def test_memory_does_not_hold_the_texts(tmp_path):
         convert(folder, folder / "raw")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 300_000 < 3_000_000
+    assert peaks[1] < peaks[0] + 1_000_000 < 4_000_000  # the longer ones have 4.5 million more
 
 
 # Images
