@@ -154,7 +154,7 @@ def test_sizes_shapes_and_types_are_checked(prepared):
         store.open(prepared)
 
 
-@pytest.mark.parametrize("name", ["train.tokens.npy", "label.titles.txt", "filter.npy"])
+@pytest.mark.parametrize("name", ["train.tokens.npy", "label.titles.txt", "test.uids.txt"])
 def test_damaged_bytes_are_found_on_request(prepared, name):
     content = bytearray((prepared / name).read_bytes())
     content[-1] ^= 1

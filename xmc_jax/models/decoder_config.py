@@ -127,7 +127,11 @@ class DecoderConfig:
             ("sliding", len(self.sliding) in (0, self.layers), f"one for each of {self.layers}"),
             ("attention_dropout", 0 <= self.attention_dropout < 1, "a fraction in [0, 1)"),
             ("rope_theta", 0 < self.rope_theta < math.inf, "a positive number"),
-            ("local_rope_theta", 0 < self.local_rope_theta < math.inf, "a positive number"),
+            (
+                "local_rope_theta",
+                self.local_rope_theta is None or 0 < self.local_rope_theta < math.inf,
+                "a positive number",
+            ),
         ):
             if not fits:
                 raise ValueError(
