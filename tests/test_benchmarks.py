@@ -226,14 +226,17 @@ def fake(step) -> types.SimpleNamespace:
 def test_a_loss_that_is_not_finite_is_an_error():
     with pytest.raises(RuntimeError, match="step 0: expected a finite loss"):
         decoder_step.measure(
-            fake(lambda state, frozen, batch: (state, {"loss": jnp.asarray(jnp.nan)})),
+            fake(
+                lambda state, frozen, batch: (state, {"loss": jnp.asarray(jnp.nan), "health": None})
+            ),
             jax.devices()[0],
         )
 
 
 def test_compiling_after_the_warm_up_is_an_error():
     def step(state, frozen, batch):
-        return state, {"loss": jax.jit(lambda x: x + 1)(state)}  # another function each time
+        loss = jax.jit(lambda x: x + 1)(state)  # another function each time
+        return state, {"loss": loss, "health": None}
 
     with pytest.raises(RuntimeError, match="expected no compilation after 2 steps, got 2"):
         decoder_step.measure(fake(step), jax.devices()[0])

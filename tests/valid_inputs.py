@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from xmc_jax import checkpoint
+from xmc_jax import workdirs
 from xmc_jax.data import image_maps, images, prepare, priors, raw, records, store, texts, tokenizer
 from xmc_jax.inference import artifact, documents
 from xmc_jax.models import bert, dual, hf, hf_names
@@ -414,7 +414,7 @@ class Inputs:
             ),
             "workdir": (
                 *("workdir", ["config.json"]),
-                checkpoint.read_config,
+                workdirs.read_config,
             ),
             "request": ("some", ["request.json"], Asked()),
         }

@@ -122,9 +122,12 @@ def test_remat_changes_no_gradient():
         return jax.jit(jax.grad(loss))(params)
 
     kept = jax.tree.leaves(gradient("none"))
+    largest = max(np.abs(leaf).max() for leaf in kept)
     for remat in layers.REMAT[1:]:
         for ours, expected in zip(jax.tree.leaves(gradient(remat)), kept):
-            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+            # The biases of keys have a gradient of rounding errors alone.
+            scale = max(np.abs(expected).max(), 1e-2 * largest)
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * scale)
 
 
 def test_bfloat16_is_close_and_pools_in_float32():

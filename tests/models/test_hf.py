@@ -249,13 +249,13 @@ def test_a_tokenizer_needs_no_weights(folder, tmp_path, monkeypatch):
 
 
 def test_weights_are_hashed_once_per_version(folder, monkeypatch):
-    whole, hashed = hf.hashlib.file_digest, []
+    whole, hashed = hf.sha256, []
 
-    def counted(file, name):
-        hashed.append(file.name)
-        return whole(file, name)
+    def counted(path):
+        hashed.append(path)
+        return whole(path)
 
-    monkeypatch.setattr(hf.hashlib, "file_digest", counted)
+    monkeypatch.setattr(hf, "sha256", counted)
     first = hf.resolve(str(folder))
     assert hf.resolve(str(folder)) == first and len(hashed) == 1
     edit(folder, lambda tensors: tensors.popitem())

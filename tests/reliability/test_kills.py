@@ -93,7 +93,6 @@ def killed(start, config: str, workdir: pathlib.Path, number: int, after: float)
 
 
 CAMPAIGNS = [
-    pytest.param(signal.SIGKILL, 2, id="SIGKILL", marks=pytest.mark.slow),
     pytest.param(signal.SIGKILL, 50, id="50 SIGKILL", marks=pytest.mark.reliability),
     pytest.param(signal.SIGTERM, 20, id="20 SIGTERM", marks=pytest.mark.reliability),
 ]

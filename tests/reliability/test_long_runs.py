@@ -61,7 +61,7 @@ def test_ten_epochs_of_the_quickstart_grow_by_nothing(tmp_path, figures):
     assert growth < 0.01, memory
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_nothing_is_asked_of_a_network(tmp_path):
     """Train, evaluate, export and predict, where there is no network if that may be arranged."""
     alone = ["unshare", "--map-root-user", "--net"]
