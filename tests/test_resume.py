@@ -150,6 +150,14 @@ def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
     assert records(workdir) == straight[1]
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[1, 2]", b"{", b"\xff\xfe"])
+def test_what_is_no_config_is_said(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json: expected") as error:
+        workdirs.read_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_another_config_is_refused(fields, tmp_path):
     workdirs.write_config(tmp_path, fields | {"name": "nothing made with this one yet"})
     workdirs.check_config(tmp_path, fields)

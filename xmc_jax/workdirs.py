@@ -152,9 +152,12 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path}: expected the config of a run, found no such file")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected the fields of a config, got {config!r:.40}")
+    return config
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
