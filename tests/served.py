@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import store, texts
+from xmc_jax.data import texts
+from xmc_jax.digests import sha256
 from xmc_jax.inference import artifact, thumbnails, tower
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.serve.config import ServeConfig
@@ -30,6 +31,25 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The items of a raw file."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def described(
+    files: Mapping[str, str], width: int, max_length: int, images: artifact.ImageInput | None = None
+) -> artifact.ModelInput:
+    """What a small encoder takes; `files` are its own, by digest."""
+    return artifact.ModelInput(
+        digest=artifact.digest_of_model(files),
+        width=width,
+        max_length=max_length,
+        special_tokens=True,
+        prompts=Prompts(),
+        pooling="mean",
+        compute_dtype="float32",
+        order="image_text",
+        positions="contiguous",
+        text="title",
+        images=images,
+    )
 
 
 def write(
@@ -50,20 +70,8 @@ def write(
         images: what the encoder takes.
         pictures: files of "labels" and "documents" by their ids.
     """
-    files = {path.name: store.sha256(path) for path in folder.iterdir() if path.is_file()}
-    model = artifact.ModelInput(
-        digest=artifact.digest_of_model(files),
-        width=32,
-        max_length=16,
-        special_tokens=True,
-        prompts=Prompts(),
-        pooling="mean",
-        compute_dtype="float32",
-        order="image_text",
-        positions="contiguous",
-        text="title",
-        images=images,
-    )
+    files = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
+    model = described(files, 32, 16, images)
     content = {
         "name": name,
         "step": 0,

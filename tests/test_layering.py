@@ -26,6 +26,7 @@ LAYERS = (
         "compilation",
         "digests",
         "distributed",
+        "json_files",
         "packaged",
         "peers",
         "proof",

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import served
 
 from xmc_jax import workdirs
 from xmc_jax.data import image_maps, images, prepare, priors, raw, records, store, texts, tokenizer
+from xmc_jax.digests import sha256
 from xmc_jax.inference import artifact, documents
 from xmc_jax.models import bert, dual, hf, hf_names
 from xmc_jax.retrieval import tuned, tuning
 from xmc_jax.retrieval.augmented import AugmentedConfig
-from xmc_jax.types import Prompts
 
 Read = Callable[[pathlib.Path], None]
 
@@ -161,20 +162,8 @@ def image_files(folder: pathlib.Path) -> None:
 
 def artifact_files(folder: pathlib.Path) -> None:
     """An exported model, of an encoder that lies there already; its embeddings are random."""
-    files = {path.name: store.sha256(path) for path in folder.iterdir() if path.is_file()}
-    model = artifact.ModelInput(
-        digest=artifact.digest_of_model(files),
-        width=WIDTH,
-        max_length=LENGTH,
-        special_tokens=True,
-        prompts=Prompts(),
-        pooling="mean",
-        compute_dtype="float32",
-        order="image_text",
-        positions="contiguous",
-        text="title",
-        images=None,
-    )
+    files = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
+    model = served.described(files, WIDTH, LENGTH)
     generator = np.random.default_rng(0)
     content: dict[str, Any] = {
         "name": "toy",
@@ -234,7 +223,7 @@ def index_files(folder: pathlib.Path) -> None:
     )
     config = {"brute_force_below": 20_000, "recall_target": 0.98, "leaves": 7}
     config |= {"dimensions_per_block": 2, "leaves_searched": 1.0, "reorder": 1.0}
-    files = {path.name: store.sha256(path) for path in folder.iterdir()}
+    files = {path.name: sha256(path) for path in folder.iterdir()}
     content = {"config": config, "count": LABELS, "width": WIDTH, "database_sha256": "0" * 64}
     (folder / "index.json").write_text(json.dumps(content | {"files": files}))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from xmc_jax import json_files
 from xmc_jax.digests import sha256
 
 FORMAT = 2
@@ -195,12 +196,9 @@ def _bytes(path: epath.Path) -> bytes:
 
 def _parsed(path: epath.Path, data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _Damaged(f"{_within_step(path)}: expected JSON, found {error}") from None
-    if not isinstance(content, dict):
-        raise _Damaged(f"{_within_step(path)}: expected a JSON object, found another value")
-    return content
+        return json_files.parse(_within_step(path), data)
+    except ValueError as error:
+        raise _Damaged(str(error)) from None
 
 
 def _within_step(path: epath.Path) -> str:

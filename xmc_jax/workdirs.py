@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from xmc_jax import json_files
+
 # Fields that may differ between the run that wrote a workdir and the one that goes on with it.
 RESUMABLE = (
     "data.data_dir",
@@ -151,13 +153,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     path = absolute(workdir) / _CONFIG
     if not path.exists():
         raise ValueError(f"{path}: expected the config of a run, found no such file")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected the fields of a config, got {config!r:.40}")
-    return config
+    return json_files.read(path)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 import valid_inputs
 
-from xmc_jax.data import raw, store
+from xmc_jax.data import raw
+from xmc_jax.digests import sha256
 from xmc_jax.inference import documents
 
 REFUSED, HARMLESS = "refused", "harmless"
@@ -109,7 +110,7 @@ def in_dataset(folder: pathlib.Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     facts = manifest["files"][name]
-    facts |= {"bytes": len(content), "sha256": store.sha256(folder / name)}
+    facts |= {"bytes": len(content), "sha256": sha256(folder / name)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -138,7 +139,7 @@ def indexed(folder: pathlib.Path, name: str, content: bytes) -> None:
     """Puts a file into a ScaNN index, and its digest into index.json."""
     path = folder / name
     path.write_bytes(content)
-    changed(folder / "index.json", lambda m: m["files"].update({name: store.sha256(path)}))
+    changed(folder / "index.json", lambda m: m["files"].update({name: sha256(path)}))
 
 
 def assets(path: str) -> bytes:

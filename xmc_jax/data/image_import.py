@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tqdm
 
-from xmc_jax.data import image_maps, images, store
+from xmc_jax.data import image_maps, images
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
+from xmc_jax.digests import sha256
 
 # Percent of train, test and label items that have an image. Source: ViXML Table 8.
 SHARES = {
@@ -115,7 +116,7 @@ def import_published(
             )
     with_image = {split: int((maps[split].counts() > 0).sum()) for split in SPLITS}
     check_shares(dataset, {s: 100 * with_image[s] / max(items[s], 1) for s in SPLITS})
-    digests = {file.name: store.sha256(file) for pair in files.values() for file in pair}
+    digests = {file.name: sha256(file) for pair in files.values() for file in pair}
     vectors = sorted({file.name for file, _ in files.values()})
     identity = {
         "name": encoder,

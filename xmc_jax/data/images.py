@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import store
+from xmc_jax.data import array_files, store
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.store import SPLITS
+from xmc_jax.digests import sha256
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -77,10 +78,10 @@ def open(folder, expect: Mapping[str, int] | None = None, verify: bool = False) 
         file = folder / name
         _compare(f"{file}: bytes", facts["bytes"], file.stat().st_size if file.is_file() else 0)
         if verify:
-            _compare(f"{file}: sha256", facts["sha256"], store.sha256(file))
+            _compare(f"{file}: sha256", facts["sha256"], sha256(file))
         try:
-            array = np.asarray(np.lib.format.open_memmap(file, mode="r"))
-        except Exception as error:  # a damaged header raises a dozen types
+            array = array_files.mapped(file)
+        except ValueError as error:
             raise ValueError(f"{file}: expected a NumPy array file, found a damaged one") from error
         _compare(f"{file}: dtype", facts["dtype"], str(array.dtype))
         _compare(f"{file}: shape", facts["shape"], list(array.shape))
@@ -272,7 +273,7 @@ class Writer:
                 found = self.folder / name
                 files[name] = {
                     "bytes": found.stat().st_size,
-                    "sha256": store.sha256(found),
+                    "sha256": sha256(found),
                     "dtype": str(np.dtype(dtype)),
                     "shape": list(shape),
                 }

@@ -26,6 +26,7 @@ from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
 from xmc_jax.data.raw_folder import RawDataset
+from xmc_jax.digests import sha256
 
 _BLOCK = 1 << 14  # texts tokenised at a time
 
@@ -330,7 +331,7 @@ def _write(partial: pathlib.Path, dataset: RawDataset, inputs: dict[str, Any], t
     summary["label"]["without_documents"] = len(dataset.splits["label"].titles) - len(used)
     files = {}
     for path in sorted(partial.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             files[path.name] |= {"dtype": str(array.dtype), "shape": list(array.shape)}

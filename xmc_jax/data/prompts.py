@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from xmc_jax import json_files
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.types import ORDERS, Prompts
 
@@ -147,7 +148,7 @@ def export(
     tokenizer = tokenizers.load(source)
     pieces = _pieces(tokenizer, source, (prefix, image_prefix, suffix))
     around = around_text(pieces.prompts(order), order)
-    content = tokenizers.read_json(source / "tokenizer.json")
+    content = json_files.read(source / "tokenizer.json")
     content |= {
         "truncation": None,
         "padding": None,
@@ -156,7 +157,7 @@ def export(
     pad = tokenizer.pad_token or tokenizer.eos_token
     if pad is None:
         raise ValueError(f"tokenizer {source}: expected a pad_token or an eos_token, found neither")
-    config = tokenizers.read_json(source / "tokenizer_config.json", optional=True)
+    config = json_files.read(source / "tokenizer_config.json", optional=True)
     kept = {
         key: value
         for key, value in config.items()
@@ -206,7 +207,7 @@ def read_settings(folder: epath.PathLike) -> Settings | None:
     path = epath.Path(folder) / SETTINGS
     if not path.is_file():
         return None
-    tree = tokenizers.read_json(path)
+    tree = json_files.read(path)
 
     def take(field: str, fits, expected: str) -> Any:
         node: Any = tree

@@ -5,9 +5,10 @@ import pathlib
 
 import numpy as np
 
-from xmc_jax.data import raw, store
+from xmc_jax.data import raw
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
+from xmc_jax.digests import sha256
 
 # Names in use, in the order they are looked for: the repository's, then those of the archives of
 # MM-AmazonTitles-300K and Renee. Each may end in .gz.
@@ -113,7 +114,7 @@ def read(files: dict[str, pathlib.Path], dataset: str, encoding: str) -> RawData
 
 def digests(files: dict[str, pathlib.Path]) -> dict[str, dict[str, str]]:
     """Role -> name and SHA-256 of each file, for the manifest."""
-    return {role: {"name": p.name, "sha256": store.sha256(p)} for role, p in files.items()}
+    return {role: {"name": p.name, "sha256": sha256(p)} for role, p in files.items()}
 
 
 def _existing(folder: pathlib.Path, names: tuple[str, ...]) -> list[pathlib.Path]:

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import record_files, record_report, record_scan, store
+from xmc_jax.data import record_files, record_report, record_scan
 from xmc_jax.data.record_files import Opened
 from xmc_jax.data.record_scan import Scan
+from xmc_jax.digests import sha256
 
 FORMAT = 1
 """Version of what a raw folder says of the same records."""
@@ -225,10 +226,7 @@ def _inputs(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> di
     return {
         "format": FORMAT,
         **{
-            role: [
-                {"name": one.table.path.name, "sha256": store.sha256(one.table.path)}
-                for one in files
-            ]
+            role: [{"name": one.table.path.name, "sha256": sha256(one.table.path)} for one in files]
             for role, files in opened.items()
         },
         "columns": list(config.columns),
@@ -298,7 +296,7 @@ def _write(
     report = record_report.make(scan, config.unknown_labels)
     _write_json(partial / "report.json", report)
     written = {
-        path.name: {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(partial.iterdir())
     }
     _write_json(
@@ -374,7 +372,7 @@ def _check_same(
         found = json.loads(path.read_text(encoding="utf-8"))
         files, begun = dict(found["files"]), dict(found["images_from"])
         whole = all((folder / f).stat().st_size == size["bytes"] for f, size in files.items())
-        whole &= store.sha256(folder / "report.json") == files["report.json"]["sha256"]
+        whole &= sha256(folder / "report.json") == files["report.json"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):  # not ours; said below
         found, whole, begun = {}, False, {}
     remedy = (

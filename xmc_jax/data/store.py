@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import propensity
+from xmc_jax.data import array_files, propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.digests import sha256
@@ -273,7 +273,12 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
         if verify:
             _compare(f"{path}: sha256", recorded["sha256"], sha256(path))
         if name.endswith(".npy"):
-            array = _load(path)
+            try:
+                array = array_files.mapped(path)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: expected a NumPy array file, found a damaged one"
+                ) from error
             _compare(f"{path}: dtype", recorded["dtype"], str(array.dtype))
             _compare(f"{path}: shape", recorded["shape"], list(array.shape))
             arrays[name.removesuffix(".npy")] = array
@@ -347,13 +352,6 @@ def _damaged(path: pathlib.Path) -> ValueError:
 def _unescape(line: str) -> str:
     undo = {"\\\\": "\\", "\\n": "\n"}
     return re.sub(r"\\.?", lambda m: undo[m[0]], line)
-
-
-def _load(path: pathlib.Path) -> np.ndarray:
-    try:
-        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except Exception as error:  # a damaged header raises a dozen types; all mean the same here
-        raise ValueError(f"{path}: expected a NumPy array file, found a damaged one") from error
 
 
 def _check_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:

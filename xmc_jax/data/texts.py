@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from xmc_jax.data import array_files
+
 
 class Texts(Sequence[str]):
     """n texts, decoded when asked for.
@@ -69,12 +71,11 @@ def open(folder: pathlib.Path, name: str) -> Texts:
     Raises:
         ValueError: a file is missing, damaged, or does not fit the other.
     """
-    arrays = []
+    found = []
     for part in ("utf8", "offsets"):
         path = folder / f"{name}.{part}.npy"
         try:
-            arrays.append(np.lib.format.open_memmap(path, mode="r"))
-        except Exception as error:  # a damaged header raises a dozen types
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: expected an array of texts, found: {reason}") from error
-    return Texts(*map(np.asarray, arrays), where=str(folder / name))
+            found.append(array_files.mapped(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected an array of texts, found: {error}") from error
+    return Texts(*found, where=str(folder / name))

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from xmc_jax import json_files
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -171,7 +173,7 @@ def _load_byte_pairs(name: str, revision: str | None) -> Any | None:
     path = find("tokenizer.json")
     if path is None:
         return None
-    model = read_json(path).get("model")
+    model = json_files.read(path).get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         return None
     try:
@@ -181,7 +183,7 @@ def _load_byte_pairs(name: str, revision: str | None) -> Any | None:
     named = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path := find(file)) is not None:
-            named |= read_json(path)
+            named |= json_files.read(path)
     vocabulary = tokenizer.get_vocab()
     for key in NAMED:
         token = named.get(key)
@@ -204,25 +206,3 @@ def check_exportable(source: pathlib.Path) -> None:
     """Raises ValueError if a folder has no tokenizer.json."""
     if not (source / "tokenizer.json").is_file():
         raise ValueError(f"{source}: expected a tokenizer.json, found none")
-
-
-def read_json(path: epath.PathLike, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        path: may be remote.
-        optional: {} where there is no such file.
-
-    Raises:
-        ValueError: something else in it.
-    """
-    path = epath.Path(path)
-    if optional and not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, found: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content

@@ -15,7 +15,8 @@ from absl import logging
 from etils import epath
 
 from xmc_jax import build, sharding
-from xmc_jax.data import prompts, store, texts, tokenizer
+from xmc_jax.data import prompts, texts, tokenizer
+from xmc_jax.digests import sha256
 from xmc_jax.export import cards
 from xmc_jax.inference import artifact, thumbnails
 from xmc_jax.models import hf, hf_export
@@ -186,7 +187,7 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
     model = run.model
     return artifact.ModelInput(
         digest=artifact.digest_of_model(
-            {path.name: store.sha256(path) for path in folder.iterdir() if path.is_file()}
+            {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
         ),
         width=run.sizes.hidden,
         max_length=fields["data"]["max_length"],

@@ -34,9 +34,9 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import texts
+from xmc_jax.data import array_files, texts
 from xmc_jax.data.csr import Csr
-from xmc_jax.data.store import sha256
+from xmc_jax.digests import sha256
 from xmc_jax.inference.thumbnails import KINDS, Thumbnails
 from xmc_jax.models import dual, hf
 from xmc_jax.retrieval.augmented import AugmentedConfig
@@ -558,10 +558,9 @@ def _ids(path: pathlib.Path, dtype: type, shape: tuple[int, ...], limit: int) ->
 
 def _array(path: pathlib.Path, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
     try:
-        array = np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except Exception as error:  # a damaged header raises a dozen types; all mean the same here
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: expected an array, found: {reason}") from error
+        array = array_files.mapped(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected an array, found: {error}") from error
     fits = len(array.shape) == len(shape) and all(
         size in (None, found) for size, found in zip(shape, array.shape)
     )

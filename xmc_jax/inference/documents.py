@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from xmc_jax.data import raw, record_cells, record_files, store, tables
+from xmc_jax.data import raw, record_cells, record_files, tables
+from xmc_jax.digests import sha256
 from xmc_jax.inference.artifact import ModelInput
 from xmc_jax.inference.labels import Label
 from xmc_jax.inference.predictor import Query
@@ -102,7 +103,7 @@ class Source:
             where = pathlib.Path(path)
             self._folder = where.parent
             self._table = record_files.open_table(where)
-            self.digest = store.sha256(where)
+            self.digest = sha256(where)
             self.total = _count(where)
         self.name = str(self._table.path)
         self._columns = self._find(named(columns))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from xmc_jax.data import texts
+from xmc_jax.data import array_files, texts
 
 KINDS = ("labels", "documents")
 TYPE = "image/webp"
@@ -32,11 +32,9 @@ class Thumbnails:
         self._ids = texts.open(folder, f"{kind}.ids")
         try:
             self._images = np.memmap(folder / f"{kind}.images.bin", np.uint8, "r")
-            spans = np.lib.format.open_memmap(folder / f"{kind}.spans.npy", mode="r")
-        except Exception as error:  # a damaged header raises a dozen types
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{folder}: expected pictures of {kind}, found: {reason}") from error
-        self._spans = spans = np.asarray(spans)
+            self._spans = spans = array_files.mapped(folder / f"{kind}.spans.npy")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: expected pictures of {kind}, found: {error}") from error
         shape = len(self._ids), 2
         fits = spans.dtype == np.int64 and spans.shape == shape and shape[0] > 0
         if not fits or not (

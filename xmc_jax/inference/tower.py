@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
-from xmc_jax import sharding
+from xmc_jax import json_files, sharding
 from xmc_jax.data import packing
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.inference.artifact import Artifact, ImageInput
@@ -294,7 +294,7 @@ class Tower:
 
     def _load(self, source: hf.Source, sizes: Any) -> Any:
         boxed = jax.eval_shape(lambda: dual.init_params(self._model, 0))
-        dtype = jnp.dtype(hf.read_json(source.folder / "config.json").get("dtype", "float32"))
+        dtype = jnp.dtype(json_files.read(source.folder / "config.json").get("dtype", "float32"))
         abstract = jax.tree.map(
             lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=split),
             meta.unbox(boxed),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from xmc_jax import packaged
+from xmc_jax import json_files, packaged
 from xmc_jax.digests import sha256
 from xmc_jax.models import backbone, hf_names, vision
 from xmc_jax.models.backbone import Sizes
@@ -117,7 +116,7 @@ def load_config(source: Source, layers: int | None = None) -> Sizes:
         ValueError: config.json missing, malformed or of another architecture, or fewer layers.
     """
     path = source.folder / "config.json"
-    raw = read_json(path)
+    raw = json_files.read(path)
     try:
         sizes = backbone.from_hf(raw)
     except ValueError as error:
@@ -140,7 +139,7 @@ def load_vision_config(source: Source) -> VisionConfig:
     Raises:
         ValueError: config.json missing, malformed or of another architecture.
     """
-    raw = read_json(source.folder / "config.json")
+    raw = json_files.read(source.folder / "config.json")
     try:
         return vision.from_hf(raw)
     except ValueError as error:
@@ -349,7 +348,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
+        weight_map = json_files.read(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX}: expected a weight_map of names to files")
         paths = [folder / str(file) for file in sorted(set(map(str, weight_map.values())))]
@@ -373,23 +372,6 @@ def _open(path: pathlib.Path):
             f"{path}: expected a safetensors file, found {path.stat().st_size} bytes that are not "
             f"one ({error}); download it again"
         ) from error
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: no such file, or something else in it.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a JSON file, found none")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, found: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -16,6 +16,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
+from xmc_jax import json_files
 from xmc_jax.models import backbone, hf, hf_names
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA, LoraConfig
@@ -187,7 +188,7 @@ def _merged(flat: dict[str, Any], path: str, layer: int, lora: LoraConfig) -> np
 
 def _inner_prefix(source: hf.Source) -> str:
     # Where the text tower is in the model that transformers makes of the pretrained folder.
-    kind = hf.read_json(source.folder / "config.json").get("model_type")
+    kind = json_files.read(source.folder / "config.json").get("model_type")
     return "language_model." if kind == "gemma3" else ""
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from xmc_jax import workdirs
+from xmc_jax import json_files, workdirs
 from xmc_jax.retrieval.evaluate import Evaluation
 
 _FACTS = "run.json"
@@ -100,7 +100,7 @@ def read(workdir: epath.PathLike) -> Run:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{path}: expected the records of a run, found no such file; train first")
-    records = tuple(_json(path, line) for line in path.read_text().splitlines())
+    records = tuple(json_files.parse(path, line) for line in path.read_text().splitlines())
     metrics: dict[str, Any] = {}
     for row, prefix in _PREFIX.items():
         for record in records:
@@ -236,17 +236,7 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
 
 
 def _content(path: epath.Path) -> dict[str, Any]:
-    return _json(path, path.read_text())
-
-
-def _json(path: epath.Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {text[:60]!r}")
-    return found
+    return json_files.read(path)
 
 
 def _processor() -> str:

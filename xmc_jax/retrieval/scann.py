@@ -242,7 +242,7 @@ class ScannIndex:
         (folder / _MANIFEST).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as local:
             self._searcher.serialize(local, relative_path=True)
-            files = {name: _file_digest(local, name) for name in sorted(os.listdir(local))}
+            files = {name: sha256(pathlib.Path(local, name)) for name in sorted(os.listdir(local))}
             for name in files:
                 epath.Path(local, name).copy(folder / name, overwrite=True)
         manifest = {
@@ -298,7 +298,7 @@ class ScannIndex:
                 if not (folder / name).is_file():
                     raise ValueError(f"{folder / name}: expected a file of the index, got none")
                 (folder / name).copy(epath.Path(local, name))
-                if _file_digest(local, name) != recorded:
+                if sha256(pathlib.Path(local, name)) != recorded:
                     raise ValueError(f"{folder / name}: expected sha256 {recorded}, got another")
             _check_assets(folder / _ASSETS, pathlib.Path(local, _ASSETS).read_bytes(), files)
             try:
@@ -391,10 +391,6 @@ def _import():
 
 def _digest(database: np.ndarray) -> str:
     return hashlib.sha256(database).hexdigest()
-
-
-def _file_digest(folder: str, name: str) -> str:
-    return sha256(pathlib.Path(folder, name))
 
 
 def _check_assets(path: epath.Path, content: bytes, files: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 from PIL import Image
 
-from xmc_jax import sharding
+from xmc_jax import json_files, sharding
 from xmc_jax.models import hf, hf_names
 from xmc_jax.models.vision import Vision
 from xmc_jax.vision import descriptor, images
@@ -211,7 +211,7 @@ def _load_processor(where: str | pathlib.Path) -> images.Processor:
     path = pathlib.Path(where).expanduser()
     path = path / PROCESSOR if path.is_dir() else path
     try:
-        return images.from_hf(hf.read_json(path))
+        return images.from_hf(json_files.read(path))
     except ValueError as error:
         named = "" if str(error).startswith(str(path)) else f"{path.parent}: "
         raise ValueError(f"{named}{error}; name another with --processor") from error

@@ -38,7 +38,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import tqdm
 
-from xmc_jax import command
+from xmc_jax import command, json_files
 from xmc_jax.data import tables
 from xmc_jax.vision import images, shards
 from xmc_jax.vision.download import Downloader, Failure, Limits
@@ -249,11 +249,9 @@ def _check_same(out: pathlib.Path, inputs: dict[str, Any], config: FetchConfig) 
             raise ValueError(f"{out}: images without {path.name}; choose another --out")
         return
     try:
-        recorded = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, {error}; choose another --out") from None
-    if not isinstance(recorded, dict):
-        raise ValueError(f"{path}: expected a JSON object, found another; choose another --out")
+        recorded = json_files.read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another --out") from None
     for field, value in inputs.items():
         if recorded.get(field) == value or (field == "limits" and config.retry_failed):
             continue
@@ -316,12 +314,7 @@ def _jsonl_rows(path: pathlib.Path, names: list[str]) -> Iterator[tuple[str, Any
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: expected JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object, found {line!r:.80}")
+            row = json_files.parse(f"{path}:{number}", line)
             _check_columns(f"{path}:{number}", names, row)
             yield str(number), *(row[name] for name in names)
 

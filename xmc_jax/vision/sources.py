@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xmc_jax.data import image_maps, store, tables
+from xmc_jax.data import image_maps, tables
 from xmc_jax.data.csr import Csr
+from xmc_jax.digests import sha256
 
 MAX_BYTES = 32 << 20
 """Bytes of an image's file, unless told otherwise."""
@@ -370,7 +371,7 @@ def _lines(path: pathlib.Path, uids: Sequence[str], max_bytes: int) -> Source:
     identity = {
         "kind": "base64 lines",
         "files": {path.name: path.stat().st_size},
-        "map": store.sha256(map_path),
+        "map": sha256(map_path),
     }
 
     def parse(line: bytes) -> list[bytes | str]:
@@ -456,7 +457,7 @@ def _indexed(
     identity = {
         "kind": "indexed table",
         "files": {table_path.name: table_path.stat().st_size},
-        "index": store.sha256(index_path),
+        "index": sha256(index_path),
         "columns": [column],
     }
     rows = tables.ParquetRows([table], column)
