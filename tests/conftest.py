@@ -34,6 +34,14 @@ KEPT = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items) -> None:
+    """What takes a minute or more is slow, too."""
+    for item in items:
+        if item.get_closest_marker("scale") or item.get_closest_marker("reliability"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For modules that compile more than they compute, also in the commands that they start."""
