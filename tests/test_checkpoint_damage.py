@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import damage
+import failing_calls
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,7 +244,7 @@ def test_digests_are_of_the_content(made, tmp_path, capsys):
 CHILD = """
 import os, resource, subprocess, sys
 sys.path.insert(0, "tests")
-import damage, jax.numpy as jnp
+import damage, failing_calls, jax.numpy as jnp
 from xmc_jax import checkpoint
 workdir, how = sys.argv[1:]
 mount = lambda *words: subprocess.run(["mount", *words], check=True)
@@ -255,6 +256,9 @@ if how == "file size":  # of the data, the description, or what proves
     big, sizes = damage.state(2), (4000, 400, 1000)
 elif how == "read-only":
     mount("-o", "remount,ro", workdir)
+    big, sizes = damage.state(2), (None,)
+elif how in failing_calls.KINDS:
+    failing_calls.fail(how)
     big, sizes = damage.state(2), (None,)
 else:
     big, sizes = damage.state(2) | {"big": jnp.arange(10**6) ** 2}, (None,)
@@ -272,7 +276,7 @@ for size in sizes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         assert damage.newest(workdir) == 1
         assert checkpoints.steps() == [1], checkpoints.steps()
-if how != "read-only":
+if how in ("full", "file size"):
     damage.save(workdir, 2)
     assert damage.newest(workdir) == 2
 checkpoints.close()
@@ -316,6 +320,26 @@ def test_a_disk_that_refuses(how, expected, tmp_path):
         pytest.skip("no file system can be mounted here")
     errors = failing(tmp_path / "run", how, "unshare", "-rm")
     assert len(errors) == 2 and all(expected in line for line in errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", failing_calls.KINDS)
+def test_a_disk_that_is_worn_out(kind, tmp_path):
+    """Any call that writes fails with EIO; with another disk in its place the run goes on."""
+    if not can_filter():
+        pytest.skip("system calls cannot be made to fail here")
+    workdir = tmp_path / "run"
+    errors = failing(workdir, kind)
+    assert len(errors) == 2 and all("Input/output error" in line for line in errors)
+    assert damage.newest(workdir) == 1
+    damage.save(workdir, 2)
+    assert damage.newest(workdir) == 2
+
+
+def can_filter() -> bool:
+    source = "import failing_calls; failing_calls.fail('fsync')"
+    words = [sys.executable, "-c", source]
+    return not subprocess.run(words, capture_output=True, cwd=ROOT / "tests").returncode
 
 
 def test_a_failed_write_ends_a_with_block(tmp_path, monkeypatch):
