@@ -412,8 +412,14 @@ def _told(line: str, code: int) -> None:
     """In a thread: ends this process when another one failed or is gone."""
     if code == peers.LOST and line.startswith("ended with") and _dump is not None:
         _dump()
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    say_error(line)
     _leave(code)
+
+
+def say_error(line: str) -> None:
+    """Prints the last line of a process that ends while its main thread is somewhere else."""
+    start = "\n" if number() == 0 else ""  # a progress bar may stand there
+    print(f"{start}error: {line}", file=sys.stderr, flush=True)
 
 
 def when_stuck(dump: Callable[[], Any] | None) -> None:

@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -60,7 +59,7 @@ class Watchdog:
     def _end(self, phase: str, seconds: float) -> None:
         self.dump()
         said = f"stuck in {phase!r} for {seconds:.0f} s; where its threads stand: {self._path}"
-        print(f"error: {said}", file=sys.stderr, flush=True)
+        distributed.say_error(said)
         distributed.fail(said, peers.LOST)
         os._exit(peers.LOST)
 
