@@ -166,6 +166,11 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
+def later(seconds: float) -> None:
+    """Lets time pass for other processes, where its passing is what is tested."""
+    time.sleep(seconds)
+
+
 def free_port() -> int:
     """A port that nobody listens at."""
     with socket.socket() as listener:
@@ -234,6 +239,50 @@ def commanded(count: int, *flags: str) -> list[list[str]]:
         ["-m", "xmc_jax.main", address, f"--num_processes={count}", f"--process_id={own}", *flags]
         for own in range(count)
     ]
+
+
+# Arguments: what happens, in which function (module:name), at which call, and the command's own.
+_STRUCK = """
+import functools, importlib, os, signal, sys, threading
+
+what, where, left = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+module, _, path = where.partition(":")
+*outer, name = path.split(".")
+holder = functools.reduce(getattr, outer, importlib.import_module(module))
+function = getattr(holder, name)
+
+def struck(*arguments, **options):
+    global left
+    left -= 1
+    if left == 0 and what == "hang":
+        threading.Event().wait()
+    elif left == 0:
+        os.kill(os.getpid(), signal.Signals[what])
+    return function(*arguments, **options)
+
+setattr(holder, name, struck)
+from xmc_jax import main
+sys.argv[0] = "main.py"
+main.run()
+"""
+
+
+def struck(words: list[str], what: str, where: str, call: int) -> list[str]:
+    """The words of a command to which something happens at a certain moment.
+
+    Args:
+        words: what `commanded` gave for this process.
+        what: name of the signal that it gets, or "hang" if the function never returns.
+        where: the function before which it happens, e.g. "xmc_jax.training.run:Run.boundary".
+        call: at which of its calls, from 1.
+    """
+    assert words[:2] == ["-m", "xmc_jax.main"]
+    return ["-c", _STRUCK, what, where, str(call), *words[2:]]
+
+
+def is_suspended(process: subprocess.Popen) -> bool:
+    state = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
+    return state == "T"
 
 
 def _checked(group: Group, timeout: float, check: bool) -> list[Done]:

@@ -217,6 +217,7 @@ def finish() -> None:
     if _alone():
         return
     barrier("end")
+    jax.distributed.shutdown()  # waits for all once more; who is lost meanwhile is still missed
     _link.say("")
     sys.excepthook = sys.__excepthook__
 

@@ -40,12 +40,14 @@ class Clock:
     Attributes:
         phase: the current one.
         moves: how often a phase began or ended; a run that makes headway moves.
+        steps: that the devices have done in this process.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now, self._thread = now, threading.get_ident()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self.phase, self._since, self.moves = "other", now(), 0
+        self.steps = 0
         self._compiled: list[tuple[float, float]] = []  # (middle, seconds), of this phase
 
     def seconds(self) -> dict[str, float]:
@@ -215,6 +217,7 @@ class Reporter:
         self._pending.append({} if skipped else metrics)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.steps += 1
+        self.clock.steps += 1
         if self._writes:
             self._bar.update()
         if self.steps % self._every and self.steps % self._steps_per_epoch:

@@ -24,28 +24,6 @@ from xmc_jax.training.run import Run
 pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("quick_compilation")]
 ENDS_WITHIN = 15  # seconds after a process is killed
 
-# Kills itself when a function is called for the n-th time.
-KILLED = """
-import os, signal, sys
-from xmc_jax import main
-from xmc_jax.training import loop, run
-
-where, left = sys.argv.pop(1), int(sys.argv.pop(1))
-holder = loop._Signals if where == "at" else run.Run
-function = getattr(holder, where)
-
-def killing(*arguments, **options):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(*arguments, **options)
-
-setattr(holder, where, killing)
-sys.argv[0] = "main.py"
-main.run()
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Straight:
@@ -95,14 +73,17 @@ def straight(count, fields, tmp_path_factory) -> Straight:
     return Straight(program, flags, ends_with(program, workdir), records(workdir))
 
 
-def assert_ended(done: list[processes.Done], killed: int) -> None:
+def assert_ended(done: list[processes.Done], killed: int) -> float:
+    """All others ended in time and said why; seconds that the last one took."""
     gone = f"error: process {killed} ({socket.gethostname()}) is gone: its connection is closed"
     for own, one in enumerate(done):
         if own != killed:
             assert one.returncode == peers.LOST, one.stderr[-2000:]
             assert one.stderr.splitlines()[-1] == gone, one.stderr[-2000:]
             assert "stack trace" not in one.stderr
-            assert one.seconds - done[killed].seconds < ENDS_WITHIN
+    took = max(one.seconds for one in done) - done[killed].seconds
+    assert took < ENDS_WITHIN
+    return took
 
 
 def assert_goes_on(count: int, straight: Straight, workdir: pathlib.Path) -> None:
@@ -114,13 +95,18 @@ def assert_goes_on(count: int, straight: Straight, workdir: pathlib.Path) -> Non
     assert records(workdir) == straight.records
 
 
-@pytest.mark.parametrize("where, call", [("at", 7), ("boundary", 2), ("evaluate", 1)])
+MOMENTS = {
+    "step": ("xmc_jax.training.loop:_Signals.at", 7),
+    "boundary": ("xmc_jax.training.run:Run.boundary", 2),
+    "evaluation": ("xmc_jax.training.run:Run.evaluate", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_in_a_step_a_boundary_or_an_evaluation(
-    count, straight, tmp_path, where, call, killed
-):
+def test_killed_in_a_step_a_boundary_or_an_evaluation(count, straight, tmp_path, moment, killed):
     words = processes.commanded(count, *straight.flags, f"--workdir={tmp_path / 'run'}")
-    words[killed] = ["-c", KILLED, where, str(call), *words[killed][2:]]
+    words[killed] = processes.struck(words[killed], "SIGKILL", *MOMENTS[moment])
     with processes.started(count, words) as group:
         done = group.wait(600)
     assert done[killed].returncode == -signal.SIGKILL
@@ -128,22 +114,25 @@ def test_killed_in_a_step_a_boundary_or_an_evaluation(
     assert_goes_on(count, straight, tmp_path / "run")
 
 
-def test_any_process_killed_at_any_moment(count, straight, tmp_path):
+def test_any_process_killed_at_any_moment(count, straight, tmp_path, figures):
+    """Ten times while all of them are at work; before they have met, there is no one to tell."""
     warm = processes.command(count, *straight.flags, f"--workdir={tmp_path / 'warm'}")
     seconds = max(one.seconds for one in warm)
-    generator = np.random.default_rng(count)
-    for number in range(10):
+    generator, took = np.random.default_rng(count), []
+    while len(took) < 10:
         killed = int(generator.integers(count))
         moment = float(generator.uniform(0.3, 1)) * seconds
-        workdir = tmp_path / str(number)
+        workdir = tmp_path / "run"
         words = processes.commanded(count, *straight.flags, f"--workdir={workdir}")
         with processes.started(count, words) as group:
             group.until(moment)
             group.processes[killed].kill()
             done = group.wait(600)
-        if any(one.returncode == 0 for one in done):
+        if all(one.returncode == 0 for own, one in enumerate(done) if own != killed):
+            shutil.rmtree(workdir)
             continue  # it was over
         if "is gone" in "".join(one.stderr for one in done):  # they had met
-            assert_ended(done, killed)
+            took.append(assert_ended(done, killed))
         assert_goes_on(count, straight, workdir)
         shutil.rmtree(workdir)
+    figures(processes=count, killed=len(took), ended_within_seconds=max(took), identical=len(took))

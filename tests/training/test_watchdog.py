@@ -18,15 +18,17 @@ def watch(monkeypatch, tmp_path):
 
     def play(*seen: tuple[float, str, bool]) -> list[tuple[str, float]]:
         """Of each time it wakes: seconds since the last, the phase, whether the run moved."""
-        clock = types.SimpleNamespace(moves=0, phase="other")
+        clock = types.SimpleNamespace(moves=0, phase="other", steps=0)
         left, now, ended = list(seen), [0.0], []
 
         def wait(tick: float) -> bool:
             if not left or ended:
                 return True
+            before = clock.phase
             seconds, clock.phase, moved = left.pop(0)
             now[0] += seconds
             clock.moves += moved
+            clock.steps += moved and before == clock.phase == "step"
             return False
 
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
@@ -52,6 +54,9 @@ def test_the_first_step_and_other_phases_have_more_time(watch):
     for phase in ("step", "boundary", "eval", "save", "start"):
         first = [(1.0, phase, False)] * 64
         assert watch((1.0, "data_wait", True), (1.0, phase, True), *first) == []
+    # What a run enters before it has a batch is no step.
+    entered = [(1.0, "step", False), (1.0, "data_wait", True)]
+    assert watch(*entered, (1.0, "step", True), *[(1.0, "step", False)] * 64) == []
     assert watch(*STEPS, (1.0, "boundary", True), *[(1.0, "boundary", False)] * 70) == [
         ("boundary", 65.0)
     ]
@@ -78,9 +83,8 @@ def never_comes():
 with report.Clock() as clock, Watchdog(clock, 1, sys.argv[1]):
     end = time.monotonic() + 1
     with clock.within("step"):
-        while time.monotonic() < end:  # steps
-            with clock.within("data_wait"):
-                pass
+        for _ in clock.awaiting(iter(lambda: time.monotonic() < end, False)):
+            clock.steps += 1
         never_comes() if jax.process_index() else distributed.barrier("never")
 """
 

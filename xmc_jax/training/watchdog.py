@@ -38,20 +38,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick = min(self._limit / 8, 10)
-        seen, phase, quiet, slowest, steps = -1, "", 0.0, 0.0, 0
+        seen, phase, quiet, slowest, compiled = -1, "", 0.0, 0.0, False
         before = time.monotonic()
         while not self._over.wait(tick):
             now = time.monotonic()
             passed, before = min(now - before, 2 * tick), now  # more, and we were suspended
             if self._clock.moves != seen or self._clock.phase != phase:
-                if phase == "step":
-                    steps += 1
-                    slowest = max(slowest, quiet if steps > 1 else 0.0)
+                if phase == "step" and compiled:
+                    slowest = max(slowest, quiet)
                 seen, phase, quiet = self._clock.moves, self._clock.phase, 0.0
+                compiled = self._clock.steps > 0
                 continue
             quiet += passed
             limit = max(self._limit, _MULTIPLE * slowest)
-            if phase not in _STEPS or steps == 0:
+            if phase not in _STEPS or not compiled:
                 limit *= _SLOW
             if quiet > limit:
                 self._end(phase, quiet)
