@@ -102,6 +102,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.parametrize("count", [2], indirect=True)
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("killed", [0, 1])
 def test_killed_in_a_step_a_boundary_or_an_evaluation(count, straight, tmp_path, moment, killed):
