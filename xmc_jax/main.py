@@ -31,6 +31,9 @@ import re
 import runpy
 import signal
 import sys
+import threading
+import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -276,16 +279,42 @@ class _Numbered(logging.PythonFormatter):
 def _is_for_users(record: py_logging.LogRecord) -> bool:
     """Whether a line is ours, or an error of another package.
 
-    Orbax logs its inner workings through absl too, and with traces what it raises besides.
+    Orbax logs its inner workings through absl too, and with traces what it raises besides; of
+    several writes that fail, asyncio logs those that it did not raise.
     """
     if record.pathname.startswith(os.path.dirname(__file__) + os.sep):
         return True
+    if record.name == "asyncio" and "never retrieved" in record.getMessage():
+        return False
     return record.levelno > py_logging.WARNING and "orbax" not in record.pathname
+
+
+def _follows_failed_write(error: BaseException | None, trace: types.TracebackType | None) -> bool:
+    """Whether a library's own thread or its cleaning up failed because a write did.
+
+    The main thread says so in one line. Orbax waits for the first of its writes to fail, and the
+    others find nobody to tell; tensorboardX tries once more as the process ends.
+    """
+    if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
+        return True
+    frames = traceback.extract_tb(trace)
+    return isinstance(error, OSError) and any("tensorboardX" in x.filename for x in frames)
+
+
+def _show_unraisable(found: Any) -> None:
+    if not _follows_failed_write(found.exc_value, found.exc_traceback):
+        sys.__unraisablehook__(found)
+
+
+def _show_of_thread(found: Any) -> None:
+    if not _follows_failed_write(found.exc_value, found.exc_traceback):
+        threading.__excepthook__(found)
 
 
 def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_for_users)
+    sys.unraisablehook, threading.excepthook = _show_unraisable, _show_of_thread
     from xmc_jax import distributed
 
     try:

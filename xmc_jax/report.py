@@ -148,10 +148,12 @@ class _Events:
                 (self._folder / path.name).write_bytes(path.read_bytes())
 
     def close(self) -> None:
-        self._writer.close()
-        self.flush()
-        if self._local:
-            self._local.cleanup()
+        try:
+            self._writer.close()
+            self.flush()
+        finally:
+            if self._local:
+                self._local.cleanup()
 
 
 class Reporter:
@@ -300,9 +302,11 @@ class Reporter:
     def __exit__(self, *exc_info) -> None:
         """Writes what is left, ends the progress bar and the event file."""
         if self._writes:
-            self._flush()
             self._bar.close()
-            self._events.close()
+            try:
+                self._flush()
+            finally:
+                self._events.close()
 
     def _fetch(self) -> None:
         """Turns the metrics of the steps since the last record into numbers."""

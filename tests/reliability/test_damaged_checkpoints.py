@@ -205,25 +205,43 @@ def test_the_command_refuses(short, workdir, tmp_path):
     assert damage.contents(root) == before
 
 
-LIMITED = """
+REFUSED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
-from xmc_jax import main
+sys.path.insert(0, "tests")
+import failing_calls
+from xmc_jax import main, proof
+
+how = sys.argv.pop(1)
+if how == "limit":  # of a file's size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+else:  # from the second checkpoint on
+    write, calls = proof.write, []
+    def failing(folder, step):
+        calls.append(step)
+        if len(calls) == 2:
+            failing_calls.fail(how)
+        write(folder, step)
+    proof.write = failing
 sys.argv[0] = "main"
 main.run()
 """
 
 
-@pytest.mark.usefixtures("trained")  # its programs are compiled: they are larger than that
-def test_the_command_cannot_write(short, tmp_path):
-    """A write that fails in the background ends the run with one line, and leaves nothing."""
+@pytest.mark.parametrize("how, left", [("limit", None), ("fsync", 5), ("rename", 3)])
+def test_the_command_cannot_write(short, trained, tmp_path, how, left):
+    """A write that fails in the background ends the run with one line; what was whole is.
+
+    Programs are compiled, by the run that nothing disturbed: they are larger than the limit.
+    """
     workdir = tmp_path / "run"
     flags = (written(short, tmp_path), f"--workdir={workdir}")
-    with processes.started(1, ["-c", LIMITED, *flags]) as group:
+    with processes.started(1, ["-c", REFUSED, how, *flags]) as group:
         (done,) = group.wait(300)
     assert done.returncode == 1 and "could not be written" in one_error(done.stderr)
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        assert checkpoints.latest() is None
+        assert checkpoints.latest() == left
+    processes.command(1, *flags)
+    assert content(workdir, 10) == content(trained, 10)
 
 
 _CHOOSE = """
