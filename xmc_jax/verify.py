@@ -8,6 +8,8 @@ names are random. With --arrays, each array's own digest too. Nothing is written
 import dataclasses
 import sys
 
+from absl import logging
+
 from xmc_jax import checkpoint, command, digests
 
 
@@ -59,4 +61,5 @@ def _parse() -> Asked:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it writes nothing
     sys.exit(command.run("verify", _parse, verify))

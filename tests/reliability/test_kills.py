@@ -4,6 +4,7 @@ import json
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from xmc_jax import build
 from xmc_jax.training import loop
 
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 20  # of the run
 
 
@@ -75,7 +77,22 @@ def straight(full, config, start, tmp_path_factory):
     whole = leaves(full, folder / "second"), records(folder / "second")
     assert {"train/loss", "eval/P@1"} <= set().union(*whole[1])
     assert_same(full, folder / "first", whole)
-    return whole, seconds
+    return whole, seconds, folder
+
+
+@pytest.mark.reliability
+def test_the_same_command_twice_has_the_same_digests(straight):
+    """By name, dtype, shape and value of each array; files differ, whose names are random."""
+    _, _, folder = straight
+    said = []
+    for name in ("first", "second"):
+        words = [sys.executable, "-m", "xmc_jax.verify", str(folder / name), "--arrays"]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines())
+    assert said[0] == said[1]
+    assert any(line.startswith(f"step {STEPS}: whole, content ") for line in said[0])
+    assert sum(" params/" in line for line in said[0]) > 20
 
 
 def killed(start, config: str, workdir: pathlib.Path, number: int, after: float) -> int | None:
@@ -101,7 +118,7 @@ CAMPAIGNS = [
 @pytest.mark.parametrize("number, kills", CAMPAIGNS)
 def test_killed_at_random_moments(full, config, start, straight, tmp_path, figures, number, kills):
     """Again and again, a finished run followed by a new one, until so many kills have hit."""
-    (whole, seconds), generator = straight, np.random.default_rng(kills)
+    (whole, seconds, _), generator = straight, np.random.default_rng(kills)
     before, hit, finished, codes, lost = shared_memory(), 0, 0, [], []
     while hit < kills or finished == 0:
         workdir = tmp_path / str(finished)
