@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,18 +96,23 @@ def test_the_same_command_twice_has_the_same_digests(straight):
     assert sum(" params/" in line for line in said[0]) > 20
 
 
-def killed(start, config: str, workdir: pathlib.Path, number: int, after: float) -> int | None:
-    """The exit code of a run that got a signal after some seconds; None if it ended before."""
+def killed(
+    start, config: str, workdir: pathlib.Path, number: int, after: float | None
+) -> tuple[int, float]:
+    """The exit code of a run that gets a signal after some seconds, 0 if it has ended before.
+
+    Also how many seconds it took.
+    """
+    started = time.monotonic()
     process = start(config, f"--workdir={workdir}")
     try:
-        process.communicate(timeout=after)
+        said, _ = process.communicate(timeout=after)
+        assert process.returncode == 0, said
     except subprocess.TimeoutExpired:
         process.send_signal(number)
         said, _ = process.communicate()
         assert "Traceback" not in said, said
-        return process.returncode
-    assert process.returncode == 0
-    return None
+    return process.returncode, time.monotonic() - started
 
 
 CAMPAIGNS = [
@@ -119,21 +125,24 @@ CAMPAIGNS = [
 def test_killed_at_random_moments(full, config, start, straight, tmp_path, figures, number, kills):
     """Again and again, a finished run followed by a new one, until so many kills have hit."""
     (whole, seconds, _), generator = straight, np.random.default_rng(kills)
-    before, hit, finished, codes, lost = shared_memory(), 0, 0, [], []
-    while hit < kills or finished == 0:
+    before, finished, codes, lost, fresh = shared_memory(), 0, [], [], True
+    while len(codes) < kills or not fresh:
         workdir = tmp_path / str(finished)
-        # Enough to get somewhere, so that a run ends at some time.
-        after = generator.uniform(0.3, 1.0) * seconds if hit < kills else 10 * seconds
-        code = killed(start, config, workdir, number, after)
+        # Enough to get somewhere, so that a run ends at some time; at last it is left alone.
+        after = generator.uniform(0.3, 1.0) * seconds if len(codes) < kills else None
+        code, took = killed(start, config, workdir, number, after)
         assert not running(workdir)
-        if code is None:
-            assert_same(full, workdir, whole)
-            finished += 1
+        if code:
+            codes.append(code)
+            fresh = False
+            if number == signal.SIGTERM:
+                lost.append(lost_steps(workdir))
             continue
-        hit += 1
-        codes.append(code)
-        if number == signal.SIGTERM:
-            lost.append(lost_steps(workdir))
+        assert_same(full, workdir, whole)
+        shutil.rmtree(workdir)
+        finished += not fresh
+        seconds = min(seconds, took) if fresh else seconds  # the machine may have other work less
+        fresh = True
     if number == signal.SIGKILL:
         assert set(codes) == {-signal.SIGKILL}
         assert shared_memory() <= before
@@ -141,7 +150,7 @@ def test_killed_at_random_moments(full, config, start, straight, tmp_path, figur
         # Before the run has begun to train, SIGTERM ends a process as any other.
         assert set(codes) <= {128 + signal.SIGTERM, -signal.SIGTERM}
         assert codes.count(128 + signal.SIGTERM) > kills // 4 and max(lost) <= 1
-    figures(kills=hit, runs_finished=finished, identical=finished, steps_lost=max(lost, default=0))
+    figures(kills=kills, runs=finished, identical=finished, steps_lost=max(lost, default=0))
 
 
 def lost_steps(workdir: pathlib.Path) -> int:
