@@ -1,6 +1,7 @@
 """A checkpoint that is not as it was written is never read; a full disk leaves the others whole."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -100,6 +101,16 @@ def test_the_step_before_is_gone_on_from(workdir, caplog, pattern):
     kept = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert kept == {"1", "2", "3", "2.damaged"}
     assert damage.newest(workdir) == 3 and damage.said(caplog) == []
+
+
+@pytest.mark.parametrize("name", ["digests.json", "committed.json", "history/metadata"])
+def test_a_pipe_is_not_waited_for(workdir, caplog, name):
+    path = workdir / "checkpoints" / "2" / name
+    path.unlink()
+    os.mkfifo(path)
+    assert damage.newest(workdir) == 1
+    (line,) = damage.said(caplog)
+    assert "/2: skipped: " in line and path.name in line
 
 
 def test_a_damaged_step_that_is_asked_for_is_an_error(workdir):

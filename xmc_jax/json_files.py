@@ -1,6 +1,7 @@
 """JSON objects in files that anyone may have written; what is none is said in one line."""
 
 import json
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -17,11 +18,16 @@ def read(path: epath.PathLike, optional: bool = False) -> dict[str, Any]:
         ValueError: no such file, or something else in it.
     """
     path = epath.Path(path)
-    if not path.is_file():
+    if not is_file(path):
         if optional:
             return {}
         raise ValueError(f"{path}: expected a JSON file, found none")
     return parse(path, path.read_bytes())
+
+
+def is_file(path: epath.Path) -> bool:
+    """Whether there is a file; `epath` also takes pipes for such, and would wait for them."""
+    return path.is_file() if "://" in str(path) else pathlib.Path(path).is_file()
 
 
 def parse(where: Any, text: str | bytes) -> dict[str, Any]:

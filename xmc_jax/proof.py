@@ -150,7 +150,7 @@ def _problem(folder: epath.Path, name: str, recorded: Any, hashed: bool) -> str:
     """What is wrong with one file; "" if nothing is."""
     path = folder / name
     try:
-        size = path.stat().length if path.is_file() else None
+        size = path.stat().length if json_files.is_file(path) else None
         if size is None or size != recorded["bytes"]:
             found = "no such file" if size is None else f"{size} bytes"
             return f"{name}: expected {recorded['bytes']} bytes, found {found}"
@@ -185,6 +185,8 @@ def _json(path: epath.Path) -> dict[str, Any]:
 
 def _bytes(path: epath.Path) -> bytes:
     try:
+        if not json_files.is_file(path):
+            raise FileNotFoundError
         return path.read_bytes()
     except FileNotFoundError:
         raise _Damaged(f"{_within_step(path)}: expected a file, found none") from None

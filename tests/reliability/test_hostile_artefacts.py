@@ -471,7 +471,7 @@ def check(read: valid_inputs.Read, where: pathlib.Path, becomes: str) -> None:
 IN_SHORT = (
     "dataset: objects", "artifact: a call for a header", "object map: a pickle with os.system",
     "items: a title of a gigabyte", "encoder: weights that are a pickle",
-    "encoder: a tokenizer of its own code", "index: its pickle, named",
+    "encoder: a tokenizer of its own code", "encoder: config: a pipe", "index: its pickle, named",
     "index: a list of full paths", "artifact: a file that is a pipe",
     "manifest: files that lead up",
     "encoder: config: num_hidden_layers 1000000000000", "request: deep",
