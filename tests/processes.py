@@ -94,18 +94,19 @@ class Group:
         return (self._folder / f"{number}.{name}").read_text(errors="replace")
 
     def wait(self, timeout: float) -> list[Done]:
-        """Waits for all.
+        """Waits for all, so many seconds from now.
 
         Raises:
             AssertionError: one does not end in time; with the end of what each said.
         """
         seconds: dict[int, float] = {}
+        end = time.monotonic() + timeout
         while running := [i for i in range(len(self.processes)) if i not in seconds]:
             for number in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.processes[number].wait(0.02)
                     seconds[number] = time.monotonic() - self._started
-            if time.monotonic() - self._started > timeout:
+            if time.monotonic() > end:
                 said = "\n".join(f"[{i}] {self.said(i)}" for i in range(len(self.processes)))
                 raise AssertionError(f"still running after {timeout} s: {running}\n{said}")
         return [
