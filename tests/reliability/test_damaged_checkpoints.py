@@ -1,11 +1,7 @@
-"""Every kind of damage to the newest checkpoint, at length: none is read, none is a traceback.
-
-XMC_JAX_FIGURES=FOLDER writes the figures to FOLDER/damaged_checkpoints.json.
-"""
+"""Every kind of damage to the newest checkpoint, at length: none is read, none is a traceback."""
 
 import copy
 import json
-import os
 import pathlib
 import shutil
 
@@ -22,16 +18,6 @@ pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
 ]
 FLIPS = 300
-
-
-@pytest.fixture(scope="module")
-def figures():
-    """Figures by name; written at the end where a folder for them is given."""
-    found: dict[str, dict] = {}
-    yield found
-    if folder := os.environ.get("XMC_JAX_FIGURES"):
-        path = pathlib.Path(folder) / "damaged_checkpoints.json"
-        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +96,7 @@ def test_flipped_bits(tmp_path, caplog, figures):
     assert judge.restores(caplog) == judge.newest and hit == set(names)
     expected = {"tried": FLIPS + 1, "noticed": FLIPS, "step_before": FLIPS, "newest": 1}
     assert judge.counts == expected | {"silent": 0}
-    figures["flipped_bits"] = judge.counts | {"files": len(names)}
+    figures(**judge.counts, files=len(names))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "emptied", "deleted"])
@@ -134,7 +120,7 @@ def test_every_file(tmp_path, caplog, figures, kind):
         "newest": harmless,
         "silent": 0,
     }
-    figures[kind] = judge.counts | {"files": len(names)}
+    figures(**judge.counts, files=len(names))
 
 
 def test_stray_folders(tmp_path, caplog, figures):
@@ -152,7 +138,7 @@ def test_stray_folders(tmp_path, caplog, figures):
     assert judge.restores(caplog) == judge.newest
     counts = judge.counts
     assert counts["tried"] == counts["newest"] == len(strays) + 4 and counts["silent"] == 0
-    figures["strays"] = counts
+    figures(**counts)
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
