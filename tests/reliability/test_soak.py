@@ -163,6 +163,7 @@ def test_ten_minutes(exported, topics, figures):
         valid=sum(one.valid for one in clients),
         broken=sum(one.broken for one in clients),
         reloads=reloads,
+        memory_mib=[round(x / 1024) for x in memory],
         growth=growth,
     )
     assert growth < 0.02, memory

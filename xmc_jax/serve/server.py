@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -149,6 +150,8 @@ class _Server(uvicorn.Server):
             else:
                 await self._service.serve(predictor)
                 self._digest = predictor.artifact.digest
+                # The one before lies in circles of references, as compiled functions do.
+                await in_thread(gc.collect)
             logging.info("%s: %s, %s", self._folder, said, predictor.artifact.digest[:12])
         except Exception as error:
             said = "failed"
