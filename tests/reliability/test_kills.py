@@ -158,8 +158,9 @@ def test_killed_at_random_moments(full, config, start, straight, tmp_path, figur
         assert set(codes) == {-signal.SIGKILL}
         assert shared_memory() <= before
     else:
-        assert set(codes) == {128 + signal.SIGTERM}
-        assert max(lost) <= 1
+        # When training is over, SIGTERM ends a process as any other.
+        assert set(codes) <= {128 + signal.SIGTERM, -signal.SIGTERM}
+        assert codes.count(128 + signal.SIGTERM) > kills // 2 and max(lost) <= 1
     figures(kills=kills, runs=finished, identical=finished, steps_lost=max(lost, default=0))
 
 
