@@ -55,6 +55,13 @@ def keep_freed_memory() -> None:
         c.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Gives back to the kernel what `keep_freed_memory` kept, as of a model that was replaced."""
+    c = ctypes.CDLL(None)
+    if hasattr(c, "malloc_trim"):
+        c.malloc_trim(0)
+
+
 def _said(name: str, error: Exception | str, status: int) -> int:
     print(f"{name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
     return status

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 from absl import logging
 
+from xmc_jax import command
 from xmc_jax.inference.predictor import Predictor
 from xmc_jax.serve import app
 from xmc_jax.serve.config import ServeConfig
@@ -150,8 +151,7 @@ class _Server(uvicorn.Server):
             else:
                 await self._service.serve(predictor)
                 self._digest = predictor.artifact.digest
-                # The one before lies in circles of references, as compiled functions do.
-                await in_thread(gc.collect)
+                await in_thread(_let_go)
             logging.info("%s: %s, %s", self._folder, said, predictor.artifact.digest[:12])
         except Exception as error:
             said = "failed"
@@ -160,3 +160,9 @@ class _Server(uvicorn.Server):
         if self._again:
             self._again = False
             self._opening = asyncio.create_task(self._open_again())
+
+
+def _let_go() -> None:
+    """Frees a model that was replaced: it lies in circles of references, as jitted functions do."""
+    gc.collect()
+    command.return_freed_memory()
