@@ -46,7 +46,9 @@ def stuck(done: processes.Done, workdir: pathlib.Path, process: int = 0) -> str:
     "where, named",
     [
         (AT, "_steps"),
-        ("xmc_jax.training.run:Run.put", "pipeline.py"),  # as a file system that is gone
+        pytest.param(  # as a file system that is gone
+            "xmc_jax.training.run:Run.put", "pipeline.py", marks=pytest.mark.reliability
+        ),
         pytest.param(
             "xmc_jax.checkpoint:Checkpoints.save", "in train\n", marks=pytest.mark.reliability
         ),

@@ -115,7 +115,11 @@ def test_a_run_that_skips_goes_on_with_finite_parameters(program, tmp_path):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    "policy, skipped, ending", [("stop", 0, ""), ("skip", 2, "; 3 in a row, more than ")]
+    "policy, skipped, ending",
+    [
+        ("stop", 0, ""),
+        pytest.param("skip", 2, "; 3 in a row, more than ", marks=pytest.mark.reliability),
+    ],
 )
 def test_processes_stop_at_the_same_step_and_name_the_same(
     fields, tmp_path, policy, skipped, ending
