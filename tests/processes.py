@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,6 +54,12 @@ class Done:
     def json(self) -> Any:
         """What its last line of output says."""
         return json.loads(self.stdout.splitlines()[-1])
+
+    def error(self) -> str:
+        """The only error that it said, a line without a traceback."""
+        assert "Traceback" not in self.stderr, self.stderr[-3000:]
+        (line,) = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        return line
 
 
 class Group:
@@ -229,6 +235,16 @@ def command(
     """
     with started(count, commanded(count, *flags), devices, environment) as group:
         return _checked(group, timeout, check)
+
+
+def config(fields: Mapping[str, Any], folder: pathlib.Path) -> str:
+    """The flag of a config that has these fields, in a file of a folder."""
+    path = folder / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    return f"--config={path}"
 
 
 def commanded(count: int, *flags: str) -> list[list[str]]:

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import processes
 import pytest
 
 from configs import vixml
@@ -36,12 +37,7 @@ def full(fields, tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def config(full, tmp_path_factory) -> str:
     """--config=... of that run."""
-    file = tmp_path_factory.mktemp("config") / "config.py"
-    file.write_text(
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({full!r})\n"
-    )
-    return f"--config={file}"
+    return processes.config(full, tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="session")

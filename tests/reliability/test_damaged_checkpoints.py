@@ -32,7 +32,7 @@ def short(fields) -> dict:
 def trained(short, tmp_path_factory) -> pathlib.Path:
     """The workdir of such a run, by the command."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    processes.command(1, written(short, workdir.parent), f"--workdir={workdir}")
+    processes.command(1, processes.config(short, workdir.parent), f"--workdir={workdir}")
     return workdir
 
 
@@ -40,16 +40,6 @@ def trained(short, tmp_path_factory) -> pathlib.Path:
 def workdir(trained, tmp_path) -> pathlib.Path:
     """A copy of it to damage."""
     return shutil.copytree(trained, tmp_path / "run")
-
-
-def written(fields: dict, folder: pathlib.Path) -> str:
-    """The flag that names the config."""
-    path = folder / "config.py"
-    path.write_text(
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({fields!r})\n"
-    )
-    return f"--config={path}"
 
 
 class Judge:
@@ -147,7 +137,7 @@ def test_the_command_goes_on(mode, short, trained, workdir, tmp_path):
     step = workdir / "checkpoints" / "10"
     damage.flip(sorted((step / "state/ocdbt.process_0/d").iterdir())[0], 100)
     before = damage.contents(workdir / "checkpoints")
-    flags = (written(short, tmp_path), f"--mode={mode}", f"--workdir={workdir}")
+    flags = (processes.config(short, tmp_path), f"--mode={mode}", f"--workdir={workdir}")
     (done,) = processes.command(1, *flags)
     skipped = [line for line in done.stderr.splitlines() if f"checkpoint {step}: " in line]
     assert len(skipped) == 1 and "Traceback" not in done.stderr
@@ -159,7 +149,7 @@ def test_the_command_goes_on(mode, short, trained, workdir, tmp_path):
     (refused,) = processes.command(
         1, *(flags[0], "--mode=evaluate", "--step=10.damaged", flags[2]), check=False
     )
-    assert refused.returncode == 1 and one_error(refused.stderr)
+    assert refused.returncode == 1 and refused.error()
 
 
 def content(workdir: pathlib.Path, step: int) -> list[tuple[str, bytes]]:
@@ -167,27 +157,20 @@ def content(workdir: pathlib.Path, step: int) -> list[tuple[str, bytes]]:
         return [(name, array.tobytes()) for name, array in checkpoints.arrays(step)]
 
 
-def one_error(stderr: str) -> str:
-    """The only error of a command."""
-    assert "Traceback" not in stderr, stderr
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    return line
-
-
 def test_the_command_refuses(short, workdir, tmp_path):
     """A damaged step that is named, none that is whole, and files that cannot grow."""
-    flags = (written(short, tmp_path), f"--workdir={workdir}")
+    flags = (processes.config(short, tmp_path), f"--workdir={workdir}")
     root = workdir / "checkpoints"
     damage.truncate(root / "10" / "history" / "metadata")
     (done,) = processes.command(1, *flags, "--mode=evaluate", "--step=10", check=False)
-    assert done.returncode == 1 and "/10: expected a whole one" in one_error(done.stderr)
+    assert done.returncode == 1 and "/10: expected a whole one" in done.error()
     for step in root.iterdir():
         damage.empty(step / "state" / "manifest.ocdbt")
     before = damage.contents(root)
     for mode in ("train", "evaluate"):
         (done,) = processes.command(1, *flags, f"--mode={mode}", check=False)
         assert done.returncode == 1 and "expected a checkpoint that is whole" in done.stderr
-        assert one_error(done.stderr)
+        assert done.error()
     assert damage.contents(root) == before
 
 
@@ -220,10 +203,10 @@ def test_the_command_cannot_write(short, trained, tmp_path, how, left):
     Programs are compiled, by the run that nothing disturbed: they are larger than the limit.
     """
     workdir = tmp_path / "run"
-    flags = (written(short, tmp_path), f"--workdir={workdir}")
+    flags = (processes.config(short, tmp_path), f"--workdir={workdir}")
     with processes.started(1, ["-c", REFUSED, how, *flags]) as group:
         (done,) = group.wait(300)
-    assert done.returncode == 1 and "could not be written" in one_error(done.stderr)
+    assert done.returncode == 1 and "could not be written" in done.error()
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         assert checkpoints.latest() == left
     processes.command(1, *flags)

@@ -62,11 +62,7 @@ def straight(count, fields, tmp_path_factory) -> Straight:
     small["curriculum"]["start"] = 0
     small["train"] |= {"checkpoint_every": 2, "log_every": 1, "eval_every": 1}
     small["train"] |= {"epochs": 2, "zero_shot": False}
-    (folder / "config.py").write_text(
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({small!r})\n"
-    )
-    flags = (f"--config={folder / 'config.py'}",)
+    flags = (processes.config(small, folder),)
     workdir = folder / "run"
     processes.command(count, *flags, f"--workdir={workdir}", timeout=600)
     program = Run(RunConfig.from_dict(small), build.data(small))

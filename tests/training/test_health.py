@@ -115,40 +115,28 @@ def test_a_run_that_skips_goes_on_with_finite_parameters(program, tmp_path):
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    "policy, skipped, ending",
+    "policy, ending",
     [
-        ("stop", 0, ""),
-        pytest.param("skip", 2, "; 3 in a row, more than ", marks=pytest.mark.reliability),
+        ("stop", ""),
+        pytest.param("skip", "; 3 in a row, more than ", marks=pytest.mark.reliability),
     ],
 )
-def test_processes_stop_at_the_same_step_and_name_the_same(
-    fields, tmp_path, policy, skipped, ending
-):
+def test_processes_stop_at_the_same_step_and_name_the_same(fields, tmp_path, policy, ending):
     """A learning rate at which parameters leave the range of their dtype."""
     fields = copy.deepcopy(fields)
     fields["optimizer"] |= {"lr": ((".*", 1e38),), "clip_norm": None}
     fields["train"] |= {"non_finite": policy, "non_finite_limit": 2, "checkpoint_every": 1}
     fields["train"] |= {"zero_shot": False, "log_every": 1}
-    config = tmp_path / "config.py"
-    config.write_text(
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({fields!r})\n"
-    )
-    flags = (f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    flags = (processes.config(fields, tmp_path), f"--workdir={tmp_path / 'run'}")
     done = processes.command(2, *flags, check=False)
     assert [one.returncode for one in done] == [1, 1]
-    said = []
-    for one in done:
-        assert "Traceback" not in one.stderr, one.stderr[-3000:]
-        (line,) = [x for x in one.stderr.splitlines() if x.startswith("error: ")]
-        said.append(line.partition("train: ")[2])
-    first, second = said
+    first, second = (one.error().partition("train: ")[2] for one in done)
     assert first == second and "is not applied: not finite: loss" in first and ending in first
-    bad = int(first.split()[1]) - skipped
     with checkpoint.Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         steps = checkpoints.steps()
-        # What skipping has left as it was may be saved; it is finite.
-        assert steps and (max(steps) < bad or policy == "skip")
+        assert steps
+        if policy == "stop":  # what skipping has left as it was is saved
+            assert max(steps) < int(first.split()[1])
         for step in steps:
             for name, array in checkpoints.arrays(step):
                 assert np.isfinite(np.asarray(array, np.float32)).all(), name
