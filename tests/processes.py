@@ -91,10 +91,6 @@ class Group:
                 )
             )
 
-    def until(self, seconds: float) -> None:
-        """Waits until so many seconds after the group was made."""
-        time.sleep(max(self._started + seconds - time.monotonic(), 0))
-
     def output(self, number: int, name: str = "out") -> str:
         """What a process has written up to now; name "out" or "err"."""
         return (self._folder / f"{number}.{name}").read_text(errors="replace")
@@ -273,6 +269,8 @@ def struck(*arguments, **options):
     left -= 1
     if left == 0 and what == "hang":
         threading.Event().wait()
+    elif left == 0 and what == "say":
+        os.write(2, (where + "\\n").encode())
     elif left == 0:
         os.kill(os.getpid(), signal.Signals[what])
     return function(*arguments, **options)
@@ -289,7 +287,8 @@ def struck(words: list[str], what: str, where: str, call: int) -> list[str]:
 
     Args:
         words: what `commanded` gave for this process.
-        what: name of the signal that it gets, or "hang" if the function never returns.
+        what: name of the signal that it gets, "hang" if the function never returns, or "say" if it
+            says `where` on standard error.
         where: the function before which it happens, e.g. "xmc_jax.training.run:Run.boundary".
         call: at which of its calls, from 1.
     """

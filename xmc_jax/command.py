@@ -56,7 +56,11 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives back to the kernel what `keep_freed_memory` kept, as of a model that was replaced."""
+    """Gives back to the kernel what `keep_freed_memory` kept, as of a model that was replaced.
+
+    Kept memory falls into pieces: where a small block lies in a large one's place, the next large
+    one is put behind it.
+    """
     c = ctypes.CDLL(None)
     if hasattr(c, "malloc_trim"):
         c.malloc_trim(0)

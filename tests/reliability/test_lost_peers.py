@@ -3,6 +3,7 @@
 pytest -n0 -m reliability tests/reliability/test_lost_peers.py
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -10,6 +11,8 @@ import pathlib
 import shutil
 import signal
 import socket
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -82,8 +85,8 @@ def assert_ended(done: list[processes.Done], killed: int) -> float:
     return took
 
 
-def assert_goes_on(count: int, straight: Straight, workdir: pathlib.Path) -> None:
-    processes.command(count, *straight.flags, f"--workdir={workdir}", timeout=600)
+def assert_finished(straight: Straight, workdir: pathlib.Path) -> None:
+    """A run has ended as the uninterrupted one."""
     found = ends_with(straight.program, workdir)
     assert found.keys() == straight.state.keys()
     for name, expected in straight.state.items():
@@ -99,37 +102,55 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("count", [2], indirect=True)
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("moment, killed", [("step", 0), ("boundary", 1), ("evaluation", 0)])
 def test_killed_in_a_step_a_boundary_or_an_evaluation(count, straight, tmp_path, moment, killed):
-    words = processes.commanded(count, *straight.flags, f"--workdir={tmp_path / 'run'}")
+    flags = *straight.flags, f"--workdir={tmp_path / 'run'}"
+    words = processes.commanded(count, *flags)
     words[killed] = processes.struck(words[killed], "SIGKILL", *MOMENTS[moment])
     with processes.started(count, words) as group:
         done = group.wait(600)
     assert done[killed].returncode == -signal.SIGKILL
     assert_ended(done, killed)
-    assert_goes_on(count, straight, tmp_path / "run")
+    processes.command(count, *flags, timeout=600)
+    assert_finished(straight, tmp_path / "run")
+
+
+@contextlib.contextmanager
+def met(count: int, *flags: str) -> Iterator[processes.Group]:
+    """The processes of a command that have met; before, there is no one to tell."""
+    words, where = processes.commanded(count, *flags), "xmc_jax.main:main"
+    words[0] = processes.struck(words[0], "say", where, 1)
+    with processes.started(count, words) as group:
+        processes.until(lambda: where in group.output(0, "err"), 300)
+        yield group
 
 
 def test_any_process_killed_at_any_moment(count, straight, tmp_path, figures):
-    """Ten times while all of them are at work; before they have met, there is no one to tell."""
-    warm = processes.command(count, *straight.flags, f"--workdir={tmp_path / 'warm'}")
-    seconds = max(one.seconds for one in warm)
-    generator, took = np.random.default_rng(count), []
-    while len(took) < 10:
-        killed = int(generator.integers(count))
-        moment = float(generator.uniform(0.3, 1)) * seconds
-        workdir = tmp_path / "run"
-        words = processes.commanded(count, *straight.flags, f"--workdir={workdir}")
-        with processes.started(count, words) as group:
-            group.until(moment)
-            group.processes[killed].kill()
+    """Again and again, a finished run followed by a new one, until ten have been missed."""
+    flags = *straight.flags, f"--workdir={tmp_path / 'run'}"
+    with met(count, *straight.flags, f"--workdir={tmp_path / 'whole'}") as group:
+        started = time.monotonic()
+        assert not any(one.returncode for one in group.wait(600))
+        seconds = time.monotonic() - started
+    generator, took, finished, over = np.random.default_rng(count), [], 0, False
+    while len(took) < 10 or not over:
+        killed, share = int(generator.integers(count)), float(generator.uniform())
+        with met(count, *flags) as group:
+            if len(took) < 10:
+                processes.later(share * seconds)
+                group.processes[killed].kill()
             done = group.wait(600)
-        if all(one.returncode == 0 for own, one in enumerate(done) if own != killed):
-            shutil.rmtree(workdir)
-            continue  # it was over
-        if "is gone" in "".join(one.stderr for one in done):  # they had met
+        over = all(one.returncode == 0 for own, one in enumerate(done) if own != killed)
+        if not over:
             took.append(assert_ended(done, killed))
-        assert_goes_on(count, straight, workdir)
-        shutil.rmtree(workdir)
-    figures(processes=count, killed=len(took), ended_within_seconds=max(took), identical=len(took))
+            continue
+        assert_finished(straight, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+        finished += 1
+    figures(
+        processes=count,
+        killed=10,
+        ended_within_seconds=max(took),
+        runs=finished,
+        identical=finished,
+    )

@@ -59,6 +59,7 @@ class Fakes:
         self.clock = report.Clock(self.time)
         self.dispatched: list[Metric] = []
         self.saved: list[tuple[int, dict]] = []
+        self.most = 1 + loop._IN_FLIGHT
 
     def batches(self, build, first, steps, put, prefetch):
         for step in range(first, steps):
@@ -69,7 +70,7 @@ class Fakes:
         self.time.passes(DISPATCH)
         loss = Metric(self.losses[batch], self.time)
         self.dispatched.append(loss)
-        assert sum(not metric.done for metric in self.dispatched) <= 1 + loop._IN_FLIGHT
+        assert sum(not metric.done for metric in self.dispatched) <= self.most
         metrics = {"loss": loss, "grad_norm": 1.0, "violators": 0.5, "similarity_spread": 1.0}
         fine = Metric(np.isfinite(self.losses[batch]), self.time, seconds=0.0)
         seen = Health(fine, np.array([True, False]), np.array(-1), {"a": np.array(False)})
@@ -97,11 +98,17 @@ def fakes(tmp_path, monkeypatch):
     fields = vixml.get_config("tiny").to_dict()
     fields["train"] |= {"log_every": EVERY, "checkpoint_every": SAVED, "batch_size": BATCH}
 
-    def make(losses: list[float], non_finite: str = "stop", non_finite_limit: int = 3) -> Fakes:
+    def make(
+        losses: list[float],
+        non_finite: str = "stop",
+        non_finite_limit: int = 3,
+        backend: str = "gpu",
+    ) -> Fakes:
         policy = {"non_finite": non_finite, "non_finite_limit": non_finite_limit}
         config = RunConfig.from_dict(fields | {"train": fields["train"] | policy})
         made = Fakes(config, tmp_path, losses)
         monkeypatch.setattr(pipeline, "open", made.batches)
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
         return made
 
     return make
@@ -123,6 +130,15 @@ def test_each_second_has_its_phase(fakes):
     assert records[0]["time/step"] == pytest.approx((5 * (BUILD + DISPATCH) + 3 * COMPUTE) / 3)
     total = sum(record["time/step"] * steps for record, steps in zip(records, (3, 3, 1)))
     assert total == pytest.approx((BUILD + DISPATCH + COMPUTE) * STEPS)
+
+
+def test_on_cpu_no_step_waits_for_another(fakes):
+    """Each holds its temporary memory from when it is dispatched."""
+    run = fakes([1.0] * STEPS, backend="cpu")
+    run.most = 1
+    records = run.train()
+    each = BUILD + DISPATCH + COMPUTE
+    assert [record["time/step"] for record in records] == pytest.approx([each] * 3)
 
 
 def test_metrics_are_fetched_of_steps_that_are_done_and_all_of_them_saved(fakes):

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xmc_jax import checkpoint, distributed, report
+from xmc_jax import checkpoint, command, distributed, report
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
@@ -97,6 +97,7 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                 while epoch < config.epochs:
                     state, step = _steps(run, state, epoch, step, reporter, checkpoints, signals)
                     state, evaluation = _boundary(run, state, epoch, step, reporter)
+                    command.return_freed_memory()
                     epoch += 1
                     metrics = evaluation and evaluation.metrics["plain"]
                     with clock.within("save"):
@@ -186,6 +187,7 @@ def _steps(
     with clock.within("start"):
         frozen = run.frozen  # read here, not within the guard
     in_flight: collections.deque[tuple[Mapping[str, jax.Array], Health]] = collections.deque()
+    most = _most_in_flight()
 
     def report_done(ahead: int) -> None:
         """Waits until the devices are at most so many steps behind, and reports the others."""
@@ -206,7 +208,7 @@ def _steps(
                 state, metrics = run.train_step(state, frozen, batch)
             step += 1
             in_flight.append((metrics, metrics.pop("health")))
-            report_done(_IN_FLIGHT)
+            report_done(most)
             # The last step of an epoch is saved after the boundary, unless there is no time for it.
             within = step < before + run.steps_per_epoch
             stop = signals.at(step)
@@ -218,6 +220,15 @@ def _steps(
                 raise Interrupted(stop, step)
         report_done(0)
     return state, step
+
+
+def _most_in_flight() -> int:
+    """Steps that may be dispatched and not done, beside the last.
+
+    On CPU none: the host's cores are the device, so nothing is gained, and a step holds its
+    temporary memory from when it is dispatched.
+    """
+    return 0 if jax.default_backend() == "cpu" else _IN_FLIGHT
 
 
 def _not_applied(
