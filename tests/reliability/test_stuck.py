@@ -96,7 +96,7 @@ def test_one_of_two_suspended_for_long_is_the_end_of_both(config, tmp_path, susp
     workdir, other = tmp_path / "run", 1 - suspended
     flags = (config, f"--workdir={workdir}")
     words = processes.commanded(2, *flags, "--config.train.stuck_after=3")
-    words[suspended] = processes.struck(words[suspended], "SIGSTOP", AT, 5)
+    words[suspended] = processes.struck(words[suspended], "SIGSTOP", AT, 3)  # within an epoch
     with processes.started(2, words) as group:
         processes.until(lambda: group.processes[other].poll() is not None, 180)
         assert processes.is_suspended(group.processes[suspended]), group.said(other)
