@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from xmc_jax.data import texts
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 from xmc_jax.inference import artifact, thumbnails, tower
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.serve.config import ServeConfig

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from golden import make_checkpoint
 
-from xmc_jax import checkpoint, digests, proof, verify, workdirs
+from xmc_jax import checkpoint, proof, verify, workdirs
+from xmc_jax.files import digests
 from xmc_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -24,9 +24,7 @@ LAYERS = (
         "checkpoint",
         "command",
         "compilation",
-        "digests",
         "distributed",
-        "json_files",
         "packaged",
         "peers",
         "proof",
@@ -38,8 +36,9 @@ LAYERS = (
         "verify",
         "workdirs",
     ),
+    ("files",),
 )
-BASE = LAYERS[-1]  # small modules without a folder; they may use one another
+BASE = LAYERS[-2]  # small modules without a folder; they may use one another
 
 # The only files or folders of the package that import a dependency.
 HOMES = {

@@ -18,7 +18,7 @@ import served
 
 from xmc_jax import workdirs
 from xmc_jax.data import image_maps, images, prepare, priors, raw, records, store, texts, tokenizer
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 from xmc_jax.inference import artifact, documents
 from xmc_jax.models import bert, dual, hf, hf_names
 from xmc_jax.retrieval import tuned, tuning

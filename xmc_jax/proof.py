@@ -16,8 +16,8 @@ from typing import Any
 
 from etils import epath
 
-from xmc_jax import json_files
-from xmc_jax.digests import sha256
+from xmc_jax.files import json_files
+from xmc_jax.files.digests import sha256
 
 FORMAT = 2
 """Version of what a checkpoint holds; 1 had no digests."""

@@ -10,7 +10,8 @@ import sys
 
 from absl import logging
 
-from xmc_jax import checkpoint, command, digests
+from xmc_jax import checkpoint, command
+from xmc_jax.files import digests
 
 
 @dataclasses.dataclass(frozen=True)

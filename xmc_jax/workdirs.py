@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from xmc_jax import json_files
+from xmc_jax.files import json_files
 
 # Fields that may differ between the run that wrote a workdir and the one that goes on with it.
 RESUMABLE = (

@@ -25,7 +25,7 @@ import pytest
 import valid_inputs
 
 from xmc_jax.data import raw
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 from xmc_jax.inference import documents
 
 REFUSED, HARMLESS = "refused", "harmless"

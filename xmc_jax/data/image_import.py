@@ -11,7 +11,7 @@ import tqdm
 from xmc_jax.data import image_maps, images
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 
 # Percent of train, test and label items that have an image. Source: ViXML Table 8.
 SHARES = {

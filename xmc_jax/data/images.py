@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import array_files, store
+from xmc_jax.data import store
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.store import SPLITS
-from xmc_jax.digests import sha256
+from xmc_jax.files import array_files
+from xmc_jax.files.digests import sha256
 
 FORMAT = 1
 """Version of the folder's layout."""

@@ -26,7 +26,7 @@ from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
 from xmc_jax.data.raw_folder import RawDataset
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 
 _BLOCK = 1 << 14  # texts tokenised at a time
 

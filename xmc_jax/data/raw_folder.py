@@ -8,7 +8,7 @@ import numpy as np
 from xmc_jax.data import raw
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 
 # Names in use, in the order they are looked for: the repository's, then those of the archives of
 # MM-AmazonTitles-300K and Renee. Each may end in .gz.

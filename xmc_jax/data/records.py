@@ -27,7 +27,7 @@ import numpy as np
 from xmc_jax.data import record_files, record_report, record_scan
 from xmc_jax.data.record_files import Opened
 from xmc_jax.data.record_scan import Scan
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 
 FORMAT = 1
 """Version of what a raw folder says of the same records."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from xmc_jax.data import array_files
+from xmc_jax.files import array_files
 
 
 class Texts(Sequence[str]):

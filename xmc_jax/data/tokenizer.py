@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xmc_jax import json_files
+from xmc_jax.files import json_files
 
 FILES = (
     "tokenizer.json",

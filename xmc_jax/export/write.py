@@ -16,8 +16,8 @@ from etils import epath
 
 from xmc_jax import build, sharding
 from xmc_jax.data import prompts, texts, tokenizer
-from xmc_jax.digests import sha256
 from xmc_jax.export import cards
+from xmc_jax.files.digests import sha256
 from xmc_jax.inference import artifact, thumbnails
 from xmc_jax.models import hf, hf_export
 from xmc_jax.retrieval import scann

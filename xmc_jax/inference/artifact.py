@@ -34,9 +34,10 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import array_files, texts
+from xmc_jax.data import texts
 from xmc_jax.data.csr import Csr
-from xmc_jax.digests import sha256
+from xmc_jax.files import array_files
+from xmc_jax.files.digests import sha256
 from xmc_jax.inference.thumbnails import KINDS, Thumbnails
 from xmc_jax.models import dual, hf
 from xmc_jax.retrieval.augmented import AugmentedConfig

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from xmc_jax.data import raw, record_cells, record_files, tables
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 from xmc_jax.inference.artifact import ModelInput
 from xmc_jax.inference.labels import Label
 from xmc_jax.inference.predictor import Query

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from xmc_jax.data import array_files, texts
+from xmc_jax.data import texts
+from xmc_jax.files import array_files
 
 KINDS = ("labels", "documents")
 TYPE = "image/webp"

@@ -21,9 +21,10 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
-from xmc_jax import json_files, sharding
+from xmc_jax import sharding
 from xmc_jax.data import packing
 from xmc_jax.data import tokenizer as tokenizers
+from xmc_jax.files import json_files
 from xmc_jax.inference.artifact import Artifact, ImageInput
 from xmc_jax.models import dual, hf
 from xmc_jax.types import Inputs, Packing, own_tokens

@@ -14,8 +14,9 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from xmc_jax import json_files, packaged
-from xmc_jax.digests import sha256
+from xmc_jax import packaged
+from xmc_jax.files import json_files
+from xmc_jax.files.digests import sha256
 from xmc_jax.models import backbone, hf_names, vision
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.vision import VisionConfig

@@ -16,7 +16,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from xmc_jax import json_files
+from xmc_jax.files import json_files
 from xmc_jax.models import backbone, hf, hf_names
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA, LoraConfig

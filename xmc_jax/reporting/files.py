@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from xmc_jax import json_files, workdirs
+from xmc_jax import workdirs
+from xmc_jax.files import json_files
 from xmc_jax.retrieval.evaluate import Evaluation
 
 _FACTS = "run.json"

@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from xmc_jax import sharding
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 from xmc_jax.retrieval import exact
 
 _MANIFEST = "index.json"

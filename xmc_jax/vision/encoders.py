@@ -12,7 +12,8 @@ import numpy as np
 from flax import traverse_util
 from PIL import Image
 
-from xmc_jax import json_files, sharding
+from xmc_jax import sharding
+from xmc_jax.files import json_files
 from xmc_jax.models import hf, hf_names
 from xmc_jax.models.vision import Vision
 from xmc_jax.vision import descriptor, images

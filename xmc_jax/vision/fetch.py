@@ -38,8 +38,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import tqdm
 
-from xmc_jax import command, json_files
+from xmc_jax import command
 from xmc_jax.data import tables
+from xmc_jax.files import json_files
 from xmc_jax.vision import images, shards
 from xmc_jax.vision.download import Downloader, Failure, Limits
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from xmc_jax.data import image_maps, tables
 from xmc_jax.data.csr import Csr
-from xmc_jax.digests import sha256
+from xmc_jax.files.digests import sha256
 
 MAX_BYTES = 32 << 20
 """Bytes of an image's file, unless told otherwise."""
