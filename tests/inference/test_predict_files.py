@@ -94,7 +94,7 @@ def test_lines_say_what_the_predictor_finds(opened, predictor, records, expected
         documents.Query(row["text"], only=row.get("only"), exclude=row.get("exclude", ()))
         for row in records
     ]
-    scores, rows = predictor.rank(queries, 4, "auto", (64,))
+    scores, rows, _ = predictor.rank(queries, 4, "auto", (64,))
     ids, texts = (list(x) for x in (opened.labels.ids, opened.labels.texts))
     for line, score, found in zip(lines, scores, rows):
         there = found >= 0
@@ -138,7 +138,7 @@ def test_parquet_says_what_lines_say(opened, records, expected, tmp_path, monkey
     for row in found:
         for label in row["labels"]:
             label["score"] = float(str(np.float32(label["score"])))
-    assert found == [line | {"error": None} for line in lines]
+    assert found == [line | {"cut": False, "error": None} for line in lines]
     import pyarrow.parquet
 
     metadata = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet").metadata
@@ -217,7 +217,8 @@ def test_a_bad_record_stops_or_is_skipped(opened, records, expected, tmp_path, r
     assert found == wanted
     run(opened, source, tmp_path / "out.parquet", on_error="skip")
     row = read_parquet(tmp_path / "out.parquet")[60]
-    assert row == {"id": skipped["id"], "labels": None, "error": skipped["error"]}
+    error = {"id": skipped["id"], "cut": False, "labels": None, "error": skipped["error"]}
+    assert row == error
 
 
 @pytest.mark.parametrize(
@@ -246,6 +247,23 @@ def test_bad_files_are_refused_in_one_line(opened, tmp_path, name, content, chan
         run(opened, tmp_path / name, tmp_path / "out.jsonl", on_error="skip", **changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 and not (tmp_path / "out.jsonl").exists()
+
+
+def test_texts_that_were_cut_are_marked_and_counted(opened, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "word " * 50}])
+    report = run(opened, source, tmp_path / "out.jsonl")
+    assert report.done.cut == 1 and "1 longer than the model takes, and cut" in str(report)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert "cut" not in lines[0] and lines[1]["cut"] is True
+    run(opened, source, tmp_path / "out.parquet")
+    assert [row["cut"] for row in read_parquet(tmp_path / "out.parquet")] == [False, True]
+
+
+def test_more_labels_than_there_are(opened, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"text": "a"}, {"text": 1.5}])
+    run(opened, source, tmp_path / "out.jsonl", k=10**9, on_error="skip", ranking="plain")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(lines[0]["labels"]) == len(opened.labels) and "error" in lines[1]
 
 
 def test_documents_without_anything_are_counted(opened, tmp_path):
@@ -366,6 +384,7 @@ CRASH = """
 import dataclasses, json, os, pathlib, signal, sys
 import numpy as np
 from xmc_jax.inference import artifact, outputs
+from xmc_jax.inference.predictor import Ranking
 
 labels = artifact.Labels([f"l{i}" for i in range(9)], [f"label {i}" for i in range(9)], None, None)
 outputs._SECONDS = outputs._PART_SECONDS = 0
@@ -382,7 +401,8 @@ def make(path, size=5):
             generator = [np.random.default_rng(i) for i in ids]
             rows = np.array([g.permutation(9)[:3] for g in generator], np.int32)
             scores = np.array([g.random(3) for g in generator], np.float32)
-            sink.add([str(i) for i in ids], scores, rows, {})
+            ranking = Ranking(scores, rows, np.zeros(len(rows), bool))
+            sink.add([str(i) for i in ids], ranking, {})
             done = dataclasses.replace(done, documents=done.documents + len(ids))
             if sink.due():
                 making.commit(dataclasses.replace(done, written=sink.sync()))

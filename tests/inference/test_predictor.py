@@ -53,7 +53,7 @@ def test_ranks_as_the_run_evaluates(exported, queries, changes):
     config = dataclasses.replace(run.config.eval, augmented=one.artifact.ranking, k=K, ks=(1,))
     evaluation = run.evaluate(exported.state, config)
     for kind in ("plain", "augmented") if not changes else ("augmented",):
-        scores, rows = one.rank(queries, K, kind, ROWS)
+        scores, rows, _ = one.rank(queries, K, kind, ROWS)
         same(scores, rows, evaluation.scores[kind], evaluation.ids[kind])
 
 
@@ -97,7 +97,7 @@ def test_only_and_exclude_by_hand(predictor, queries):
             )
         )
         allowed.append(set(only if with_only else range(count)) - set(exclude))
-    scores, rows = predictor.rank(asked, K, "plain", ROWS)
+    scores, rows, _ = predictor.rank(asked, K, "plain", ROWS)
     embedded = predictor._tower.encode(asked, rows=ROWS)
     for number, rest in enumerate(allowed):
         expected, expected_scores = by_hand(predictor, embedded[number], rest, K)
@@ -113,7 +113,7 @@ def test_a_list_of_one_document_is_a_predictor_of_that_list(exported, queries):
     for kind in ("plain", "augmented"):
         expected = one.restricted(only).rank(queries[:9], K, kind, ROWS)
         listed = [dataclasses.replace(query, only=only) for query in queries[:9]]
-        scores, rows = one.rank(listed, K, kind, ROWS)
+        scores, rows, _ = one.rank(listed, K, kind, ROWS)
         np.testing.assert_array_equal(rows, expected[1])
         np.testing.assert_allclose(scores, expected[0], atol=1e-5)
     # A list within another: what is in both.
@@ -126,13 +126,33 @@ def test_predictions_have_ids_texts_and_scores(predictor, exported):
     data = exported.run.data
     text = data.texts("label")[7]
     (found,) = predictor.predict([text], k=3, ranking="plain")
-    scores, rows = predictor.rank([text], 3, "plain")
+    scores, rows, _ = predictor.rank([text], 3, "plain")
     assert [one.id for one in found] == [data.uids("label")[row] for row in rows[0]]
     assert [one.text for one in found] == [data.texts("label")[row] for row in rows[0]]
     assert [one.score for one in found] == scores[0].tolist() == sorted(scores[0])[::-1]
     assert len(predictor.predict([text], k=1000)[0]) <= len(predictor.artifact.labels)
     assert predictor.predict([], k=3) == []
     assert predictor.predict([Query(text, only=[])], k=3) == [[]]
+    # A single document is a list of one; any collection will do, and any kind of whole number.
+    for one in (text, Query(text, exclude=None), (text,), np.array([text]), iter([text])):
+        assert predictor.predict(one, np.int64(3), "plain") == [found]
+
+
+def test_a_text_that_was_cut_is_marked(predictor):
+    short, long = "red mug", "red mug " * 50
+    for found in (predictor.predict([short, long]), predictor.neighbours([short, long])):
+        assert [one.cut for one in found] == [False, True]
+    assert predictor.rank([long, short]).cut.tolist() == [True, False]
+    vectors, cut = predictor.embed_measured([short, long])
+    np.testing.assert_array_equal(vectors, predictor.embed([short, long]))
+    assert cut.tolist() == [False, True]
+
+
+def test_no_array_is_larger_than_the_labels(predictor):
+    count = len(predictor.artifact.labels)
+    scores, rows, _ = predictor.rank(["x"], 10**9, "plain")
+    assert sorted(rows[0]) == list(range(count)) and scores.shape == (1, count)
+    assert len(predictor.neighbours(["x"], 10**9)[0]) == len(predictor.artifact.documents)
 
 
 def test_neighbours_are_the_nearest_documents(predictor, queries):
@@ -156,7 +176,7 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_ranked(predictor, queries
     for number, (query, _) in bad.items():
         some[number] = query
     problems: dict[int, str] = {}
-    scores, rows = predictor.rank(some, K, "augmented", ROWS, problems)
+    scores, rows, _ = predictor.rank(some, K, "augmented", ROWS, problems)
     assert problems.keys() == bad.keys()
     expected = predictor.rank(queries[:6], K, "augmented", ROWS)
     for number in range(6):
@@ -172,7 +192,32 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_ranked(predictor, queries
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.predict(["x"], k=0), "k: expected at least 1, got 0"),
+        *(
+            (lambda p, k=k: p.predict(["x"], k), rf"k: expected a whole number .*, got {k!r}")
+            for k in (0, -1, 2.5, True, "3", None)
+        ),
+        (lambda p: p.neighbours(["x"], 0), "k: expected a whole number of at least 1, got 0"),
+        *(
+            (
+                lambda p, x=x: p.predict(x),
+                rf"documents: expected texts or Query .*{type(x).__name__}",
+            )
+            for x in (None, 5, b"x", {"text": "x"})
+        ),
+        *(
+            (lambda p, x=x: p.rank(["x", x]), r"documents\[1\]: expected a text or a Query, got ")
+            for x in (None, 2.5, b"x", ["x"])
+        ),
+        (lambda p: p.embed(["x", None]), r"documents\[1\]: expected a text or a Query, got None"),
+        (lambda p: p.predict(["\ud800"]), "item 0: expected a text in Unicode, got half of a"),
+        (lambda p: p.predict(Query(None)), "item 0: expected a text, got None"),
+        (lambda p: p.predict(Query("x", images=b"x")), "images: expected a list of image files"),
+        (lambda p: p.predict(Query("x", only="topic1")), "only: expected a list of label ids, got"),
+        (lambda p: p.predict(Query("x", exclude=5)), "exclude: expected a list of label ids, got"),
+        (lambda p: p.predict(Query("x", only=[["a"]])), r"only: label \['a'\]: expected one of"),
+        (lambda p: p.restricted("topic1"), "labels: expected a list of label ids, got 'topic1'"),
+        (lambda p: Predictor.open(p.artifact.folder, "best"), "index: expected one of"),
+        (lambda p: Predictor.open(None), "expected a folder, got None"),
         (lambda p: p.predict(["x"], ranking="best"), "ranking: expected one of"),
         (lambda p: p.restricted(["nowhere"]), "label 'nowhere': expected one of the 40 labels"),
         (
@@ -182,8 +227,9 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_ranked(predictor, queries
     ],
 )
 def test_mistakes(predictor, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         call(predictor)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_documents_nothing_is_mixed(exported):

@@ -125,6 +125,6 @@ def test_an_artifact_opens_in_sentence_transformers_and_predicts_the_same(fields
     predictor = Predictor.open(folder)
     scores = model.encode(texts) @ predictor.artifact.labels.embeddings.T
     theirs = -np.sort(-scores, axis=1)
-    ours, rows = predictor.rank(texts, scores.shape[1], "plain")
+    ours, rows, _ = predictor.rank(texts, scores.shape[1], "plain")
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(scores, rows, axis=1), ours, rtol=0, atol=1e-5)

@@ -41,7 +41,7 @@ def test_predictions_are_the_predictor_s(served, titles, ranking, count):
     status, answer = served.post("/v1/predict", {"queries": asked, "k": 7, "ranking": ranking})
     assert status == 200
     rows = served.service.config.rows
-    scores, found = served.predictor.rank(titles[:count], 10, ranking, rows)
+    scores, found, _ = served.predictor.rank(titles[:count], 10, ranking, rows)
     labels = served.predictor.artifact.labels
     expected = [
         [(labels.ids[row], labels.texts[row], score) for row, score in zip(*pair)]
@@ -52,6 +52,13 @@ def test_predictions_are_the_predictor_s(served, titles, ranking, count):
     if count == 1:  # the sizes of its blocks begin with one, too
         best = served.predictor.predict(titles[:1], 7, ranking)
         assert listed(answer) == [list(map(tuple, best[0]))]
+
+
+def test_a_text_that_was_cut_is_marked(served, titles):
+    asked = [{"text": titles[0]}, {"text": "word " * 30}]
+    for path in ("predict", "neighbours"):
+        _, answer = served.post(f"/v1/{path}", {"queries": asked})
+        assert [result.get("cut") for result in answer["results"]] == [None, True]
 
 
 def test_only_and_exclude(served, titles):

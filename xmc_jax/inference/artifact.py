@@ -286,6 +286,8 @@ def open(folder, verify: bool = True) -> Artifact:
         ValueError: no artifact, one of another format, a file that is missing or not the recorded
             one, or labels, documents or an index of another model.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"artifact: expected a folder, got {folder!r:.60}")
     folder = pathlib.Path(folder)
     where = folder / MANIFEST
     try:

@@ -25,7 +25,7 @@ from xmc_jax.inference.artifact import Artifact
 from xmc_jax.inference.config import PredictConfig
 from xmc_jax.inference.documents import Document, Source
 from xmc_jax.inference.outputs import Done, Making, Sink
-from xmc_jax.inference.predictor import Predictor
+from xmc_jax.inference.predictor import Predictor, Ranking
 from xmc_jax.inference.tower import Tower
 from xmc_jax.retrieval import scann
 
@@ -62,6 +62,8 @@ class Report:
             said.append(f"{done.errors:,} with an error in place of labels")
         if done.blank:
             said.append(f"{done.blank:,} without text and pictures")
+        if done.cut:
+            said.append(f"{done.cut:,} longer than the model takes, and cut")
         rate = (done.documents - self.before) / max(self.seconds, 1e-9)
         return f"{', '.join(said)}; {self.seconds:,.1f} s, {rate:,.0f} documents/s"
 
@@ -154,14 +156,14 @@ def _run(
         )
         try:
             for batch in ahead:
-                scores, rows, problems = _ranked(predictor, batch, config)
+                ranking, problems = _ranked(predictor, batch, config)
                 if problems and config.on_error == "stop":
                     number = min(problems)
                     raise ValueError(
                         f"{batch[number].at}: {problems[number]}; --predict.on_error=skip writes "
                         "that in place of its labels and goes on"
                     )
-                behind.write(batch, scores, rows, problems)
+                behind.write(batch, ranking, problems)
                 bar.update(len(batch))
         except (ValueError, KeyboardInterrupt):
             behind.keep()
@@ -172,16 +174,22 @@ def _run(
 
 def _ranked(
     predictor: Predictor, batch: list[Document], config: PredictConfig
-) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """f32[n, k], i32[n, k], and what is wrong with those that were not ranked."""
+) -> tuple[Ranking, dict[int, str]]:
+    """The ranking of a batch, and why some documents have no labels."""
     problems = {i: document.problem for i, document in enumerate(batch) if document.problem}
     whole = [i for i in range(len(batch)) if i not in problems]
-    scores = np.full((len(batch), config.k), -np.inf, np.float32)
-    rows = np.full((len(batch), config.k), -1, np.int32)
     found: dict[int, str] = {}
     queries = [batch[i].query for i in whole]
-    scores[whole], rows[whole] = predictor.rank(queries, config.k, config.ranking, _ROWS, found)
-    return scores, rows, problems | {whole[i]: problem for i, problem in found.items()}
+    ranked = predictor.rank(queries, config.k, config.ranking, _ROWS, found)
+    shape = len(batch), ranked.rows.shape[1]
+    ranking = Ranking(
+        np.full(shape, -np.inf, np.float32),
+        np.full(shape, -1, np.int32),
+        np.zeros(len(batch), bool),
+    )
+    for of_all, of_whole in zip(ranking, ranked):
+        of_all[whole] = of_whole
+    return ranking, problems | {whole[i]: problem for i, problem in found.items()}
 
 
 class _Behind:
@@ -200,14 +208,13 @@ class _Behind:
     def write(
         self,
         batch: list[Document],
-        scores: np.ndarray,
-        rows: np.ndarray,
+        ranking: Ranking,
         problems: dict[int, str],
     ) -> None:
         """Begins to write a batch, when the one before is written."""
         if self._writing is not None:
             self._writing.result()
-        self._writing = self._thread.submit(self._write, batch, scores, rows, problems)
+        self._writing = self._thread.submit(self._write, batch, ranking, problems)
 
     def keep(self) -> None:
         """Has what was written so far on the disk, after an error elsewhere."""
@@ -223,13 +230,14 @@ class _Behind:
         if self._making is not None:
             self._making.finish(self._sink.finish(), self.done)
 
-    def _write(self, batch, scores, rows, problems) -> None:
-        self._sink.add([document.id for document in batch], scores, rows, problems)
+    def _write(self, batch, ranking, problems) -> None:
+        self._sink.add([document.id for document in batch], ranking, problems)
         self.done = dataclasses.replace(
             self.done,
             documents=self.done.documents + len(batch),
             errors=self.done.errors + len(problems),
             blank=self.done.blank + sum(document.blank for document in batch),
+            cut=self.done.cut + int(ranking.cut.sum()),
             digest=batch[-1].digest,
         )
         if self._sink.due():

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from xmc_jax.inference.artifact import Labels
+from xmc_jax.inference.predictor import Ranking
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 """Of the files that can be written."""
@@ -42,6 +43,7 @@ class Done:
         documents: how many.
         errors: of those, without labels since something was wrong.
         blank: of those, without text and picture.
+        cut: of those, with a text that has more tokens than the model takes.
         digest: of the pipe's lines that they were made of; None of files.
         written: what the sink goes on with.
     """
@@ -49,6 +51,7 @@ class Done:
     documents: int = 0
     errors: int = 0
     blank: int = 0
+    cut: int = 0
     digest: str | None = None
     written: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -240,19 +243,12 @@ def _folder_to_disk(folder: pathlib.Path) -> None:
 class Sink(Protocol):
     """What takes ranked labels, in order."""
 
-    def add(
-        self,
-        ids: Sequence[str],
-        scores: np.ndarray,
-        rows: np.ndarray,
-        problems: Mapping[int, str],
-    ) -> None:
+    def add(self, ids: Sequence[str], ranking: Ranking, problems: Mapping[int, str]) -> None:
         """Takes n documents more.
 
         Args:
             ids: theirs.
-            scores: f32[n, k].
-            rows: i32[n, k] of labels, -1 where there are no more.
+            ranking: of the n documents.
             problems: number -> why a document has none.
         """
 
@@ -291,18 +287,13 @@ class Lines:
         self._labels = labels
         self._begin = functools.lru_cache(_KEPT)(self._begun)
 
-    def __call__(
-        self,
-        ids: Sequence[str],
-        scores: np.ndarray,
-        rows: np.ndarray,
-        problems: Mapping[int, str],
-    ) -> bytes:
-        """Lines of n documents; see `Sink.add`."""
+    def __call__(self, ids: Sequence[str], ranking: Ranking, problems: Mapping[int, str]) -> bytes:
+        """Lines of n documents, with `"cut": true` where a text was cut; see `Sink.add`."""
         lines = []
         # As few digits as tell a float32 from others.
-        digits = scores.astype("U16").tolist()
-        for number, (uid, found) in enumerate(zip(ids, rows.tolist())):
+        digits = ranking.scores.astype("U16").tolist()
+        cut = ranking.cut.tolist()
+        for number, (uid, found) in enumerate(zip(ids, ranking.rows.tolist())):
             if number in problems:
                 lines.append(_encode({"id": uid, "error": problems[number]}))
                 continue
@@ -313,7 +304,8 @@ class Lines:
                     if row >= 0
                 ]
             )
-            lines.append(f'{{"id": {_encode(uid)}, "labels": [{listed}]}}')
+            note = ', "cut": true' if cut[number] else ""
+            lines.append(f'{{"id": {_encode(uid)}{note}, "labels": [{listed}]}}')
         return "".join(f"{line}\n" for line in lines).encode()
 
     def _begun(self, row: int) -> str:
@@ -332,9 +324,9 @@ class PipeSink:
     def __init__(self, file: BinaryIO, labels: Labels):
         self._file, self._lines = file, Lines(labels)
 
-    def add(self, ids, scores, rows, problems) -> None:
+    def add(self, ids, ranking, problems) -> None:
         """See `Sink`."""
-        self._file.write(self._lines(ids, scores, rows, problems))
+        self._file.write(self._lines(ids, ranking, problems))
         self._file.flush()
 
     def due(self) -> bool:
@@ -364,9 +356,9 @@ class LineSink:
         self._file.truncate(size)
         self._synced = time.monotonic()
 
-    def add(self, ids, scores, rows, problems) -> None:
+    def add(self, ids, ranking, problems) -> None:
         """See `Sink`."""
-        self._file.write(self._lines(ids, scores, rows, problems))
+        self._file.write(self._lines(ids, ranking, problems))
 
     def due(self) -> bool:
         """See `Sink`."""
@@ -388,8 +380,8 @@ class LineSink:
 class ParquetSink:
     """Parquet files of some documents each, in a folder; in the end one with even row groups.
 
-    Columns are `id`, `labels` (a list of structs of `id`, `text` and `score`, null where there is
-    an error) and `error`.
+    Columns are `id`, `cut` (whether the text has more tokens than the model takes), `labels` (a
+    list of structs of `id`, `text` and `score`, null where there is an error) and `error`.
 
     Args:
         partial: the folder.
@@ -410,7 +402,12 @@ class ParquetSink:
         text = pyarrow.string()
         label = pyarrow.struct([("id", text), ("text", text), ("score", pyarrow.float32())])
         self._schema = pyarrow.schema(
-            [("id", text), ("labels", pyarrow.list_(label)), ("error", text)]
+            [
+                ("id", text),
+                ("cut", pyarrow.bool_()),
+                ("labels", pyarrow.list_(label)),
+                ("error", text),
+            ]
         )
         self._parts = written.get("parts", 0)
         self._held: list[tuple[Any, ...]] = []
@@ -428,9 +425,9 @@ class ParquetSink:
                     "--overwrite"
                 )
 
-    def add(self, ids, scores, rows, problems) -> None:
+    def add(self, ids, ranking, problems) -> None:
         """See `Sink`."""
-        self._held.append((ids, scores, rows, problems))
+        self._held.append((ids, ranking, problems))
         self._count += len(ids)
 
     def due(self) -> bool:
@@ -460,7 +457,8 @@ class ParquetSink:
                 left = self._schema.empty_table()
                 for number in range(self._parts):
                     part = arrow.parquet.read_table(self._part(number))
-                    left = arrow.concat_tables([left, part])
+                    # A part that an earlier version wrote has no column `cut`.
+                    left = arrow.concat_tables([left, part], promote_options="default")
                     while len(left) >= _GROUP:
                         writer.write_table(left.slice(0, _GROUP).combine_chunks(), _GROUP)
                         left = left.slice(_GROUP)
@@ -474,9 +472,9 @@ class ParquetSink:
     def _part(self, number: int) -> pathlib.Path:
         return self._folder / f"{number:06d}"
 
-    def _table(self, ids, scores, rows, problems) -> Any:
+    def _table(self, ids, ranking, problems) -> Any:
         """The documents of one `add` as a table."""
-        arrow = self._arrow
+        arrow, (scores, rows, cut) = self._arrow, ranking
         wrong = np.zeros(len(ids), bool)
         wrong[list(problems)] = True
         there = (rows >= 0) & ~wrong[:, None]
@@ -494,5 +492,6 @@ class ParquetSink:
         )
         errors = arrow.array([problems.get(i) for i in range(len(ids))], arrow.string())
         return arrow.Table.from_arrays(
-            [arrow.array(ids, arrow.string()), listed, errors], schema=self._schema
+            [arrow.array(ids, arrow.string()), arrow.array(cut), listed, errors],
+            schema=self._schema,
         )

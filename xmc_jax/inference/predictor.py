@@ -7,8 +7,9 @@ predictor.predict(["geany: fast and lightweight IDE"], k=5)
 
 import dataclasses
 import functools
+import operator
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from xmc_jax import sharding
 from xmc_jax.data.csr import Csr
 from xmc_jax.inference import artifact, config
 from xmc_jax.inference.artifact import Artifact
-from xmc_jax.inference.tower import ROWS, Item, Tower
+from xmc_jax.inference.tower import ROWS, Encoded, Item, Tower
 from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import drop_filtered
 
@@ -54,6 +55,33 @@ class Prediction(NamedTuple):
     score: float
 
 
+class Predictions(list[Prediction]):
+    """What was ranked for a document, best first.
+
+    Attributes:
+        cut: whether the document's text has more tokens than the model takes. The tokens past the
+            limit have no effect on the ranking.
+    """
+
+    def __init__(self, ranked: Iterable[Prediction], cut: bool):
+        super().__init__(ranked)
+        self.cut = cut
+
+
+class Ranking(NamedTuple):
+    """Ranked labels of n documents as arrays.
+
+    Attributes:
+        scores: f32[n, k], descending; -inf where there are no more labels.
+        rows: i32[n, k], rows of the artifact's labels; -1 where there are no more.
+        cut: bool[n], see `Predictions`.
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+    cut: np.ndarray
+
+
 class Predictor:
     """A model and what it ranks. Methods may be called from several threads; one runs at a time.
 
@@ -74,7 +102,9 @@ class Predictor:
         index: str = "auto",
         labels: np.ndarray | None = None,
     ):
-        self.artifact, self._tower, self._index = opened, tower, index
+        if index not in config.INDEXES:
+            raise ValueError(f"index: expected one of {config.INDEXES}, got {index!r:.60}")
+        self.artifact, self._tower = opened, tower
         self._whole = labels is None
         self.labels = np.arange(len(opened.labels), dtype=np.int32) if self._whole else labels
         self._of: Predictor | None = None  # what it is a part of
@@ -112,60 +142,70 @@ class Predictor:
         return cls(opened, Tower(opened, mesh), index)
 
     def predict(
-        self, documents: Sequence[str | Query], k: int = 10, ranking: str = "auto"
-    ) -> list[list[Prediction]]:
+        self, documents: str | Query | Iterable[str | Query], k: int = 10, ranking: str = "auto"
+    ) -> list[Predictions]:
         """The k best labels of each document, best first.
 
         Args:
-            documents: texts, or `Query`.
+            documents: texts or `Query`; a single one is a list of one document.
             k: labels per document; fewer where fewer may be predicted.
             ranking: see `PredictConfig`.
 
         Raises:
-            ValueError: a label id that is not there, a picture that cannot be read, or a ranking
-                that the artifact has nothing for.
+            ValueError: a document that is neither, a label id that is not there, a picture that
+                cannot be read, another k than a whole number of at least 1, or a ranking that the
+                artifact has nothing for.
         """
-        scores, rows = self.rank(documents, k, ranking)
+        scores, rows, cut = self.rank(documents, k, ranking)
         return [
-            [self._prediction(row, score) for row, score in zip(*pair) if row >= 0]
-            for pair in zip(rows.tolist(), scores.tolist())
+            Predictions(
+                (self._prediction(row, score) for row, score in zip(*pair) if row >= 0), is_cut
+            )
+            for *pair, is_cut in zip(rows.tolist(), scores.tolist(), cut.tolist())
         ]
 
     def rank(
         self,
-        documents: Sequence[str | Query],
+        documents: str | Query | Iterable[str | Query],
         k: int = 10,
         ranking: str = "auto",
         rows: tuple[int, ...] = ROWS,
         problems: dict[int, str] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`predict` as arrays.
+    ) -> Ranking:
+        """`predict` as arrays, with at most as many columns as there are labels.
 
         Args:
             documents: see `predict`.
             k: see `predict`.
             ranking: see `predict`.
-            rows: see `Tower.encode`. With one, what is found for a document is the same to the bit
-                whatever it is ranked with.
-            problems: gets the number of each document that cannot be ranked, and why; nothing is
-                found for it. Without, the first such document is an error.
+            rows: see `Tower.encode_measured`. With one size, the result of a document is the same
+                to the bit whatever it is ranked with.
+            problems: gets the number of each document that cannot be ranked, and the reason; such a
+                document has no labels. Without `problems`, the first such document is an error.
 
-        Returns:
-            f32[n, k] scores, descending, and i32[n, k] rows of the artifact's labels; -inf and -1
-            where there are no more.
+        Raises:
+            ValueError: see `predict`.
         """
-        queries = [Query(text=q) if isinstance(q, str) else q for q in documents]
-        if not queries:
-            return np.empty((0, k), np.float32), np.empty((0, k), np.int32)
+        queries, k = _queries(documents), _count(k)
+        self._mix(ranking)
         with self._lock:
-            embedded = self._tower.encode(queries, rows=rows, problems=problems)
-            return self.rank_embedded(embedded, queries, k, ranking, rows, problems)
+            embedded = self._tower.encode_measured(queries, rows=rows, problems=problems)
+            found = self.rank_embedded(embedded.vectors, queries, k, ranking, rows, problems)
+        return Ranking(*found, embedded.cut)
 
-    def embed(self, documents: Sequence[str | Query], rows: tuple[int, ...] = ROWS) -> np.ndarray:
-        """f32[n, D], unit embeddings of documents; `rows` as of `Tower.encode`."""
-        queries = [Query(text=q) if isinstance(q, str) else q for q in documents]
+    def embed(
+        self, documents: str | Query | Iterable[str | Query], rows: tuple[int, ...] = ROWS
+    ) -> np.ndarray:
+        """f32[n, D], unit embeddings of documents; `rows` as of `rank`."""
+        return self.embed_measured(documents, rows).vectors
+
+    def embed_measured(
+        self, documents: str | Query | Iterable[str | Query], rows: tuple[int, ...] = ROWS
+    ) -> Encoded:
+        """Unit embeddings of documents, and which texts were cut; `rows` as of `rank`."""
+        queries = _queries(documents)
         with self._lock:
-            return self._tower.encode(queries, rows=rows)
+            return self._tower.encode_measured(queries, rows=rows)
 
     def rank_embedded(
         self,
@@ -176,9 +216,10 @@ class Predictor:
         rows: tuple[int, ...] = ROWS,
         problems: dict[int, str] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, of f32[n, D] embeddings; what `problems` has already is left out."""
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        """Scores and rows as of `rank`, of f32[n, D] embeddings; documents that `problems` already
+        has are left out.
+        """
+        k = min(_count(k), len(self.labels))
         mix = self._mix(ranking)
         out_scores = np.full((len(queries), k), -np.inf, np.float32)
         out_rows = np.full((len(queries), k), -1, np.int32)
@@ -203,17 +244,24 @@ class Predictor:
             out_scores[numbers], out_rows[numbers] = found
         return out_scores, out_rows
 
-    def neighbours(self, documents: Sequence[str | Query], k: int = 10) -> list[list[Prediction]]:
+    def neighbours(
+        self, documents: str | Query | Iterable[str | Query], k: int = 10
+    ) -> list[Predictions]:
         """The k nearest training documents of each document, nearest first.
 
         Raises:
-            ValueError: the artifact was exported without documents.
+            ValueError: the artifact was exported without documents; else see `predict`.
         """
-        scores, rows = self.neighbours_embedded(self.embed(documents), k)
+        k = _count(k)
+        embedded = self.embed_measured(documents)
+        scores, rows = self.neighbours_embedded(embedded.vectors, k)
         there = self.artifact.documents
         return [
-            [Prediction(there.ids[row], there.texts[row], score) for row, score in zip(*pair)]
-            for pair in zip(rows.tolist(), scores.tolist())
+            Predictions(
+                (Prediction(there.ids[row], there.texts[row], score) for row, score in zip(*pair)),
+                is_cut,
+            )
+            for *pair, is_cut in zip(rows.tolist(), scores.tolist(), embedded.cut.tolist())
         ]
 
     def neighbours_embedded(
@@ -243,7 +291,7 @@ class Predictor:
         Raises:
             ValueError: there is no such label.
         """
-        rows = np.unique(np.array([self.row(name) for name in ids], np.int32))
+        rows = self._rows_of(ids, "labels")
         rows = rows if self._whole else rows[np.isin(rows, self.labels)]
         part = Predictor(self.artifact, self._tower, "exact", rows)
         part._of = self._of or self
@@ -255,10 +303,10 @@ class Predictor:
         Raises:
             ValueError: there is no such label.
         """
-        row = self._row_of.get(name)
+        row = self._row_of.get(name) if isinstance(name, str) else None
         if row is None:
             raise ValueError(
-                f"label {name!r}: expected one of the {len(self._row_of)} labels of "
+                f"label {name!r:.60}: expected one of the {len(self._row_of)} labels of "
                 f"{self.artifact.folder}, found no such id"
             )
         return row
@@ -326,18 +374,31 @@ class Predictor:
     def _allowed(self, query: Query) -> tuple[np.ndarray | None, np.ndarray]:
         """Columns of `labels` that alone may be predicted, None for all; and those that may not."""
         only = None if query.only is None else self._columns(query.only, "only")
-        return only, self._columns(query.exclude, "exclude")
+        exclude = () if query.exclude is None else query.exclude
+        return only, self._columns(exclude, "exclude")
 
     def _columns(self, ids: Iterable[str], where: str) -> np.ndarray:
         """i32[m], ascending, of label ids; those of labels that are not ranked are left out."""
-        try:
-            rows = np.unique(np.array([self.row(name) for name in ids], np.int32))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        rows = self._rows_of(ids, where)
         if self._whole:
             return rows
-        rows = rows[np.isin(rows, self.labels)]
-        return np.searchsorted(self.labels, rows).astype(np.int32)
+        columns = np.searchsorted(self.labels, rows)
+        ranked = columns < len(self.labels)
+        ranked[ranked] = self.labels[columns[ranked]] == rows[ranked]
+        return columns[ranked].astype(np.int32)
+
+    def _rows_of(self, ids: Iterable[str], where: str) -> np.ndarray:
+        """i32[m], ascending, of label ids, each once.
+
+        Raises:
+            ValueError: there is no such label, or something else than a collection of ids.
+        """
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise ValueError(f"{where}: expected a list of label ids, got {ids!r:.60}")
+        try:
+            return np.unique(np.array([self.row(name) for name in ids], np.int32))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def _ranked(
         self,
@@ -454,6 +515,39 @@ class Predictor:
         ends = np.concatenate([[0], np.cumsum(kept)])
         indices = np.searchsorted(self.labels, whole.indices[kept]).astype(np.int32)
         return Csr(ends[whole.indptr], indices, None, len(self.labels))
+
+
+def _queries(documents: Any) -> list[Query]:
+    """Documents as queries.
+
+    Raises:
+        ValueError: something that is neither a text nor a `Query`, nor a collection of these.
+    """
+    if isinstance(documents, (str, Query)):
+        documents = [documents]
+    if isinstance(documents, (bytes, Mapping)) or not isinstance(documents, Iterable):
+        raise ValueError(
+            f"documents: expected texts or Query objects, got {type(documents).__name__}"
+        )
+    queries = [Query(text=one) if isinstance(one, str) else one for one in documents]
+    for number, query in enumerate(queries):
+        if not isinstance(query, Query):
+            raise ValueError(f"documents[{number}]: expected a text or a Query, got {query!r:.60}")
+    return queries
+
+
+def _count(k: Any) -> int:
+    """A number of labels or documents as an int.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    try:
+        if isinstance(k, (bool, np.bool_)) or operator.index(k) < 1:
+            raise TypeError
+    except TypeError:
+        raise ValueError(f"k: expected a whole number of at least 1, got {k!r:.60}") from None
+    return operator.index(k)
 
 
 def _pairs(excluded: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ import pathlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,19 @@ class Item:
 
     text: str
     images: Sequence[bytes | np.ndarray] = ()
+
+
+class Encoded(NamedTuple):
+    """Embeddings of n items.
+
+    Attributes:
+        vectors: f32[n, D].
+        cut: bool[n], whether a text has more tokens than the model takes. The tokens past the limit
+            have no effect on the embedding.
+    """
+
+    vectors: np.ndarray
+    cut: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,30 +125,42 @@ class Tower:
         rows: tuple[int, ...] = ROWS,
         problems: dict[int, str] | None = None,
     ) -> np.ndarray:
-        """f32[n, D], unit embeddings, or before normalisation.
+        """f32[n, D], the vectors of `encode_measured`."""
+        return self.encode_measured(items, pooled, rows, problems).vectors
+
+    def encode_measured(
+        self,
+        items: Sequence[Item],
+        pooled: bool = False,
+        rows: tuple[int, ...] = ROWS,
+        problems: dict[int, str] | None = None,
+    ) -> Encoded:
+        """Unit embeddings of items, or their embeddings before normalisation.
 
         Args:
             items: n of them.
-            pooled: see above.
-            rows: sizes of blocks, ascending. With one, an item's embedding is the same to the bit
-                whatever it is encoded with.
-            problems: gets the number of each item that cannot be encoded, and why; its embedding is
-                zeros. Without, the first such item is an error.
+            pooled: whether to return the embeddings before normalisation.
+            rows: sizes of blocks, ascending. With one size, an item's embedding is the same to the
+                bit whatever it is encoded with.
+            problems: gets the number of each item that cannot be encoded, and the reason. The
+                embedding of such an item is zeros. Without `problems`, the first such item is an
+                error.
 
         Raises:
-            ValueError: an item without anything to encode, or with a picture that cannot be read or
-                that the model does not take; or the encoder of pictures is not there.
+            ValueError: an item without anything to encode, a text that is not Unicode, a picture
+                that cannot be read or that the model does not take, or a missing image encoder.
         """
-        out = np.zeros((len(items), self._input.width), np.float32)
+        vectors = np.zeros((len(items), self._input.width), np.float32)
+        cut = np.zeros(len(items), bool)
         for start in range(0, len(items), _AT_A_TIME):
             part, found = slice(start, start + _AT_A_TIME), {}
-            out[part] = self._encode(items[part], pooled, rows, found)
+            vectors[part], cut[part] = self._encode(items[part], pooled, rows, found)
             if found and problems is None:
                 number = min(found)
                 raise ValueError(f"item {start + number}: {found[number]}")
             for number, problem in found.items():
                 problems[start + number] = problem
-        return out
+        return Encoded(vectors, cut)
 
     def _encode(
         self,
@@ -143,9 +168,9 @@ class Tower:
         pooled: bool,
         rows: tuple[int, ...],
         problems: dict[int, str],
-    ) -> np.ndarray:
+    ) -> Encoded:
         out = np.zeros((len(items), self._input.width), np.float32)
-        inputs = self._inputs(items, problems)
+        inputs, cut = self._inputs(items, problems)
         lengths = own_tokens(inputs.lengths, inputs.image_count, self._rest)
         if not self._input.prompts.head:
             for number in np.flatnonzero(lengths == 0).tolist():
@@ -158,7 +183,7 @@ class Tower:
                 self._take(out, *pending.pop(0))
         for block, found in pending:
             self._take(out, block, found)
-        return out
+        return Encoded(out, cut)
 
     def warm_up(self, rows: tuple[int, ...] = ROWS) -> None:
         """Compiles all that `encode` of texts may need, and of pictures if their encoder is there.
@@ -270,24 +295,23 @@ class Tower:
     def _apply(self, params: Any, inputs: Inputs) -> Any:
         return self._model.apply({"params": params}, inputs, method="encode")
 
-    def _inputs(self, items: Sequence[Item], problems: dict[int, str]) -> Inputs:
-        tokens, lengths, _ = tokenizers.encode_measured(
+    def _inputs(self, items: Sequence[Item], problems: dict[int, str]) -> tuple[Inputs, np.ndarray]:
+        """What the model takes of n items, and bool[n], whether their texts were cut."""
+        for number, item in enumerate(items):
+            if problem := _problem_of(item, self._input.images is not None):
+                problems[number] = problem
+        sound = [Item("") if i in problems else item for i, item in enumerate(items)]
+        tokens, lengths, whole = tokenizers.encode_measured(
             self._tokenizer,
-            [item.text for item in items],
+            [item.text for item in sound],
             self._input.max_length,
             self._input.special_tokens,
         )
-        inputs = Inputs(tokens=tokens, lengths=lengths)
+        inputs, cut = Inputs(tokens=tokens, lengths=lengths), whole > lengths
         if self._input.images is None:
-            for number, item in enumerate(items):
-                if len(item.images):
-                    problems[number] = (
-                        "expected no pictures, since the model was trained without, got "
-                        f"{len(item.images)}"
-                    )
-            return inputs
-        vectors, counts = self._pictures.encode([item.images for item in items], problems)
-        return inputs.replace(images=vectors, image_count=counts)
+            return inputs, cut
+        vectors, counts = self._pictures.encode([item.images for item in sound], problems)
+        return inputs.replace(images=vectors, image_count=counts), cut
 
     @functools.cached_property
     def _pictures(self) -> "_Pictures":
@@ -316,6 +340,30 @@ class Tower:
                 ).items()
             }
         return params
+
+
+def _problem_of(item: Item, with_images: bool) -> str | None:
+    """Why an item cannot be encoded, before its pictures are decoded; None if it can be.
+
+    Args:
+        item: of any content: its fields may come from outside.
+        with_images: whether the model takes pictures.
+    """
+    text, images = item.text, item.images
+    if not isinstance(text, str):
+        return f"expected a text, got {text!r:.60}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "expected a text in Unicode, got half of a surrogate pair"
+    if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+        return f"images: expected a list of image files as bytes, got {type(images).__name__}"
+    if images and not with_images:
+        return f"expected no pictures, since the model was trained without, got {len(images)}"
+    for number, image in enumerate(images):
+        if not isinstance(image, (bytes, np.ndarray)):
+            return f"picture {number}: expected the bytes of an image file, got {image!r:.60}"
+    return None
 
 
 class _Pictures:

@@ -96,7 +96,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
         found = await service.answer(request, await queries(shown, asked.queries), kind)
         if found is None:
             return fastapi.Response(status_code=_GONE)
-        results = found.shown.results(found.scores, found.rows, asked.k, kind)
+        results = found.shown.results(found.scores, found.rows, found.cut, asked.k, kind)
         return _json({"ranking": kind, "results": results})
 
     @app.post("/v1/neighbours", response_model=schema.Neighbourhoods, responses=bodies)
@@ -110,7 +110,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
         found = await service.answer(request, await queries(shown, asked.queries), NEIGHBOURS)
         if found is None:
             return fastapi.Response(status_code=_GONE)
-        results = found.shown.results(found.scores, found.rows, asked.k, NEIGHBOURS)
+        results = found.shown.results(found.scores, found.rows, found.cut, asked.k, NEIGHBOURS)
         return _json({"results": results})
 
     @app.get("/v1/info", response_model=schema.Info, responses={503: _refusal(503)})

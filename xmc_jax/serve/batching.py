@@ -35,11 +35,13 @@ class Found:
         shown: the model that ranked.
         scores: f32[n, k], descending; -inf where there are no more.
         rows: i32[n, k] of its labels or documents; -1 where there are no more.
+        cut: bool[n], whether a text has more tokens than the model takes.
     """
 
     shown: Shown
     scores: np.ndarray
     rows: np.ndarray
+    cut: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,7 +196,7 @@ def ranked(
     queries = [query for request in requests for query in request.queries]
     of = np.repeat(np.arange(len(requests)), [len(request.queries) for request in requests])
     predictor = shown.predictor
-    embedded = predictor.embed(queries, config.rows)
+    embedded, cut = predictor.embed_measured(queries, config.rows)
     answers: dict[int, Found] = {}
     for kind in dict.fromkeys(request.kind for request in requests):
         chosen = [i for i, request in enumerate(requests) if request.kind == kind]
@@ -206,8 +208,8 @@ def ranked(
             own = [queries[place] for place in places]
             found = predictor.rank_embedded(embedded[places], own, config.max_k, kind, config.rows)
         ends = np.cumsum([len(requests[i].queries) for i in chosen])[:-1]
-        for i, scores, rows in zip(chosen, *(np.split(x, ends) for x in found)):
-            answers[i] = Found(shown, scores, rows)
+        for i, *parts in zip(chosen, *(np.split(x, ends) for x in (*found, cut[places]))):
+            answers[i] = Found(shown, *parts)
     return [answers[i] for i in range(len(requests))]
 
 

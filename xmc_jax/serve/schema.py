@@ -88,13 +88,20 @@ class Document(Ranked):
     labels: list[Named] = Field(description="Its first labels.")
 
 
-class Labels(_Strict):
+class _OfQuery(_Strict):
+    cut: bool = Field(
+        False,
+        description="True where the text has more tokens than the model takes; left out elsewhere.",
+    )
+
+
+class Labels(_OfQuery):
     """The labels of a query, best first."""
 
     labels: list[Ranked]
 
 
-class Documents(_Strict):
+class Documents(_OfQuery):
     """The training documents near a query, nearest first."""
 
     documents: list[Document]

@@ -68,20 +68,22 @@ class Shown:
             return None
 
     def results(
-        self, scores: np.ndarray, rows: np.ndarray, k: int, kind: str
+        self, scores: np.ndarray, rows: np.ndarray, cut: np.ndarray, k: int, kind: str
     ) -> list[dict[str, Any]]:
-        """The best k of what was found, as JSON has them.
+        """The best k labels or documents of each query, as JSON has them.
 
         Args:
             scores: f32[n, K].
             rows: i32[n, K] of labels or documents; -1 where there are no more.
-            k: at most K.
+            cut: bool[n], whether a text was cut; said only where it was.
+            k: at most K are shown.
             kind: see `PLAIN`.
         """
         what, show = ("documents", self._document) if kind == NEIGHBOURS else ("labels", self.label)
         return [
             {what: [show(row) | {"score": score} for row, score in zip(*pair) if row >= 0]}
-            for pair in zip(rows[:, :k].tolist(), scores[:, :k].tolist())
+            | ({"cut": True} if is_cut else {})
+            for *pair, is_cut in zip(rows[:, :k].tolist(), scores[:, :k].tolist(), cut.tolist())
         ]
 
     def info(self, config: ServeConfig) -> dict[str, Any]:
