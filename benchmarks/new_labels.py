@@ -45,7 +45,7 @@ from benchmarks import accuracy
 from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build
-from xmc_jax.data import bundled, holdout, raw_folder
+from xmc_jax.data import bundled, raw_folder
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.raw import Items
 from xmc_jax.data.raw_folder import RawDataset
@@ -319,8 +319,7 @@ class Runs:
         """The dataset; its documents to be measured are those of the split."""
         validation = self.split == "validation"
         files = raw_folder.find(self.raw, train_only=validation)
-        dataset = raw_folder.read(files, self.raw.name, "utf-8")
-        return holdout.hold_out(dataset, VALIDATION, seed=0) if validation else dataset
+        return raw_folder.read(files, self.raw.name, "utf-8", VALIDATION if validation else 0)
 
     def train(self, name: str, seed: int) -> None:
         """Trains on a dataset that is written, unless that was done."""

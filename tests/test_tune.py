@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from xmc_jax import build, modes
+from xmc_jax.data import raw_folder
 from xmc_jax.retrieval import tuned as tuned_file
 from xmc_jax.retrieval import tuning
 from xmc_jax.retrieval.evaluate import EvalConfig
@@ -146,3 +147,27 @@ def test_a_run_with_a_validation_split_is_used_itself(tuned, own_fields, tmp_pat
         run("evaluate", longer, tmp_path)
     with pytest.raises(ValueError, match=r"prior as it was tuned with, 'frequency', got None"):
         run("evaluate", with_weights(held_out, weights="tuned", prior=None), tmp_path)
+
+
+def test_named_validation_documents_are_tuned_on_by_the_run_itself(
+    own_fields, topics, tmp_path, capsys
+):
+    """The run has not seen them, and so no other one is trained; the choice is that of its data."""
+    named = shutil.copytree(topics, tmp_path / "Topics-40")
+    uids = raw_folder.read(raw_folder.find(named), "Topics-40", "utf-8").splits["train"].uids[::4]
+    (named / "validation.txt").write_text("".join(f"{uid}\n" for uid in uids))
+    data = {"raw_dir": str(named), "data_dir": str(tmp_path / "data")}
+    fields, workdir = modes.override(own_fields, {"data": data}), tmp_path / "run"
+    assert run("tune", fields, workdir) == 0
+    assert f"{len(uids)} validation documents" in capsys.readouterr().out
+    assert (workdir / "checkpoints").is_dir() and not (workdir / "tune").exists()
+    content = json.loads((workdir / "tuned.json").read_text())
+    assert content["validation"]["documents"] == len(uids) and content["accepted"]
+    opened = build.data(fields)
+    assert (opened.num_documents, len(opened.validation)) == (200 - len(uids), len(uids))
+    by_name = with_weights(fields, weights="tuned")
+    assert run("evaluate", by_name, workdir) == 0  # on the test split
+    (named / "validation.txt").write_text(f"{uids[0]}\n")
+    other = modes.override(by_name, {"data": {"data_dir": str(tmp_path / "other")}})
+    with pytest.raises(ValueError, match=r"data: validation file: .* there, .* here"):
+        run("evaluate", other, workdir)

@@ -14,6 +14,7 @@ from xmc_jax.data import (
     bundled,
     prepare,
     prompts,
+    raw_folder,
     record_report,
     records,
     store,
@@ -62,6 +63,13 @@ def run(
 def data(fields: Mapping[str, Any]) -> store.Store:
     """The dataset folder of a config, with its image folder; what is not there is made."""
     return distributed.first_then_others("data", lambda: _data(fields))
+
+
+def names_validation(fields: Mapping[str, Any]) -> bool:
+    """Whether the raw files of a config name validation documents; records are converted."""
+    section = fields["data"]
+    raw = distributed.first_then_others("raw", lambda: _raw(section))
+    return raw is not None and raw_folder.names_validation(raw)
 
 
 def pictures(fields: Mapping[str, Any]) -> pathlib.Path | None:

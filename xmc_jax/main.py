@@ -4,9 +4,10 @@ Modes:
     prepare   make the dataset folder and the image folder of the config, and say what is in them.
     train     the same if needed; train or go on with the run in --workdir, and evaluate it.
     evaluate  evaluate a checkpoint of --workdir; --config.eval.* may differ from training.
-    tune      choose the weights of retrieval-augmented inference on held-out training documents,
-              training a run without them first if --workdir has none; evaluate and the other
-              modes use them with --config.eval.augmented.weights=tuned.
+    tune      choose the weights of retrieval-augmented inference on validation documents: those
+              that the data name, else training documents that are held out, of a run without them
+              that is trained first if there is none; evaluate and the other modes use the weights
+              with --config.eval.augmented.weights=tuned.
     embed     write the embeddings of documents and labels that the checkpoint gives.
     index     build the ScaNN index of its labels, save it, and measure its recall and speed.
     export    write its encoder as a folder for Hugging Face and sentence-transformers, or with

@@ -174,16 +174,20 @@ def _report(asked: Asked) -> int:
 
 
 def _tune(asked: Asked) -> int:
-    """Chooses weights on held-out documents; trains a run without those if there is none."""
+    """Chooses weights on validation documents; trains a run without these if there is none.
+
+    The run of the workdir itself is without them if the data name them, or if its config holds some
+    out; otherwise another run is trained in `tune`, without the documents drawn for it.
+    """
     fields, folder = asked.fields, asked.workdir
     # The choice starts from the config's own settings.
     held_out = {"eval": {"augmented": {"weights": "config"}, "compare_scann": False}}
-    if not fields["data"]["validation_fraction"]:
+    if not fields["data"]["validation_fraction"] and not build.names_validation(fields):
         share = RunConfig.from_dict(fields).tune.validation_fraction
         held_out["data"], folder = {"validation_fraction": share}, folder / "tune"
     run = _begun(override(fields, held_out), folder)
     if not loop.is_finished(run, folder):
-        logging.info("%s: training without the held-out documents", folder)
+        logging.info("%s: training without the validation documents", folder)
         try:
             trained = loop.train(run, folder)
         except loop.Interrupted as interrupted:

@@ -108,11 +108,12 @@ def test_interruption_leaves_nothing_and_is_made_good(config, monkeypatch):
 def test_other_inputs_are_refused_until_overwrite(config, raw_folder):
     folder = prepare.prepare(config)
     with pytest.raises(
-        ValueError, match=r"with text title_content, found title; .*data_dir.*--overwrite"
+        ValueError,
+        match=r"from other inputs \(text: 'title' there, 'title_content' here\).*--overwrite",
     ):
         prepare.prepare(dataclasses.replace(config, text="title_content"))
     (raw_folder / "filter_labels_test.txt").write_text("2 3\n")
-    with pytest.raises(ValueError, match=r"with raw\.filter\.sha256 \w{64}, found \w{64}"):
+    with pytest.raises(ValueError, match=r"raw\.filter\.sha256: '\w{64}' there, '\w{64}' here"):
         prepare.prepare(config)
     prepare.prepare(dataclasses.replace(config, overwrite=True))
     assert store.open(folder, verify=True).filter("test").tolist() == [[2, 3]]
@@ -191,7 +192,7 @@ def test_missing_files_are_named(config, raw_folder):
 
 
 def test_published_counts_are_checked(config):
-    with pytest.raises(ValueError, match=r"'train': 294805, .*found \{'train': 20, "):
+    with pytest.raises(ValueError, match=r"'labels': 131073\}, found \{'labels': 9\}; other data"):
         prepare.prepare(dataclasses.replace(config, dataset="LF-AmazonTitles-131K"))
 
 
@@ -251,6 +252,58 @@ def test_validation_split_without_sources(config, raw_folder):
     assert (data.num_documents, data.num_test) == (15, 5)
     with pytest.raises(ValueError, match="expected to leave documents to train on"):
         prepare.prepare(dataclasses.replace(config, validation_fraction=0.99))
+
+
+def named(raw_folder, rows):
+    """Makes some of the training documents validation documents."""
+    (raw_folder / "validation.txt").write_text("".join(f"trn{row}\n" for row in rows))
+
+
+def test_named_validation_documents(config, raw_folder):
+    """They are in neither of the other splits; what may not be predicted is no label of theirs."""
+    plain = store.open(prepare.prepare(config))
+    out, left = [3, 4, 19], [i for i in range(20) if i not in (3, 4, 19)]
+    named(raw_folder, out)
+    data = store.open(
+        prepare.prepare(dataclasses.replace(config, data_dir=config.data_dir / "named")),
+        verify=True,
+    )
+    assert data.splits == ("train", "test", "label", "validation")
+    assert data.manifest["validation"] is None  # the test split is the test file
+    for split, rows in (("train", left), ("validation", out)):
+        assert data.uids(split) == [f"trn{row}" for row in rows]
+        assert data.raw_rows()[split].tolist() == rows
+        texts = plain.train.tokens[rows]
+        np.testing.assert_array_equal(getattr(data, split).tokens, texts)
+        np.testing.assert_array_equal(data.groups(split), plain.groups("train")[rows])
+    for split in ("test", "label"):
+        np.testing.assert_array_equal(getattr(data, split).tokens, getattr(plain, split).tokens)
+    # 3 7 and 19 5 of the training filter; document 3 has the labels 3 and 7.
+    assert data.filter("validation").tolist() == [[0, 7], [2, 5]]
+    np.testing.assert_array_equal(data.filter("test"), plain.filter("test"))
+    positives = [
+        data.positives("validation").take(np.array([i])).indices.tolist() for i in range(3)
+    ]
+    assert positives == [[3], [0, 4], [1, 3]]
+    taken = plain.positives("train").take(np.array(left))
+    np.testing.assert_array_equal(data.positives("train").indices, taken.indices)
+    assert "validation" in prepare.report(data.folder)
+    np.testing.assert_array_equal(data.label_frequency, np.bincount(taken.indices, minlength=9))
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "message"),
+    [
+        ([1, 1], 0.0, r"validation\.txt:2: expected a uid per line, each once, found 'trn1'"),
+        ([1, 77], 0.0, r"expected uids of 2 documents of trn\.json\.gz, found 1 with these"),
+        (range(20), 0.0, "expected training documents with labels to be left, found none"),
+        ([1], 0.2, r"validation_fraction: expected 0, since .*validation\.txt names the .*"),
+    ],
+)
+def test_named_validation_documents_that_do_not_fit(config, raw_folder, rows, fraction, message):
+    named(raw_folder, rows)
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(dataclasses.replace(config, validation_fraction=fraction))
 
 
 @pytest.mark.parametrize(
@@ -433,7 +486,7 @@ def test_bare_and_other_folders_are_told_apart(config, bare):
     prepare.prepare(bare).rename(folder.with_name("bare"))
     shutil.rmtree(folder)
     folder.with_name("bare").rename(folder)
-    with pytest.raises(ValueError, match="prepared with special_tokens True, found False"):
+    with pytest.raises(ValueError, match="special_tokens: False there, True here"):
         prepare.prepare(config)
 
 

@@ -28,7 +28,7 @@ def store(tmp_path) -> Store:
         manifest={},
         digest="",
         _positives={"train": positives},
-        _filter=np.zeros((0, 2), np.int32),
+        _filter={},
         **splits,
     )
 

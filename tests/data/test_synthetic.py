@@ -16,7 +16,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="pictures need the extra visi
 
 from PIL import Image  # noqa: E402
 
-from xmc_jax.data import holdout, raw_folder, synthetic  # noqa: E402
+from xmc_jax.data import raw_folder, synthetic  # noqa: E402
 from xmc_jax.data.synthetic import Shop, SyntheticConfig  # noqa: E402
 
 SMALL = SyntheticConfig(documents=101, test_documents=40, labels=90, pixels=24)
@@ -36,8 +36,9 @@ def shop():
     return Shop(SyntheticConfig(test_documents=1500))
 
 
-def read(folder):
-    return raw_folder.read(raw_folder.find(folder), folder.name, "utf-8")
+def read(folder, fraction=0.0):
+    files = raw_folder.find(folder, train_only=fraction > 0)
+    return raw_folder.read(files, folder.name, "utf-8", fraction)
 
 
 def pictures(folder, split):
@@ -95,7 +96,7 @@ def test_siblings_show_one_product_and_stay_together(made):
     groups = dataset.groups["train"]
     np.testing.assert_array_equal(groups, np.arange(101) // 2)
     assert not set(groups) & set(dataset.groups["test"])
-    kept = holdout.hold_out(dataset, 0.2, seed=0)
+    kept = read(made, 0.2)
     assert not set(kept.groups["train"]) & set(kept.groups["test"])
     first, second = (Shop(SMALL).item("train", number) for number in (10, 11))
     assert (first.group, first.category, first.look) == (second.group, second.category, second.look)

@@ -49,7 +49,7 @@ def store():
         test=split(M),
         label=split(L),
         _positives={"train": csr(4, N)[0], "test": csr(5, M)[0]},
-        _filter=FILTER,
+        _filter={"test": FILTER},
     )
 
 

@@ -178,7 +178,7 @@ def test_a_sample_is_of_whole_sources():
 def test_report_and_flags():
     choice = choose(problem(5), sources=np.arange(200) // 2)
     text = tuning.report(choice, TUNE)
-    assert "200 held-out training documents of 100 sources" in text
+    assert "200 validation documents of 100 sources" in text
     assert f"{choice.settings:,} settings" in text
     lines = [line.split() for line in text.splitlines()]
     assert [line[0] for line in lines if line][1:5] == ["P@1", "defaults", "best", "difference"]

@@ -1,6 +1,7 @@
 """Sparse label sets by rows."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,3 +53,10 @@ class Csr:
         counts = np.bincount(rows, minlength=self.rows)
         indptr = np.concatenate([[0], np.cumsum(counts)])
         return Csr(indptr, indices.astype(np.int32), None, self.columns)
+
+
+def concatenated(parts: Sequence[Csr]) -> Csr:
+    """The rows of matrices without values, one matrix after the other; as wide as the widest."""
+    counts = np.concatenate([[0], *(part.counts() for part in parts)])
+    indices = np.concatenate([np.empty(0, np.int32), *(part.indices for part in parts)])
+    return Csr(np.cumsum(counts), indices, None, max((part.columns for part in parts), default=0))

@@ -7,28 +7,25 @@ are merged, and documents without positives are kept, as the reference keeps the
 are paired with a random label, a negative); the report counts all three.
 """
 
+import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tqdm
 
 from xmc_jax import command, packaged
-from xmc_jax.data import bundled, holdout, raw_folder, record_report, record_scan, records, store
+from xmc_jax.data import bundled, raw_folder, record_report, record_scan, records, store
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
-from xmc_jax.data.raw_folder import RawDataset
-from xmc_jax.files.digests import sha256
+from xmc_jax.files import array_files, atomic, json_files, locks, manifests
 
-_BLOCK = 1 << 14  # texts tokenised at a time
+_CUT = "texts_cut.json"  # split -> texts that were cut at max_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,29 +121,23 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
     inputs = _inputs(config, raw_folder.digests(files), identity)
     folder = config.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of one host prepare one after the other
+    # Two processes of one host prepare one after the other.
+    with locks.locked(folder.with_name(f".{folder.name}.lock"), str(folder), wait=True):
         if folder.exists() and not config.overwrite:
             _check_same(folder, inputs)
             return folder
-        dataset = raw_folder.read(files, config.dataset, config.encoding)
-        if config.validation_fraction:
-            dataset = holdout.hold_out(dataset, config.validation_fraction, config.seed)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-        partial.mkdir()
-        _write(partial, dataset, inputs, tokenizer)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        with atomic.replaced_folder(folder) as partial:
+            _write(partial, config, files, inputs, tokenizer)
     return folder
 
 
 def report(folder: pathlib.Path) -> str:
-    """A few lines on a dataset folder: counts, labels per document, token lengths, what was cut."""
-    manifest = store.open(folder).manifest
+    """A few lines on a dataset folder: counts, labels per document, token lengths, cut texts."""
+    manifest, cut = store.open(folder).manifest, json_files.read(folder / _CUT, optional=True)
     lines = [f"{manifest['dataset']} in {folder}"]
     for split, counts in manifest["report"].items():
+        if split in cut:
+            counts = counts | {"texts_cut": cut[split]}
         lines.append(f"  {split:5}  " + "  ".join(f"{k} {v:,}" for k, v in counts.items()))
     return "\n".join(lines)
 
@@ -287,39 +278,52 @@ def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> d
 
 
 def _check_same(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
-    recorded = {"special_tokens": True} | dict(_leaves(store.open(folder).manifest))
-    for field, value in _leaves({"special_tokens": True} | inputs):
-        if recorded.get(field) != value:
-            raise ValueError(
-                f"{folder}: expected to have been prepared with {field} {value}, found "
-                f"{recorded.get(field)}; choose another folder (--out, --config.data.data_dir), or "
-                "make this one anew with python -m xmc_jax.data.prepare --overwrite"
-            )
+    """Raises ValueError if a folder was made from other inputs, or is damaged."""
+    recorded, inputs = ({"special_tokens": True} | x for x in (store.open(folder).manifest, inputs))
+    differ = manifests.difference({name: recorded.get(name) for name in inputs}, inputs)
+    if differ:
+        raise ValueError(
+            f"{folder}: made from other inputs ({'; '.join(differ)}); choose another folder "
+            "(--out, --config.data.data_dir), or make this one anew with python -m "
+            "xmc_jax.data.prepare --overwrite"
+        )
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _write(
+    partial: pathlib.Path,
+    config: PrepareConfig,
+    files: Mapping[str, pathlib.Path],
+    inputs: dict[str, Any],
+    tokenizer: Any,
+) -> None:
+    """Fills the folder, block by block of the raw files."""
+    written: dict[str, _SplitTexts] = {}
+    with (
+        contextlib.ExitStack() as stack,
+        tqdm.tqdm(desc="tokenising", unit="text", disable=None) as bar,
+    ):
 
+        def keep(split: str, items: Items) -> None:
+            if split not in written:
+                written[split] = stack.enter_context(_SplitTexts(partial, split, inputs, tokenizer))
+            written[split].add(items)
+            bar.update(len(items))
 
-def _write(partial: pathlib.Path, dataset: RawDataset, inputs: dict[str, Any], tokenizer) -> None:
-    total = sum(len(items.titles) for items in dataset.splits.values())
-    with tqdm.tqdm(total=total, desc="tokenising", unit="text", disable=None) as bar:
-        summary = {
-            split: _write_texts(partial, split, items, inputs, tokenizer, bar)
-            for split, items in dataset.splits.items()
-        }
-    for split, merged in dataset.merged.items():
-        positives = dataset.splits[split].positives
+        dataset = raw_folder.read(
+            files, config.dataset, config.encoding, config.validation_fraction, config.seed, keep
+        )
+    summary = {split: written[split].facts() for split in dataset.splits}
+    cut = {split: written[split].cut for split in dataset.splits}
+    for split, items in dataset.splits.items():
+        if split == "label":
+            continue
+        positives = items.positives
         np.save(partial / f"{split}.positives.indptr.npy", positives.indptr)
         np.save(partial / f"{split}.positives.indices.npy", positives.indices)
         summary[split] |= {
             "labels_per_document": round(len(positives.indices) / positives.rows, 4),
             "without_positives": int((positives.counts() == 0).sum()),
-            "duplicates_merged": merged,
+            "duplicates_merged": dataset.merged.get(split, 0),
         }
     for split, groups in dataset.groups.items():
         np.save(partial / f"{split}.groups.npy", groups)
@@ -327,43 +331,80 @@ def _write(partial: pathlib.Path, dataset: RawDataset, inputs: dict[str, Any], t
         np.save(partial / f"{split}.raw_rows.npy", rows)
     np.save(partial / "filter.npy", dataset.filter)
     summary["test"]["filter_pairs"] = len(dataset.filter)
+    if dataset.validation_filter is not None:
+        np.save(partial / "validation.filter.npy", dataset.validation_filter)
+        summary["validation"]["filter_pairs"] = len(dataset.validation_filter)
     used = np.unique(dataset.splits["train"].positives.indices)
-    summary["label"]["without_documents"] = len(dataset.splits["label"].titles) - len(used)
-    files = {}
-    for path in sorted(partial.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            files[path.name] |= {"dtype": str(array.dtype), "shape": list(array.shape)}
-    manifest = json.dumps(inputs | {"report": summary, "files": files}, indent=1)
+    summary["label"]["without_documents"] = len(dataset.splits["label"]) - len(used)
+    contents = manifests.files(partial)
+    for name in contents:
+        if name.endswith(".npy"):
+            array = array_files.mapped(partial / name)
+            contents[name] |= {"dtype": str(array.dtype), "shape": list(array.shape)}
+    manifest = json.dumps(inputs | {"report": summary, "files": contents}, indent=1)
+    # Beside the manifest, whose digest checkpoints name: it says what it always said.
+    (partial / _CUT).write_text(json.dumps(cut) + "\n", encoding="utf-8")
     (partial / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
 
 
-def _write_texts(partial, split: str, items: Items, inputs, tokenizer, bar) -> dict[str, Any]:
-    """Writes tokens, lengths, uids and titles of a split; returns the facts for the report."""
-    texts = items.titles
-    if inputs["text"] == "title_content":
-        texts = [f"{title} {content}".strip() for title, content in zip(texts, items.contents)]
-    shape = (len(texts), inputs["max_length"])
-    tokens = np.lib.format.open_memmap(partial / f"{split}.tokens.npy", "w+", np.int32, shape)
-    lengths, whole = np.zeros((2, len(texts)), np.int32)
-    for start in range(0, len(texts), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        tokens[block], lengths[block], whole[block] = tokenizers.encode_measured(
-            tokenizer, texts[block], inputs["max_length"], inputs.get("special_tokens", True)
+class _SplitTexts:
+    """The files of a split's texts, written block by block: tokens, lengths, uids, titles."""
+
+    def __init__(self, partial: pathlib.Path, split: str, inputs: dict[str, Any], tokenizer: Any):
+        self._lengths_file = partial / f"{split}.lengths.npy"
+        self._max_length, self._tokenizer = inputs["max_length"], tokenizer
+        self._with_content = inputs["text"] == "title_content"
+        self._special_tokens = inputs.get("special_tokens", True)
+        self._lengths: list[np.ndarray] = []
+        self._whole: list[np.ndarray] = []
+        self._blank = 0
+        self._stack = contextlib.ExitStack()
+        self._tokens = self._stack.enter_context(
+            array_files.appended(partial / f"{split}.tokens.npy", np.int32, self._max_length)
         )
-        bar.update(len(texts[block]))
-    tokens.flush()
-    np.save(partial / f"{split}.lengths.npy", lengths.astype(np.uint16))
-    for name, column in (("uids", items.uids), ("titles", items.titles)):
-        (partial / f"{split}.{name}.txt").write_bytes(store.lines(column))
-    return {
-        "count": len(texts),
-        "tokens_mean": round(float(whole.mean()), 2),
-        **{f"tokens_p{p}": int(np.percentile(whole, p)) for p in (50, 90, 99, 100)},
-        "truncated": round(float((whole > lengths).mean()), 4),
-        "blank_texts": sum(not text.strip() for text in texts),
-    }
+        self._files = {
+            name: self._stack.enter_context((partial / f"{split}.{name}.txt").open("wb"))
+            for name in ("uids", "titles")
+        }
+
+    def __enter__(self) -> "_SplitTexts":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        if self._lengths and error[0] is None:
+            np.save(self._lengths_file, np.concatenate(self._lengths).astype(np.uint16))
+
+    def add(self, items: Items) -> None:
+        """Writes the items that follow."""
+        texts = items.titles
+        if self._with_content:
+            texts = [f"{title} {more}".strip() for title, more in zip(texts, items.contents)]
+        tokens, lengths, whole = tokenizers.encode_measured(
+            self._tokenizer, texts, self._max_length, self._special_tokens
+        )
+        self._tokens(tokens)
+        self._lengths.append(lengths)
+        self._whole.append(whole)
+        self._blank += sum(not text.strip() for text in texts)
+        self._files["uids"].write(store.lines(items.uids))
+        self._files["titles"].write(store.lines(items.titles))
+
+    @property
+    def cut(self) -> int:
+        """Texts that are longer than the tokens of them that are kept."""
+        return int((np.concatenate(self._whole) > np.concatenate(self._lengths)).sum())
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the texts."""
+        whole = np.concatenate(self._whole)
+        return {
+            "count": len(whole),
+            "tokens_mean": round(float(whole.mean()), 2),
+            **{f"tokens_p{p}": int(np.percentile(whole, p)) for p in (50, 90, 99, 100)},
+            "truncated": round(self.cut / len(whole), 4),
+            "blank_texts": self._blank,
+        }
 
 
 if __name__ == "__main__":

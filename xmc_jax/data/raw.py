@@ -8,25 +8,29 @@ is accepted is exact and large files are still fast.
 import codecs
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import pathlib
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from xmc_jax.data.csr import Csr
+from xmc_jax.data.csr import Csr, concatenated
 
 # Possessive quantifiers: no backtracking, so that no line takes more than linear time.
 _ENTRY = rb"\d++:[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d++)?+"
 _ROW = re.compile(rb"[ \t]*+(?:" + _ENTRY + rb"(?:[ \t]++|$))*+")
 _PAIR = re.compile(rb"[ \t]*+\d++[ \t]++\d++[ \t]*+")
 _HEADER = re.compile(rb"[ \t]*+(\d{1,10})[ \t]++(\d{1,10})[ \t]*+")
+_FEATURES_HEADER = re.compile(rb"[ \t]*+\d{1,10}(?:[ \t]++\d{1,10}){2}[ \t]*+")
 _MAX_ID = 2**31 - 1  # ids are kept as int32
 _BLOCK = 1 << 16  # lines parsed at a time
+_ITEMS, _BYTES = 1 << 14, 2 << 20  # items and bytes of lines that a block of items has at most
 # What is compressed far beyond what texts and numbers are is made to fill the memory: so many bytes
 # are free, and those after them may be so many times those of the file. A line counts as so many
 # more, as it takes time even where it is empty.
@@ -41,8 +45,8 @@ class Items:
 
     Attributes:
         uids: n identifiers; row numbers where the file has none.
-        titles: n texts.
-        contents: n longer texts, "" where the file has none.
+        titles: n texts; none where the texts were handed on while the file was read.
+        contents: n longer texts, "" where the file has none; likewise.
         positives: labels of each item, as in the file; None where the file says nothing of labels.
     """
 
@@ -50,6 +54,17 @@ class Items:
     titles: list[str]
     contents: list[str]
     positives: Csr | None
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def take(self, rows: Sequence[int]) -> "Items":
+        """The items of these rows, in that order."""
+        lists = [
+            [column[row] for row in rows] for column in (self.uids, self.titles, self.contents)
+        ]
+        positives = None if self.positives is None else self.positives.take(np.asarray(rows, int))
+        return Items(*lists, positives)
 
 
 def read_items(path, encoding: str = "utf-8", num_labels: int | None = None) -> Items:
@@ -66,22 +81,42 @@ def read_items(path, encoding: str = "utf-8", num_labels: int | None = None) -> 
     Raises:
         ValueError: names file, line, what was expected and what was found.
     """
+    return together(list(blocks(path, encoding, num_labels)))
+
+
+def blocks(path, encoding: str = "utf-8", num_labels: int | None = None) -> Iterator[Items]:
+    """What `read_items` reads, some megabytes of it at a time; nothing of an empty file.
+
+    Args:
+        path: see `read_items`.
+        encoding: likewise.
+        num_labels: likewise.
+
+    Raises:
+        ValueError: see `read_items`; the blocks before are good.
+    """
     path = pathlib.Path(path)
     if encoding not in ("utf-8", "latin-1"):
         raise ValueError(f"{path}: expected encoding utf-8 or latin-1, got {encoding!r}")
     name = path.name.removesuffix(".gz")
     if name.endswith((".json", ".jsonl")):
-        return _read_json(path, encoding, num_labels)
-    if not name.endswith(".txt"):
+        yield from _json_blocks(path, encoding, num_labels)
+    elif name.endswith(".txt"):
+        yield from _text_blocks(path, encoding)
+    else:
         raise ValueError(
             f"{path}: expected a name ending in .json, .jsonl or .txt (or these + .gz)"
         )
-    texts = [_decode(path, number, line, encoding) for number, line in _lines(path)]
-    pairs = [text.split("->", 1) for text in texts]
-    # Decided for the file as a whole: a title may well contain an arrow.
-    if texts and all(len(p) == 2 and p[0] and not any(map(str.isspace, p[0])) for p in pairs):
-        return Items([p[0] for p in pairs], [p[1] for p in pairs], [""] * len(pairs), None)
-    return Items([str(i) for i in range(len(texts))], texts, [""] * len(texts), None)
+
+
+def together(parts: Sequence[Items]) -> Items:
+    """The items of several blocks, one block after the other."""
+    columns = [
+        [one for part in parts for one in getattr(part, name)]
+        for name in ("uids", "titles", "contents")
+    ]
+    positives = [part.positives for part in parts]
+    return Items(*columns, concatenated(positives) if parts and positives[0] is not None else None)
 
 
 def read_label_matrix(path) -> Csr:
@@ -102,6 +137,12 @@ def read_label_matrix(path) -> Csr:
         return _read_npz(path)
     lines = _lines(path)
     _, first = next(lines, (1, b""))
+    if _FEATURES_HEADER.fullmatch(first):
+        raise ValueError(
+            f"{path}:1: expected 'rows columns' of a matrix of labels, found {_shown(first)}, as a "
+            "file of features begins: points, features, labels; take the matrix of labels alone "
+            "(trn_X_Y.txt, tst_X_Y.txt), which the repository has with the raw texts"
+        )
     header = _HEADER.fullmatch(first)
     if not header or int(header[2]) > _MAX_ID:
         raise ValueError(
@@ -243,48 +284,142 @@ def most_bytes(path: pathlib.Path) -> int:
     return _FREE_BYTES + _EXPANSION * path.stat().st_size
 
 
-def _read_json(path: pathlib.Path, encoding: str, num_labels: int | None) -> Items:
-    limit = _MAX_ID if num_labels is None else num_labels
-    uids, titles, contents = [], [], []
-    counts, labels = [], []
-    blank = without_labels = 0
+def read_names(path) -> list[str]:
+    """Reads a file of identifiers, one per line, each once.
+
+    Args:
+        path: a text file or its `.gz` form, UTF-8.
+
+    Raises:
+        ValueError: names file, line, what was expected and what was found.
+    """
+    path = pathlib.Path(path)
+    names: dict[str, int] = {}
     for number, line in _lines(path):
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise ValueError(f"{path}:{blank}: expected a JSON object, found a blank line")
-        text = _decode(path, number, line, encoding)
+        name = _decode(path, number, line, "utf-8")
+        if not name or names.setdefault(name, number) != number:
+            raise ValueError(
+                f"{path}:{number}: expected a uid per line, each once, found {_shown(line)}"
+            )
+    return list(names)
+
+
+def _chunks(path: pathlib.Path) -> Iterator[list[tuple[int, bytes]]]:
+    """Numbered lines, as many at a time as a block has."""
+    chunk: list[tuple[int, bytes]] = []
+    size = 0
+    for number, line in _lines(path):
+        if chunk and (len(chunk) == _ITEMS or size + len(line) > _BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((number, line))
+        size += len(line)
+    if chunk:
+        yield chunk
+
+
+def _text_blocks(path: pathlib.Path, encoding: str) -> Iterator[Items]:
+    # Decided for the file as a whole: a title may well contain an arrow.
+    with_ids = all(
+        _split_id(_decode(path, number, line, encoding)) for number, line in _lines(path)
+    )
+    first = 0
+    for chunk in _chunks(path):
+        texts = [_decode(path, number, line, encoding) for number, line in chunk]
+        if with_ids:
+            uids, texts = map(list, zip(*map(_split_id, texts)))
+        else:
+            uids = list(map(str, range(first, first + len(texts))))
+        first += len(texts)
+        yield Items(uids, texts, [""] * len(texts), None)
+
+
+def _split_id(text: str) -> tuple[str, str] | None:
+    """The id before an arrow and the text behind it; None where there is none."""
+    uid, arrow, rest = text.partition("->")
+    return (uid, rest) if arrow and uid and not any(map(str.isspace, uid)) else None
+
+
+def _json_blocks(path: pathlib.Path, encoding: str, num_labels: int | None) -> Iterator[Items]:
+    reader = _JsonReader(path, encoding, num_labels)
+    for chunk in _chunks(path):
+        yield reader.block(chunk)
+
+
+class _JsonReader:
+    """Reads objects; remembers what all of a file's objects have to agree on."""
+
+    def __init__(self, path: pathlib.Path, encoding: str, num_labels: int | None):
+        self._path, self._encoding, self._columns = path, encoding, num_labels
+        self._limit = _MAX_ID if num_labels is None else num_labels
+        self._count, self._blank = 0, 0
+        self._labelled: bool | None = None
+
+    def block(self, chunk: Sequence[tuple[int, bytes]]) -> Items:
+        columns: tuple[list[str], ...] = ([], [], [])
+        labels: list[list[int]] = []
+        for number, line in chunk:
+            if not line.strip():
+                self._blank = self._blank or number
+                continue
+            if self._blank:
+                raise ValueError(
+                    f"{self._path}:{self._blank}: expected a JSON object, found a blank line"
+                )
+            item = self._object(number, line)
+            for column, field in zip(columns, self._texts(number, line, item)):
+                column.append(field)
+            if item.get("target_ind") is not None:
+                labels.append(self._labels(number, item))
+            labelled = item.get("target_ind") is not None
+            if self._labelled not in (None, labelled):
+                raise ValueError(
+                    f"{self._path}:{number}: expected target_ind in all objects or in none, found "
+                    f"one {'with' if labelled else 'without'} it"
+                )
+            self._labelled = labelled
+            self._count += 1
+        if not self._labelled:
+            return Items(*columns, None)
+        counts = np.fromiter(map(len, labels), np.int64, len(labels))
+        indices = np.fromiter(itertools.chain.from_iterable(labels), np.int32, counts.sum())
+        width = int(indices.max(initial=-1)) + 1 if self._columns is None else self._columns
+        return Items(*columns, Csr(np.concatenate([[0], np.cumsum(counts)]), indices, None, width))
+
+    def _object(self, number: int, line: bytes) -> dict[str, Any]:
+        text = _decode(self._path, number, line, self._encoding)
         try:
             item = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object, found {_shown(line)}"
-            ) from error
+        except (ValueError, RecursionError):
+            item = None
         if not isinstance(item, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {_shown(line)}")
-        fields = [item.get("uid", str(len(uids))), item.get("title"), item.get("content", "")]
+            raise ValueError(f"{self._path}:{number}: expected a JSON object, found {_shown(line)}")
+        return item
+
+    def _texts(self, number: int, line: bytes, item: dict[str, Any]) -> list[str]:
+        """Identifier, title and content."""
+        fields = [item.get("uid", str(self._count)), item.get("title"), item.get("content", "")]
         if not all(isinstance(field, str) for field in fields):
             raise ValueError(
-                f"{path}:{number}: expected text in title, uid and content, found {_shown(line)}"
+                f"{self._path}:{number}: expected text in title, uid and content, found "
+                f"{_shown(line)}"
             )
         if b"\\ud" in line.lower() and any("\ud800" <= c <= "\udfff" for c in "".join(fields)):
-            raise ValueError(f"{path}:{number}: expected Unicode text, found half of a \\u pair")
-        for column, field in zip((uids, titles, contents), fields):
-            column.append(field)
-        targets = item.get("target_ind")
-        if targets is None:
-            without_labels += 1
-            continue
-        weights = item.get("target_rel", [])
+            raise ValueError(
+                f"{self._path}:{number}: expected Unicode text, found half of a \\u pair"
+            )
+        return fields
+
+    def _labels(self, number: int, item: dict[str, Any]) -> list[int]:
+        targets, weights = item["target_ind"], item.get("target_rel", [])
         if not (
             isinstance(targets, list)
             and set(map(type, targets)) <= {int}
-            and all(0 <= target < limit for target in targets)
+            and all(0 <= target < self._limit for target in targets)
         ):
             raise ValueError(
-                f"{path}:{number}: expected target_ind to be a list of labels in [0, {limit}), "
-                f"found {_shown(repr(targets).encode())}"
+                f"{self._path}:{number}: expected target_ind to be a list of labels in "
+                f"[0, {self._limit}), found {_shown(repr(targets).encode())}"
             )
         if not (
             isinstance(weights, list)
@@ -293,22 +428,10 @@ def _read_json(path: pathlib.Path, encoding: str, num_labels: int | None) -> Ite
             and all(0 < weight < float("inf") for weight in weights)
         ):
             raise ValueError(
-                f"{path}:{number}: expected target_rel to be {len(targets)} positive numbers, "
-                f"found {_shown(repr(weights).encode())}"
+                f"{self._path}:{number}: expected target_rel to be {len(targets)} positive "
+                f"numbers, found {_shown(repr(weights).encode())}"
             )
-        counts.append(len(targets))
-        labels.append(np.asarray(targets, np.int32))
-    if without_labels == len(uids):
-        return Items(uids, titles, contents, None)
-    if without_labels:
-        raise ValueError(
-            f"{path}: expected target_ind in all {len(uids)} objects or in none, "
-            f"found {without_labels} without"
-        )
-    indices = np.concatenate(labels)
-    columns = int(indices.max(initial=-1)) + 1 if num_labels is None else num_labels
-    indptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    return Items(uids, titles, contents, Csr(indptr, indices, None, columns))
+        return targets
 
 
 def _read_npz(path: pathlib.Path) -> Csr:

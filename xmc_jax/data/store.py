@@ -3,7 +3,8 @@
 The folder: `{train,test,label}.tokens.npy` i32[n, T] right padded, `.lengths.npy` u16[n],
 `.uids.txt`, `.titles.txt`; `{train,test}.positives.{indptr,indices}.npy`; `{train,test}.groups.npy`
 i32[n] where sources are known; `{train,test}.raw_rows.npy` i32[n] where documents are held out;
-`filter.npy` i32[p, 2]; and `manifest.json`, written last. Images have a folder of their own, see
+`filter.npy` i32[p, 2]; the same of `validation`, with `validation.filter.npy`, where the raw files
+name validation documents; and `manifest.json`, written last. Images have a folder of their own, see
 `images`.
 """
 
@@ -28,6 +29,7 @@ from xmc_jax.types import DataShape, Inputs, Prompts, own_tokens
 FORMAT = 1
 """Version of the folder's layout."""
 SPLITS = ("train", "test", "label")
+_DOCUMENTS = ("train", "test", "validation")  # the last one perhaps
 _NAME = re.compile(r"[\w.-]+\.(?:npy|txt)")
 _SCANNED = 1 << 24  # bytes looked through for line ends at a time
 
@@ -74,7 +76,9 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Store:
-    """A dataset folder; see the module. `split` is "train", "test" or "label" throughout.
+    """A dataset folder; see the module.
+
+    `split` is "train", "test", "label" or, where there is one, "validation" throughout.
 
     Attributes:
         folder: where it lies.
@@ -83,6 +87,8 @@ class Store:
         train: texts of the N training documents.
         test: texts of the M test documents (held-out training documents in a validation split).
         label: texts of the L labels.
+        validation: texts of the validation documents that the raw files name, which are neither
+            trained on nor tested on; None where they name none.
         images: the image folder whose images the splits have; None for text only.
     """
 
@@ -93,7 +99,8 @@ class Store:
     test: Split
     label: Split
     _positives: Mapping[str, Csr]
-    _filter: np.ndarray
+    _filter: Mapping[str, np.ndarray]
+    validation: Split | None = None
     images: ImageStore | None = None
 
     def with_images(self, images: ImageStore, per_item: int) -> "Store":
@@ -108,21 +115,14 @@ class Store:
         """
         if per_item < 1:
             raise ValueError(f"data.images.per_item: expected at least 1, got {per_item}")
-        held_out = self.manifest["validation"] is not None
+        raw_rows = self.raw_rows()
         splits = {}
-        for name in SPLITS:
-            split, source, items = getattr(self, name), name, None
-            if held_out and name != "label":
-                source, file = "train", f"{name}.raw_rows.npy"
-                if file not in self.manifest["files"]:
-                    raise ValueError(
-                        f"{self.folder}: expected {file}, which says whose images are whose, found "
-                        "a folder made before there were images; make it anew with python -m "
-                        "xmc_jax.data.prepare --overwrite"
-                    )
-                items = np.load(self.folder / file, allow_pickle=False)
+        for name in self.splits:
+            split, source, items = getattr(self, name), name, raw_rows.get(name)
+            if items is not None:
+                source = "train"
                 what = f"{images.folder}/manifest.json: train items"
-                _compare(what, len(self.train) + len(self.test), len(images.train))
+                _compare(what, sum(map(len, raw_rows.values())), len(images.train))
             else:
                 uids = self.manifest["files"][f"{name}.uids.txt"]["sha256"]
                 what = f"{images.folder}/manifest.json: source.uids.{name}"
@@ -133,6 +133,11 @@ class Store:
                 split, images=rows, per_item=per_item, image_items=items
             )
         return dataclasses.replace(self, images=images, **splits)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits that it has."""
+        return SPLITS if self.validation is None else (*SPLITS, "validation")
 
     @property
     def shape(self) -> DataShape:
@@ -186,14 +191,38 @@ class Store:
         return a, b
 
     def positives(self, split: str) -> Csr:
-        """Labels of each document of "train" or "test", each once, ascending."""
+        """Labels of each document of "train", "test" or "validation", each once, ascending."""
         return self._positives[split]
 
     def filter(self, split: str = "test") -> np.ndarray:
-        """i32[p, 2]: (document, label) pairs to remove from predictions; of "test" only."""
-        if split != "test":
-            raise ValueError(f"{self.folder}: expected filter pairs of test, got {split!r}")
-        return self._filter
+        """i32[p, 2]: (document, label) pairs to remove from predictions; "train" has none."""
+        if split not in self._filter:
+            splits = " or ".join(self._filter)
+            raise ValueError(f"{self.folder}: expected filter pairs of {splits}, got {split!r}")
+        return self._filter[split]
+
+    def raw_rows(self) -> dict[str, np.ndarray]:
+        """Split -> i32[n], the row of each of its documents in the raw training file.
+
+        Empty where the training file is the training split.
+
+        Raises:
+            ValueError: the folder was made before it kept them.
+        """
+        files = {split: f"{split}.raw_rows.npy" for split in _DOCUMENTS}
+        drawn = self.manifest["validation"] is not None
+        for split in ("train", "test") if drawn else ():
+            if files[split] not in self.manifest["files"]:
+                raise ValueError(
+                    f"{self.folder}: expected {files[split]}, which says whose images are whose, "
+                    "found a folder made before there were images; make it anew with python -m "
+                    "xmc_jax.data.prepare --overwrite"
+                )
+        return {
+            split: np.load(self.folder / file, allow_pickle=False)
+            for split, file in files.items()
+            if file in self.manifest["files"]
+        }
 
     @property
     def vocabulary_size(self) -> int:
@@ -284,7 +313,11 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
             _compare(f"{path}: shape", recorded["shape"], list(array.shape))
             arrays[name.removesuffix(".npy")] = array
     _check_arrays(folder, arrays, manifest["max_length"])
-    splits = {s: Split(arrays[f"{s}.tokens"], arrays[f"{s}.lengths"]) for s in SPLITS}
+    documents = [split for split in _DOCUMENTS if f"{split}.tokens" in arrays]
+    splits = {
+        split: Split(arrays[f"{split}.tokens"], arrays[f"{split}.lengths"])
+        for split in (*documents, "label")
+    }
     positives = {
         split: Csr(
             arrays[f"{split}.positives.indptr"],
@@ -292,16 +325,20 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
             None,
             len(splits["label"]),
         )
-        for split in ("train", "test")
+        for split in documents
     }
     return Store(
         folder=folder,
         manifest=manifest,
         digest=hashlib.sha256(content).hexdigest(),
         _positives=positives,
-        _filter=arrays["filter"],
+        _filter={split: arrays[_filter_name(split)] for split in documents if split != "train"},
         **splits,
     )
+
+
+def _filter_name(split: str) -> str:
+    return "filter" if split == "test" else f"{split}.filter"
 
 
 def escape(text: str) -> str:
@@ -400,7 +437,8 @@ def _check_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
                 f"{manifest.get(field)!r:.100}; make the folder anew with python -m "
                 "xmc_jax.data.prepare --overwrite"
             )
-    for name in (f"{split}.{kind}.txt" for split in SPLITS for kind in ("uids", "titles")):
+    splits = (*SPLITS, "validation") if "validation.tokens.npy" in files else SPLITS
+    for name in (f"{split}.{kind}.txt" for split in splits for kind in ("uids", "titles")):
         if name not in files:
             raise ValueError(f"{folder}/manifest.json: files: expected {name}, found none")
 
@@ -423,11 +461,12 @@ def _check_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], max_le
             _compare(f"{folder}/{name}.npy", f"numbers in [0, {limit})", found)
 
     count = {}
-    for split in SPLITS:
+    documents = _DOCUMENTS if "validation.tokens" in arrays else ("train", "test")
+    for split in ("label", *documents):
         lengths = check(f"{split}.lengths", np.uint16, None)
         within(f"{split}.lengths", lengths, max_length + 1)
         count[split] = len(check(f"{split}.tokens", np.int32, len(lengths), max_length))
-    for split in ("train", "test"):
+    for split in documents:
         name = f"{split}.positives.indptr"
         indptr = check(name, np.int64, count[split] + 1)
         indices = check(f"{split}.positives.indices", np.int32, None)
@@ -437,9 +476,10 @@ def _check_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], max_le
         for name in (f"{split}.groups", f"{split}.raw_rows"):
             if name in arrays:
                 check(name, np.int32, count[split])
-    pairs = check("filter", np.int32, None, 2)
-    within("filter", pairs[:, 0], count["test"])
-    within("filter", pairs[:, 1], count["label"])
+        if split != "train":
+            pairs = check(_filter_name(split), np.int32, None, 2)
+            within(_filter_name(split), pairs[:, 0], count[split])
+            within(_filter_name(split), pairs[:, 1], count["label"])
 
 
 def _compare(what: str, expected: Any, found: Any) -> None:

@@ -68,13 +68,9 @@ def thumbnails(
 def _of_split(source: pathlib.Path, data: Store, split: str, items: np.ndarray) -> dict[Item, str]:
     from xmc_jax.vision import images, sources  # what it imports is an extra
 
-    name, uids, rows = split, data.uids(split), items
-    if data.manifest["validation"] is not None and split != "label":
-        # Held-out documents are some of the raw training documents.
-        places = {
-            s: np.load(data.folder / f"{s}.raw_rows.npy", allow_pickle=False)
-            for s in ("train", "test")
-        }
+    name, uids, rows, places = split, data.uids(split), items, data.raw_rows()
+    if split in places:
+        # Documents of several splits are those of the raw training file.
         name, rows, uids = "train", places[split][items], [""] * sum(map(len, places.values()))
         for part, numbers in places.items():
             for number, uid in zip(numbers.tolist(), data.uids(part)):

@@ -28,7 +28,7 @@ def belongs(fields: Mapping[str, Any], store: Store) -> dict[str, Any]:
 
     Args:
         fields: a config as nested mappings.
-        store: its data, whole or a validation split.
+        store: its data, whole or with documents held out.
     """
     apart = (*workdirs.RESUMABLE, *_APART)
     recipe = {
@@ -39,7 +39,7 @@ def belongs(fields: Mapping[str, Any], store: Store) -> dict[str, Any]:
     raw = store.manifest["raw"]
     files = {
         f"data: {role} file": raw[role]["sha256"]
-        for role in ("train", "train labels", "label")
+        for role in ("train", "train labels", "label", "validation")
         if role in raw
     }
     return json.loads(json.dumps(recipe | files))  # tuples are lists there
@@ -58,7 +58,7 @@ def write(
         workdir: local or remote.
         choice: see `tuning.choose`.
         fields: the config, see `belongs`.
-        store: the validation split.
+        store: the data that were tuned on.
         tune: what was asked for.
     """
     path = epath.Path(workdir) / FILE
@@ -81,7 +81,7 @@ def write(
         },
         "standard_errors_of_differences": choice.standard_errors["difference"],
         "validation": {
-            **store.manifest["validation"],
+            **(store.manifest["validation"] or {}),  # how they were drawn, if they were
             "data": store.digest,
             "documents": choice.documents,
             "sources": choice.sources,

@@ -50,8 +50,8 @@ class TuneConfig:
         metric: to maximise: names of metrics joined by "+", whose mean it is. The default is of the
             first place (P@1), of the first five (P@5), and of their order (nDCG@5): what tables
             show first. P@1 alone changes with few documents and would choose by chance.
-        validation_fraction: share of the training documents that are held out, where the config of
-            the run holds none out.
+        validation_fraction: share of the training documents that are held out, where neither the
+            data name validation documents nor the config of the run holds any out.
         max_documents: held-out documents that are used, in whole sources.
         folds: parts for the estimate of the gain: settings are chosen on all parts but one and
             measured on that one, in turn.
@@ -152,8 +152,23 @@ def parse_metric(metric: str) -> tuple[tuple[str, int], ...]:
     return tuple((name, int(k)) for name, _, k in parts)
 
 
+def split_of(store: Store) -> str:
+    """The split whose documents are for tuning: those that the data name, or drawn ones.
+
+    Raises:
+        ValueError: the store has none.
+    """
+    if store.validation is not None:
+        return "validation"
+    if store.manifest["validation"] is None:
+        raise ValueError(
+            f"tune: expected held-out training documents in {store.folder}, found the test split"
+        )
+    return "test"
+
+
 def tune(
-    test: np.ndarray,
+    documents: np.ndarray,
     labels: np.ndarray | exact.Database,
     train: np.ndarray | exact.Database,
     store: Store,
@@ -167,41 +182,38 @@ def tune(
     All processes search; the first one chooses, and alone gets what it chose.
 
     Args:
-        test: f32[M, D], unit embeddings of the validation documents.
+        documents: f32[M, D], unit embeddings of the documents of `split_of(store)`.
         labels: f32[L, D], unit embeddings or prototypes of the labels.
         train: f32[N, D], unit embeddings of the train documents.
-        store: a validation split.
+        store: the dataset.
         config: of the search, and the settings to start from.
         tune: see `TuneConfig`.
         mesh: see `exact.search`.
         prior: f[L], see `augmented.augment`.
 
     Raises:
-        ValueError: the store's test documents are no held-out training documents, mixing is off,
-            or there are too few sources.
+        ValueError: the store has no documents for tuning, mixing is off, or there are too few
+            sources.
     """
-    if store.manifest["validation"] is None:
-        raise ValueError(
-            f"tune: expected held-out training documents in {store.folder}, found the test split"
-        )
+    split = split_of(store)
     if not config.augmented.enabled:
         raise ValueError("tune: expected --config.eval.augmented.enabled=True, got False")
-    sources = store.groups("test")
-    sources = np.arange(store.num_test) if sources is None else np.asarray(sources)
+    sources = store.groups(split)
+    sources = np.arange(len(documents)) if sources is None else np.asarray(sources)
     rows = sample(sources, tune.max_documents, tune.seed)
-    pairs = store.filter("test")
+    pairs = store.filter(split)
     pairs = pairs[np.isin(pairs[:, 0], rows)]
     pairs = np.stack([np.searchsorted(rows, pairs[:, 0]), pairs[:, 1]], axis=1)
     space, extra = _space(config.augmented, tune, prior), filtered_per_document(pairs)
     depths = _depths(space, config.augmented.mode, extra)
-    found = evaluate.retrieve(test[rows], labels, train, config, *depths, mesh)
+    found = evaluate.retrieve(documents[rows], labels, train, config, *depths, mesh)
     if not distributed.is_first():
         return None
     started = time.perf_counter()
     choice = choose(
         *found,
         store.positives("train"),
-        store.positives("test").take(rows),
+        store.positives(split).take(rows),
         pairs,
         config,
         tune,
@@ -345,7 +357,7 @@ def report(choice: Choice, tune: TuneConfig) -> str:
     }
     rows["its standard error"] = choice.standard_errors["difference"]
     lines = [
-        f"{choice.documents:,} held-out training documents of {choice.sources:,} sources, "
+        f"{choice.documents:,} validation documents of {choice.sources:,} sources, "
         f"{choice.settings:,} settings",
         "",
         evaluate.format_table(rows, columns),

@@ -160,7 +160,7 @@ class Run(Program):
         return self._placed(state.replace(boundaries=state.boundaries + 1, tables=t))
 
     def embed(self, params: Any, split: str, pooled: bool = False) -> np.ndarray:
-        """f32[n, D] on the host, the embeddings of "train", "test" or "label" items.
+        """f32[n, D] on the host, the embeddings of the items of a split of the store.
 
         Args:
             params: trainable parameters.
@@ -208,12 +208,12 @@ class Run(Program):
         )
 
     def tune(self, state: TrainState) -> tuning.Choice | None:
-        """Chooses weights of retrieval-augmented inference on held-out documents.
+        """Chooses weights of retrieval-augmented inference on validation documents.
 
-        See `tuning.tune`; the dataset is to be a validation split. None but in process 0.
+        See `tuning.tune`. None but in process 0.
         """
         return tuning.tune(
-            self.embed(state.params, "test"),
+            self.embed(state.params, tuning.split_of(self.data)),
             self.embed_index(state),
             self._documents(state),
             self.data,
@@ -264,7 +264,7 @@ class Run(Program):
     @functools.cached_property
     def _widths(self) -> tuple[int, ...]:
         """Of blocks that are encoded; more where there are more blocks to save padding in."""
-        splits = [getattr(self.data, name) for name in store.SPLITS]
+        splits = [getattr(self.data, name) for name in self.data.splits]
         lengths = [s.own_tokens(np.arange(len(s)), self.groups.prompts) for s in splits]
         blocks = sum(map(len, lengths)) // self.config.train.encode_batch_size
         return packing.widths(np.concatenate(lengths), 1 + min(blocks // 16, 7))
@@ -293,7 +293,7 @@ class Run(Program):
                 f"{data.folder}: expected texts {expected} the tokenizer's special tokens, as "
                 f"{self.source.name} ({self.sizes.family}) takes them; prepare it anew"
             )
-        empty = [s for s in store.SPLITS if not getattr(data, s).lengths.all()]
+        empty = [s for s in data.splits if not getattr(data, s).lengths.all()]
         if empty and not prompts.head + prompts.tail:
             raise ValueError(
                 f"{data.folder}: {empty} have texts without any token; set --config.fusion.prefix "
