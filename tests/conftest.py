@@ -175,7 +175,6 @@ def fields(topics, backbone, tmp_path_factory) -> dict:
         "log_every": 2,
         "eval_every": 1,
     }
-    fields["eval"]["compare_scann"] = False
     return fields
 
 

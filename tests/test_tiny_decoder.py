@@ -44,7 +44,6 @@ def fields(raw, tmp_path_factory) -> dict:
     fields = vixml.get_config("tiny_decoder").to_dict()
     data_dir = str(tmp_path_factory.mktemp("data"))
     fields["data"] |= {"dataset": "Debian-300", "raw_dir": str(raw), "data_dir": data_dir}
-    fields["eval"]["compare_scann"] = False
     fields["train"] |= {"batch_size": DOCUMENTS // (STEPS // 4), "epochs": 4}
     return fields
 

@@ -36,12 +36,11 @@ def test_every_document_once_per_epoch(n, size):
     np.testing.assert_array_equal(np.unique(whole), np.arange(n))
 
 
-def test_batch_larger_than_the_data():
-    with pytest.raises(
-        ValueError,
-        match=r"at most the 20 training documents, got 21; set --config\.train\.batch_size=20",
-    ):
-        batches.complete(order_of(20), 21)
+def test_a_batch_of_more_than_all_documents_repeats_them():
+    assert batches.complete(order_of(3), 8).tolist() == [*order_of(3)] * 2 + [*order_of(3)[:2]]
+    assert batches.fitting_batch_size(20, 8, multiple=4) == 8
+    assert batches.fitting_batch_size(9, 256, multiple=1) == 9
+    assert batches.fitting_batch_size(9, 256, multiple=8) == 16
 
 
 @pytest.mark.parametrize("per_document", [1, 3])

@@ -184,8 +184,14 @@ def test_bad_input_is_named(store):
         ev.evaluate(TEST, LABELS, store, ev.EvalConfig())
     with pytest.raises(ValueError, match=r"eval\.index: expected exact or scann, got 'faiss'"):
         ev.EvalConfig(index="faiss")
-    with pytest.raises(ValueError, match=r"eval\.ks: .*\[1, 50\].*100"):
-        ev.EvalConfig(k=50)
+    with pytest.raises(ValueError, match=r"eval\.k: expected at least 1 prediction, got 0"):
+        ev.EvalConfig(k=0)
+    with pytest.raises(ValueError, match=r"eval\.ks: .* at least 1, got \(0, 5\)"):
+        ev.EvalConfig(ks=(0, 5))
+
+
+def test_cut_offs_hold_1_and_none_above_k():
+    assert ev.EvalConfig(ks=(3, 100, 5), k=5).ks == (1, 3, 5)
 
 
 def test_documents_to_look_at_are_spread_evenly(monkeypatch):

@@ -27,26 +27,24 @@ def complete(order: np.ndarray, batch_size: int) -> np.ndarray:
         batch_size: B.
 
     Returns:
-        i32[ceil(N / B) * B]; the documents of a batch are all different.
-
-    Raises:
-        ValueError: N < B, where a batch would hold a document twice.
+        i32[ceil(N / B) * B]; the documents of a batch are all different if N >= B.
 
     Departs: the reference ends its epoch with a short batch; a completed one keeps shapes static,
     visits every document, and has as many steps.
     """
-    check_batch_size(len(order), batch_size)
-    missing = -len(order) % batch_size
-    return np.concatenate([order, order[:missing]])
+    return np.resize(order, -(-len(order) // batch_size) * batch_size)
 
 
-def check_batch_size(num_documents: int, batch_size: int) -> None:
-    """Raises a ValueError where a batch would hold a document twice."""
-    if num_documents < batch_size:
-        raise ValueError(
-            f"train.batch_size: expected at most the {num_documents} training documents, got "
-            f"{batch_size}; set --config.train.batch_size={num_documents} or less"
-        )
+def fitting_batch_size(num_documents: int, batch_size: int, multiple: int) -> int:
+    """The documents of a batch: `batch_size`, or all documents where these are fewer.
+
+    Args:
+        num_documents: N.
+        batch_size: the most that are wanted, divisible by `multiple`.
+        multiple: parts that a batch is divided into. All documents are rounded up to a multiple of
+            it; `complete` then repeats some.
+    """
+    return min(batch_size, -(-num_documents // multiple) * multiple)
 
 
 class Sampler:
@@ -87,7 +85,6 @@ class Sampler:
             raise ValueError(
                 f"batches: expected weighting among {', '.join(WEIGHTINGS)}, got {weighting!r}"
             )
-        check_batch_size(store.num_documents, batch_size)
         self._store = store
         self._positives = store.positives("train")
         self._batch_size = batch_size
@@ -211,7 +208,9 @@ class Sampler:
     def _sampled_lengths(self, number: int) -> np.ndarray:
         """i64[g, m], tokens of each group of a batch of documents in random order."""
         generator = rng.host(self._seed, rng.Stream.ROOM, number)
-        batch = generator.choice(self._store.num_documents, self._batch_size, replace=False)
+        count = self._store.num_documents
+        some = generator.choice(count, min(count, self._batch_size), replace=False)
+        batch = np.resize(some, self._batch_size)
         if self._all_labels:
             return self._by_group(self._store.train.own_tokens(batch, self._groups.prompts))
         positives = self._positives.take(batch)

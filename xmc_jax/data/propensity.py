@@ -6,6 +6,9 @@ import numpy as np
 def inverse_propensity(frequency: np.ndarray, num_documents: int, a: float, b: float) -> np.ndarray:
     """1 / p_l = 1 + C (N_l + b)^-a, with C = (ln N - 1) (b + 1)^a; largest for the rarest labels.
 
+    With fewer than 3 documents C would be negative and a propensity above 1; it is 0 there, so that
+    every propensity is 1.
+
     Args:
         frequency: i64[L], N_l, training documents of each label.
         num_documents: N, training documents.
@@ -13,16 +16,9 @@ def inverse_propensity(frequency: np.ndarray, num_documents: int, a: float, b: f
         b: offset of the dataset, 2.6 for Amazon's.
 
     Returns:
-        f64[L], each above 1.
-
-    Raises:
-        ValueError: fewer than 3 documents, for which C is negative.
+        f64[L], each at least 1.
 
     Source: Jain, Prabhu, Varma, KDD 2016; pyxclib, compute_inv_propesity (natural logarithm).
     """
-    if num_documents < 3:
-        raise ValueError(
-            f"inverse_propensity: expected at least 3 training documents, got {num_documents}"
-        )
-    c = (np.log(num_documents) - 1.0) * (b + 1.0) ** a
+    c = max(np.log(num_documents) - 1.0, 0.0) * (b + 1.0) ** a
     return 1.0 + c * (np.asarray(frequency, np.float64) + b) ** -a

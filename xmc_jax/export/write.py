@@ -152,7 +152,7 @@ def _fill(
     content["ranking"] = dataclasses.asdict(
         dataclasses.replace(mix, enabled=mix.enabled and config.documents)
     )
-    many = data.num_labels >= run.config.eval.scann.brute_force_below
+    many = run.config.eval.scann.builds_tree(data.num_labels)
     if config.index == "scann" or (config.index == "auto" and many and scann.available()):
         content["index"] = _part("index", data.num_labels, model) | _index(
             folder / "index", run, state, embeddings

@@ -27,13 +27,15 @@ class EvalConfig:
     """How test documents are evaluated.
 
     Attributes:
-        ks: cut-offs of the metrics.
-        k: predictions kept per document, at least the largest cut-off.
+        ks: cut-offs of the metrics, ascending. 1 is always among them, and those above `k` are left
+            out.
+        k: predictions kept per document.
         index: "exact" or "scann".
         augmented: retrieval-augmented inference.
         scann: of `index="scann"`.
-        compare_scann: with `index="exact"`, also build a ScaNN tree, however small the database,
-            and report its recall and both speeds, where scann is installed.
+        compare_scann: with `index="exact"`, also build a ScaNN tree of the labels and report its
+            recall and both speeds, where scann is installed. Fewer labels than
+            `scann.brute_force_below` need no tree, and nothing is compared.
         query_block: documents searched at a time by exact search.
         database_block: labels or documents scored at a time by exact search, per device.
         recall_target: of exact search; below 1 TPUs take a faster one, see `exact.search`.
@@ -52,10 +54,12 @@ class EvalConfig:
     def __post_init__(self):
         if self.index not in ("exact", "scann"):
             raise ValueError(f"eval.index: expected exact or scann, got {self.index!r}")
-        if not self.ks or min(self.ks) < 1 or max(self.ks) > self.k:
-            raise ValueError(
-                f"eval.ks: expected cut-offs in [1, {self.k}], the predictions kept, got {self.ks}"
-            )
+        if self.k < 1:
+            raise ValueError(f"eval.k: expected at least 1 prediction, got {self.k}")
+        if min(self.ks, default=1) < 1:
+            raise ValueError(f"eval.ks: expected cut-offs of at least 1, got {self.ks}")
+        cut_offs = {1, *(cut_off for cut_off in self.ks if cut_off <= self.k)}
+        object.__setattr__(self, "ks", tuple(sorted(cut_offs)))
         if min(self.query_block, self.database_block) < 1:
             raise ValueError(
                 f"eval: expected query_block and database_block of at least 1, got "
@@ -171,12 +175,12 @@ class _Search:
         config, k = self._config, min(k, len(database))
         if config.index == "scann":
             return self._approximate(name, exact.to_host(database), config.scann, k)
-        if config.compare_scann and name == "labels" and scann.available():
-            tree = dataclasses.replace(config.scann, brute_force_below=0)
+        compared = config.compare_scann and name == "labels" and scann.available()
+        if compared and config.scann.builds_tree(len(database)):
             rows = exact.to_host(database)
             if distributed.is_first():
                 k_compared = min(config.k, len(rows))
-                built = scann.ScannIndex.build(rows, tree, self._others, k_compared)
+                built = scann.ScannIndex.build(rows, config.scann, self._others, k_compared)
                 self.index[name] = scann.compare(built, rows, self._some, k_compared)
         blocks = config.query_block, config.database_block
         return exact.search(self._test, database, k, *blocks, self._mesh, config.recall_target)

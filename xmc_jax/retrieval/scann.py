@@ -40,6 +40,7 @@ _REORDERS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 # AMD EPYC, D = 384, 131,073 rows).
 _CANDIDATE = 50
 _TOGETHER = 4  # queries that a tree is given at a time
+_FEWEST_ROWS = 16  # ScaNN quantises with 16 centers, and needs a row for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ScannConfig:
     `recall_target` on a sample of queries at the least cost.
 
     Attributes:
-        brute_force_below: a database of fewer rows is searched exhaustively.
+        brute_force_below: a database of fewer rows is searched exhaustively, as is one of fewer
+            than 16, for which ScaNN cannot build a tree.
         recall_target: share of the exact k that is to be found.
         leaves: of the tree; 3 sqrt(L) by default.
         dimensions_per_block: quantised together; 2, or what makes 256 blocks of a larger D, which
@@ -65,6 +67,10 @@ class ScannConfig:
     dimensions_per_block: int | None = None
     leaves_searched: float | None = None
     reorder: float | None = None
+
+    def builds_tree(self, rows: int) -> bool:
+        """Whether an index of so many rows is a tree."""
+        return rows >= max(self.brute_force_below, _FEWEST_ROWS)
 
     def __post_init__(self):
         for name in ("leaves", "dimensions_per_block", "reorder"):
@@ -108,7 +114,7 @@ class ScannIndex:
         queries: np.ndarray | None = None,
         k: int = 100,
     ) -> "ScannIndex":
-        """Builds an index for inner products; above `brute_force_below` a tree with SOAR spilling.
+        """Builds an index for inner products: with many rows a tree with SOAR spilling.
 
         Args:
             database: f32[L, D], finite.
@@ -131,7 +137,8 @@ class ScannIndex:
             dimensions_per_block=config.dimensions_per_block or max(2, -(-width // 256)),
         )
         builder = scann.scann_ops_pybind.builder(database, 1, "dot_product")
-        if exhaustive := count < config.brute_force_below:
+        exhaustive = not config.builds_tree(count)
+        if exhaustive:
             builder = builder.score_brute_force()
         else:
             builder = builder.tree(
@@ -215,7 +222,7 @@ class ScannIndex:
         if not 1 <= k <= self.count:
             raise ValueError(f"scann: expected k in [1, {self.count}], the rows indexed, got {k}")
         options, size = {"final_num_neighbors": k}, 1
-        if self.count >= self.config.brute_force_below:
+        if self.config.builds_tree(self.count):
             candidates = min(math.ceil(self.config.reorder * k), self.count)
             share = max(self.config.leaves_searched, candidates / self.count)
             options["pre_reorder_num_neighbors"] = candidates

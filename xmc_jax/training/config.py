@@ -16,7 +16,7 @@ class TrainConfig:
     """How long, in which batches, and how often what is written.
 
     Attributes:
-        batch_size: documents per step over all devices (B).
+        batch_size: documents per step over all devices (B); all of them where there are fewer.
         epochs: passes over the training documents.
         seed: of every random stream.
         n_chunks: see `step.Step`.

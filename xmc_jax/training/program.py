@@ -35,6 +35,7 @@ class Program:
         devices: what it runs on, or would; all devices of all processes by default.
 
     Attributes:
+        config: as given, but with a `train.batch_size` of no more than there are documents.
         shape: see above.
         mesh: of the devices.
         source: where the backbone comes from.
@@ -60,10 +61,11 @@ class Program:
         prompts: Prompts = NO_PROMPTS,
         devices: Sequence[jax.Device] | None = None,
     ):
+        self.mesh = sharding.make_mesh(config.mesh, devices)
+        shards = sharding.num_shards("batch", self.mesh)
+        config = _fitting(config, shape.documents, shards)
         train = config.train
         self.config, self.shape = config, shape
-        self.mesh = sharding.make_mesh(config.mesh, devices)
-        batches.check_batch_size(shape.documents, train.batch_size)
         self.steps_per_epoch = -(-shape.documents // train.batch_size)
         if train.labels == "all" and config.tables.centroids == "ema":
             raise ValueError(
@@ -75,7 +77,6 @@ class Program:
         labels = shape.labels
         if train.labels == "sampled":
             labels = train.batch_size * train.positives_per_document
-        shards = sharding.num_shards("batch", self.mesh)
         losses.num_blocks(train.batch_size, labels, config.loss, shards)  # or refused
         self.source = hf.resolve(
             config.encoder.backbone,
@@ -108,7 +109,7 @@ class Program:
         if train.packed:
             rest = dataclasses.replace(prompts, head=())
             self.groups = packing.Groups(
-                shards=sharding.num_shards("batch", self.mesh),
+                shards=shards,
                 chunks=train.n_chunks,
                 prompts=rest,
                 width=shape.length + shape.images_per_item + len(rest.middle) + len(rest.tail),
@@ -285,6 +286,19 @@ class Program:
                 leaf_order=i32(documents),
             ),
         )
+
+
+def _fitting(config: RunConfig, documents: int, shards: int) -> RunConfig:
+    """The config with smaller batches if there are fewer training documents than in one."""
+    train, loss = config.train, config.loss
+    size = batches.fitting_batch_size(documents, train.batch_size, shards * train.n_chunks)
+    if size == train.batch_size:
+        return config
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(train, batch_size=size),
+        loss=dataclasses.replace(loss, block=None),  # it was a divisor of the larger batch
+    )
 
 
 def shardings(abstract: Any) -> Any:

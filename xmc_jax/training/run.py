@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from xmc_jax import rng, sharding
@@ -49,7 +50,15 @@ class Run(Program):
     ):
         super().__init__(config, data.shape, prompts, devices)
         self.data = data
+        wanted, config = config.train.batch_size, self.config
         train = config.train
+        if train.batch_size != wanted:
+            logging.info(
+                "train.batch_size: %d training documents are fewer than %d: each step has all of "
+                "them",
+                data.num_documents,
+                wanted,
+            )
         self.sampler = batches.Sampler(
             data,
             train.batch_size,
