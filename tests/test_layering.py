@@ -49,6 +49,7 @@ HOMES = {
     "uvicorn": ("serve/",),
     "PIL": (
         "vision/images.py",
+        "vision/isolated.py",
         "vision/descriptor.py",
         "vision/encoders.py",
         "data/synthetic.py",
@@ -63,6 +64,7 @@ HOMES = {
     "ml_collections": ("main.py",),
     "optax": ("training/",),
     "orbax": ("checkpoint.py",),
+    "pillow_heif": ("vision/images.py",),
     "pyarrow": (
         "data/synthetic.py",
         "data/tables.py",

@@ -59,6 +59,67 @@ def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
     return b"".join(parts)
 
 
+def png(depth: int, colour: int, rows: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of samples [H, W] or [H, W, channels], whatever Pillow can write.
+
+    Args:
+        depth: bits of a sample; of fewer than 8, W is a multiple of 8.
+        colour: type as the format numbers them.
+        rows: values of `depth` bits.
+        *chunks: between header and pixels.
+    """
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, colour, 0, 0, 0)
+    body = b"".join(b"\0" + packed(row, depth, ">") for row in rows)
+    return png_of((b"IHDR", head), *chunks, (b"IDAT", zlib.compress(body)), (b"IEND", b""))
+
+
+def packed(samples: np.ndarray, depth: int, order: str) -> bytes:
+    """Samples of `depth` bits, one behind the other."""
+    if depth >= 8 and depth != 12:
+        return samples.astype(f"{order}{samples.dtype.kind}{depth // 8}").tobytes()
+    bits = np.unpackbits(samples.astype(">u2").reshape(-1, 1).view(np.uint8), axis=1)
+    return np.packbits(bits[:, 16 - depth :]).tobytes()
+
+
+def tiff(samples: np.ndarray, depth: int, photometric: int, order: str = "<", **tags) -> bytes:
+    """An uncompressed TIFF of samples [H, W] or [H, W, channels], whatever Pillow can write.
+
+    Args:
+        samples: values of `depth` bits.
+        depth: bits of a sample.
+        photometric: 0 white is zero, 1 black is zero, 2 RGB, 3 palette, 5 CMYK.
+        order: of bytes, "<" or ">".
+        **tags: extra (of alpha: 1 multiplied, 2 not), format (2 signed, 3 floats) and colormap.
+    """
+    height, width, *channels = samples.shape
+    count, data = (channels or [1])[0], packed(samples, depth, order)
+    fields = {
+        256: ("I", [width]),
+        257: ("I", [height]),
+        258: ("H", [depth] * count),
+        259: ("H", [1]),
+        262: ("H", [photometric]),
+        273: ("I", [8]),
+        277: ("H", [count]),
+        278: ("I", [height]),
+        279: ("I", [len(data)]),
+        339: ("H", [tags.get("format", 1)] * count),
+    }
+    fields |= {338: ("H", [tags["extra"]])} if "extra" in tags else {}
+    fields |= {320: ("H", tags["colormap"])} if "colormap" in tags else {}
+    entries, values = b"", b""
+    after = 8 + len(data) + 2 + 12 * len(fields) + 4
+    for tag, (kind, numbers) in sorted(fields.items()):
+        value = struct.pack(f"{order}{len(numbers)}{kind}", *numbers)
+        if len(value) > 4:
+            value, values = struct.pack(f"{order}I", after + len(values)), values + value
+        entries += struct.pack(f"{order}HHI", tag, {"H": 3, "I": 4}[kind], len(numbers))
+        entries += value.ljust(4, b"\0")
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    start = mark + struct.pack(f"{order}I", 8 + len(data)) + data
+    return start + struct.pack(f"{order}H", len(fields)) + entries + bytes(4) + values
+
+
 def _palette(**options: Any) -> bytes:
     return encoded(picture(40, 30).quantize(17), "PNG", **options)
 

@@ -375,15 +375,13 @@ def _preparation(encoder: Encoder, alpha: str) -> Callable[[bytes | str], np.nda
         if isinstance(data, str):
             return data
         try:
-            image = images.decode(data, small, alpha)
-        except ValueError:
-            with alone:
-                try:
-                    image = images.decode(data, alpha=alpha)
-                except ValueError as error:
-                    return str(error).removeprefix("image: ")
-                return encoder.prepare(image)
-        return encoder.prepare(image)
+            try:
+                return encoder.prepare(images.decode(data, small, alpha))
+            except images.TooLarge:
+                with alone:
+                    return encoder.prepare(images.decode(data, alpha=alpha))
+        except ValueError as error:
+            return str(error).removeprefix("image: ")
 
     return prepare
 

@@ -18,7 +18,6 @@ after its retries is recorded and not asked for again, except with --retry_faile
 import array
 import asyncio
 import collections
-import contextlib
 import csv
 import dataclasses
 import fcntl
@@ -420,11 +419,11 @@ class _Check:
         self._large = ThreadPoolExecutor(1)  # one thread: allocators keep memory for each
 
     def __call__(self, data: bytes) -> None:
-        with contextlib.suppress(ValueError):
-            images.decode(data, self._small)
-            return
         try:
-            self._large.submit(images.decode, data, self._full).result().close()
+            try:
+                images.decode(data, self._small)
+            except images.TooLarge:
+                self._large.submit(images.decode, data, self._full).result().close()
         except ValueError as error:
             raise Failure("image", str(error).removeprefix("image: ")) from None
 

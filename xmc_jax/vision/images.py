@@ -1,16 +1,40 @@
 """Images: bytes to RGB within limits, RGB to the pixels that an encoder was trained on."""
 
 import dataclasses
+import importlib.util
 import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
-# What is decoded, and nothing else: Pillow knows formats that run other programs. Not AVIF, whose
-# decoder allots what the picture inside says, which may be a thousandfold of the size stated.
+# What is decoded, and nothing else: Pillow knows formats that run other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_ISOLATED = ("AVIF", "HEIF")  # as Pillow names what `isolated` decodes
+_PLUGIN = "pillow_heif"
+# How files begin. A name is for refusals, so that they need not show what is in the file.
+_SIGNATURES = {
+    b"\xff\xd8\xff": "a JPEG",
+    b"\x89PNG": "a PNG",
+    b"GIF8": "a GIF",
+    b"BM": "a BMP",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"II+\0": "a BigTIFF",
+    b"MM\0+": "a BigTIFF",
+    b"\xff\x0a": "a JPEG XL",
+    b"\0\0\0\x0cJXL ": "a JPEG XL",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000",
+    b"\xffO\xffQ": "a JPEG 2000",
+    b"8BPS": "a Photoshop file",
+    b"\0\0\1\0": "an icon",
+    b"%PDF": "a PDF",
+    b"%!PS": "a PostScript file",
+    b"PK\3\4": "a zip archive",
+    b"\x1f\x8b": "a gzip file",
+}
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # A JPEG may ask for a pass over all its pixels per scan; encoders make about ten. The two bytes of
 # a scan's marker may also turn up by chance, outside of the picture.
 _SCAN, _FREE_SCANS, _BYTES_PER_SCAN = b"\xff\xda", 100, 1 << 15
@@ -31,6 +55,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _TIFF_TILE = (322, 323)  # width and length, which may exceed the image's
 
 
@@ -63,8 +88,10 @@ class Limits:
 def decode(data: bytes, limits: Limits = Limits(), alpha: str = "white") -> Image.Image:
     """The first picture in an image file, upright, 8 bits per channel.
 
-    EXIF orientation is applied and colour profiles are not. Of 16 bits the upper 8 are taken;
-    Pillow, and transformers with it, would make every grey above 255 of 65535 white.
+    EXIF orientation is applied and colour profiles are not. Of 10 to 16 bits the upper 8 are taken;
+    of floats, 0 is black and 1 is white. (Pillow, and transformers with it, would make every grey
+    above 255 of 65535 white.) AVIF is decoded where Pillow was built with it, HEIC where the
+    package pillow-heif is installed; see `isolated`.
 
     Args:
         data: the whole file.
@@ -76,28 +103,69 @@ def decode(data: bytes, limits: Limits = Limits(), alpha: str = "white") -> Imag
         An image of mode RGB.
 
     Raises:
-        ValueError: in one line: not one of FORMATS, over a limit, made to be slow, truncated or
-            broken.
+        TooLarge: over a limit.
+        ValueError: in one line: another format, made to be slow, truncated or broken.
     """
     if alpha not in ALPHA:
         raise ValueError(f"alpha: expected one of {ALPHA}, got {alpha!r}")
     if len(data) > limits.max_bytes:
-        raise ValueError(f"image: expected at most {limits.max_bytes} bytes, got {len(data)}")
+        raise TooLarge(f"image: expected at most {limits.max_bytes} bytes, got {len(data)}")
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand.startswith(b"avi") or (brand in _HEIC and b"avif" in data[16:64]):
+        if not features.check("avif"):
+            raise ValueError(
+                "image: expected a format that this Pillow reads, found an AVIF; install Pillow "
+                "11.3 or later, built with AVIF"
+            )
+    elif brand in _HEIC:
+        if importlib.util.find_spec(_PLUGIN) is None:
+            raise ValueError(
+                "image: expected a format that Pillow reads, found a HEIC; pip install pillow-heif"
+            )
+    else:
+        return decode_here(data, limits, alpha)
+    from xmc_jax.vision import isolated  # which imports this module
+
+    return isolated.decode(data, limits, alpha)
+
+
+def register_plugins(threads: int) -> None:
+    """Lets this process decode AVIF and HEIC, each with so many threads; see `isolated`."""
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = threads
+    if importlib.util.find_spec(_PLUGIN):
+        import pillow_heif
+
+        pillow_heif.options.DECODE_THREADS = threads
+        pillow_heif.register_heif_opener()
+
+
+def decode_here(data: bytes, limits: Limits, alpha: str) -> Image.Image:
+    """`decode` in this process, whatever the format."""
     _check_work(data)
+    formats = _ISOLATED if data[4:8] == b"ftyp" else FORMATS
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(image, limits)
             image.load()
-            return _rgb(_upright(image), alpha)
-    except (MemoryError, _Refused):
+            turn = _orientation(image)
+            image = _rgb(image, data, alpha)
+            return image if turn is None else image.transpose(turn)
+    except (MemoryError, _Refused, TooLarge):
         raise
     except Image.UnidentifiedImageError as error:
-        raise ValueError(
-            f"image: expected one of {', '.join(FORMATS)}, found {len(data)} bytes of something "
-            f"else, beginning with {data[:8]!r}"
-        ) from error
+        kind = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
+        if data[8:12] == b"WEBP" or data[4:8] == b"ftyp":
+            kind = "a damaged WebP, AVIF or HEIC"
+        if kind is None and data[:200].lstrip().lower().startswith((b"<html", b"<!doctype html")):
+            kind = "a page in HTML"
+        found = f"{len(data)} bytes of something else"
+        if kind is not None:
+            found = f"{kind} that Pillow does not read"
+        raise ValueError(f"image: expected one of {', '.join(FORMATS)}, found {found}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
+        raise TooLarge(
             f"image: expected at most {limits.max_pixels} pixels, got more: {_one_line(error)}"
         ) from error
     except Exception as error:  # whatever a decoder may raise on bytes from anywhere
@@ -105,6 +173,10 @@ def decode(data: bytes, limits: Limits = Limits(), alpha: str = "white") -> Imag
             f"image: expected a whole image, found {len(data)} bytes that do not decode: "
             f"{_one_line(error)}"
         ) from error
+
+
+class TooLarge(ValueError):
+    """An image over a limit; larger limits may take it."""
 
 
 class _Refused(ValueError):
@@ -154,35 +226,85 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
     for width, height in sizes:
         fits = width * height <= limits.max_pixels and max(width, height) <= limits.max_side
         if not fits or min(width, height) < 1:
-            raise _Refused(
+            raise TooLarge(
                 f"image: expected 1 to {limits.max_pixels} pixels and at most {limits.max_side} "
                 f"per side, got {width} x {height}"
             )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What sets an image upright."""
     # Not ImageOps.exif_transpose, which writes the other tags anew and fails on broken ones.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # a broken tag; the pixels are whole
-        return image
-    known = isinstance(orientation, int) and orientation in _UPRIGHT
-    return image.transpose(_UPRIGHT[orientation]) if known else image
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
 
 
-def _rgb(image: Image.Image, alpha: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise _Refused(
-            f"image: expected 8 or 16 bits per channel, got 32 (Pillow's mode {image.mode})"
-        )
+def _rgb(image: Image.Image, data: bytes, alpha: str) -> Image.Image:
+    """8 bits of red, green and blue of a loaded image, on white if `alpha` says so."""
+    if image.format == "TIFF" and 2 in image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (1,)):
+        raise _Refused("image: expected samples from 0 up, got signed ones, which have no white")
+    if image.mode == "La":  # multiplied by its alpha
+        image = image.convert("LA")
+    opaque = None if image.format != "PNG" else _opaque_of_png(image, data)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey(image)
+    if opaque is not None:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)
+        image.putalpha(Image.fromarray(opaque))
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if transparent and alpha == "white":
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8 bits of greys that have more, black at 0. Pillow does not scale them, nor invert them."""
+    tags = image.tag_v2 if image.format == "TIFF" else {_TIFF_PHOTOMETRIC: 1}
+    samples = np.asarray(image)
+    if image.mode == "I":
+        raise _Refused("image: expected up to 16 bits per channel, or floats, got 32 bits")
+    if image.mode == "F":
+        least, most = samples.min(), samples.max()
+        if not (least >= 0 and most <= 1):
+            raise _Refused(f"image: expected floats from 0 to 1, got {least:g} to {most:g}")
+        grey = np.rint(samples * 255).astype(np.uint8)
+    else:
+        grey = (samples >> (tags.get(_TIFF_BITS, (16,))[0] - 8)).astype(np.uint8)
+    return Image.fromarray(grey if tags.get(_TIFF_PHOTOMETRIC, 0) else 255 - grey)
+
+
+def _opaque_of_png(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """u8[H, W], 0 where a PNG names the colour as transparent and Pillow would not find it.
+
+    Pillow compares 8 bits with the colour as it stands in the file, of 2, 4 or 16.
+    """
+    depth, named = data[24], image.info.get("transparency")
+    if named is None or image.mode == "P" or depth in (1, 8):
+        return None
+    if image.mode == "L":
+        samples = np.asarray(image) // (255 // (2**depth - 1))
+    elif image.mode == "RGB":
+        samples = np.asarray(image).astype(np.uint16) << 8 | _lower_bytes(data)
+    else:
+        samples = np.asarray(image)
+    there = samples == np.asarray(named)
+    return np.where(there.all(-1) if there.ndim == 3 else there, 0, 255).astype(np.uint8)
+
+
+def _lower_bytes(data: bytes) -> np.ndarray:
+    """u8[H, W, 3] of a PNG with 16 bits of red, green and blue: the bytes that Pillow leaves out.
+
+    They are the ones it takes if told that the order of bytes is the other one.
+    """
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+        return np.asarray(image)
 
 
 def thumbnail(image: Image.Image, side: int) -> bytes:
