@@ -7,6 +7,7 @@ digests of its files, see `proof`.
 
 import contextlib
 import math
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from xmc_jax import distributed, proof, workdirs
+from xmc_jax.files import atomic
 
 # Seconds that processes wait for the first one, which reads what it hashes before the commit.
 _TIMEOUT = 3600
@@ -337,13 +339,11 @@ class Checkpoints:
 
 
 def _move_away(folder: epath.Path) -> None:
-    if "://" in str(folder):
+    if atomic.is_remote(folder):
         (folder / "commit_success.txt").unlink()  # Orbax clears away what was never committed
         return
-    target = folder.parent / f"{folder.name}.damaged"
-    if target.exists():  # of an earlier time
-        target.rmtree()
-    folder.rename(target)
+    source = pathlib.Path(folder)
+    atomic.move_folder(source, source.with_name(f"{source.name}.damaged"))
 
 
 def _one_line(error: Exception) -> str:

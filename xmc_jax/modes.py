@@ -1,5 +1,6 @@
 """What `python -m xmc_jax.main` does, mode by mode; each returns the exit code."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -15,6 +16,7 @@ from xmc_jax import build, distributed, report, workdirs
 from xmc_jax.data import image_import, images, prepare
 from xmc_jax.data.store import Store
 from xmc_jax.export import write
+from xmc_jax.files import atomic
 from xmc_jax.inference import artifact, documents, labels
 from xmc_jax.inference import files as prediction_files
 from xmc_jax.inference.config import LabelsConfig, PredictConfig
@@ -137,28 +139,31 @@ def _train(asked: Asked) -> int:
         del differing["name"]
         own, recipe = (override(x, differing) | {"baseline": {}} for x in (fields, asked.recipe))
         runs.insert(0, (name, workdir / "baseline", own, recipe))
-    for name, folder, own, recipe in runs:
-        run = _begun(own, folder)
-        logging.info("%s: %s", folder, name or fields["name"])
-        try:
-            trained = loop.train(run, folder)
-        except loop.Interrupted as interrupted:
-            return _interrupted(interrupted)
-        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
-        zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
-        found = _write(folder, trained.step, zero_shot, trained.evaluation)
-        if folder == workdir:
-            _show(folder, trained.step, found, trained.evaluation, run.data, rows)
-        rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
-        if distributed.is_first():
-            report_files.write_facts(folder, trained.seconds)
-            page.write(
-                folder,
-                run.data,
-                evaluation=trained.evaluation,
-                recipe=recipe,
-                pictures=build.pictures(own),
-            )
+    with contextlib.ExitStack() as stack:
+        for _, folder, _, _ in reversed(runs):
+            stack.enter_context(workdirs.locked(folder))
+        for name, folder, own, recipe in runs:
+            run = _begun(own, folder)
+            logging.info("%s: %s", folder, name or fields["name"])
+            try:
+                trained = loop.train(run, folder)
+            except loop.Interrupted as interrupted:
+                return _interrupted(interrupted)
+            logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
+            zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
+            found = _write(folder, trained.step, zero_shot, trained.evaluation)
+            if distributed.is_first():
+                report_files.write_facts(folder, trained.seconds)
+                page.write(
+                    folder,
+                    run.data,
+                    evaluation=trained.evaluation,
+                    recipe=recipe,
+                    pictures=build.pictures(own),
+                )
+            if folder == workdir:  # printed last: standard output may be closed by now
+                _show(folder, trained.step, found, trained.evaluation, run.data, rows)
+            rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
     return 0
 
 
@@ -185,16 +190,17 @@ def _tune(asked: Asked) -> int:
     if not fields["data"]["validation_fraction"] and not build.names_validation(fields):
         share = RunConfig.from_dict(fields).tune.validation_fraction
         held_out["data"], folder = {"validation_fraction": share}, folder / "tune"
-    run = _begun(override(fields, held_out), folder)
-    if not loop.is_finished(run, folder):
-        logging.info("%s: training without the validation documents", folder)
-        try:
-            trained = loop.train(run, folder)
-        except loop.Interrupted as interrupted:
-            return _interrupted(interrupted)
-        logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
-    step, state = loop.restore(run, folder, asked.step)
-    choice = run.tune(state)
+    with workdirs.locked(folder):
+        run = _begun(override(fields, held_out), folder)
+        if not loop.is_finished(run, folder):
+            logging.info("%s: training without the validation documents", folder)
+            try:
+                trained = loop.train(run, folder)
+            except loop.Interrupted as interrupted:
+                return _interrupted(interrupted)
+            logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
+        step, state = loop.restore(run, folder, asked.step)
+        choice = run.tune(state)
     if choice is not None:
         path = tuned.write(asked.workdir, choice, fields, run.data, run.config.tune)
         print(f"{tuning.report(choice, run.config.tune)}\n\nstep {step} of {folder}; in {path}")
@@ -237,7 +243,6 @@ def _evaluate(asked: Asked, run: Run, step: int, state: TrainState) -> None:
 
 def _embed(asked: Asked, run: Run, step: int, state: TrainState) -> None:
     folder = asked.workdir / "embeddings" / str(step)
-    folder.mkdir(parents=True, exist_ok=True)
     for split in ("test", "train"):
         run.embed_to(state.params, split, folder / f"{split}.npy")
     run.embed_index_to(state, folder / "label.npy")
@@ -312,7 +317,7 @@ def _serve(asked: Asked) -> int:
 def _opened(asked: Asked, verify: bool = True) -> artifact.Artifact:
     """The artifact that was asked for; exports the checkpoint first if the workdir has none."""
     folder = asked.artifact or str(asked.workdir / "export")
-    if "://" in folder:
+    if atomic.is_remote(folder):
         raise ValueError(f"{folder}: expected a local folder; copy it here and name it --artifact")
     if asked.artifact:
         return artifact.open(folder, verify)

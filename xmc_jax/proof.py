@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from xmc_jax.files import json_files
+from xmc_jax.files import atomic, json_files, manifests
 from xmc_jax.files.digests import sha256
 
 FORMAT = 2
@@ -56,10 +56,11 @@ def write(folder: epath.Path, step: int) -> None:
         folder: of the checkpoint, not under its final name yet.
         step: of the checkpoint.
     """
-    names = [name for name in _files(folder) if name not in (MANIFEST, SEAL, *_OF_COMMIT)]
+    later = (MANIFEST, SEAL, *_OF_COMMIT)
+    files = manifests.files(folder, [x for x in manifests.names(folder) if x not in later])
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    content = {"format": FORMAT, "step": step, "packages": packages, "files": _facts(folder, names)}
-    (folder / MANIFEST).write_text(_text(content))
+    content = {"format": FORMAT, "step": step, "packages": packages, "files": files}
+    atomic.write(folder / MANIFEST, _text(content))
 
 
 def seal(folder: epath.Path) -> None:
@@ -68,13 +69,8 @@ def seal(folder: epath.Path) -> None:
     Args:
         folder: of a checkpoint that was just committed.
     """
-    text = _text({"format": FORMAT, "files": _facts(folder, _OF_COMMIT)})
-    if "://" in str(folder):  # there an object is there as a whole or not
-        (folder / SEAL).write_text(text)
-        return
-    partial = folder / f".{SEAL}.partial"
-    partial.write_text(text)
-    partial.replace(folder / SEAL)
+    files = manifests.files(folder, _OF_COMMIT)
+    atomic.write(folder / SEAL, _text({"format": FORMAT, "files": files}))
 
 
 def examine(
@@ -206,29 +202,6 @@ def _parsed(path: epath.Path, data: bytes) -> dict[str, Any]:
 def _within_step(path: epath.Path) -> str:
     item = path.parent.name
     return path.name if item.isdecimal() else f"{item}/{path.name}"
-
-
-def _facts(folder: epath.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{name: size and digest} of files, read at the same time."""
-    names = list(names)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(lambda name: sha256(folder / name), names)
-        sizes = [(folder / name).stat().length for name in names]
-        return {
-            name: {"bytes": size, "sha256": digest}
-            for name, size, digest in zip(names, sizes, digests)
-        }
-
-
-def _files(folder: epath.Path, prefix: str = "") -> list[str]:
-    """The names of all files under a folder, sorted."""
-    names = []
-    for path in folder.iterdir():
-        if path.is_dir():
-            names += _files(path, f"{prefix}{path.name}/")
-        else:
-            names.append(prefix + path.name)
-    return sorted(names)
 
 
 def _text(content: Mapping[str, Any]) -> str:

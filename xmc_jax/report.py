@@ -21,6 +21,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from xmc_jax.files import atomic
+
 _FLUSH_SECONDS = 10  # between two writes of metrics.jsonl, which is written whole
 PHASES = ("step", "data_wait", "compile", "boundary", "eval", "save", "start", "other")
 _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or the kept program
@@ -132,7 +134,7 @@ class _Events:
 
     def __init__(self, folder: epath.Path, first_step: int):
         self._folder, self._local = folder, None
-        if "://" in str(folder):
+        if atomic.is_remote(folder):
             self._local = tempfile.TemporaryDirectory()
         where = self._local.name if self._local else str(folder)
         self._writer = SummaryWriter(where, purge_step=first_step)
@@ -145,7 +147,7 @@ class _Events:
         self._writer.flush()
         if self._local:
             for path in pathlib.Path(self._local.name).iterdir():
-                (self._folder / path.name).write_bytes(path.read_bytes())
+                atomic.write(self._folder / path.name, path.read_bytes())
 
     def close(self) -> None:
         try:
@@ -194,7 +196,6 @@ class Reporter:
         self._lines = [json.dumps(record) + "\n" for record in self._records]
         self._warned: set[str] = set()
         if self._writes:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._events = _Events(self._path.parent / "tensorboard", self.steps + 1)
             self._bar = tqdm(
                 total=total_steps, initial=self.steps, unit="step", desc="train", leave=False
@@ -304,7 +305,7 @@ class Reporter:
         if self._writes:
             self._bar.close()
             try:
-                self._flush()
+                self._flush(durable=True)
             finally:
                 self._events.close()
 
@@ -319,9 +320,9 @@ class Reporter:
         steps = [r["step"] for r in self._records if any(k.startswith("train/") for k in r)]
         return max(steps, default=0)
 
-    def _flush(self) -> None:
-        # Written whole: object stores can neither append nor rename. The checkpoint's copy is the
-        # one that counts, so a run killed in here loses nothing.
-        self._path.write_text("".join(self._lines))
+    def _flush(self, durable: bool = False) -> None:
+        # Written whole: object stores can neither append nor rename. Until the end the checkpoint's
+        # copy is the one that counts, so that training need not wait for the disk.
+        atomic.write(self._path, "".join(self._lines), durable)
         self._events.flush()
         self._flushed = time.perf_counter()

@@ -1,15 +1,17 @@
 """Workdirs: where one can be, the steps of its checkpoints, the config that it belongs to."""
 
+import contextlib
 import importlib.util
 import json
+import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from xmc_jax.files import json_files
+from xmc_jax.files import atomic, json_files, locks, manifests
 
 # Fields that may differ between the run that wrote a workdir and the one that goes on with it.
 RESUMABLE = (
@@ -29,7 +31,7 @@ RESUMABLE = (
     "train.stuck_after",
     "tune",
 )
-_CONFIG = "config.json"
+_CONFIG, _LOCK = "config.json", ".lock"
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
@@ -44,7 +46,7 @@ def steps(workdir: epath.PathLike) -> list[int]:
 def strays(workdir: epath.PathLike) -> list[epath.Path]:
     """The local folders of a workdir that are named as a checkpoint and hold no file."""
     folder = absolute(workdir)
-    remote = "://" in str(folder)
+    remote = atomic.is_remote(folder)
     return [path for path in _numbered(folder) if not remote and not _is_committed(path)]
 
 
@@ -57,7 +59,7 @@ def _numbered(workdir: epath.Path) -> list[epath.Path]:
 
 def _is_committed(path: epath.Path) -> bool:
     """Whether a step's folder got its name as a whole; on gs://, whether its last file is there."""
-    if "://" in str(path):
+    if atomic.is_remote(path):
         return (path / "commit_success.txt").exists()
     return _holds_a_file(path)
 
@@ -83,14 +85,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
     workdir = absolute(workdir)
     if new and not steps(workdir):
         return
-    config = json.loads(json.dumps(config))  # tuples are lists there
-    then, now = flat(read_config(workdir)), flat(config)
-    differ = [
-        f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not _may_differ(name, then, now)
-    ]
-    if differ:
+    if differ := manifests.difference(read_config(workdir), config, _may_differ):
         raise ValueError(
             f"{workdir / _CONFIG}: this workdir was made by another config ({'; '.join(differ)}); "
             f"choose another --workdir or give the same config"
@@ -98,19 +93,53 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Makes a config the workdir's; the first process writes it, others do nothing.
+    """Makes a config the workdir's, unless it is already; see `atomic.write`.
 
-    Several processes need a barrier before, so that all have compared, and one behind; those that
-    then find no config do not see the first one's workdir.
+    The first process writes it, others do nothing. Several processes need a barrier before, so
+    that all have compared, and one behind; those that then find no config do not see the first
+    one's workdir.
 
     Args:
         workdir: see `absolute`.
         config: see `check_config`, which comes first.
+
+    Raises:
+        OSError: the disk refuses the write; the config of before is still there.
     """
     if jax.process_index() == 0:
         path = epath.Path(workdir) / _CONFIG
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        content = (json.dumps(config, indent=1, sort_keys=True) + "\n").encode()
+        if not path.exists() or path.read_bytes() != content:
+            atomic.write(path, content)
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.PathLike) -> Iterator[None]:
+    """Keeps other commands from training in a local workdir; on gs:// nothing does.
+
+    The first process holds the lock, others do nothing. The folder is made if it is missing.
+
+    Args:
+        workdir: see `absolute`.
+
+    Raises:
+        ValueError: another command trains there; the error names it.
+    """
+    folder = absolute(workdir)
+    if jax.process_index() != 0 or atomic.is_remote(folder):
+        yield
+        return
+    local = pathlib.Path(folder)
+    is_new = not local.exists()
+    local.mkdir(parents=True, exist_ok=True)
+    remedy = "wait for it, stop it, or choose another --workdir"
+    try:
+        with locks.locked(local / _LOCK, f"{workdir}", remove=True, remedy=remedy):
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # of a folder that is no longer empty
+                local.rmdir()
 
 
 def absolute(workdir: epath.PathLike) -> epath.Path:
@@ -138,9 +167,9 @@ def absolute(workdir: epath.PathLike) -> epath.Path:
     return workdir
 
 
-def _may_differ(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _may_differ(name: str, then: Any, now: Any) -> bool:
     if name == "train.epochs":
-        return now[name] > then[name]
+        return type(then) is type(now) is int and now > then
     return any(name == field or name.startswith(field + ".") for field in RESUMABLE)
 
 
@@ -154,14 +183,3 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path}: expected the config of a run, found no such file")
     return json_files.read(path)
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of nested mappings by their dotted names."""
-    fields = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            fields |= flat(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = value
-    return fields

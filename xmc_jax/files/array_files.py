@@ -1,9 +1,12 @@
-"""Arrays in files that anyone may have written."""
+"""Arrays in NumPy files: those that anyone may have written, and large ones written in parts."""
 
 import contextlib
 import io
+import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
 
@@ -52,3 +55,20 @@ def appended(
         yield append
         file.seek(0)
         file.write(header())
+
+
+def create(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A memory-mapped array that fills an empty file; `flush` writes what was put into it.
+
+    The disk keeps the room from here on: without, a full one ends the process as it is written to.
+
+    Raises:
+        OSError: the disk is too small.
+    """
+    fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, fields | {"shape": shape})
+    file.flush()
+    begin, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), begin, size)
+    return np.memmap(file, dtype, "r+", begin, shape)

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from xmc_jax import workdirs
-from xmc_jax.files import json_files
+from xmc_jax.files import atomic, json_files
 from xmc_jax.retrieval.evaluate import Evaluation
 
 _FACTS = "run.json"
@@ -87,7 +87,7 @@ def write_facts(workdir: epath.PathLike, seconds: Mapping[str, float]) -> None:
         },
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    (epath.Path(workdir) / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    atomic.write(epath.Path(workdir) / _FACTS, json.dumps(facts, indent=1) + "\n")
 
 
 def read(workdir: epath.PathLike) -> Run:
@@ -101,7 +101,9 @@ def read(workdir: epath.PathLike) -> Run:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{path}: expected the records of a run, found no such file; train first")
-    records = tuple(json_files.parse(path, line) for line in path.read_text().splitlines())
+    # A last line without its end is one that a killed or a running writer has not finished.
+    lines = path.read_text().split("\n")[:-1]
+    records = tuple(json_files.parse(path, line) for line in lines)
     metrics: dict[str, Any] = {}
     for row, prefix in _PREFIX.items():
         for record in records:

@@ -9,6 +9,7 @@ from xml.etree.ElementTree import Element
 from etils import epath
 
 from xmc_jax.data.store import Store
+from xmc_jax.files import atomic
 from xmc_jax.reporting import examples, files, overview, predictions
 from xmc_jax.reporting.files import Run
 from xmc_jax.reporting.markup import Child, element, render
@@ -52,7 +53,7 @@ def write(
     """
     run = files.read(workdir)
     path = epath.Path(workdir) / NAME
-    path.write_text(_page(run, workdir, data, evaluation, recipe, pictures))
+    atomic.write(path, _page(run, workdir, data, evaluation, recipe, pictures))
     return path
 
 

@@ -8,8 +8,6 @@ for.
 
 import dataclasses
 import functools
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from xmc_jax import distributed, sharding
 from xmc_jax.data import packing
 from xmc_jax.data.store import Split
+from xmc_jax.files import array_files, atomic
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import exact
 from xmc_jax.types import Inputs, Packing, Prompts
@@ -84,10 +83,11 @@ def to_file(encode: Encode, items: Items, out: epath.PathLike) -> None:
     Args:
         encode: see `Encode`.
         items: see `Items`.
-        out: local or remote. The rows go through a file in the folder for temporary files.
+        out: local or remote; replaced when all rows are there.
 
     Raises:
         ValueError: there is nothing to encode.
+        OSError: the disk is too small.
     """
     _check(items)
     blocks = _on_host(encode, items, np.arange(len(items), dtype=np.int32))
@@ -95,16 +95,14 @@ def to_file(encode: Encode, items: Items, out: epath.PathLike) -> None:
         for _ in blocks:  # all processes encode
             pass
         return
-    with tempfile.TemporaryDirectory() as folder:
-        local = os.path.join(folder, "rows.npy")
+    with atomic.replaced(out) as file:
         rows = None
         for places, block in blocks:
             if rows is None:
                 shape = (len(items), block.shape[1])
-                rows = np.lib.format.open_memmap(local, "w+", np.float32, shape)
+                rows = array_files.create(file, np.float32, shape)
             rows[places] = block
         rows.flush()
-        epath.Path(local).copy(epath.Path(out), overwrite=True)
 
 
 def to_table(encode: Encode, items: Items, table: jax.ShapeDtypeStruct) -> jax.Array:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,6 +10,7 @@ from jax.sharding import Mesh
 
 from xmc_jax import distributed
 from xmc_jax.data.store import Store
+from xmc_jax.files import atomic
 from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.metrics import KS, NAMES, drop_filtered, filtered_per_document, metrics
@@ -244,7 +243,9 @@ def write(
     predictions_path: epath.PathLike,
     rows: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Writes the predictions, see `write_predictions`, then the metrics as JSON.
+    """Writes the metrics as JSON, then the predictions, see `write_predictions`.
+
+    So predictions are never beside the metrics of an earlier evaluation.
 
     Args:
         evaluation: what to write.
@@ -255,10 +256,8 @@ def write(
     content = dict(rows or {}) | evaluation.metrics
     if evaluation.index:
         content["index"] = evaluation.index
+    atomic.write(metrics_path, json.dumps(content, indent=2, allow_nan=False))
     write_predictions(evaluation, predictions_path)
-    metrics_path = epath.Path(metrics_path)
-    metrics_path.parent.mkdir(parents=True, exist_ok=True)
-    metrics_path.write_text(json.dumps(content, indent=2, allow_nan=False))
 
 
 def write_predictions(
@@ -279,12 +278,8 @@ def write_predictions(
     arrays |= {f"{row}_scores": scores[which] for row, scores in evaluation.scores.items()}
     if documents is not None:
         arrays["documents"] = documents
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        local = os.path.join(folder, "predictions.npz")
-        np.savez_compressed(local, **arrays)
-        epath.Path(local).copy(path, overwrite=True)
+    with atomic.replaced(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def sample(count: int) -> np.ndarray:

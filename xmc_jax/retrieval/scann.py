@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import re
 import tempfile
@@ -20,6 +19,7 @@ from absl import logging
 from etils import epath
 
 from xmc_jax import sharding
+from xmc_jax.files import atomic
 from xmc_jax.files.digests import sha256
 from xmc_jax.retrieval import exact
 
@@ -240,26 +240,20 @@ class ScannIndex:
         )
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes the index; its folder, local or remote, can be moved.
+        """Writes the index to a folder of its own, local or remote, which can be moved.
 
-        `index.json` goes last: a folder without it does not hold an index.
+        See `atomic.replaced_folder`; a folder without `index.json` does not hold an index.
         """
-        folder = epath.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _MANIFEST).unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory() as local:
-            self._searcher.serialize(local, relative_path=True)
-            files = {name: sha256(pathlib.Path(local, name)) for name in sorted(os.listdir(local))}
-            for name in files:
-                epath.Path(local, name).copy(folder / name, overwrite=True)
-        manifest = {
-            "config": dataclasses.asdict(self.config),
-            "count": self.count,
-            "width": self.width,
-            "database_sha256": self.digest,
-            "files": files,
-        }
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        with atomic.replaced_folder(folder, _MANIFEST) as local:
+            self._searcher.serialize(str(local), relative_path=True)
+            manifest = {
+                "config": dataclasses.asdict(self.config),
+                "count": self.count,
+                "width": self.width,
+                "database_sha256": self.digest,
+                "files": {path.name: sha256(path) for path in sorted(local.iterdir())},
+            }
+            (local / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
     @classmethod
     def load(cls, folder: epath.PathLike, database: np.ndarray | None = None) -> "ScannIndex":

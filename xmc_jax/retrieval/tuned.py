@@ -9,6 +9,7 @@ from etils import epath
 
 from xmc_jax import workdirs
 from xmc_jax.data.store import Store
+from xmc_jax.files import atomic, manifests
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.tuning import FIELDS, Choice, TuneConfig, values_of
 
@@ -33,7 +34,7 @@ def belongs(fields: Mapping[str, Any], store: Store) -> dict[str, Any]:
     apart = (*workdirs.RESUMABLE, *_APART)
     recipe = {
         name: value
-        for name, value in workdirs.flat(fields).items()
+        for name, value in manifests.flat(fields).items()
         if not any(name == one or name.startswith(f"{one}.") for one in apart)
     }
     raw = store.manifest["raw"]
@@ -62,7 +63,6 @@ def write(
         tune: what was asked for.
     """
     path = epath.Path(workdir) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "augmented": values_of(choice.chosen),
@@ -90,7 +90,7 @@ def write(
         "tune": dataclasses.asdict(tune),
         "belongs_to": belongs(fields, store),
     }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    atomic.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -127,13 +127,7 @@ def read(
         raise ValueError(
             f"{path}: expected what --mode=tune writes, got {error!r}; {again}"
         ) from None
-    now = belongs(fields, store)
-    differ = [
-        f"{name}: {then.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if differ:
+    if differ := manifests.difference(then, belongs(fields, store)):
         raise ValueError(f"{path}: made for another config ({'; '.join(differ)}); {again}")
     if (prior is None) != (config.prior is None):
         raise ValueError(

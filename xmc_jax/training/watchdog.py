@@ -9,6 +9,7 @@ import time
 from etils import epath
 
 from xmc_jax import distributed, peers, report
+from xmc_jax.files import atomic
 
 _SLOW = 8  # phases other than steps, and the first step, which is compiled, may take so much longer
 _MULTIPLE = 4  # and a step so many times the slowest one
@@ -70,7 +71,7 @@ class Watchdog:
             file.seek(0)
             stacks = file.read()
         # In a thread: the file system may be what is stuck.
-        writing = threading.Thread(target=self._path.write_bytes, args=(stacks,), daemon=True)
+        writing = threading.Thread(target=atomic.write, args=(self._path, stacks), daemon=True)
         writing.start()
         writing.join(_WRITE)
 
