@@ -1,7 +1,9 @@
 """A run interrupted by a signal or inside a save ends with the bits of one that is not."""
 
 import copy
+import errno
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -177,6 +179,20 @@ def test_another_config_is_refused(fields, tmp_path):
     changed["train"]["epochs"] -= 1
     with pytest.raises(ValueError, match=r"train\.epochs: 3 there, 2 here"):
         workdirs.check_config(tmp_path, changed)
+
+
+def test_a_full_disk_leaves_the_config_of_before(fields, tmp_path, monkeypatch):
+    workdirs.write_config(tmp_path, fields)
+    before = (tmp_path / "config.json").read_bytes()
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    workdirs.write_config(tmp_path, fields)  # the same: nothing to write
+    with pytest.raises(OSError, match="No space left"):
+        workdirs.write_config(tmp_path, fields | {"eval": {"k": 1}})
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow

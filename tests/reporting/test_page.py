@@ -189,7 +189,7 @@ def test_a_run_under_way_has_its_curves(finished, data, parsed):
     expected = finished.evaluation.metrics["augmented"]["P@1"]
     assert read.table("percent")[-1][:2] == ["trained + augmented", f"{100 * expected:.2f}"]
     lines = (finished.folder / "metrics.jsonl").read_text().splitlines()
-    (finished.folder / "metrics.jsonl").write_text("\n".join(lines[1:4]) + "\n")
+    (finished.folder / "metrics.jsonl").write_text("\n".join(lines[1:4]) + "\n" + lines[4][:9])
     assert "Nothing has been evaluated yet." in page.write(finished.folder, data).read_text()
     (finished.folder / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl: expected the records of a run"):
