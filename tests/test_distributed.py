@@ -31,6 +31,16 @@ def make():
 
 out["made"] = distributed.first_then_others("folder", make)
 out["stop"] = distributed.stop_requested(1)
+
+from xmc_jax import sharding
+mesh, compiled = sharding.make_mesh(sharding.MeshConfig()), []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+)
+for number in range(3):
+    rows = sharding.put_batch(np.full((2, 3), number, np.float32), 6, mesh)
+    out["fetched"] = sharding.fetch(rows).tolist()
+out["compiled"] = len(compiled)
 print(json.dumps(out))
 """
 
@@ -53,6 +63,13 @@ def test_values_reach_all_processes(three):
         assert one["broadcast"] == {"number": 0}
         assert one["made"] == own
         assert one["stop"] is False
+
+
+@pytest.mark.slow
+def test_what_is_fetched_again_is_not_compiled_again(three):
+    for one in three[0]:
+        assert one["fetched"] == [[2.0] * 3] * 6
+        assert one["compiled"] == 1
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ def small(fields, tmp_path_factory) -> dict:
     small["prime"]["dropout"] = 0.0
     small["curriculum"]["start"] = None  # rounding decides which side of a median a document is on
     small["train"] |= {"epochs": 2, "batch_size": 40, "checkpoint_every": 3, "log_every": 1}
+    small["train"] |= {"positives_per_document": 2}
     small["train"] |= {"eval_every": 0, "zero_shot": False}  # evaluated at the end
     small["eval"]["augmented"] |= {"enabled": True}
     return small

@@ -216,13 +216,15 @@ def put_batch(local: Any, size: int, mesh: Mesh) -> Any:
     """Numpy arrays of this process's rows -> arrays of the whole batch, split over the batch axes.
 
     Args:
-        local: pytree of arrays whose first axis has the rows `local_rows(size, mesh)`.
+        local: pytree of arrays. The first axis has the rows `local_rows(size, mesh)`, or as many
+            for each of these rows, one row's after the other's.
         size: rows of the global batch.
         mesh: see `make_mesh`.
     """
+    rows = len(local_rows(size, mesh))
 
     def one(x):
-        shape = (size, *x.shape[1:])
+        shape = (len(x) // rows * size, *x.shape[1:])
         split = named(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
         return jax.make_array_from_process_local_data(split, x, shape)
 
@@ -242,12 +244,14 @@ def put(x: np.ndarray, split: NamedSharding) -> jax.Array:
 def fetch(x: jax.Array) -> np.ndarray:
     """A global array as numpy, in every process; all processes must call it."""
     if not (x.is_fully_addressable or x.is_fully_replicated):
-        x = _gathered(x, replicated(x.sharding.mesh))
+        x = _gather(replicated(x.sharding.mesh))(x)
     return jax.device_get(x)
 
 
-def _gathered(x: jax.Array, whole: NamedSharding) -> jax.Array:
-    return jax.jit(lambda x: x, out_shardings=whole)(x)
+@functools.cache
+def _gather(whole: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """One function for each sharding: a new one would be compiled at every call."""
+    return jax.jit(lambda x: x, out_shardings=whole)
 
 
 def constrain(x: jax.Array, *logical: Axis, name: str | None = None) -> jax.Array:

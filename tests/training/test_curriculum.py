@@ -50,20 +50,22 @@ def test_leaves_are_those_of_the_reference():
             assert len(sizes) == leaves and sizes.sum() == n and np.ptp(sizes) <= 1
 
 
-def test_order_permutes_leaves_whole():
+@pytest.mark.parametrize("size", [16, 2000])  # of a leaf; there is one with all documents
+def test_order_permutes_leaves_and_the_documents_within_each(size):
     leaf_order = np.random.default_rng(0).permutation(1003).astype(np.int32)
-    plan = curriculum.EpochPlan(16, None)
+    plan = curriculum.EpochPlan(size, None)
     order = curriculum.order(plan, leaf_order, seed=1, epoch=7)
     assert order.dtype == np.int32 and sorted(order) == list(range(1003))
-    sizes = curriculum.leaf_sizes(1003, curriculum.num_leaves(1003, 16))
-    leaves = {tuple(leaf) for leaf in np.split(leaf_order, np.cumsum(sizes)[:-1])}
-    start = 0
+    sizes = curriculum.leaf_sizes(1003, curriculum.num_leaves(1003, size))
+    leaves = {frozenset(leaf): leaf for leaf in np.split(leaf_order, np.cumsum(sizes)[:-1])}
+    start, kept = 0, 0
     while start < len(order):
-        leaf = next(leaf for leaf in leaves if leaf[0] == order[start])
-        assert tuple(order[start : start + len(leaf)]) == leaf
-        leaves.remove(leaf)
-        start += len(leaf)
-    assert not leaves
+        members = next(leaf for leaf in leaves if order[start] in leaf)
+        found = order[start : start + len(members)]
+        assert members == frozenset(found)
+        kept += np.array_equal(found, leaves.pop(members))
+        start += len(members)
+    assert not leaves and not kept
     assert np.array_equal(order, curriculum.order(plan, leaf_order, seed=1, epoch=7))
     assert not np.array_equal(order, curriculum.order(plan, leaf_order, seed=1, epoch=8))
     assert not np.array_equal(order, curriculum.order(plan, leaf_order, seed=2, epoch=7))

@@ -12,6 +12,7 @@ from configs import vixml
 from xmc_jax import build
 from xmc_jax.export import write
 from xmc_jax.models import fusion, hf
+from xmc_jax.training import memory
 from xmc_jax.training.config import ExportConfig, RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
@@ -127,3 +128,16 @@ def test_adapters_need_a_pretrained_model(decoder_fields, decoder, tmp_path):
             write.encoder(asked, decoder, decoder.abstract, tmp_path)
     finally:
         decoder.config = whole
+
+
+def test_labels_that_a_step_has_no_memory_for_are_refused_at_the_start(fields, monkeypatch):
+    """Against sampled labels, no such array is as large as all labels."""
+    against_all = copy.deepcopy(fields)
+    against_all["train"]["labels"] = "all"
+    monkeypatch.setattr(memory, "of_device", lambda device: 10**9)
+    build.run(against_all)
+    monkeypatch.setattr(memory, "of_device", lambda device: 10**6)
+    build.run(fields)
+    with pytest.raises(ValueError, match=r"got 40: .* --config\.train\.labels=sampled$") as error:
+        build.run(against_all)
+    assert "\n" not in str(error.value)

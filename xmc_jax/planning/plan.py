@@ -1,7 +1,6 @@
 """What a run needs on named devices: every program of it compiled ahead of time, and added up."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from xmc_jax.planning.hlo import Costs
 from xmc_jax.planning.programs import Compilable
 from xmc_jax.planning.topology import Topology
 from xmc_jax.training.config import RunConfig
+from xmc_jax.training.memory import per_device
 from xmc_jax.training.program import Program
 
 # libtpu, of a program that is too large: what it would need, arguments included.
@@ -293,18 +293,6 @@ def changes(config: RunConfig, devices: int) -> Iterator[tuple[str, RunConfig]]:
         if not narrow:
             flags += " --config.tables.dtype=bfloat16"
             yield flags, _with(sharded, "tables", dtype="bfloat16")
-
-
-def per_device(tree: Any) -> int:
-    """Bytes of one device that arrays with shardings take.
-
-    Args:
-        tree: of ShapeDtypeStructs.
-    """
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _fits(each: Compiled, topology: Topology) -> bool:

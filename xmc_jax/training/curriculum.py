@@ -1,8 +1,8 @@
 """The order of the training documents: NGAME's curriculum of growing clusters, and the clustering.
 
-A batch made of near neighbours holds hard negatives. Leaves of a balanced clustering of the
-document bank are permuted whole, so that batches are unions of leaves; the plan is a function of
-the epoch alone.
+A batch made of near neighbours holds hard negatives. The leaves of a balanced clustering of the
+document bank are permuted whole, so that batches are unions of leaves, and the documents of each
+leaf are permuted. The plan is a function of the epoch alone.
 """
 
 import dataclasses
@@ -130,18 +130,17 @@ def order(epoch_plan: EpochPlan, leaf_order: np.ndarray, seed: int, epoch: int) 
         epoch: from 0.
 
     Returns:
-        i32[N]: a random permutation, or the leaves in random order, each kept whole.
+        i32[N]: a random permutation; or the leaves in random order, each kept whole, its documents
+        in random order.
     """
     generator = rng.host(seed, rng.Stream.ORDER, epoch)
     num_documents = len(leaf_order)
     if epoch_plan.cluster_size is None:
         return generator.permutation(num_documents).astype(np.int32)
     sizes = leaf_sizes(num_documents, num_leaves(num_documents, epoch_plan.cluster_size))
-    leaves = generator.permutation(len(sizes))
-    ends = np.cumsum(sizes[leaves])
-    # Position i of the order lies in leaf l; its document stands `shift[l]` further in leaf_order.
-    shift = (np.cumsum(sizes) - sizes)[leaves] - (ends - sizes[leaves])
-    return leaf_order[np.arange(num_documents) + np.repeat(shift, sizes[leaves])].astype(np.int32)
+    turn_of_leaf = np.repeat(generator.permutation(len(sizes)), sizes)
+    within_leaf = generator.random(num_documents)
+    return leaf_order[np.lexsort((within_leaf, turn_of_leaf))].astype(np.int32)
 
 
 def balanced_kmeans(

@@ -16,7 +16,7 @@ from xmc_jax.models import backbone, hf
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import encode, evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
-from xmc_jax.training import curriculum, optimizer, tables
+from xmc_jax.training import curriculum, memory, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
 from xmc_jax.types import Batch, Prompts, Tables, TrainState
@@ -49,6 +49,7 @@ class Run(Program):
         devices: Sequence[jax.Device] | None = None,
     ):
         super().__init__(config, data.shape, prompts, devices)
+        memory.check(self)
         self.data = data
         wanted, config = config.train.batch_size, self.config
         train = config.train

@@ -64,6 +64,13 @@ class Step:
         label_ids = batch.label_ids if batch.columns is None else batch.label_ids[batch.columns]
         metrics["grad_norm"] = optax.tree.norm(grads)
         health = _health(pairs, label_ids, grads, metrics)
+        moved = label_ids
+        if self.tables.centroids == "ema" and batch.relevance is not None:
+            # A document without labels has random ones, whose centroids stay.
+            labelled = jnp.repeat(
+                batch.relevance.any(axis=1), len(label_ids) // len(batch.relevance)
+            )
+            moved = _where(labelled, label_ids, state.tables.centroids)
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
@@ -77,9 +84,9 @@ class Step:
             opt_state=opt_state,
             tables=tables.after_step(
                 state.tables,
-                _unless(health.finite, batch.document_ids, state.tables.document_bank),
+                _where(health.finite, batch.document_ids, state.tables.document_bank),
                 sharding.batch_to_width(pairs.document),
-                _unless(health.finite, label_ids, state.tables.centroids),
+                _where(health.finite, moved, state.tables.centroids),
                 self.tables,
             ),
         )
@@ -230,11 +237,11 @@ def _health(
     )
 
 
-def _unless(finite: jax.Array, ids: jax.Array | None, table: jax.Array | None) -> jax.Array | None:
-    """`ids`, or so many past the table, where nothing is written, unless all is finite."""
+def _where(written: jax.Array, ids: jax.Array | None, table: jax.Array | None) -> jax.Array | None:
+    """`ids` where they are to be written, else ids past the table, where nothing is."""
     if ids is None or table is None:
         return ids
-    return jnp.where(finite, ids, len(table) + jnp.arange(len(ids), dtype=ids.dtype))
+    return jnp.where(written, ids, len(table) + jnp.arange(len(ids), dtype=ids.dtype))
 
 
 def in_chunks(
