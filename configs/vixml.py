@@ -43,9 +43,13 @@ BASE = {
             "labels": config_dict.placeholder(str),  # their file; None: labels.* in the folder
             "columns": (),  # "field=column"
             "separator": "|",
+            "delimiter": "",
+            "label_columns": (),
+            "row_per_pair": False,
             "test_fraction": 0.1,  # where neither a file test.* nor a column says which they are
             "split_seed": 0,
             "unknown_labels": "error",
+            "allow_paths": False,
         },
         "data_dir": "data",  # dataset folders are made here
         "max_length": 32,  # [V] supp. A: tokens of a title

@@ -67,7 +67,7 @@ HOMES = {
     "pillow_heif": ("vision/images.py",),
     "pyarrow": (
         "data/synthetic.py",
-        "data/tables.py",
+        "data/record_parquet.py",
         "inference/outputs.py",
         "vision/shards.py",
     ),

@@ -292,8 +292,9 @@ def _labels(asked: Asked) -> int:
             "--labels.remove, got none"
         )
     read = {
-        name: list(documents.labels(path, opened.model, config.columns)) if path else []
+        name: list(documents.labels(path, opened.model, config.columns, config.allow_paths))
         for name, path in (("add", config.add), ("update", config.update))
+        if path
     }
     changes = labels.Changes(**read, remove=list(documents.ids_of(config.remove) or ()))
     how = {} if config.how == "auto" else {"how": config.how}

@@ -135,7 +135,7 @@ def test_what_cannot_be_read_is_told(predictor, items, tmp_path):
         "https://example.org/a.png": "column images: expected a path or a picture, found the URL "
         "https://example.org/a.png; fetch it first: python -m xmc_jax.vision.fetch",
         "data:image/png;base64,@@": "column images: expected base64, found '@@'",
-        "a\0b": "column images: expected a path, found ",
+        "a\0b": "column images: not a path: ",
         "s3://x/y.png": "column images: expected a path, or a URL of http or https, found ",
     }
     source = tmp_path / "in.jsonl"

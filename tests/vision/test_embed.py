@@ -326,7 +326,7 @@ def test_images_of_records(tmp_path, config, folder, straight, compiled):
                 line = {"id": f"{ids[split]}{i}", "text": uid, "labels": ["x0"], "images": images}
                 file.write(json.dumps(line) + "\n")
     raw = tmp_path / "raw"
-    records.convert(records.RecordsConfig(own), raw)
+    records.convert(records.RecordsConfig(own, allow_paths=True), raw)
     chosen = config(source=raw, allow_private=("127.0.0.0/8",))
     made = embed.make(chosen, embed.read_uids("Toy", raw))
     server.shutdown()

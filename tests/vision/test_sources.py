@@ -12,7 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from xmc_jax.data import image_import, tables
+from xmc_jax.data import image_import, record_parquet
 from xmc_jax.data import images as image_folders
 from xmc_jax.vision import sources
 
@@ -236,9 +236,9 @@ def test_empty_cells_do_not_begin_the_file_again(tmp_path, monkeypatch):
         "bytes": [None, b"a", b"b"] * count,
     }
     path = parquet(tmp_path / "t.parquet", columns, row_group_size=30)
-    whole = tables.ParquetTable.batches
+    whole = record_parquet.ParquetTable.batches
     monkeypatch.setattr(
-        tables.ParquetTable,
+        record_parquet.ParquetTable,
         "batches",
         lambda self, *arguments: begun.append(arguments) or whole(self, *arguments),
     )
@@ -328,10 +328,10 @@ def test_items_of_the_same_uid_have_the_same_images(tmp_path):
 def test_a_table_in_any_order(tmp_path, monkeypatch, seed):
     """Rows are reordered in steps; a step that would hold too much is taken in halves."""
     generator = np.random.default_rng(seed)
-    monkeypatch.setattr(tables, "_FIRST_ROWS", int(generator.integers(2, 9)))
-    monkeypatch.setattr(tables, "_HELD_ROWS", int(generator.integers(2, 9)))
-    monkeypatch.setattr(tables, "_HELD_BYTES", int(generator.integers(1, 200)))
-    monkeypatch.setattr(tables, "_BATCH_BYTES", int(generator.integers(1, 100)))
+    monkeypatch.setattr(record_parquet, "_FIRST_ROWS", int(generator.integers(2, 9)))
+    monkeypatch.setattr(record_parquet, "_HELD_ROWS", int(generator.integers(2, 9)))
+    monkeypatch.setattr(record_parquet, "_HELD_BYTES", int(generator.integers(1, 200)))
+    monkeypatch.setattr(record_parquet, "_BATCH_BYTES", int(generator.integers(1, 100)))
     order = generator.permutation(len(rows()))
     place = table_parquet(tmp_path, order, row_group_size=int(generator.integers(1, 9)))
     source = sources.open(place, "test", UIDS)
@@ -395,29 +395,41 @@ def write(path: pathlib.Path, content: bytes) -> pathlib.Path:
     "make, message",
     [
         (lambda p: p / "none", "expected a file or folder of images, found none"),
-        (lambda p: write(p / "x.zip", b""), r"expected \.parquet, \.jsonl, \.csv or \.bin"),
+        (lambda p: write(p / "x.zip", b""), r"expected a name ending in \.jsonl"),
         (lambda p: write(p / "x.parquet", b"PAR1"), "expected a Parquet file, found a damaged one"),
-        (lambda p: write(p / "x.jsonl", b""), "expected a table, found an empty file"),
+        (
+            lambda p: write(p / "x.jsonl", b""),
+            "expected a column uid, id, index and one .* found none",
+        ),
         (lambda p: write(p / "x.jsonl", b'{"uid": 1}'), "expected a column uid, id, index and one"),
         (
             lambda p: write(p / "x.jsonl", b'{"uid": "a", "path": "b"}\n{'),
-            r"x\.jsonl:2: expected JSON",
+            r"x\.jsonl:2: expected a JSON object",
         ),
         (
             lambda p: write(p / "x.jsonl", b'{"uid": "a", "path": "b"}\n[]'),
-            ":2: expected an object",
+            ":2: expected a JSON object",
         ),
-        (lambda p: write(p / "x.jsonl", b'{"uid": [1], "path": "b"}'), r"row 0: .* found \[1\]"),
-        (lambda p: write(p / "x.jsonl", b'{"path": "b", "uid": null}'), "row 0: .* found None"),
+        (
+            lambda p: write(p / "x.jsonl", b'{"uid": [1], "path": "b"}'),
+            r"x\.jsonl:1: column uid: .* found \[1\]",
+        ),
+        (
+            lambda p: write(p / "x.jsonl", b'{"path": "b", "uid": null}'),
+            "1: column uid: .* found nothing",
+        ),
         (lambda p: write(p / "x.jsonl", b'{"id": "a", "url": "http"}'), "xmc_jax.vision.fetch"),
         (lambda p: write(p / "x.csv", b"uid,urls\na,b\n"), "found their URLs; download them first"),
         (
             lambda p: write(p / "x.csv", b"index,path\n0,b\n3,b\n"),
-            "row 1: expected a number below 2",
+            "x.csv:3: column index: expected a number below 2",
         ),
-        (lambda p: write(p / "x.csv", b"index,path\n-1,b\n"), "row 0: expected a number below 2"),
-        (lambda p: write(p / "x.csv", b'uid,path\n"a,b'), r"x\.csv:2: expected CSV in utf-8"),
-        (lambda p: write(p / "x.csv", b"uid,path\n\xff,b"), r"x\.csv:1: expected CSV in utf-8"),
+        (
+            lambda p: write(p / "x.csv", b"index,path\n-1,b\n"),
+            "x.csv:2: column index: expected a number below 2",
+        ),
+        (lambda p: write(p / "x.csv", b'uid,path\n"a,b'), r"x\.csv:2: expected CSV, found a quote"),
+        (lambda p: write(p / "x.csv", b"uid,path\n\xff,b"), r"x\.csv:2: expected UTF-8"),
         (lambda p: write(p / "x.bin", b"aaaa\n"), r"expected x_map\.npy beside it, found none"),
         (
             lambda p: [write(p / f"test_imgs_{n}_3.bin", b"") for n in (1, 2)] and p,

@@ -209,6 +209,21 @@ def _parse(
     )
     own.add_argument("--separator", help=f"of ids in a text (default {defaults.separator})")
     own.add_argument(
+        "--delimiter", help="of cells in CSV, or tab; by default the header of each file tells it"
+    )
+    own.add_argument(
+        "--label_columns",
+        type=lambda listed: tuple(name.strip() for name in listed.split(",")),
+        metavar="NAME,NAME",
+        help="columns of 0 and 1, one for each label; * for all that are no other field's",
+    )
+    own.add_argument(
+        "--row_per_pair",
+        action="store_true",
+        default=None,
+        help="rows of one id that follow each other are one document with several labels",
+    )
+    own.add_argument(
         "--test_fraction",
         type=float,
         help="share of the documents for testing, by whole groups, where nothing says which "
@@ -219,6 +234,12 @@ def _parse(
         "--unknown_labels",
         choices=record_scan.UNKNOWN,
         help="ids that no label has: an error (default), left out, or made labels",
+    )
+    own.add_argument(
+        "--allow_paths",
+        action="store_true",
+        default=None,
+        help="paths of images may lead out of the folder of the file that has them",
     )
     own.add_argument("--check", action="store_true", help="read the records, write nothing")
     fields = vars(parser.parse_args(arguments))

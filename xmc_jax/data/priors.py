@@ -1,24 +1,26 @@
 """A number for each label, known before any document: popularity, margin, in stock."""
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import raw
+from xmc_jax.data import record_cells, record_files
 from xmc_jax.data.store import Store
 
 FREQUENCY = "frequency"
 """The prior that needs no file."""
 
+_COLUMNS = ("id", "prior")
+
 
 def read(source: str, store: Store) -> np.ndarray:
     """f64[L], the prior of every label of a dataset.
 
-    A file has a line per label: `.tsv` or `.txt` have `id <tab> number`, `.jsonl` has
-    `{"id": ..., "prior": number}`; either may be gzipped. Other ids than labels' are passed over.
+    A file has columns `id` and `prior`, see `record_files`; `.tsv`, `.txt` and `.csv` may have no
+    header. Ids that no label has are passed over.
 
     Args:
         source: the path of a file; or "frequency", 1 + the training documents of a label, so that
@@ -26,8 +28,8 @@ def read(source: str, store: Store) -> np.ndarray:
         store: the dataset; labels are known by their `uids`.
 
     Raises:
-        ValueError: there is no such file, a line has no number of at least 0 for an id, an id has
-            two lines, or a label has none.
+        ValueError: there is no such file, a record has no number of at least 0 for an id, an id
+            has two records, or a label has none.
     """
     if source == FREQUENCY:
         return 1.0 + store.label_frequency
@@ -36,11 +38,9 @@ def read(source: str, store: Store) -> np.ndarray:
         raise ValueError(
             f"eval.augmented.prior: expected a file or {FREQUENCY!r}, found no file {source!r}"
         )
-    labels = store.uids("label")
+    labels = list(map(record_cells.normal, store.uids("label")))
     numbers: dict[str, float] = dict.fromkeys(labels, math.nan)
-    for where, label, number in _lines(path):
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"{where}: expected a finite number of at least 0, found {number:g}")
+    for where, label, number in _numbers(path):
         if label in numbers:
             if not math.isnan(numbers[label]):
                 raise ValueError(f"{where}: expected a label once, found {label!r} again")
@@ -55,42 +55,25 @@ def read(source: str, store: Store) -> np.ndarray:
     return prior
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, str, float]]:
-    """Where it stands, the label's id and the number, of each line."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    parse = {"tsv": _tabbed, "txt": _tabbed, "jsonl": _object}.get(kind)
-    if parse is None:
-        raise ValueError(f"{path}: expected .tsv, .txt or .jsonl, perhaps .gz, found another name")
-    for number, line in raw.whole_lines(path):
-        where = f"{path}:{number}"
+def _numbers(path: pathlib.Path) -> Iterator[tuple[str, str, float]]:
+    """Place, id of the label and number of each record."""
+    table = record_files.open_table(path, headerless=_COLUMNS)
+    if absent := [name for name in _COLUMNS if table.columns and name not in table.columns]:
+        found = ", ".join(table.columns)[:200]
+        raise ValueError(f"{path}: expected columns id and prior, found {found}; no {absent[0]}")
+    for place, cells in table.rows(_COLUMNS) if table.columns else ():
         try:
-            text = line.rstrip(b"\r\n").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{where}: expected UTF-8, found byte 0x{line[error.start]:02x}"
-            ) from None
-        if text.strip():
-            yield where, *parse(where, text)
+            label, number = record_cells.identifier(cells[0]), _number(cells[1])
+        except ValueError as error:
+            raise ValueError(f"{table.at(place)}: {error}") from None
+        yield table.at(place), label, number
 
 
-def _tabbed(where: str, text: str) -> tuple[str, float]:
-    label, tab, written = text.rpartition("\t")
+def _number(cell: Any) -> float:
     try:
-        number = float(written)
-    except ValueError:
-        tab = ""
-    if not tab:
-        raise ValueError(f"{where}: expected an id, a tab and a number, found {text[:80]!r}")
-    return label, number
-
-
-def _object(where: str, text: str) -> tuple[str, float]:
-    expected = 'expected {"id": a text, "prior": a number}'
-    try:
-        found = json.loads(text, parse_int=float)  # past float64's range inf
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {expected}, found no JSON: {error}") from None
-    label, number = (found.get("id"), found.get("prior")) if isinstance(found, dict) else (0, 0)
-    if not isinstance(label, str) or not isinstance(number, float | bool):  # true is 1
-        raise ValueError(f"{where}: {expected}, found {text[:80]!r}")
-    return label, float(number)
+        number = float(cell) if isinstance(cell, str | int | float) else -1.0
+    except (ValueError, OverflowError):
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise ValueError(f"expected a finite number of at least 0 as prior, found {cell!r:.60}")
+    return number

@@ -5,22 +5,20 @@ byte order mark is skipped. Values are parsed in bulk after each line has matche
 is accepted is exact and large files are still fast.
 """
 
-import codecs
 import dataclasses
-import gzip
 import itertools
 import json
-import math
 import pathlib
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from xmc_jax.data.csr import Csr, concatenated
+from xmc_jax.files import text_files
+from xmc_jax.files.text_files import TextFile
 
 # Possessive quantifiers: no backtracking, so that no line takes more than linear time.
 _ENTRY = rb"\d++:[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d++)?+"
@@ -31,12 +29,6 @@ _FEATURES_HEADER = re.compile(rb"[ \t]*+\d{1,10}(?:[ \t]++\d{1,10}){2}[ \t]*+")
 _MAX_ID = 2**31 - 1  # ids are kept as int32
 _BLOCK = 1 << 16  # lines parsed at a time
 _ITEMS, _BYTES = 1 << 14, 2 << 20  # items and bytes of lines that a block of items has at most
-# What is compressed far beyond what texts and numbers are is made to fill the memory: so many bytes
-# are free, and those after them may be so many times those of the file. A line counts as so many
-# more, as it takes time even where it is empty.
-_FREE_BYTES, _EXPANSION, _LINE_BYTES = 1 << 24, 100, 64
-MAX_LINE = 16 << 20
-"""Most bytes of a line."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,49 +233,6 @@ def read_groups(path) -> dict[str, str]:
     return groups
 
 
-def whole_lines(path: pathlib.Path, limit: int = MAX_LINE) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a file or of its `.gz` form, with their ends, without a byte order mark.
-
-    Args:
-        path: the file.
-        limit: most bytes of a line.
-
-    Raises:
-        ValueError: the file cannot be read, is a damaged gzip file or one that grows more than a
-            hundredfold, or has a longer line.
-    """
-    zipped = path.suffix.lower() == ".gz"
-    try:
-        if zipped and path.stat().st_size == 0:  # which gzip takes for empty contents
-            raise EOFError
-        left = most_bytes(path) if zipped else math.inf
-        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
-                left -= len(line) + _LINE_BYTES
-                if left < 0:
-                    raise ValueError(
-                        f"{path}:{number}: expected a gzip file of at most {_EXPANSION} times its "
-                        "size, found a larger one; decompress it yourself if it is meant so"
-                    )
-                if len(line) > limit:
-                    raise ValueError(
-                        f"{path}:{number}: expected a line of at most {limit} bytes, found a "
-                        "longer one"
-                    )
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path}: expected a whole gzip file, found a damaged or cut one; download it again"
-        ) from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def most_bytes(path: pathlib.Path) -> int:
-    """Of what a compressed file may hold: a hundred times its own, and some that are free."""
-    return _FREE_BYTES + _EXPANSION * path.stat().st_size
-
-
 def read_names(path) -> list[str]:
     """Reads a file of identifiers, one per line, each once.
 
@@ -438,7 +387,7 @@ def _read_npz(path: pathlib.Path) -> Csr:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > most_bytes(path):
+        if size > text_files.most_bytes(path):
             raise ValueError(f"an archive that grows to {size} bytes")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("format", "shape", "indptr", "indices", "data")}
@@ -474,7 +423,7 @@ def _read_npz(path: pathlib.Path) -> Csr:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their ends and without a byte order mark."""
-    return ((number, line.rstrip(b"\r\n")) for number, line in whole_lines(path))
+    return ((number, line.rstrip(b"\r\n")) for number, line in TextFile(path).lines())
 
 
 def _decode(path: pathlib.Path, number: int, line: bytes, encoding: str) -> str:

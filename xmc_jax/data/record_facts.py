@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from xmc_jax.data import record_cells
-from xmc_jax.data.record_files import Opened, Record
+from xmc_jax.data.record_fields import Opened, Record
+from xmc_jax.files import paths
 
 
 class Items:
@@ -28,7 +29,7 @@ class Items:
     def __init__(self):
         self._tables: list[Opened] = []
         self._firsts: list[int] = []
-        self._role, self._folder = "", pathlib.Path()
+        self._role, self._folder, self._allow_paths = "", pathlib.Path(), False
         self._places = array.array("q")
         self._texts = bytearray()
         self._words, self._images, self._missing = (array.array("I") for _ in range(3))
@@ -42,6 +43,7 @@ class Items:
         self._tables.append(opened)
         self._firsts.append(len(self))
         self._role, self._folder = role, opened.table.path.parent
+        self._allow_paths = opened.allow_paths
 
     def at(self, number: int) -> str:
         """Where an item was read."""
@@ -62,7 +64,12 @@ class Items:
                     "expected paths alone or URLs alone in a file, found both; python -m "
                     "xmc_jax.vision.fetch makes files of URLs",
                 )
-            missing += kind == "path" and not os.path.isfile(self._folder / image)
+            if kind == "path":
+                try:
+                    path = paths.within(self._folder, image, self._allow_paths)
+                except ValueError as error:
+                    raise record.error("images", str(error)) from None
+                missing += not os.path.isfile(path)
         self._missing.append(missing)
 
     def add_bare(self, text: str) -> None:

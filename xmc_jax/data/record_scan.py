@@ -10,7 +10,7 @@ import tqdm
 
 from xmc_jax.data import holdout, record_cells
 from xmc_jax.data.record_facts import Documents, Items, Labels
-from xmc_jax.data.record_files import Opened, Record
+from xmc_jax.data.record_fields import Opened, Record
 
 Keep = Callable[[str, str, str, list[str]], None]
 """Is given "label" or "document", the id, the line of a raw file, and the images, of each item."""
@@ -225,7 +225,7 @@ class _Scanning:
                 return f"; are these several, --separator={separator!r}?"
         plain = uid.strip().casefold()
         alike = next((known for known in numbers if known.strip().casefold() == plain), None)
-        return "" if alike is None else f"; did you mean {alike!r:.60}?"
+        return record_cells.hint(uid) if alike is None else f"; did you mean {alike!r:.60}?"
 
 
 def _filtered(documents: Documents, test: np.ndarray, columns: int) -> np.ndarray:
@@ -246,7 +246,8 @@ def _check_ids(documents: Documents) -> None:
     if len(again):
         raise ValueError(
             f"{documents.at(again[0])}: expected ids that differ, found that of "
-            f"{documents.at(first[again[0]])}; {len(again)} documents have an id of others"
+            f"{documents.at(first[again[0]])}; {len(again)} documents have an id of others; "
+            "--row_per_pair makes one document of rows of one id that follow each other"
         )
 
 

@@ -24,14 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import record_files, record_report, record_scan
-from xmc_jax.data.record_files import Opened
+from xmc_jax.data import record_fields, record_files, record_report, record_scan
+from xmc_jax.data.record_fields import Opened
 from xmc_jax.data.record_scan import Scan
 from xmc_jax.files.digests import sha256
 
 FORMAT = 1
 """Version of what a raw folder says of the same records."""
 
+# What folders of earlier versions, which do not say it, were made with.
+_BEFORE = {"delimiter": "", "label_columns": [], "row_per_pair": False}
 _LABEL_FIELDS = ("id", "text", "content", "images")
 _NAMES = {"train": "trn", "test": "tst", "label": "lbl"}
 
@@ -47,11 +49,17 @@ class RecordsConfig:
             labels are to be made of all ids (`unknown_labels="add"`).
         columns: "field=column" for fields whose columns have other names; "field=" to leave one
             out. Of several names for a field a file's own one is taken.
-        separator: of ids in a text, where they are no JSON list.
+        separator: of ids in a text, where they are no list in brackets.
+        delimiter: what separates the cells of CSV, one character or "tab"; "" if the header of each
+            file is to tell it.
+        label_columns: columns of 0 and 1, one for each label, in place of a column of labels;
+            ("*",) for all that are no other field's.
+        row_per_pair: rows of one id that follow each other are one document with all their labels.
         test_fraction: share of the documents for testing, where neither a file `test.*` nor a
             column `split` says which they are; whole groups, and equal texts are in one.
         split_seed: of that choice.
         unknown_labels: what is done with ids that no label has: "error", "drop" or "add".
+        allow_paths: whether paths of images may lead out of the folder of the file that has them.
         overwrite: replace a folder that was made from other records.
     """
 
@@ -59,9 +67,13 @@ class RecordsConfig:
     labels: str | pathlib.Path | None = None
     columns: tuple[str, ...] = ()
     separator: str = "|"
+    delimiter: str = ""
+    label_columns: tuple[str, ...] = ()
+    row_per_pair: bool = False
     test_fraction: float = 0.1
     split_seed: int = 0
     unknown_labels: str = "error"
+    allow_paths: bool = False
     overwrite: bool = False
 
     def __post_init__(self):
@@ -78,11 +90,16 @@ class RecordsConfig:
                 )
         for column in self.columns:
             field, equals, _ = column.partition("=")
-            if not equals or field not in (*record_files.FIELDS, "title"):
-                fields = ", ".join(record_files.FIELDS)
+            if not equals or field not in (*record_fields.FIELDS, "title"):
+                fields = ", ".join(record_fields.FIELDS)
                 raise ValueError(
                     f"records: column: expected FIELD=NAME, FIELD one of {fields}, got {column!r}"
                 )
+
+    @property
+    def form(self) -> record_fields.Form:
+        """How the labels of documents are written."""
+        return record_fields.Form(tuple(self.label_columns), self.row_per_pair, self.separator)
 
     @property
     def named(self) -> dict[str, list[str]]:
@@ -143,9 +160,13 @@ def describe(config: RecordsConfig) -> str:
                 field if field == column else f"{field}={column}"
                 for field, column in one.columns.items()
             )
-            rest = [c for c in one.table.columns if c and c not in one.columns.values()]
+            if one.label_columns:
+                taken += f", labels in {len(one.label_columns)} columns"
+            used = {*one.columns.values(), *one.label_columns}
+            rest = [column for column in one.table.columns if column and column not in used]
             ignored = f"; not read: {', '.join(rest)[:200]}" if rest else ""
-            lines.append(f"{role:5}  {one.table.path}: {taken}{ignored}")
+            dialect = f" ({one.table.dialect})" if one.table.dialect else ""
+            lines.append(f"{role:5}  {one.table.path}{dialect}: {taken}{ignored}")
     return "\n".join(lines)
 
 
@@ -178,19 +199,19 @@ def _open(config: RecordsConfig) -> dict[str, list[Opened]]:
             f"{records}: expected labels, a file label.* or labels.* in the folder or another one "
             "named by --labels, found none; --unknown_labels=add makes labels of the documents' ids"
         )
-    named = config.named
-    fields = {role: tuple(record_files.FIELDS) for role in _NAMES} | {"label": _LABEL_FIELDS}
+    named, delimiter = config.named, record_files.delimiter(config.delimiter)
+    fields = {role: tuple(record_fields.FIELDS) for role in _NAMES} | {"label": _LABEL_FIELDS}
     opened: dict[str, list[Opened]] = {}
     for role in _NAMES:
         opened[role] = []
         for path in paths[role]:
-            table = record_files.open_table(path)
-            found = record_files.columns(table, fields[role], named)
-            for field in ("text",) if role == "label" else ("text", "labels"):
-                if field not in found:
-                    names = [*filter(None, named.get(field, ())), *record_files.FIELDS[field]]
-                    raise record_files.missing(table, field, list(dict.fromkeys(names)))
-            opened[role].append(Opened(table, found))
+            table = record_files.open_table(path, delimiter)
+            needed = ("text",) if role == "label" else ("text", "labels")
+            opened[role].append(
+                record_fields.open_fields(
+                    table, fields[role], named, needed, config.form, config.allow_paths
+                )
+            )
     _check_named(config, opened)
     _check_split(opened)
     return opened
@@ -203,7 +224,7 @@ def _check_named(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) 
     for field, names in config.named.items():
         for name in names:
             if name and (field, name) not in used:
-                raise record_files.missing(tables[0].table, field, [name])
+                raise record_fields.missing(tables[0].table, field, [name])
 
 
 def _check_split(opened: Mapping[str, Sequence[Opened]]) -> None:
@@ -231,6 +252,9 @@ def _inputs(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> di
         },
         "columns": list(config.columns),
         "separator": config.separator,
+        "delimiter": config.delimiter,
+        "label_columns": list(config.label_columns),
+        "row_per_pair": config.row_per_pair,
         "test_fraction": config.test_fraction if by_fraction else None,
         "split_seed": config.split_seed if by_fraction else None,
         "unknown_labels": config.unknown_labels,
@@ -369,7 +393,7 @@ def _check_same(
     """The folder is whole, and made of the same."""
     path = folder / "records.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _BEFORE | json.loads(path.read_text(encoding="utf-8"))
         files, begun = dict(found["files"]), dict(found["images_from"])
         whole = all((folder / f).stat().st_size == size["bytes"] for f, size in files.items())
         whole &= sha256(folder / "report.json") == files["report.json"]["sha256"]

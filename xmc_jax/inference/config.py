@@ -23,6 +23,8 @@ class PredictConfig:
             exactly.
         columns: field=column,... for columns of other names, "field=" to leave one out; fields are
             id, text, content, images, only, exclude.
+        delimiter: what separates the cells of CSV, one character or "tab"; "" if the header tells.
+        allow_paths: whether paths of images may lead out of the folder of the file that has them.
         on_error: at a document that cannot be ranked "stop", or "skip" it: what is wrong is written
             in place of its labels.
         batch_size: documents at a time; results do not depend on it.
@@ -34,6 +36,8 @@ class PredictConfig:
     only: str = ""
     exclude: str = ""
     columns: tuple[str, ...] = ()
+    delimiter: str = ""
+    allow_paths: bool = False
     on_error: str = "stop"
     batch_size: int = 2048
 
@@ -65,6 +69,7 @@ class LabelsConfig:
         how: prototypes of new labels: "text", "nearest", or "auto", the default of
             `new_labels.NewLabelsConfig`.
         columns: as of --predict.columns; fields are id, text, content, images.
+        allow_paths: as of --predict.allow_paths.
     """
 
     add: str = ""
@@ -73,6 +78,7 @@ class LabelsConfig:
     out: str = ""
     how: str = "auto"
     columns: tuple[str, ...] = ()
+    allow_paths: bool = False
 
     def __post_init__(self):
         if self.how not in HOWS:

@@ -1,10 +1,13 @@
 """New documents from a file or a pipe, some at a time: records of JSONL, CSV or Parquet.
 
-A record has `text`, or `title` and perhaps `content`; perhaps `id` (its number from 0 otherwise),
-`images`, and `only` and `exclude` (or `filter`), ids of the labels that may and may not be
-predicted for it. What cells may hold is as in `data.record_cells`. Images are paths from the file's
-folder on, or the files themselves: bytes in Parquet (also within Hugging Face's struct), in the
-others `data:image/png;base64,...` or an object with `bytes`, in base64.
+A record has `text`, or `title` and perhaps `content`; perhaps `id`, `images`, and `only` and
+`exclude` (or `filter`), ids of the labels that may and may not be predicted for it. Cells are as
+`data.record_cells` takes them. Images are paths within the file's folder, or the files themselves:
+bytes in Parquet (also within Hugging Face's struct), in other files `data:image/png;base64,...` or
+an object with `bytes`, in base64.
+
+Records without ids have their numbers, from 0. Where others of the file have ids, the number stands
+behind `row-`, so that no id is there twice.
 """
 
 import base64
@@ -21,8 +24,10 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from xmc_jax.data import raw, record_cells, record_files, tables
+from xmc_jax.data import record_cells, record_files, record_table
+from xmc_jax.files import paths
 from xmc_jax.files.digests import sha256
+from xmc_jax.files.text_files import TextFile
 from xmc_jax.inference.artifact import ModelInput
 from xmc_jax.inference.labels import Label
 from xmc_jax.inference.predictor import Query
@@ -44,6 +49,7 @@ FIELDS = {
 _SEPARATOR = "|"  # of ids and paths in a text
 _BATCH_BYTES = 64 << 20  # of pictures and texts, after which a batch is not waited for
 _DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
+_ROW = "row-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +70,6 @@ class Document:
     problem: str | None
     digest: str | None
 
-    @property
-    def blank(self) -> bool:
-        """Whether there is neither text nor picture."""
-        return self.problem is None and not self.query.text.strip() and not self.query.images
-
 
 class Source:
     """A file of records, or standard input.
@@ -79,9 +80,12 @@ class Source:
         columns: "field=column" for fields whose columns have other names; "field=" to leave one
             out.
         numbered: whether a record without an id has its number as one; otherwise it is a problem.
+        delimiter: see `record_files.open_table`.
+        allow_paths: whether paths of images may lead out of the file's folder.
 
     Attributes:
         name: what errors call it.
+        dialect: see `record_table.Table`.
         digest: SHA-256 of the file; None of a pipe.
         total: records, where that is known.
 
@@ -90,9 +94,15 @@ class Source:
     """
 
     def __init__(
-        self, path: str, model: ModelInput, columns: Sequence[str] = (), numbered: bool = True
+        self,
+        path: str,
+        model: ModelInput,
+        columns: Sequence[str] = (),
+        numbered: bool = True,
+        delimiter: str = "",
+        allow_paths: bool = False,
     ):
-        self._model, self._numbered = model, numbered
+        self._model, self._numbered, self._allow_paths = model, numbered, allow_paths
         self._folder = pathlib.Path()
         self._lines: _Lines | None = None
         self.digest = self.total = None
@@ -102,11 +112,12 @@ class Source:
         else:
             where = pathlib.Path(path)
             self._folder = where.parent
-            self._table = record_files.open_table(where)
+            self._table = record_files.open_table(where, record_files.delimiter(delimiter))
             self.digest = sha256(where)
-            self.total = _count(where)
-        self.name = str(self._table.path)
-        self._columns = self._find(named(columns))
+            self.total = self._table.count()
+        self.name, self.dialect = str(self._table.path), self._table.dialect
+        self._columns = self._find(named(columns)) if self._table.columns else {}
+        self._with_ids = self._columns.get("id") in self._table.columns
 
     def documents(self, start: int = 0, digest: str | None = None) -> Iterator[Document]:
         """The documents from a number on, in order; of a pipe once.
@@ -122,7 +133,7 @@ class Source:
         fields = tuple(self._columns)
         text = self._columns.get("text")
         required = [text] if text is not None and "images" not in self._columns else []
-        rows = self._table.rows(list(self._columns.values()), required)
+        rows = self._table.rows(list(self._columns.values()), required) if fields else ()
         number = -1
         for number, (place, cells) in enumerate(rows):
             now = None if self._lines is None else self._lines.digest
@@ -161,7 +172,7 @@ class Source:
     def _find(self, asked: Mapping[str, Sequence[str]]) -> dict[str, str]:
         """Field -> column."""
         there, found = self._table.columns, {}
-        loose = not self.name.endswith((".csv", ".csv.gz", ".parquet"))  # records differ in keys
+        loose = self._table.loose
         for field, usual in FIELDS.items():
             names = asked.get(field)
             if names is None:
@@ -199,7 +210,7 @@ class Source:
         self, number: int, at: str, cells: Mapping[str, Any], digest: str | None
     ) -> Document:
         found: dict[str, Any] = {
-            "id": str(number) if self._numbered else "",
+            "id": "",
             "text": "",
             "content": "",
             "images": (),
@@ -208,29 +219,43 @@ class Source:
         }
         problem = None
         for field, cell in cells.items():
-            if record_cells.is_null(cell):
+            if record_cells.is_null(cell) or (field == "id" and cell == ""):
                 continue
             try:
                 found[field] = self._value(field, cell)
             except ValueError as error:
                 problem = problem or f"column {self._columns[field]}: {error}"
-        if not found["id"]:
+        if not found["id"] and self._numbered:
+            found["id"] = f"{_ROW}{number}" if self._with_ids else str(number)
+        elif not found["id"]:
             problem = problem or "expected an id, found none"
         text = found["text"]
         if found["content"]:
             text = f"{text} {found['content']}".strip()
+        if not (text.strip() or found["images"]):
+            problem = problem or "expected a text or a picture, found neither"
         query = Query(text, found["images"], found["only"], found["exclude"])
         return Document(found["id"], query, at, problem, digest)
 
     def _value(self, field: str, cell: Any) -> Any:
         if field == "id":
-            return record_cells.identifier(cell)
+            return self._given(record_cells.identifier(cell))
         if field in ("text", "content"):
             return record_cells.text(cell)
         if field == "images":
             listed = _listed(cell)[: self._model.images.per_item]
-            return tuple(_picture(one, self._folder) for one in listed)
+            return tuple(_picture(one, self._folder, self._allow_paths) for one in listed)
         return tuple(record_cells.identifiers(cell, _SEPARATOR))
+
+    def _given(self, uid: str) -> str:
+        """An id that a record has, unless a record without one may have the same."""
+        number = uid.removeprefix(_ROW) if self._with_ids else uid
+        if self._numbered and number.isdecimal() and (number != uid or not self._with_ids):
+            raise ValueError(
+                f"expected another id, since records without one are numbered, found {uid!r:.60}; "
+                "give all records ids, or none"
+            )
+        return uid
 
 
 def named(columns: Sequence[str]) -> dict[str, list[str]]:
@@ -254,18 +279,21 @@ def named(columns: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def labels(path: str, model: ModelInput, columns: Sequence[str] = ()) -> Iterator[Label]:
+def labels(
+    path: str, model: ModelInput, columns: Sequence[str] = (), allow_paths: bool = False
+) -> Iterator[Label]:
     """Labels of a file: records as of documents, each with an id.
 
     Args:
         path: see `Source`.
         model: see `Source`.
         columns: see `Source`.
+        allow_paths: see `Source`.
 
     Raises:
         ValueError: see `Source`; a label that cannot be read, or no column of ids.
     """
-    source = Source(path, model, columns, numbered=False)
+    source = Source(path, model, columns, numbered=False, allow_paths=allow_paths)
     for document in source.documents():
         if document.problem is not None:
             raise ValueError(
@@ -280,13 +308,14 @@ def ids_of(path: str) -> dict[str, int] | None:
     if not path:
         return None
     found: dict[str, int] = {}
-    for number, line in raw.whole_lines(pathlib.Path(path), record_files.MAX_RECORD):
+    for number, line in TextFile(pathlib.Path(path)).lines(record_table.MAX_RECORD):
         try:
-            name = line.decode("utf-8").strip()
+            if line.strip():
+                found.setdefault(record_cells.identifier(line.decode("utf-8")), number)
         except UnicodeDecodeError:
             raise ValueError(f"{path}:{number}: expected an id in UTF-8, found another") from None
-        if name:
-            found.setdefault(name, number)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     if not found:
         raise ValueError(f"{path}: expected ids of labels, one in a line, found none")
     return found
@@ -307,7 +336,7 @@ class _Lines:
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        limit, number = record_files.MAX_RECORD, 0
+        limit, number = record_table.MAX_RECORD, 0
         while line := self._file.readline(limit + 1):
             number += 1
             if len(line) > limit:
@@ -318,16 +347,6 @@ class _Lines:
             yield number, line
 
 
-def _count(path: pathlib.Path) -> int | None:
-    """Records of a file, about; None where counting them takes reading them."""
-    if path.suffix == ".parquet":
-        return tables.ParquetTable(path).num_rows
-    if path.name.endswith((".gz", ".csv")):
-        return None
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
 def _listed(cell: Any) -> list[Any]:
     if isinstance(cell, list):
         return cell
@@ -336,11 +355,11 @@ def _listed(cell: Any) -> list[Any]:
     return [cell]
 
 
-def _picture(cell: Any, folder: pathlib.Path) -> bytes:
+def _picture(cell: Any, folder: pathlib.Path, allow_paths: bool) -> bytes:
     """A picture's file, of what a record says of it.
 
     Raises:
-        ValueError: it cannot be read, or is a URL.
+        ValueError: it cannot be read, is a URL, or lies outside the folder.
     """
     if isinstance(cell, dict):  # Hugging Face's Image
         held = cell.get("bytes")
@@ -356,7 +375,7 @@ def _picture(cell: Any, folder: pathlib.Path) -> bytes:
                 "python -m xmc_jax.vision.fetch"
             )
         else:
-            return _read(folder / cell)
+            return _read(paths.within(folder, cell, allow_paths), cell)
     if not isinstance(cell, bytes):
         raise ValueError(f"expected a path or a picture, found {cell!r:.60}")
     if not 0 < len(cell) <= MAX_IMAGE:
@@ -371,21 +390,20 @@ def _decoded(text: str) -> bytes:
         raise ValueError(f"expected base64, found {text[:40]!r}") from None
 
 
-def _read(path: pathlib.Path) -> bytes:
-    if "\0" in str(path):
-        raise ValueError(f"expected a path, found {str(path)!r:.200}")
+def _read(path: pathlib.Path, name: str) -> bytes:
+    """A picture's file; errors have the name that the record has."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"expected a file, found something else: {path!s:.200}")
+                raise ValueError(f"expected a file, found something else: {name:.200}")
             found = file.read(MAX_IMAGE + 1)
     except OSError as error:  # its own message has the path once more
         raise ValueError(
-            f"expected a picture, found {(error.strerror or 'nothing').lower()}: {path!s:.200}"
+            f"expected a picture, found {(error.strerror or 'nothing').lower()}: {name:.200}"
         ) from None
     if not 0 < len(found) <= MAX_IMAGE:
         size = f"more than {MAX_IMAGE} bytes" if found else "an empty file"
-        raise ValueError(f"expected a picture, found {size}: {path!s:.200}")
+        raise ValueError(f"expected a picture, found {size}: {name:.200}")
     return found
 
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 import tqdm
+from absl import logging
 
 from xmc_jax.inference import documents, outputs
 from xmc_jax.inference.artifact import Artifact
@@ -60,8 +61,6 @@ class Report:
             said.append(f"{done.documents - self.before:,} of them now")
         if done.errors:
             said.append(f"{done.errors:,} with an error in place of labels")
-        if done.blank:
-            said.append(f"{done.blank:,} without text and pictures")
         if done.cut:
             said.append(f"{done.cut:,} longer than the model takes, and cut")
         rate = (done.documents - self.before) / max(self.seconds, 1e-9)
@@ -108,7 +107,15 @@ def predict(
         kept = set(opened.labels.ids if only is None else only)
         return predictor.restricted(kept.difference(exclude or ()))
 
-    read = Source(source, opened.model, config.columns)
+    read = Source(
+        source,
+        opened.model,
+        config.columns,
+        delimiter=config.delimiter,
+        allow_paths=config.allow_paths,
+    )
+    if read.dialect:
+        logging.info("%s: %s", read.name, read.dialect)
     if target == outputs.STDOUT:
         return _run(load(), read, config, outputs.PipeSink(sys.stdout.buffer, opened.labels), None)
     path = pathlib.Path(target)
@@ -123,6 +130,7 @@ def predict(
         "only": _digest(only),
         "exclude": _digest(exclude),
         "columns": sorted(config.columns),
+        **({"delimiter": config.delimiter} if config.delimiter else {}),
     }
     with outputs.begin(path, made_of, overwrite) as making:
         if making.complete:
@@ -236,7 +244,6 @@ class _Behind:
             self.done,
             documents=self.done.documents + len(batch),
             errors=self.done.errors + len(problems),
-            blank=self.done.blank + sum(document.blank for document in batch),
             cut=self.done.cut + int(ranking.cut.sum()),
             digest=batch[-1].digest,
         )

@@ -23,7 +23,7 @@ from absl import logging
 from flax.core import meta
 
 from xmc_jax import rng
-from xmc_jax.data import texts
+from xmc_jax.data import record_cells, texts
 from xmc_jax.data.csr import Csr
 from xmc_jax.inference import artifact
 from xmc_jax.inference.artifact import Artifact, Documents, Prototypes
@@ -150,11 +150,12 @@ def _change(
     config: NewLabelsConfig,
 ) -> Changed:
     gone = np.zeros(len(opened.labels), bool)
-    gone[[rows[name] for name in changes.remove]] = True
+    gone[[rows[record_cells.normal(name)] for name in changes.remove]] = True
     kept, made_of = np.flatnonzero(~gone), opened.prototypes()
     table = _kept(opened, made_of, kept, len(changes.add))
     place = {old: new for new, old in enumerate(kept.tolist())}
-    updated = np.array([place[rows[label.id]] for label in changes.update], np.int64)
+    updated = [place[rows[record_cells.normal(label.id)]] for label in changes.update]
+    updated = np.array(updated, np.int64)
     added = np.arange(len(kept), len(table.ids))
     for row, label in zip([*updated, *added], [*changes.update, *changes.add]):
         table.ids[row], table.texts[row] = label.id, label.text
@@ -191,8 +192,8 @@ def _change(
 
 
 def _check(opened: Artifact, changes: Changes) -> dict[str, int]:
-    """Identifier -> row, after the changes are found to fit."""
-    rows = {name: row for row, name in enumerate(opened.labels.ids)}
+    """Identifier, see `record_cells.normal`, -> row, after the changes are found to fit."""
+    rows = {record_cells.normal(name): row for row, name in enumerate(opened.labels.ids)}
     prime = _setting(opened, "prime", "enabled", bool)
     if opened.manifest.get("prototypes") is None and prime:
         raise ValueError(
@@ -205,7 +206,7 @@ def _check(opened: Artifact, changes: Changes) -> dict[str, int]:
         ("update", [label.id for label in changes.update], True),
         ("remove", changes.remove, True),
     ):
-        for name in names:
+        for name in map(record_cells.normal, names):
             if not name:
                 raise ValueError(f"{what}: expected labels with an id, got one without")
             if name in seen:

@@ -42,7 +42,6 @@ class Done:
     Attributes:
         documents: how many.
         errors: of those, without labels since something was wrong.
-        blank: of those, without text and picture.
         cut: of those, with a text that has more tokens than the model takes.
         digest: of the pipe's lines that they were made of; None of files.
         written: what the sink goes on with.
@@ -50,7 +49,6 @@ class Done:
 
     documents: int = 0
     errors: int = 0
-    blank: int = 0
     cut: int = 0
     digest: str | None = None
     written: Mapping[str, int] = dataclasses.field(default_factory=dict)

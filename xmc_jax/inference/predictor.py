@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xmc_jax import sharding
+from xmc_jax.data import record_cells
 from xmc_jax.data.csr import Csr
 from xmc_jax.inference import artifact, config
 from xmc_jax.inference.artifact import Artifact
@@ -303,7 +304,7 @@ class Predictor:
         Raises:
             ValueError: there is no such label.
         """
-        row = self._row_of.get(name) if isinstance(name, str) else None
+        row = self._row_of.get(record_cells.normal(name)) if isinstance(name, str) else None
         if row is None:
             raise ValueError(
                 f"label {name!r:.60}: expected one of the {len(self._row_of)} labels of "
@@ -487,7 +488,8 @@ class Predictor:
     def _row_of(self) -> dict[str, int]:
         if self._of is not None:
             return self._of._row_of
-        return {name: row for row, name in enumerate(self.artifact.labels.ids)}
+        ids = map(record_cells.normal, self.artifact.labels.ids)
+        return {name: row for row, name in enumerate(ids)}
 
     @functools.cached_property
     def _rows(self) -> "_Rows":

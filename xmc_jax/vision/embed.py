@@ -32,7 +32,7 @@ import numpy as np
 import tqdm
 
 from xmc_jax import command
-from xmc_jax.data import bundled, image_import, raw_folder, tables
+from xmc_jax.data import bundled, image_import, raw_folder, record_files
 from xmc_jax.data import images as image_folders
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
@@ -47,7 +47,6 @@ ENCODER = "google/siglip2-so400m-patch14-384"
 """What encodes, unless told otherwise; and what published embeddings stand for."""
 
 FAILURES = "failures.jsonl"
-_TABLES = (".parquet", ".jsonl", ".csv")
 _THREADS = 32  # that decode, at most; Pillow lets go of the interpreter meanwhile
 _SMALL_PIXELS = 1 << 22  # images up to here are decoded side by side, larger ones singly
 _AHEAD_BATCHES = 2  # images read before they are due
@@ -259,7 +258,7 @@ def _url_tables(
     """
     tables_of = {path: tuple(SPLITS)}
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in _TABLES and file.is_file())
+        found = sorted(file for file in path.iterdir() if _is_table(file))
         tables_of = {file: tuple(SPLITS) for file in found}
         if len(found) > 1:
             tables_of = {
@@ -273,15 +272,19 @@ def _url_tables(
 
 def _url_table(path: pathlib.Path) -> tuple[pathlib.Path, str, str] | None:
     """A table of URLs, not of images; its columns of ids and URLs."""
-    if path.suffix not in _TABLES or not path.is_file():
+    if not (path.is_file() and path.name.lower().endswith(record_files.SUFFIXES)):
         return None
-    parquet = path.suffix == ".parquet"
-    columns = (tables.ParquetTable if parquet else tables.TextTable)(path).columns
-    held = [name for name, kind in columns.items() if kind.endswith("binary")]
+    table = record_files.open_table(path, limit=sources.MAX_RECORD)
+    columns = table.columns
+    held = [name for name, kind in table.types.items() if kind.endswith("binary")]
     held += [name for name in ("bytes", "image", "base64", "path") if name in columns]
     key = next((name for name in ("uid", "id") if name in columns), None)
     url = next((name for name in ("url", "urls") if name in columns), None)
     return (path, key, url) if key and url and not held else None
+
+
+def _is_table(path: pathlib.Path) -> bool:
+    return path.name.lower().endswith(record_files.IN_FOLDERS) and path.is_file()
 
 
 def _fetch(

@@ -18,7 +18,6 @@ after its retries is recorded and not asked for again, except with --retry_faile
 import array
 import asyncio
 import collections
-import csv
 import dataclasses
 import fcntl
 import hashlib
@@ -30,7 +29,7 @@ import shutil
 import sys
 import urllib.parse
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -38,7 +37,7 @@ import numpy as np
 import tqdm
 
 from xmc_jax import command
-from xmc_jax.data import tables
+from xmc_jax.data import record_cells, record_files
 from xmc_jax.files import json_files
 from xmc_jax.vision import images, shards
 from xmc_jax.vision.download import Downloader, Failure, Limits
@@ -58,8 +57,8 @@ class FetchConfig:
     """What to fetch, and how.
 
     Attributes:
-        urls: a .parquet, .jsonl or .csv file; a row has an id and a URL, none, or (not in CSV) a
-            list of them. Rows of one id that follow each other are one item.
+        urls: a file, see `record_files`; a row has an id and a URL, none, or a list of them. Rows
+            of one id that follow each other are one item.
         out: the folder to write.
         limits: of each URL.
         max_pixels: of an image; see `images.Limits`.
@@ -268,72 +267,31 @@ def _images(config: FetchConfig) -> Iterator[shards.Image]:
     Raises:
         ValueError: in one line, with the place in the file.
     """
+    path, names = pathlib.Path(config.urls), [config.id_column, config.url_column]
+    table = record_files.open_table(path)
+    for name in names:
+        if name not in table.columns:
+            raise ValueError(
+                f"{path}: expected a column {name!r}, found {', '.join(table.columns) or 'none'}; "
+                "name it with --id_column and --url_column"
+            )
     previous, k = None, 0
-    for place, identity, urls in _rows(config):
-        if isinstance(identity, int) and not isinstance(identity, bool):
-            identity = str(identity)
-        urls = urls if isinstance(urls, list) else [urls]
-        problem = None
-        if not isinstance(identity, str) or not identity:
-            problem = f"{config.id_column} to be a text or a whole number, found {identity!r:.80}"
-        elif not all(url is None or isinstance(url, str) for url in urls):
-            problem = f"{config.url_column} to be a URL or a list of them, found {urls!r:.80}"
-        elif any(0xD800 <= ord(letter) < 0xE000 for letter in identity):
-            problem = f"{config.id_column} to be Unicode, found {identity!r:.80}"
-        if problem:
-            raise ValueError(f"{config.urls}:{place}: expected {problem}")
+    for place, (key, cell) in table.rows(names):
+        column = config.id_column
+        try:
+            identity = record_cells.identifier(key)
+            column = config.url_column
+            urls = record_cells.listed(cell, "")
+            if bad := [url for url in urls if not (url is None or isinstance(url, str))]:
+                raise ValueError(f"expected a URL or a list of them, found {bad[0]!r:.80}")
+        except ValueError as error:
+            raise ValueError(f"{table.at(place)}: column {column}: {error}") from None
         k = k if identity == previous else 0
         previous = identity
         for url in urls:
             if url and url.strip() and (k < config.max_images or not config.max_images):
                 yield shards.Image(identity, k, url)
                 k += 1
-
-
-def _rows(config: FetchConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Place, id and URLs of each row, as the file has them."""
-    path, names = pathlib.Path(config.urls), [config.id_column, config.url_column]
-    readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: expected a file named {', '.join(readers)}")
-    try:
-        yield from readers[path.suffix](path, names)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a {path.suffix} file in UTF-8: {error}") from None
-
-
-def _parquet_rows(path: pathlib.Path, names: list[str]) -> Iterator[tuple[str, Any, Any]]:
-    table = tables.ParquetTable(path)
-    _check_columns(path, names, table.columns)
-    for row, cells in enumerate(zip(*(table.cells(name) for name in names))):
-        yield f"row {row}", *cells
-
-
-def _jsonl_rows(path: pathlib.Path, names: list[str]) -> Iterator[tuple[str, Any, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = json_files.parse(f"{path}:{number}", line)
-            _check_columns(f"{path}:{number}", names, row)
-            yield str(number), *(row[name] for name in names)
-
-
-def _csv_rows(path: pathlib.Path, names: list[str]) -> Iterator[tuple[str, Any, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        _check_columns(path, names, reader.fieldnames or ())
-        for row in reader:
-            yield str(reader.line_num), *(row[name] for name in names)
-
-
-def _check_columns(where: Any, names: list[str], found: Iterable[str]) -> None:
-    for name in names:
-        if name not in found:
-            raise ValueError(
-                f"{where}: expected a column {name!r}, found {', '.join(found) or 'none'}; name it "
-                "with --id_column and --url_column"
-            )
 
 
 async def _fetch(config: FetchConfig, out: pathlib.Path, bar: tqdm.tqdm) -> None:

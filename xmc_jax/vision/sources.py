@@ -19,8 +19,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xmc_jax.data import image_maps, tables
+from xmc_jax.data import image_maps, record_cells, record_files
 from xmc_jax.data.csr import Csr
+from xmc_jax.data.record_parquet import ParquetRows, ParquetTable
+from xmc_jax.data.record_table import Table
+from xmc_jax.data.record_text import TextCells
 from xmc_jax.files.digests import sha256
 
 MAX_BYTES = 32 << 20
@@ -31,13 +34,13 @@ _PREFIXES = {
     "test": ("test", "tst"),
     "label": ("label", "labels", "lbl"),
 }
-_TABLES = (".parquet", ".jsonl", ".csv")
 _KEYS = ("uid", "id", "index")
 _COLUMNS = ("bytes", "image", "base64", "path")  # in this order, where there are several
 _URLS = ("url", "urls")
 _NUMBERED = re.compile(r"(.+)_(\d{1,9})")
 _DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
 _SCAN_BYTES = 4 << 20
+MAX_RECORD = 256 << 20  # bytes of a record of a text table, which may hold images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,11 +151,9 @@ def open(
             f"{path}: expected split train, test or label by uid or index, got {split!r} by {by!r}"
         )
     if path.is_file():
-        if path.suffix in _TABLES:
-            return _table([path], uids, max_bytes)
         if path.suffix == ".bin":
             return _lines(path, uids, max_bytes)
-        raise ValueError(f"{path}: expected .parquet, .jsonl, .csv or .bin, or a folder")
+        return _table([path], uids, max_bytes)
     if not path.is_dir():
         raise ValueError(f"{path}: expected a file or folder of images, found none")
     fetched = (path / "images").is_dir() and (path / "inputs.json").is_file()
@@ -177,7 +178,7 @@ def open(
                 f"{path}: expected one .bin of {split}, found {', '.join(binaries)}; name one"
             )
         return _lines(path / binaries[0], uids, max_bytes)
-    found = [name for name in files if name.endswith(_TABLES)]
+    found = [name for name in files if name.lower().endswith(record_files.IN_FOLDERS)]
     if found:
         return _table(_of_split(path, found, split), uids, max_bytes, fetched)
     for prefix in _PREFIXES[split]:
@@ -210,7 +211,7 @@ def _of_split(folder: pathlib.Path, names: list[str], split: str) -> list[pathli
     owners = _owners_of(names)
     taken = [name for name in names if owners.get(name) == split]
     taken = taken or [name for name in names if name not in owners]
-    kinds = {pathlib.PurePath(name).suffix for name in taken}
+    kinds = {pathlib.PurePath(name).suffix.lower() for name in taken}
     if len(taken) != 1 and kinds != {".parquet"}:
         raise ValueError(
             f"{folder}: expected one table of {split}, or several Parquet files, found "
@@ -225,7 +226,8 @@ def _of_split(folder: pathlib.Path, names: list[str], split: str) -> list[pathli
 def _owners(uids: Sequence[str]) -> tuple[dict[str, int], np.ndarray]:
     """A number for each different uid; and i64[n], the number of each item's."""
     numbers: dict[str, int] = {}
-    return numbers, np.array([numbers.setdefault(uid, len(numbers)) for uid in uids], np.int64)
+    normal = map(record_cells.normal, uids)
+    return numbers, np.array([numbers.setdefault(uid, len(numbers)) for uid in normal], np.int64)
 
 
 def _grouped(owner: np.ndarray, of_item: np.ndarray) -> Csr:
@@ -242,28 +244,27 @@ def _grouped(owner: np.ndarray, of_item: np.ndarray) -> Csr:
 
 
 def _match(
-    keys: Iterable[Any], key: str, uids: Sequence[str], path: pathlib.Path
+    keys: Iterable[tuple[Table, int, Any]], key: str, uids: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """i64[records] whose each record is, and i64[n], both as `_grouped` takes them.
 
     Args:
-        keys: the cells of the key column.
+        keys: table, place and cell of the key column, of each record.
         key: its name; "index" means numbers of items.
         uids: of the n items.
-        path: the table, for errors.
     """
     by_index = key == "index"
     numbers, of_item = _owners(list(map(str, range(len(uids)))) if by_index else uids)
 
     def owners() -> Iterator[int]:
-        for row, found in enumerate(keys):
-            text = str(found) if isinstance(found, str | int) else None
-            if text is None or (by_index and text not in numbers):
-                kind = f"a number below {len(numbers)}" if by_index else "a text or whole number"
-                raise ValueError(
-                    f"{path}: row {row}: expected {kind} in column {key}, found {found!r:.60}"
-                )
-            yield numbers.get(text, -1)
+        for table, place, cell in keys:
+            try:
+                uid = record_cells.identifier(cell)
+                if by_index and uid not in numbers:
+                    raise ValueError(f"expected a number below {len(numbers)}, found {cell!r:.60}")
+            except ValueError as error:
+                raise ValueError(f"{table.at(place)}: column {key}: {error}") from None
+            yield numbers.get(uid, -1)
 
     return np.fromiter(owners(), np.int64), of_item
 
@@ -288,7 +289,7 @@ def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                owner = numbers.get(entry.name)
+                owner = numbers.get(record_cells.normal(entry.name))
                 if owner is not None:
                     found += [
                         (owner, _rank(name), f"{entry.name}/{name}")
@@ -296,10 +297,11 @@ def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -
                         if not name.startswith(".")
                     ]
                 continue
-            stem = pathlib.PurePath(entry.name).stem
+            name = record_cells.normal(entry.name)
+            stem = record_cells.normal(pathlib.PurePath(name).stem)
             numbered = _NUMBERED.fullmatch(stem)
-            if entry.name in numbers or stem in numbers:
-                found.append((numbers.get(entry.name, numbers.get(stem)), -1, entry.name))
+            if name in numbers or stem in numbers:
+                found.append((numbers.get(name, numbers.get(stem)), -1, entry.name))
             elif numbered and numbered[1] in numbers:
                 found.append((numbers[numbered[1]], int(numbered[2]), entry.name))
     found.sort()
@@ -334,7 +336,7 @@ def _too_large(size: int, max_bytes: int) -> str:
     return f"{size} bytes, more than {max_bytes}"
 
 
-# Text files with one record after another: ViXML's .bin, JSONL, CSV
+# ViXML's .bin, one image after another
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -418,26 +420,28 @@ def _table(
     Of those that `vision.fetch` has made, rows with an error have no image and are left out.
     """
     where, folder = paths[0], paths[0].parent
-    if where.suffix == ".parquet":
-        parts = [tables.ParquetTable(path) for path in paths]
-        key, column = _columns(where, parts[0].columns)
+    parts = [record_files.open_table(path, limit=MAX_RECORD) for path in paths]
+    records: Any
+    if isinstance(parts[0], ParquetTable):
+        key, column = _columns(where, parts[0].types)
         for part in parts:
-            part.check(key, column, *(["error"] if fetched else []))
-        owner, of_item = _match((cell for p in parts for cell in p.cells(key)), key, uids, where)
+            for name in (key, column, *(["error"] if fetched else [])):
+                if name not in part.columns:
+                    raise ValueError(
+                        f"{part.path}: expected a column {name}, found {', '.join(part.columns)}"
+                    )
+        keys = ((part, row, cell) for part in parts for row, (cell,) in part.rows([key]))
+        owner, of_item = _match(keys, key, uids)
         if fetched:
             errors = (cell for part in parts for cell in part.cells("error"))
             owner[np.fromiter((cell is not None for cell in errors), bool, len(owner))] = -1
-        records: Any = _ParquetRecords(tables.ParquetRows(parts, column), column, folder, max_bytes)
+        records = _TableRecords(ParquetRows(parts, column), column, folder, max_bytes)
     else:
-        text = tables.TextTable(where)
-        key, column = _columns(where, text.columns)
-        owner, of_item = _match(text.cells(key), key, uids, where)  # finds the offsets, too
-
-        def parse(record: bytes) -> list[bytes | str]:
-            return _images(text.cell(record, column), column, folder, max_bytes)
-
-        offsets = np.frombuffer(text.offsets, np.int64)
-        records = _TextRecords(where, offsets, 2 * tables.MAX_LINE, parse)
+        (part,) = parts
+        key, column = _columns(where, dict.fromkeys(part.columns, ""))
+        cells = TextCells(part, column)
+        owner, of_item = _match(((part, *found) for found in cells.keys(key)), key, uids)
+        records = _TableRecords(cells, column, folder, max_bytes)
     identity = {
         "kind": "table",
         "files": {path.name: path.stat().st_size for path in paths},
@@ -450,8 +454,8 @@ def _indexed(
     table_path: pathlib.Path, index_path: pathlib.Path, uids: Sequence[str], max_bytes: int
 ) -> Source:
     """Rows of a Parquet file by an index of the items."""
-    table = tables.ParquetTable(table_path)
-    _, column = _columns(table_path, table.columns | {"uid": "string"})
+    table = ParquetTable(table_path)
+    _, column = _columns(table_path, table.types | {"uid": "string"})
     listed = image_maps.read(index_path, table.num_rows)
     _check_items(index_path, listed, uids)
     identity = {
@@ -460,8 +464,8 @@ def _indexed(
         "index": sha256(index_path),
         "columns": [column],
     }
-    rows = tables.ParquetRows([table], column)
-    records = _ParquetRecords(rows, column, table_path.parent, max_bytes)
+    rows = ParquetRows([table], column)
+    records = _TableRecords(rows, column, table_path.parent, max_bytes)
     return Source(identity, listed, records)
 
 
@@ -514,12 +518,12 @@ def _image(cell: Any, column: str, folder: pathlib.Path, max_bytes: int) -> byte
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _ParquetRecords:
-    rows: tables.ParquetRows
+class _TableRecords:
+    cells: ParquetRows | TextCells
     column: str
     folder: pathlib.Path
     max_bytes: int
 
     def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
-        for cell in self.rows.fetch(numbers):
+        for cell in self.cells.fetch(numbers):
             yield _images(cell, self.column, self.folder, self.max_bytes)

@@ -1,145 +1,40 @@
-"""Tables as files, in bounded memory: of images, for `vision.sources`, single cells by row number;
-and Parquet of all kinds, column by column.
+"""Parquet files of records, column by column; single cells by row number, in bounded memory.
+
+Errors are one line that begins with the place, `file: row n`, rows counted from 0.
 """
 
-import array
 import contextlib
-import csv
 import functools
-import io
 import itertools
-import json
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import raw
+from xmc_jax.data import record_table
+from xmc_jax.data.record_table import Table
+from xmc_jax.files import text_files
 
-MAX_LINE = 256 << 20  # bytes of a record of a text table
-_SHOWN_RECORDS = 1000  # looked at for the columns of a JSONL file
-_BATCH_BYTES = 4 << 20  # of the rows of a Parquet file that are decoded at a time
+_BATCH_BYTES = 4 << 20  # of the rows that are decoded at a time
 _FIRST_ROWS = 256
 _ROWS_PER_BYTE = 64  # of a file, at most
 _HELD_ROWS = 1 << 14  # at most, reordered at a time, where a table's order is not the items'
 _HELD_BYTES = 256 << 20  # of those
+# Types of columns, as Arrow writes them, whose cells `record_cells` takes or refuses.
+_LIST = re.compile(r"(?:large_|fixed_size_)?list(?:_view)?<\w+: (.*)>(?:\[\d+\])?")
+_KINDS = re.compile(
+    r"(large_)?(string|binary)(_view)?\b|u?int\d+|halffloat|float|double|bool|null|struct<"
+    r"|dictionary<|decimal"
+)
+_ENDED = object()
 
 
-class TextTable:
-    """A JSONL or CSV file, read through once for its keys and for where its records begin.
-
-    Attributes:
-        path: the file.
-        columns: names; the types are unknown, "".
-        offsets: i64[n + 1], where records begin and the last one ends, once `cells` are through.
-
-    Raises:
-        ValueError: the file is empty or its beginning damaged.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self.json = path.suffix == ".jsonl"
-        self.offsets = array.array("q")
-        self.header: list[str] = []
-        if not self.json:
-            # Cells with base64 are longer than what the reader takes by itself.
-            csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
-        self.columns: dict[str, str] = {}
-        for _, record, _ in itertools.islice(self._parsed(), _SHOWN_RECORDS if self.json else 1):
-            self.header = list(record)
-            self.columns |= dict.fromkeys(record, "")
-        if not self.columns:
-            raise ValueError(f"{path}: expected a table, found an empty file")
-
-    def cells(self, key: str) -> Iterator[Any]:
-        """The key of every record; finds the offsets.
-
-        Raises:
-            ValueError: a record is damaged; names its line.
-        """
-        self.offsets = array.array("q")
-        parsed = self._parsed()
-        end = 0
-        if not self.json:
-            _, _, end = next(parsed)
-        for start, record, after in parsed:
-            self.offsets.append(start)
-            yield self._pick(record, key)
-            end = after
-        self.offsets.append(end)
-
-    def cell(self, record: bytes, column: str) -> Any:
-        """A cell of the record that these bytes are."""
-        if self.json:
-            return json.loads(record).get(column)
-        rows = csv.reader(io.StringIO(record.decode("utf-8"), newline=""))
-        return self._pick(next(filter(None, rows)), column)  # blank lines may surround it
-
-    def _pick(self, record: Any, column: str) -> Any:
-        if self.json:
-            return record.get(column)
-        at = self.header.index(column)
-        return record[at] if at < len(record) else None
-
-    def _parsed(self) -> Iterator[tuple[int, Any, int]]:
-        """First byte, record and the byte behind it; of a CSV the header is the first record."""
-        with self.path.open("rb") as file:
-            if file.read(3) != b"\xef\xbb\xbf":
-                file.seek(0)
-            yield from self._json(file) if self.json else self._csv(file)
-
-    def _json(self, file) -> Iterator[tuple[int, dict, int]]:
-        start = file.tell()
-        number = 0
-        while line := file.readline(MAX_LINE):
-            number += 1
-            end = start + len(line)
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(
-                        f"{self.path}:{number}: expected JSON, found {line[:60]!r}"
-                    ) from error
-                if not isinstance(record, dict):
-                    raise ValueError(
-                        f"{self.path}:{number}: expected an object, found {line[:60]!r}"
-                    )
-                yield start, record, end
-            start = end
-
-    def _csv(self, file) -> Iterator[tuple[int, list[str], int]]:
-        end = start = file.tell()
-
-        def lines() -> Iterator[str]:
-            nonlocal end
-            while line := file.readline(MAX_LINE):
-                end += len(line)
-                yield line.decode("utf-8")
-
-        reader = csv.reader(lines(), strict=True)
-        while True:
-            try:
-                row = next(reader, None)
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{self.path}:{reader.line_num}: expected CSV in utf-8, found {error}"
-                ) from error
-            if row is None:
-                return
-            if row:  # not a blank line
-                yield start, row, end
-            start = end
-
-
-class ParquetTable:
+class ParquetTable(Table):
     """A Parquet file: its columns, and their cells in order, decoded a few at a time.
 
     Attributes:
-        path: the file.
-        columns: name -> type, as Arrow calls it.
         num_rows: rows.
         starts: i64[groups + 1], the first row of each row group and the end.
 
@@ -148,32 +43,79 @@ class ParquetTable:
     """
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
+        super().__init__(path)
         with self._opened() as file:
             schema = file.schema_arrow
-            self.columns = {field.name: str(field.type) for field in schema}
-            if len(self.columns) < len(schema.names):
+            self.types = {field.name: str(field.type) for field in schema}
+            if len(self.types) < len(schema.names):
                 raise ValueError(
                     f"{path}: expected columns that differ, found {', '.join(schema.names)}"
                 )
+            self.columns = tuple(self.types)
             meta = file.metadata
             self.num_rows = meta.num_rows
             groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
             self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
         size, held = path.stat().st_size, sum(group.total_byte_size for group in groups)
-        if self.num_rows > _ROWS_PER_BYTE * size or held > raw.most_bytes(path):
+        if self.num_rows > _ROWS_PER_BYTE * size or held > text_files.most_bytes(path):
             raise ValueError(
                 f"{path}: expected what {size} bytes may hold, found {self.num_rows} rows of "
                 f"{held} bytes: a file made to be slow"
             )
 
-    def check(self, *columns: str) -> None:
-        """Raises ValueError unless the columns are there."""
-        for column in columns:
-            if column not in self.columns:
+    def at(self, place: int) -> str:
+        return f"{self.path}: row {place}"
+
+    def count(self) -> int:
+        return self.num_rows
+
+    def rows(
+        self, names: Sequence[str], required: Sequence[str] = ()
+    ) -> Iterator[tuple[int, list[Any]]]:
+        columns = [self._checked(name) for name in names]
+        row = 0
+        for cells in itertools.zip_longest(*columns, fillvalue=_ENDED):
+            if any(cell is _ENDED for cell in cells):
+                row = -1
+                break
+            yield row, list(cells)
+            row += 1
+        if row != self.num_rows:
+            raise ValueError(
+                f"{self.path}: expected {self.num_rows} cells in every column, as the file says, "
+                f"found other numbers of {', '.join(names)}"
+            )
+
+    def _checked(self, name: str) -> Iterator[Any]:
+        """The cells of a column that records may have, with the limit of their texts."""
+        kind = leaf = self.types[name]
+        while inner := _LIST.fullmatch(leaf):
+            leaf = inner[1]
+        if not _KINDS.match(leaf):
+            raise ValueError(
+                f"{self.path}: column {name}: expected texts, numbers or lists of them, found type "
+                f"{kind:.60}; cast the column to text, as pandas does with astype(str)"
+            )
+        limit, row = record_table.MAX_RECORD, 0
+        for batch in self.batches(name, 0):
+            try:
+                cells: Iterable[Any] = batch.to_pylist()
+            except UnicodeDecodeError:
+                cells = (cell.as_py() for cell in batch)  # up to the one that is no UTF-8
+            try:
+                for cell in cells:
+                    if isinstance(cell, str) and len(cell) > limit:
+                        raise ValueError(
+                            f"{self.at(row)}: column {name}: expected at most {limit} characters, "
+                            f"found {len(cell)}"
+                        )
+                    yield cell
+                    row += 1
+            except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{self.path}: expected a column {column}, found {', '.join(self.columns)}"
-                )
+                    f"{self.at(row)}: column {name}: expected UTF-8, found byte "
+                    f"0x{error.object[error.start]:02x}"
+                ) from None
 
     def cells(self, column: str, group: int = 0) -> Iterator[Any]:
         """The cells of a column from a row group on."""
