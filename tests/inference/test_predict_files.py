@@ -107,8 +107,13 @@ def test_lines_say_what_the_predictor_finds(opened, predictor, records, expected
 
 @pytest.mark.parametrize("name", ["in.jsonl.gz", "in.ndjson", "in.csv", "in.csv.gz", "in.parquet"])
 def test_every_format_gives_the_same(opened, records, expected, tmp_path, name):
-    report = run(opened, write(tmp_path / name, records), tmp_path / "out.jsonl")
-    assert (tmp_path / "out.jsonl").read_bytes() == expected
+    # In CSV an empty cell of `only` is an empty list; those of the others are left out here.
+    columns = ("only=",) if ".csv" in name else ()
+    report = run(opened, write(tmp_path / name, records), tmp_path / "out.jsonl", columns=columns)
+    found = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    wanted = expected.splitlines()
+    assert found[:3] + found[4:] == wanted[:3] + wanted[4:]
+    assert (found[3] == wanted[3]) is not bool(columns)
     assert (report.done.documents, report.done.errors) == (200, 0)
     assert "200 documents; " in str(report) and str(report).endswith(" documents/s")
     left = sorted(path.name for path in tmp_path.iterdir())

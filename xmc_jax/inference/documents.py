@@ -105,6 +105,7 @@ class Source:
         self._model, self._numbered, self._allow_paths = model, numbered, allow_paths
         self._folder = pathlib.Path()
         self._lines: _Lines | None = None
+        self._empty_only = False  # whether there was one
         self.digest = self.total = None
         if path == STDIN:
             self._lines = _Lines(sys.stdin.buffer)
@@ -221,6 +222,15 @@ class Source:
         for field, cell in cells.items():
             if record_cells.is_null(cell) or (field == "id" and cell == ""):
                 continue
+            if field == "only" and not cell and not self._empty_only:
+                self._empty_only = True
+                logging.warning(
+                    "%s: column %s is empty: no label may be predicted for this document, nor for "
+                    "others with an empty one; in JSON and Parquet null sets no bounds, and "
+                    "--predict.columns=only= leaves the column out",
+                    at,
+                    self._columns[field],
+                )
             try:
                 found[field] = self._value(field, cell)
             except ValueError as error:
