@@ -69,6 +69,7 @@ BASE = {
             "layout": "pad",  # reference code, download_amazon_imgs.py
             "batch_size": 64,
             "dtype": "bfloat16",  # Departs: the reference has fp16 autocast
+            "allow_paths": False,  # whether paths in a table may lead out of its folder
         },
         "synthetic": {"documents": 2000, "labels": 1000, "seed": 0},  # if raw_dir is "synthetic"
     },

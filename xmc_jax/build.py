@@ -72,8 +72,8 @@ def names_validation(fields: Mapping[str, Any]) -> bool:
     return raw is not None and raw_folder.names_validation(raw)
 
 
-def pictures(fields: Mapping[str, Any]) -> pathlib.Path | None:
-    """Where the pictures of a config's items are, as `vision.sources` reads them, to show some.
+def pictures(fields: Mapping[str, Any]) -> Any:
+    """Where the pictures of a config's items are, a `vision.sources.Place`, to show some of them.
 
     None where it trains on text alone. There may be none, as where vectors were published, or none
     any more: a run needs no more than the vectors.
@@ -85,8 +85,8 @@ def pictures(fields: Mapping[str, Any]) -> pathlib.Path | None:
     folder = image_folders.path(section["data_dir"], _dataset(section), asked["name"])
     fetched = folder.with_name(f"fetched-{asked['name']}")
     if (fetched / "report.json").is_file():
-        return fetched
-    return _image_source(section, _raw(section)).expanduser()
+        return _place(section, fetched)
+    return _place(section, _image_source(section, _raw(section)).expanduser())
 
 
 def _data(fields: Mapping[str, Any]) -> store.Store:
@@ -186,13 +186,29 @@ def _image_source(section: Mapping[str, Any], raw: pathlib.Path | None) -> pathl
     return pathlib.Path(section["images"]["source"] or raw or bundled.path(_dataset(section)))
 
 
+def _place(section: Mapping[str, Any], path: pathlib.Path) -> Any:
+    from xmc_jax.vision import sources  # what its package imports is an extra
+
+    return sources.Place(path, allow_paths=_allow_paths(section))
+
+
+def _allow_paths(section: Mapping[str, Any]) -> bool:
+    """Whether tables may name images out of their folder.
+
+    Those made of own records may: their paths were confined when the records were read.
+    """
+    images = section["images"]
+    return images.get("allow_paths", False) or not (section["records"] is None or images["source"])
+
+
 def _images_config(section: Mapping[str, Any], raw: pathlib.Path | None) -> Any:
     from xmc_jax.vision import embed
 
     return embed.ImagesConfig(
         dataset=_dataset(section),
         data_dir=section["data_dir"],
-        **section["images"] | {"source": _image_source(section, raw)},
+        **section["images"]
+        | {"source": _image_source(section, raw), "allow_paths": _allow_paths(section)},
     )
 
 
@@ -206,7 +222,7 @@ def picture_files(fields: Mapping[str, Any]) -> dict[str, tuple[Any, list[str]]]
         ValueError: the config has no images, or there are no files of them, but vectors, say.
         ImportError: the extra `vision` is not installed.
     """
-    from xmc_jax.vision import embed, sources
+    from xmc_jax.vision import embed
 
     section, raw = fields["data"], _raw(fields["data"])
     if section["images"]["name"] is None:
@@ -215,7 +231,7 @@ def picture_files(fields: Mapping[str, Any]) -> dict[str, tuple[Any, list[str]]]
     source = config.fetched if config.fetched.is_dir() else pathlib.Path(config.source).expanduser()
     uids = embed.read_uids(_dataset(section), raw, section["encoding"])
     return {
-        split: (sources.open(source, split, uids[split], config.by), uids[split])
+        split: (_place(section, source).open(split, uids[split]), uids[split])
         for split in ("label", "train")
     }
 

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import pathlib
 import sys
 
 import numpy as np
@@ -20,7 +19,7 @@ def colour(split: str, i: int) -> tuple[int, int, int]:
 
 
 @pytest.fixture(scope="module")
-def source(data, tmp_path_factory) -> pathlib.Path:
+def source(data, tmp_path_factory) -> sources.Place:
     """A picture of one colour for every item whose number is no multiple of five."""
     folder = tmp_path_factory.mktemp("pictures")
     for split in ("train", "test", "label"):
@@ -30,7 +29,7 @@ def source(data, tmp_path_factory) -> pathlib.Path:
                 picture = Image.new("RGB", (240, 120), colour(split, i))
                 picture.save(folder / split / f"{uid}.png")
     (folder / "test" / f"{data.uids('test')[1]}.png").write_bytes(b"no picture")
-    return folder
+    return sources.Place(folder)
 
 
 def opened(uri: str) -> Image.Image:
@@ -99,10 +98,10 @@ def test_it_says_why_there_are_none(
     finished, source, data, tmp_path, monkeypatch, name, value, said
 ):
     if name == "source":
-        source = tmp_path / value
+        source = sources.Place(tmp_path / value)
     if value == "damaged":
-        source.mkdir()
-        (source / "test.parquet").write_bytes(b"PAR1" * 9)
+        source.path.mkdir()
+        (source.path / "test.parquet").write_bytes(b"PAR1" * 9)
     elif name == "PIL":
         monkeypatch.setitem(sys.modules, name, None)
     elif value != "absent":
@@ -126,7 +125,7 @@ def test_no_source_needs_no_reason(data):
 
 
 def test_first_images_of_a_few_items(source, data):
-    opened_source = sources.open(source, "test", data.uids("test"))
+    opened_source = source.open("test", data.uids("test"))
     found = list(opened_source.first_of(np.array([0, 2, 44, 49])))
     assert [item for item, _ in found] == [2, 44, 49]
     expected = [image for item, _, image in opened_source.read(1) if item in (2, 44, 49)]

@@ -316,18 +316,18 @@ def test_images_of_records(tmp_path, config, folder, straight, compiled):
     server = Server()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     own, ids = tmp_path / "own", {"train": "x", "test": "y", "label": "x"}
-    own.mkdir()
+    shutil.copytree(folder, own / "pictures")
     for split in SPLITS:
         with (own / f"{split}.jsonl").open("w") as file:
             for i, uid in enumerate(UIDS[split]):
                 images = [f"{address}/{uid}/{k}" for k in range(len(PICTURES[uid]))]
                 if split == "test":
-                    images = [str(folder / f"{uid}_{k}.img") for k in range(len(PICTURES[uid]))]
+                    images = [f"pictures/{uid}_{k}.img" for k in range(len(PICTURES[uid]))]
                 line = {"id": f"{ids[split]}{i}", "text": uid, "labels": ["x0"], "images": images}
                 file.write(json.dumps(line) + "\n")
     raw = tmp_path / "raw"
-    records.convert(records.RecordsConfig(own, allow_paths=True), raw)
-    chosen = config(source=raw, allow_private=("127.0.0.0/8",))
+    records.convert(records.RecordsConfig(own), raw)
+    chosen = config(source=raw, allow_private=("127.0.0.0/8",), allow_paths=True)
     made = embed.make(chosen, embed.read_uids("Toy", raw))
     server.shutdown()
     found, wanted = rows(made), rows(straight)

@@ -367,6 +367,33 @@ def test_why_an_image_is_not_there(tmp_path):
     assert list(files.read(3)) == [(0, 0, "101 bytes, more than 100")]
 
 
+def table_jsonl_of_paths(folder: pathlib.Path, names: list[str]) -> pathlib.Path:
+    lines = [json.dumps({"index": 0, "path": name}) + "\n" for name in names]
+    return write(folder / "t.jsonl", "".join(lines).encode())
+
+
+def table_parquet_of_structs(folder: pathlib.Path, names: list[str]) -> pathlib.Path:
+    cells = [{"bytes": None, "path": name} for name in names]
+    return parquet(folder / "t.parquet", {"index": [0] * len(names), "image": cells})
+
+
+@pytest.mark.parametrize("make", [table_jsonl_of_paths, table_parquet_of_structs])
+def test_paths_of_a_table_stay_in_its_folder_unless_allowed(tmp_path, make):
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "link").symlink_to("../secret")
+    (tmp_path / "t" / "good").write_bytes(b"good")
+    names = ["../secret", str(tmp_path / "secret"), "link", "sub/../good"]
+    (tmp_path / "t" / "sub").mkdir()
+    place = make(tmp_path / "t", names)
+    found = [image for *_, image in sources.open(place, "test", ["u"]).read(9)]
+    assert found[-1] == b"good"
+    for name, reason in zip(names[:-1], found):
+        assert reason.startswith(f"'{name}': expected a path within the folder of its table")
+    allowed = sources.Place(place, allow_paths=True).open("test", ["u"])
+    assert [image for *_, image in allowed.read(9)] == [*[b"secret"] * 3, b"good"]
+
+
 @pytest.mark.parametrize("kind", ["bytes", "base64"])
 def test_bytes_that_are_no_image_file(tmp_path, kind):
     data = [b"x" * 100, b"x" * 101, b""]

@@ -1,8 +1,8 @@
 """The section of examples: documents with what was predicted, and labels that are confused."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -28,7 +28,7 @@ _KINDS = {
 }
 
 
-def examples(seen: Predictions, source: pathlib.Path | None) -> Element:
+def examples(seen: Predictions, source: Any | None) -> Element:
     """Documents with their predictions, and labels that are taken for each other.
 
     Args:
@@ -111,7 +111,7 @@ class _Items:
     def of(
         cls,
         data: Store,
-        source: pathlib.Path | None,
+        source: Any | None,
         documents: Sequence[int],
         labels: Sequence[int],
     ) -> "_Items":

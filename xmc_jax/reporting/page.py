@@ -1,7 +1,6 @@
 """The report of a run as one page without anything outside it: `<workdir>/report.html`."""
 
 import importlib.resources
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -30,7 +29,7 @@ def write(
     *,
     evaluation: Evaluation | None = None,
     recipe: Mapping[str, Any] | None = None,
-    pictures: pathlib.Path | None = None,
+    pictures: Any | None = None,
 ) -> epath.Path:
     """Writes report.html; of a run that has not ended, what there is by now.
 
@@ -42,8 +41,8 @@ def write(
         data: the dataset it was trained and evaluated on.
         evaluation: of its last step, so that its predictions need not be read.
         recipe: the config before flags changed it, to show what they changed; None if not known.
-        pictures: where the items' pictures are, as `vision.sources` reads them; None where there
-            are none.
+        pictures: where the items' pictures are, a `vision.sources.Place`; None where there are
+            none.
 
     Returns:
         Where it is.

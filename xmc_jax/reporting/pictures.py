@@ -5,6 +5,7 @@ import importlib.util
 import io
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +25,12 @@ Item = tuple[str, int]
 
 
 def thumbnails(
-    source: pathlib.Path | None, data: Store, wanted: Iterable[Item]
+    source: Any | None, data: Store, wanted: Iterable[Item]
 ) -> tuple[dict[Item, str], str]:
     """The first picture of items, those named first taking precedence.
 
     Args:
-        source: where pictures are, as `vision.sources` reads them; None where none are at hand.
+        source: where pictures are, a `vision.sources.Place`; None where none are at hand.
         data: the dataset.
         wanted: items; of those without a picture, or with one that cannot be read, none is shown.
 
@@ -40,12 +41,12 @@ def thumbnails(
         return {}, ""
     if importlib.util.find_spec("PIL") is None or importlib.util.find_spec("pyarrow") is None:
         return {}, 'No pictures: they take pip install "xmc_jax[vision]".'
-    if not source.exists():
-        return {}, f"No pictures: {source} is not there any more."
+    if not source.path.exists():
+        return {}, f"No pictures: {source.path} is not there any more."
     counts = {split: len(getattr(data, split)) for split in SPLITS}
     if sum(counts.values()) > _ITEMS:
         return {}, f"No pictures: they are shown of datasets of up to {_ITEMS:,} items."
-    if _size(source) > _SOURCE_BYTES:
+    if _size(source.path) > _SOURCE_BYTES:
         gibibytes = _SOURCE_BYTES >> 30
         return {}, f"No pictures: they are shown of folders of up to {gibibytes} GiB."
     wanted = list(dict.fromkeys(wanted))[:_PICTURES]
@@ -65,8 +66,8 @@ def thumbnails(
     return shown, ""
 
 
-def _of_split(source: pathlib.Path, data: Store, split: str, items: np.ndarray) -> dict[Item, str]:
-    from xmc_jax.vision import images, sources  # what it imports is an extra
+def _of_split(source: Any, data: Store, split: str, items: np.ndarray) -> dict[Item, str]:
+    from xmc_jax.vision import images  # what it imports is an extra
 
     name, uids, rows, places = split, data.uids(split), items, data.raw_rows()
     if split in places:
@@ -75,7 +76,7 @@ def _of_split(source: pathlib.Path, data: Store, split: str, items: np.ndarray) 
         for part, numbers in places.items():
             for number, uid in zip(numbers.tolist(), data.uids(part)):
                 uids[number] = uid
-    opened = sources.open(source, name, uids)
+    opened = source.open(name, uids)
     item_of = dict(zip(rows.tolist(), items.tolist()))
     found = {}
     for row, image in opened.first_of(np.sort(rows)):

@@ -73,6 +73,7 @@ class ImagesConfig:
         batch_size: images per call, over all devices.
         dtype: of the encoder's products, "bfloat16" or "float32".
         by: what image files are named by, "uid" or "index".
+        allow_paths: whether paths in a table of images may lead out of the table's folder.
         allow_private: networks that are fetched from although they are not public.
         overwrite: replace a folder that was made from other inputs or is damaged.
 
@@ -92,6 +93,7 @@ class ImagesConfig:
     batch_size: int = 64
     dtype: str = "bfloat16"
     by: str = "uid"
+    allow_paths: bool = False
     allow_private: tuple[str, ...] = ()
     overwrite: bool = False
 
@@ -163,7 +165,10 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
         config.layout,
         config.dtype,
     )
-    opened = {split: sources.open(where[split], split, uids[split], config.by) for split in SPLITS}
+    opened = {
+        split: sources.Place(where[split], config.by, config.allow_paths).open(split, uids[split])
+        for split in SPLITS
+    }
     if not any(found.items_with_images for found in opened.values()):
         first = next((uid for split in SPLITS for uid in uids[split]), None)
         remedy = "files named by an item's number in its split need --by=index"
@@ -544,6 +549,11 @@ def _parse(arguments: list[str] | None) -> tuple[ImagesConfig, str, str]:
     ):
         default = getattr(defaults, flag)
         add(f"--{flag}", type=type(default), default=default, help=f"{text} (default {default})")
+    add(
+        "--allow_paths",
+        action="store_true",
+        help="read images by paths that lead out of the folder of the table that names them",
+    )
     add(
         "--allow_private",
         nargs="*",

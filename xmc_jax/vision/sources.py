@@ -8,6 +8,7 @@ any item on. Nothing is downloaded here: URLs go through `vision.fetch` first.
 import base64
 import binascii
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -24,6 +25,7 @@ from xmc_jax.data.csr import Csr
 from xmc_jax.data.record_parquet import ParquetRows, ParquetTable
 from xmc_jax.data.record_table import Table
 from xmc_jax.data.record_text import TextCells
+from xmc_jax.files import paths
 from xmc_jax.files.digests import sha256
 
 MAX_BYTES = 32 << 20
@@ -40,6 +42,7 @@ _URLS = ("url", "urls")
 _NUMBERED = re.compile(r"(.+)_(\d{1,9})")
 _DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
 _SCAN_BYTES = 4 << 20
+_Read = Callable[[str], bytes | str]  # the file of a path in a table, or why there is none
 MAX_RECORD = 256 << 20  # bytes of a record of a text table, which may hold images
 
 
@@ -109,6 +112,25 @@ class Source:
             yield from ((item, image) for image in images[:1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where images are, for every split: the arguments of `open` that are the same for all.
+
+    Attributes:
+        path: a file or a folder.
+        by: what image files are named by, "uid" or "index".
+        allow_paths: whether paths in a table may lead out of its folder; see `files.paths.within`.
+    """
+
+    path: pathlib.Path
+    by: str = "uid"
+    allow_paths: bool = False
+
+    def open(self, split: str, uids: Sequence[str]) -> Source:
+        """The images of a split's items; see the function `open`."""
+        return open(self.path, split, uids, self.by, allow_paths=self.allow_paths)
+
+
 class _Records(Protocol):
     """Numbered records of images."""
 
@@ -117,14 +139,19 @@ class _Records(Protocol):
 
 
 def open(
-    path, split: str, uids: Sequence[str], by: str = "uid", max_bytes: int = MAX_BYTES
+    path,
+    split: str,
+    uids: Sequence[str],
+    by: str = "uid",
+    max_bytes: int = MAX_BYTES,
+    allow_paths: bool = False,
 ) -> Source:
     """Finds out what lies at a path, and which of it belongs to the items of a split.
 
     - A Parquet, JSONL or CSV file has one row per image, with a column `uid` (or `id`), or `index`,
       the number of the item in its split; and one of `bytes`, `image` (bytes, or Hugging Face's
-      struct of bytes and path), `base64`, `path` (from the table's folder on). A cell may hold a
-      list of images, a null none. Rows of other uids are skipped.
+      struct of bytes and path), `base64`, `path` (within the table's folder, see `allow_paths`). A
+      cell may hold a list of images, a null none. Rows of other uids are skipped.
     - A folder of such files: those whose names begin with the split's (train, trn; test, tst;
       label, labels, lbl) or, if none does, all that do not begin with another split's.
     - A folder of image files: `<uid>`, `<uid>.<any>`, `<uid>_<k>.<any>`, or `<uid>/<any>`, ordered
@@ -140,6 +167,7 @@ def open(
         uids: identifiers of the split's n items, in order.
         by: what image files are named by, "uid" or "index".
         max_bytes: larger image files are not read; that is their reason.
+        allow_paths: whether paths in a table may lead out of its folder; see `files.paths.within`.
 
     Raises:
         ValueError: nothing of these is there, a file is damaged, or a map or an index does not fit
@@ -153,7 +181,7 @@ def open(
     if path.is_file():
         if path.suffix == ".bin":
             return _lines(path, uids, max_bytes)
-        return _table([path], uids, max_bytes)
+        return _table([path], uids, max_bytes, allow_paths)
     if not path.is_dir():
         raise ValueError(f"{path}: expected a file or folder of images, found none")
     fetched = (path / "images").is_dir() and (path / "inputs.json").is_file()
@@ -169,7 +197,7 @@ def open(
     indices = [f"{prefix}_img_index.npy" for prefix in _PREFIXES[split]]
     index = next((name for name in indices if name in files), None)
     if index and "images.parquet" in files:
-        return _indexed(path / "images.parquet", path / index, uids, max_bytes)
+        return _indexed(path / "images.parquet", path / index, uids, max_bytes, allow_paths)
     names = "|".join(_PREFIXES[split])
     binaries = [name for name in files if re.fullmatch(rf"({names})_imgs_\d+_\d+\.bin", name)]
     if binaries:
@@ -180,7 +208,7 @@ def open(
         return _lines(path / binaries[0], uids, max_bytes)
     found = [name for name in files if name.lower().endswith(record_files.IN_FOLDERS)]
     if found:
-        return _table(_of_split(path, found, split), uids, max_bytes, fetched)
+        return _table(_of_split(path, found, split), uids, max_bytes, allow_paths, fetched)
     for prefix in _PREFIXES[split]:
         if (path / prefix).is_dir():
             return _files(path / prefix, uids, by, max_bytes)
@@ -280,7 +308,8 @@ class _FileRecords:
 
     def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
         for number in numbers.tolist():
-            yield [_read_file(self.folder, self.names[number], self.max_bytes)]
+            name = self.names[number]
+            yield [_read_file(self.folder / name, name, self.max_bytes)]
 
 
 def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -> Source:
@@ -318,18 +347,25 @@ def _rank(name: str) -> int:
     return int(digits[1]) if digits else -1
 
 
-def _read_file(folder: pathlib.Path, name: str, max_bytes: int) -> bytes | str:
+def _read_named(folder: pathlib.Path, name: str, max_bytes: int, allow: bool) -> bytes | str:
+    """The file that a table names, or why there is none."""
     try:
-        found = os.stat(folder / name)
+        path = paths.within(folder, name, allow)
+    except ValueError as error:
+        return str(error)
+    return _read_file(path, name, max_bytes)
+
+
+def _read_file(path: pathlib.Path, name: str, max_bytes: int) -> bytes | str:
+    try:
+        found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             return f"not a file: {name:.200}"
         if found.st_size > max_bytes:
             return _too_large(found.st_size, max_bytes)
-        return (folder / name).read_bytes() or f"an empty file: {name:.200}"
+        return path.read_bytes() or f"an empty file: {name:.200}"
     except OSError as error:
         return f"{(error.strerror or 'unreadable').lower()}: {name:.200}"
-    except ValueError:  # a null byte
-        return f"not a path: {name!r:.200}"
 
 
 def _too_large(size: int, max_bytes: int) -> str:
@@ -413,14 +449,19 @@ def _decode(text: bytes | str, max_bytes: int) -> bytes | str:
 
 
 def _table(
-    paths: list[pathlib.Path], uids: Sequence[str], max_bytes: int, fetched: bool = False
+    files: list[pathlib.Path],
+    uids: Sequence[str],
+    max_bytes: int,
+    allow_paths: bool,
+    fetched: bool = False,
 ) -> Source:
     """A table in one file, or in several Parquet files that are read one after the other.
 
     Of those that `vision.fetch` has made, rows with an error have no image and are left out.
     """
-    where, folder = paths[0], paths[0].parent
-    parts = [record_files.open_table(path, limit=MAX_RECORD) for path in paths]
+    where = files[0]
+    read = functools.partial(_read_named, where.parent, max_bytes=max_bytes, allow=allow_paths)
+    parts = [record_files.open_table(path, limit=MAX_RECORD) for path in files]
     records: Any
     if isinstance(parts[0], ParquetTable):
         key, column = _columns(where, parts[0].types)
@@ -435,23 +476,27 @@ def _table(
         if fetched:
             errors = (cell for part in parts for cell in part.cells("error"))
             owner[np.fromiter((cell is not None for cell in errors), bool, len(owner))] = -1
-        records = _TableRecords(ParquetRows(parts, column), column, folder, max_bytes)
+        records = _TableRecords(ParquetRows(parts, column), column, read, max_bytes)
     else:
         (part,) = parts
         key, column = _columns(where, dict.fromkeys(part.columns, ""))
         cells = TextCells(part, column)
         owner, of_item = _match(((part, *found) for found in cells.keys(key)), key, uids)
-        records = _TableRecords(cells, column, folder, max_bytes)
+        records = _TableRecords(cells, column, read, max_bytes)
     identity = {
         "kind": "table",
-        "files": {path.name: path.stat().st_size for path in paths},
+        "files": {path.name: path.stat().st_size for path in files},
         "columns": [key, column],
     }
     return Source(identity, _grouped(owner, of_item), records)
 
 
 def _indexed(
-    table_path: pathlib.Path, index_path: pathlib.Path, uids: Sequence[str], max_bytes: int
+    table_path: pathlib.Path,
+    index_path: pathlib.Path,
+    uids: Sequence[str],
+    max_bytes: int,
+    allow_paths: bool,
 ) -> Source:
     """Rows of a Parquet file by an index of the items."""
     table = ParquetTable(table_path)
@@ -465,7 +510,8 @@ def _indexed(
         "columns": [column],
     }
     rows = ParquetRows([table], column)
-    records = _TableRecords(rows, column, table_path.parent, max_bytes)
+    read = functools.partial(_read_named, table_path.parent, max_bytes=max_bytes, allow=allow_paths)
+    records = _TableRecords(rows, column, read, max_bytes)
     return Source(identity, listed, records)
 
 
@@ -494,7 +540,7 @@ def _columns(path: pathlib.Path, columns: Mapping[str, str]) -> tuple[str, str]:
     return key, image
 
 
-def _images(cell: Any, column: str, folder: pathlib.Path, max_bytes: int) -> list[bytes | str]:
+def _images(cell: Any, column: str, read: _Read, max_bytes: int) -> list[bytes | str]:
     """The images of a cell, or reasons."""
     images = []
     for one in cell if isinstance(cell, list) else [cell]:
@@ -503,17 +549,17 @@ def _images(cell: Any, column: str, folder: pathlib.Path, max_bytes: int) -> lis
             kind = column if one.get("bytes") else "path"
             one = one.get("bytes") or one.get("path")
         if one is not None and one != "":
-            images.append(_image(one, kind, folder, max_bytes))
+            images.append(_image(one, kind, read, max_bytes))
     return images
 
 
-def _image(cell: Any, column: str, folder: pathlib.Path, max_bytes: int) -> bytes | str:
+def _image(cell: Any, column: str, read: _Read, max_bytes: int) -> bytes | str:
     if isinstance(cell, bytes) and column != "path":
         if len(cell) > max_bytes:
             return _too_large(len(cell), max_bytes)
         return _decode(cell, max_bytes) if column == "base64" else cell or "no bytes"
     if isinstance(cell, str):
-        return _read_file(folder, cell, max_bytes) if column == "path" else _decode(cell, max_bytes)
+        return read(cell) if column == "path" else _decode(cell, max_bytes)
     return f"a cell of type {type(cell).__name__} in column {column}"
 
 
@@ -521,9 +567,9 @@ def _image(cell: Any, column: str, folder: pathlib.Path, max_bytes: int) -> byte
 class _TableRecords:
     cells: ParquetRows | TextCells
     column: str
-    folder: pathlib.Path
+    read: _Read
     max_bytes: int
 
     def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
         for cell in self.cells.fetch(numbers):
-            yield _images(cell, self.column, self.folder, self.max_bytes)
+            yield _images(cell, self.column, self.read, self.max_bytes)
