@@ -16,6 +16,8 @@ from xmc_jax.files import atomic, json_files, locks, manifests
 # Fields that may differ between the run that wrote a workdir and the one that goes on with it.
 RESUMABLE = (
     "data.data_dir",
+    "data.images.allow_paths",  # the vectors are compared by their digest
+    "data.images.source",
     "data.raw_dir",
     "data.records",  # what they are made to is compared by its digest
     "data.records_options",
