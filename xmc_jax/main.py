@@ -56,6 +56,7 @@ def _settings(section: str, kind: type) -> Callable[[], Any]:
     """
     define = {
         bool: flags.DEFINE_bool,
+        bool | None: flags.DEFINE_bool,
         float: flags.DEFINE_float,
         int: flags.DEFINE_integer,
         str: flags.DEFINE_string,

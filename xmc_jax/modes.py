@@ -310,8 +310,8 @@ def _labels(asked: Asked) -> int:
 
 def _serve(asked: Asked) -> int:
     """Answers queries over HTTP until it is told to end."""
-    opened = _opened(asked, verify=False)  # verified when it is opened to be served
-    serving.run(str(opened.folder), asked.serve)
+    # It is verified when it is opened to be served.
+    serving.run(lambda: _opened(asked, verify=False).folder, asked.serve)
     return 0
 
 

@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
+import gzip
 import http.client
 import json
 import select
 import socket
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.monitoring
@@ -16,7 +19,7 @@ import processes
 import pytest
 
 from xmc_jax.inference.predictor import Query
-from xmc_jax.serve import command, guard, protocol
+from xmc_jax.serve import bodies, command, guard, protocol, server
 from xmc_jax.serve.batching import Batcher, Full
 from xmc_jax.serve.config import ServeConfig
 
@@ -194,8 +197,13 @@ TEXT = {"text": "word"}
     [
         (b"{", 400, "body: expected JSON, got: Expecting property name"),
         (b"\xff", 400, "body: expected JSON"),
-        (b"[" * 5000, 400, "body: expected JSON"),
-        (b"1" * 5000, 400, "body: expected JSON"),
+        (b"[" * 900, 400, "body: expected JSON"),
+        (b"[" * 5000, 413, "body: expected at most 964 commas and brackets, got more"),
+        (b"1" * 5000, 400, "body: expected JSON, got a number of too many digits"),
+        ("{}".encode("utf-16"), 400, "body: expected JSON in UTF-8, got: "),
+        (b'{"k": 1, "k": 2}', 422, "body: expected each field once, got 'k' twice"),
+        ({str(i): 1 for i in range(17)}, 422, "body: expected at most 16 fields of an object"),
+        ({"queries": None}, 422, "queries: expected a value, got none"),
         (b"", 422, "body: expected a value, got none"),
         (b"null", 422, "body: expected an object, got None"),
         ([], 422, "body: expected an object, got a list of 0"),
@@ -274,7 +282,7 @@ def test_a_full_queue_is_503_with_a_time_to_come_back(served, titles, monkeypatc
 
     monkeypatch.setattr(Batcher, "answer", full)
     status, headers, body = served.ask("POST", "/v1/predict", {"queries": [TEXT]})
-    assert (status, headers["retry-after"]) == (503, guard.RETRY_AFTER)
+    assert (status, headers["retry-after"]) == (503, bodies.RETRY_AFTER)
     assert json.loads(body)["error"] == "server: too many queries wait; try again"
 
 
@@ -286,8 +294,37 @@ def test_what_takes_too_long_is_503(served, monkeypatch):
     monkeypatch.setattr(Batcher, "answer", never)
     monkeypatch.setattr(served.service, "config", config)
     status, headers, body = served.ask("POST", "/v1/predict", {"queries": [TEXT]})
-    assert (status, headers["retry-after"]) == (503, guard.RETRY_AFTER)
+    assert (status, headers["retry-after"]) == (503, bodies.RETRY_AFTER)
     assert "not answered within 0.05 seconds" in json.loads(body)["error"]
+
+
+def test_a_thread_that_hangs_is_told_to_who_asks_for_health(served, monkeypatch, caplog):
+    """After `stuck_after` and at once, and no longer than it hangs; more is not taken meanwhile."""
+    gate, embed = threading.Event(), served.predictor.embed_measured
+    config = dataclasses.replace(served.service.config, stuck_after=0.3, timeout=20)
+    monkeypatch.setattr(served.service, "config", config)
+    monkeypatch.setattr(served.predictor, "embed_measured", lambda *a: gate.wait(60) and embed(*a))
+
+    def asked(path):
+        started = time.monotonic()
+        status, _, body = served.ask("GET", path)
+        assert time.monotonic() - started < 0.25
+        return status, json.loads(body)
+
+    assert asked("/healthz") == asked("/readyz") == (200, {"status": "ready"})
+    with ThreadPoolExecutor(1) as pool:
+        started = time.monotonic()
+        first = pool.submit(served.post, "/v1/predict", {"queries": [TEXT]})
+        processes.until(lambda: asked("/healthz")[0] == 503)
+        assert 0.3 < time.monotonic() - started < 1
+        said = "server: stuck: the ranking thread has not finished a batch for 0 seconds"
+        assert asked("/healthz") == asked("/readyz") == (503, {"error": said})
+        assert served.post("/v1/predict", {"queries": [TEXT]}) == (503, {"error": said})
+        gate.set()
+        assert first.result()[0] == 200
+    assert asked("/healthz") == asked("/readyz") == (200, {"status": "ready"})
+    (line,) = [record.getMessage() for record in caplog.records if "stands at" in record.message]
+    assert "it stands at wait (" in line and "\n" not in line
 
 
 def test_who_hangs_up_is_not_waited_for(served, monkeypatch):
@@ -333,6 +370,8 @@ def test_other_types_are_refused(served, kind):
         ("LOCALHOST:1", 200),
         ("127.0.0.1", 200),
         ("[::1]:80", 200),
+        ("10.1.2.3:8000", 200),  # as Prometheus names a pod
+        ("[fd00::1]:8000", 200),
         ("evil.example", 421),
         ("localhost.evil.example", 421),
         ("evil.example:127.0.0.1", 421),
@@ -368,9 +407,72 @@ def test_other_methods_and_paths(served):
     status, headers, body = served.ask("GET", "/v1/predict")
     assert (status, headers["allow"]) == (405, "POST")
     assert json.loads(body)["error"] == "/v1/predict: Method Not Allowed"
-    assert served.ask("DELETE", "/v1/labels/topic1")[0] == 405
+    status, headers, _ = served.ask("DELETE", "/v1/labels/topic1")
+    assert (status, headers["allow"]) == (405, "GET, HEAD")
+    status, headers, body = served.ask("POST", "/v1/predict/", {"queries": [TEXT]})
+    assert (status, headers["content-type"]) == (404, "application/json")
+    assert "location" not in headers  # of another path, at an address that a proxy may hide
     for path in ("/nothing", "/static/../app.py", "/static/app.py", "/docs", "/v1"):
         assert served.ask("GET", path)[0] == 404, path
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/v1/info", "/v1/labels/topic1", "/metrics"])
+def test_head_is_get_without_its_content(served, path):
+    (status, headers, body), (_, of_get, content) = (
+        served.ask(method, path) for method in ("HEAD", "GET")
+    )
+    assert (status, body) == (200, b"") and content
+    assert headers["content-type"] == of_get["content-type"]
+    if path != "/metrics":  # what it says has changed
+        assert headers["content-length"] == of_get["content-length"] == str(len(content))
+
+
+def test_null_is_a_field_left_out(served):
+    asked = {"queries": [TEXT | dict.fromkeys(("images", "only", "exclude"))]}
+    _, expected = served.post("/v1/predict", {"queries": [TEXT]})
+    assert served.post("/v1/predict", asked | {"k": None, "ranking": None}) == (200, expected)
+
+
+@pytest.mark.parametrize(
+    "encoding, packed, status, said",
+    [
+        ("gzip", gzip.compress, 200, ""),
+        ("identity", bytes, 200, ""),
+        ("gzip", bytes, 400, "body: expected gzip, as content-encoding says, got something else"),
+        ("gzip", lambda body: gzip.compress(body)[:-9], 400, "body: expected gzip, as content-"),
+        ("gzip", lambda body: 2 * gzip.compress(body), 400, "body: expected gzip, as content-"),
+        ("gzip", lambda body: gzip.compress(b" " * 10**8), 413, "body: expected at most 100000 b"),
+        ("br", bytes, 415, "content-encoding: expected gzip or none, got 'br'"),
+    ],
+)
+def test_packed_bodies(served, encoding, packed, status, said):
+    body = packed(json.dumps({"queries": [TEXT]}).encode())
+    found, headers, answer = served.ask("POST", "/v1/predict", body, content_encoding=encoding)
+    assert found == status and json.loads(answer).get("error", "").startswith(said)
+    assert headers.get("accept-encoding") == ("gzip" if status == 415 else None)
+    processes.until(lambda: b"xmc_held_bytes 0.0\n" in served.service.metrics.text())
+
+
+def test_training_documents_are_shown_only_where_they_may_be(served, titles, monkeypatch):
+    config = dataclasses.replace(served.service.config, show_documents=False)
+    monkeypatch.setattr(served.service, "config", config)
+    for path, body in (("/v1/neighbours", {"queries": [TEXT]}), ("/v1/documents/a/image", None)):
+        status, _, answer = served.ask("GET" if body is None else "POST", path, body)
+        assert status == 403 and "--serve.show_documents" in json.loads(answer)["error"]
+    _, _, body = served.ask("GET", "/v1/info")
+    assert (json.loads(body)["shows_documents"], json.loads(body)["examples"]) == (False, [])
+    assert not any(title in body.decode() for title in titles)
+    assert served.post("/v1/predict", {"queries": [TEXT]})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host, shown", [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)]
+)
+def test_who_listens_to_other_machines_shows_no_training_documents(host, shown):
+    for given, expected in ((None, shown), (True, True), (False, False)):
+        config = ServeConfig(host=host, port=0, show_documents=given)
+        with server._bound(config) as bound:
+            assert server._with_documents(config, bound).show_documents == expected
 
 
 def test_the_page_is_kept_by_its_tag(served):
@@ -436,8 +538,8 @@ def test_who_says_nothing_is_hung_up_on(served, monkeypatch):
 
 
 def test_a_body_that_does_not_come_is_408(served, monkeypatch):
-    app = served._server.config.loaded_app
-    monkeypatch.setattr(app, "config", dataclasses.replace(app.config, read_timeout=0.05))
+    asgi = served._server.config.loaded_app
+    monkeypatch.setattr(asgi, "config", dataclasses.replace(asgi.config, read_timeout=0.05))
     with socket.create_connection(("127.0.0.1", served.port), 30) as client:
         client.sendall(
             b"POST /v1/predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -453,14 +555,14 @@ def test_mistakes_are_one_line(exported, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port}: expected an address"):
-            command.run(str(exported), ServeConfig(port=port))
+            command.run(lambda: pytest.fail("a model was opened"), ServeConfig(port=port))
     with pytest.raises(ValueError, match=r"expected an exported model with artifact\.json"):
-        command.run(str(tmp_path), ServeConfig())
+        command.run(lambda: tmp_path, ServeConfig(port=0))
     monkeypatch.delitem(sys.modules, "xmc_jax.serve.server")
     monkeypatch.delattr("xmc_jax.serve.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ValueError, match=r'found no uvicorn; install it: .*"\.\[serve\]"'):
-        command.run(str(exported), ServeConfig())
+        command.run(lambda: exported, ServeConfig())
 
 
 @pytest.mark.parametrize(

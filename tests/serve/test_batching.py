@@ -1,6 +1,7 @@
 """Requests in one batch: each gets its own answer, fails alone, and is bounded."""
 
 import asyncio
+import math
 import threading
 import time
 import types
@@ -186,6 +187,35 @@ def test_who_has_gone_is_not_ranked():
     (_, gone, found), predictor, _ = run(scenario)
     assert isinstance(gone, asyncio.CancelledError)
     assert found.rows[0, 0] == 2 and predictor.batches == [["0"], ["2"]]
+
+
+def test_how_long_the_thread_is_at_it(monkeypatch):
+    """Since a batch was begun, or a query waits for a thread that is no more; else 0."""
+
+    async def scenario(batcher, predictor):
+        assert batcher.stalled() == 0
+        tasks = await held_back(batcher, predictor, (queries(1), PLAIN))
+        first = batcher.stalled()
+        assert 0 < first < batcher.stalled() < 30
+        assert batcher.position().startswith("wait (") and "embed_measured (" in batcher.position()
+        assert not await batcher.close(0.01)
+        predictor.gate.set()
+        await asyncio.gather(*tasks)
+        assert await batcher.close() and batcher.position() == ""
+
+    run(scenario)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_ended_is_told():
+    async def scenario(batcher, predictor):
+        batcher._observe = None
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(batcher.answer(queries(1), PLAIN), 0.1)
+        batcher._thread.join(30)
+        assert batcher.stalled() == math.inf
+
+    run(scenario)
 
 
 def test_closing_answers_what_waits():

@@ -17,6 +17,8 @@ from xmc_jax.serve import service
 
 SMALL = ("--serve.max_batch=1", "--serve.max_k=10", "--serve.max_exclude=0", "--serve.port=0")
 
+QUERY = json.dumps({"queries": [{"text": "word"}], "k": 3})
+
 
 def flags(folder):
     return ["-m", "xmc_jax.main", "--mode=serve", f"--artifact={folder}", *SMALL]
@@ -127,6 +129,34 @@ def test_sigterm_ends_it_while_it_warms_up(exported):
         os.kill(group.processes[0].pid, signal.SIGTERM)
         (done,) = group.wait(30)
     assert done.returncode == 0, done.stderr
+
+
+_HANGS = """
+import pathlib, sys, time
+from absl import logging
+from xmc_jax.inference.predictor import Predictor
+from xmc_jax.serve import server, service
+from xmc_jax.serve.config import ServeConfig
+logging.set_verbosity(logging.INFO)
+service.warm_up = lambda predictor, config: None
+Predictor.embed_measured = lambda *arguments: time.sleep(1000)
+server._LAST = 1
+config = ServeConfig(port=0, stuck_after=0.2, drain=1)
+server.run(lambda: pathlib.Path(sys.argv[1]), config)
+"""
+
+
+def test_sigterm_ends_it_while_its_thread_hangs(exported):
+    with processes.started(1, ["-c", _HANGS, str(exported)]) as group:
+        port = ready(group)
+        client = http.client.HTTPConnection("127.0.0.1", port, 60)
+        client.request("POST", "/v1/predict", QUERY, {"content-type": "application/json"})
+        processes.until(lambda: get(port, "/healthz")[0] == 503)
+        os.kill(group.processes[0].pid, signal.SIGTERM)
+        (done,) = group.wait(10)
+    assert done.returncode == 1
+    assert re.search(r"it stands at <lambda> \(<string>:\d+\) < ranked \(", done.stderr)
+    assert "the ranking thread did not end within 1 s" in done.stderr
 
 
 def test_what_takes_long_does_not_keep_a_process():

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 
 from xmc_jax.inference import thumbnails
 from xmc_jax.inference.predictor import Query
-from xmc_jax.serve import guard, schema
+from xmc_jax.serve import bodies, guard, schema
+from xmc_jax.serve.bodies import Refused
 from xmc_jax.serve.metrics import CONTENT_TYPE
 from xmc_jax.serve.service import READY, Service
 from xmc_jax.serve.shown import NEIGHBOURS, Shown
@@ -24,8 +25,13 @@ _STATIC = pathlib.Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PAGE = {"/": "index.html", "/static/app.css": "app.css", "/static/app.js": "app.js"}
 _GONE = 499  # of who asked and has gone; nobody sees it
+_NOT_SHOWN = (
+    "documents: expected none to be shown, since the server listens to other machines, or was told "
+    "so; start it with --serve.show_documents"
+)
 _REFUSALS = {
     400: "Not JSON, or not all of it.",
+    403: "Training documents are not shown.",
     404: "No such id.",
     408: "Not all of it in time.",
     413: "Too large.",
@@ -56,13 +62,14 @@ def _routes(service: Service) -> fastapi.FastAPI:
         description="Ranks labels for documents of texts and images.",
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # to the address that a proxy knows, not the one that was asked
         responses={status: _refusal(status) for status in (421,)},
     )
-    app.add_exception_handler(guard.Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _refused_by_starlette)
+    app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _failed)
-    bodies = {status: _refusal(status) for status in (400, 408, 413, 415, 422, 503)}
+    app.router.route_class = bodies.route_class(config)
+    of_post = {status: _refusal(status) for status in (400, 408, 413, 415, 422, 503)}
 
     async def queries(shown: Shown, items: Sequence[Any]) -> list[Query]:
         made = []
@@ -72,24 +79,24 @@ def _routes(service: Service) -> fastapi.FastAPI:
             for field, names in (("only", only or ()), ("exclude", exclude)):
                 for place, name in enumerate(names):
                     if shown.row(name) is None:
-                        raise guard.Refused(
+                        raise Refused(
                             422,
                             f"{where}.{field}[{place}]: expected the id of a label, got "
                             f"{name[:60]!r}",
                         )
             images = await service.prepare(shown, f"{where}.images", item.images)
             if not (images or item.text.strip()):
-                raise guard.Refused(422, f"{where}: expected a text or an image, got neither")
+                raise Refused(422, f"{where}: expected a text or an image, got neither")
             made.append(Query(item.text, images, only, exclude))
         return made
 
-    @app.post("/v1/predict", response_model=schema.Predictions, responses=bodies)
+    @app.post("/v1/predict", response_model=schema.Predictions, responses=of_post)
     async def predict(asked: requests.predict, request: fastapi.Request) -> fastapi.Response:
         """The best labels of each query."""
         shown = service.shown()
         kind = shown.rankings[0] if asked.ranking == "auto" else asked.ranking
         if kind not in shown.rankings:
-            raise guard.Refused(
+            raise Refused(
                 422,
                 "ranking: expected plain, got augmented; the model was exported without documents",
             )
@@ -99,14 +106,20 @@ def _routes(service: Service) -> fastapi.FastAPI:
         results = found.shown.results(found.scores, found.rows, found.cut, asked.k, kind)
         return _json({"ranking": kind, "results": results})
 
-    @app.post("/v1/neighbours", response_model=schema.Neighbourhoods, responses=bodies)
+    @app.post(
+        "/v1/neighbours",
+        response_model=schema.Neighbourhoods,
+        responses=of_post | {403: _refusal(403)},
+    )
     async def neighbours(asked: requests.neighbours, request: fastapi.Request) -> fastapi.Response:
         """The training documents near each query."""
         shown = service.shown()
         if shown.artifact.documents is None:
-            raise guard.Refused(
+            raise Refused(
                 422, "queries: expected none, got some; the model was exported without documents"
             )
+        if not service.config.show_documents:
+            raise Refused(403, _NOT_SHOWN)
         found = await service.answer(request, await queries(shown, asked.queries), NEIGHBOURS)
         if found is None:
             return fastapi.Response(status_code=_GONE)
@@ -116,7 +129,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
     @app.get("/v1/info", response_model=schema.Info, responses={503: _refusal(503)})
     async def info() -> fastapi.Response:
         """What is served, and within which limits."""
-        return _json(service.shown().info(config))
+        return _json(service.shown().info(service.config))
 
     for kind in thumbnails.KINDS:
         app.get(
@@ -126,6 +139,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
             response_class=fastapi.Response,
             responses={
                 200: {"content": {thumbnails.TYPE: {}}, "description": "A small picture."},
+                403: _refusal(403),
                 404: _refusal(404),
                 503: _refusal(503),
             },
@@ -141,20 +155,22 @@ def _routes(service: Service) -> fastapi.FastAPI:
         shown = service.shown()
         row = shown.row(name)
         if row is None:
-            raise guard.Refused(404, f"labels: expected the id of a label, got {name[:60]!r}")
+            raise Refused(404, f"labels: expected the id of a label, got {name[:60]!r}")
         frequency = int(shown.artifact.labels.frequency[row])
         return _json(shown.label(row) | {"frequency": frequency})
 
-    @app.get("/healthz", response_model=schema.Health)
+    @app.get("/healthz", response_model=schema.Health, responses={503: _refusal(503)})
     async def healthz() -> fastapi.Response:
-        """Whether the process answers."""
+        """Whether the process answers, and its ranking thread goes on."""
+        service.check_not_stuck()
         return _json({"status": service.state})
 
     @app.get("/readyz", response_model=schema.Health, responses={503: _refusal(503)})
     async def readyz() -> fastapi.Response:
         """Whether it answers queries."""
         if service.state != READY:
-            raise guard.busy(f"server: {service.state}; try again")
+            raise bodies.busy(f"server: {service.state}; try again")
+        service.check_not_stuck()
         return _json({"status": service.state})
 
     @app.get(
@@ -176,10 +192,12 @@ def _routes(service: Service) -> fastapi.FastAPI:
 
 def _picture(service: Service, kind: str) -> Route:
     async def picture(name: str, request: fastapi.Request) -> fastapi.Response:
+        if kind == "documents" and not service.config.show_documents:
+            raise Refused(403, _NOT_SHOWN)
         pictures = service.shown().artifact.thumbnails.get(kind)
         found = None if pictures is None else pictures.get(name)
         if found is None:
-            raise guard.Refused(404, f"{kind}: expected an id with a picture, got {name[:60]!r}")
+            raise Refused(404, f"{kind}: expected an id with a picture, got {name[:60]!r}")
         return _cached(request, found, thumbnails.TYPE, "max-age=3600")
 
     return picture
@@ -211,8 +229,13 @@ def _refusal(status: int) -> dict[str, Any]:
     return {"model": schema.Error, "description": _REFUSALS[status]}
 
 
-async def _refused(request: fastapi.Request, refused: guard.Refused) -> fastapi.Response:
-    return _json({"error": str(refused)}, refused.status, refused.headers)
+async def _refused(request: fastapi.Request, error: HTTPException) -> fastapi.Response:
+    said, headers = error.detail, dict(error.headers or {})
+    if not isinstance(error, Refused):  # of no such path, or another method
+        said = f"{request.url.path[:100]}: {said}"
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
+    return _json({"error": said}, error.status_code, headers)
 
 
 async def _invalid(request: fastapi.Request, error: RequestValidationError) -> fastapi.Response:
@@ -220,12 +243,5 @@ async def _invalid(request: fastapi.Request, error: RequestValidationError) -> f
     return _json({"error": said}, status)
 
 
-async def _refused_by_starlette(request: fastapi.Request, error: HTTPException):
-    said = f"{request.url.path[:100]}: {error.detail}"
-    if error.status_code == 400:  # of a body that FastAPI cannot make anything of
-        said = "body: expected JSON, got something else"
-    return _json({"error": said}, error.status_code, dict(error.headers or {}))
-
-
 async def _failed(request: fastapi.Request, error: Exception) -> fastapi.Response:
-    return _json({"error": "server: failed; see its log"}, 500)
+    return _json({"error": guard.FAILED}, 500)

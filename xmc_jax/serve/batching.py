@@ -9,8 +9,11 @@ may ask again, since fewer and larger batches cost less. A lone request never wa
 import asyncio
 import collections
 import dataclasses
+import math
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -75,6 +78,7 @@ class Batcher:
         self._waiting: collections.deque[_Request] = collections.deque()
         self._weight = self._queries = 0
         self._company = 1  # requests that a batch waits for
+        self._since: float | None = None  # when what is ranked or waits was begun, or came
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="ranks", daemon=True)
@@ -109,6 +113,8 @@ class Batcher:
         with self._changed:
             if self._closing or self._weight + request.weight > self._config.queue:
                 raise Full
+            if self._since is None:
+                self._since = time.monotonic()
             self._waiting.append(request)
             self._weight += request.weight
             self._queries += len(queries)
@@ -116,16 +122,38 @@ class Batcher:
                 self._changed.notify()
         return await request.answer
 
-    async def close(self) -> None:
-        """Answers what waits, and ends."""
+    def stalled(self) -> float:
+        """Seconds for which the thread has not finished a batch, although there are queries."""
+        if not (self._thread.is_alive() or self._closing):
+            return math.inf
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def position(self) -> str:
+        """Where the thread stands, in one line: innermost call first."""
+        frame = sys._current_frames().get(self._thread.ident)
+        calls = [] if frame is None else traceback.extract_stack(frame)
+        return " < ".join(f"{x.name} ({x.filename}:{x.lineno})" for x in reversed(calls))
+
+    async def close(self, seconds: float | None = None) -> bool:
+        """Answers what waits, and ends.
+
+        Args:
+            seconds: to wait for it, at most.
+
+        Returns:
+            Whether the thread has ended.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, seconds)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         company, seconds = 1, 0.0
         while batch := self._gather(company, seconds):
+            self._since = time.monotonic()
             requests = len(batch)
             batch = [request for request in batch if not request.answer.done()]
             if not batch:
@@ -148,6 +176,7 @@ class Batcher:
         wait = min(self._config.max_wait_ms / 1000, seconds * _WAITED)
         with self._changed:
             self._company = company
+            self._since = time.monotonic() if self._waiting else None
             while not self._waiting and not self._closing:
                 self._changed.wait()
             end = time.monotonic() + wait

@@ -1,11 +1,12 @@
 """The mode `serve`, for where its extra may be missing."""
 
 import pathlib
+from collections.abc import Callable
 
 from xmc_jax.serve.config import ServeConfig
 
 
-def run(folder: str, config: ServeConfig) -> None:
+def run(find: Callable[[], pathlib.Path], config: ServeConfig) -> None:
     """See `server.run`.
 
     Raises:
@@ -18,4 +19,4 @@ def run(folder: str, config: ServeConfig) -> None:
             f'--mode=serve: expected the packages of the extra "serve", found no {error.name}; '
             'install it: pip install -e ".[serve]"'
         ) from error
-    server.run(pathlib.Path(folder), config)
+    server.run(find, config)

@@ -31,8 +31,12 @@ class ServeConfig:
         max_image_pixels: pixels of an image.
         max_connections: open at a time; beyond it 503.
         timeout: seconds until a request is answered with 503 that is not yet ranked.
-        read_timeout: seconds in which a request must arrive.
+        read_timeout: seconds in which a request must arrive, and its answer be taken.
         keep_alive: seconds that a connection may be idle.
+        stuck_after: seconds that one call of the model may take; beyond it /healthz answers 503, so
+            that the process is started again.
+        show_documents: whether answers may hold texts and pictures of training documents; if not
+            given, while the server listens to this machine alone.
         drain: seconds that requests in progress have when the server is told to end.
     """
 
@@ -57,6 +61,8 @@ class ServeConfig:
     read_timeout: float = 20.0
     keep_alive: int = 30
     drain: int = 30
+    stuck_after: float = 60.0
+    show_documents: bool | None = None
 
     def __post_init__(self):
         self._expect("port", 0 <= self.port < 2**16, "a number in [0, 65535]")
@@ -69,7 +75,7 @@ class ServeConfig:
             *("max_image_bytes", "max_image_pixels", "max_connections", "keep_alive", "drain"),
         ):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("timeout", "read_timeout"):
+        for name in ("timeout", "read_timeout", "stuck_after"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
         self._expect(
             "queue", self.queue >= self.max_queries, f"max_queries, {self.max_queries}, or more"

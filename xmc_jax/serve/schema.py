@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xmc_jax.serve.config import ServeConfig
 
@@ -26,38 +26,53 @@ class Requests:
     neighbours: type[BaseModel]
 
 
+class _Given(_Strict):
+    """An object of a request; a field that is null is taken as left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {k: x for k, x in given.items() if x is not None or k not in cls.model_fields}
+
+
 def requests(config: ServeConfig) -> Requests:
     """The classes, with the limits of a config."""
     Id = Annotated[str, Field(max_length=config.max_text)]
+    Text = Annotated[str, Field(max_length=config.max_text)]
     count = Field(10, ge=1, le=config.max_k, description="How many of each query; at most so many.")
 
-    class Item(_Strict):
-        text: Annotated[str, Field(max_length=config.max_text)] = ""
-        images: list[str] = Field(
+    def several(kind: Any, most: int | None = None) -> Any:
+        return Annotated[list[kind], Field(max_length=most, fail_fast=True)]
+
+    class Item(_Given):
+        text: Text | None = ""
+        images: several(str) | None = Field(
             [],
             description="Image files in base64, or as data: URLs; nothing is fetched.",
         )
 
     class Query(Item):
-        only: Annotated[list[Id], Field(max_length=config.max_only)] | None = Field(
+        only: several(Id, config.max_only) | None = Field(
             None, description="Ids of the labels that may be ranked; all if left out."
         )
-        exclude: list[Id] = Field(
-            [], max_length=config.max_exclude, description="Ids of labels that may not be ranked."
+        exclude: several(Id, config.max_exclude) | None = Field(
+            [], description="Ids of labels that may not be ranked."
         )
 
-    class Predict(_Strict):
-        queries: list[Query] = Field(min_length=1, max_length=config.max_queries)
-        k: int = count
-        ranking: Literal["auto", "plain", "augmented"] = Field(
+    class Predict(_Given):
+        queries: Annotated[several(Query, config.max_queries), Field(min_length=1)]
+        k: int | None = count
+        ranking: Literal["auto", "plain", "augmented"] | None = Field(
             "auto",
             description="plain: labels by inner product; augmented: mixed with the labels of near "
             "training documents; auto: as the model was exported.",
         )
 
-    class Neighbours(_Strict):
-        queries: list[Item] = Field(min_length=1, max_length=config.max_queries)
-        k: int = count
+    class Neighbours(_Given):
+        queries: Annotated[several(Item, config.max_queries), Field(min_length=1)]
+        k: int | None = count
 
     return Requests(Predict, Neighbours)
 
@@ -145,6 +160,7 @@ class Info(_Strict):
     dataset: str
     labels: int
     documents: int
+    shows_documents: bool = Field(description="Whether answers may hold training documents.")
     rankings: list[str] = Field(description="The first is the default.")
     images: ImageInput
     metrics: dict[str, dict[str, float]] = Field(description="On the test set, as fractions.")

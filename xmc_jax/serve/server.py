@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
+import ipaddress
 import os
 import pathlib
+import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from absl import logging
@@ -19,28 +22,38 @@ from xmc_jax.serve.config import ServeConfig
 from xmc_jax.serve.protocol import Protocol
 from xmc_jax.serve.service import ENDING, Service, in_thread
 
+_BACKLOG = 2048  # connections that wait to be accepted
+_FILES = 200  # that are open besides connections
+_LAST = 5  # seconds for the batch that is being ranked when all connections have ended
 
-def run(folder: pathlib.Path, config: ServeConfig) -> None:
+
+def run(find: Callable[[], pathlib.Path], config: ServeConfig) -> None:
     """Serves an artifact until SIGTERM or SIGINT; SIGHUP opens its folder again.
 
     Args:
-        folder: what `--mode=export` wrote.
+        find: gives what `--mode=export` wrote; it may take long, and is called when the address is
+            known to be free.
         config: see `ServeConfig`.
 
     Raises:
         ValueError: no such artifact, or an address that cannot be listened at.
     """
-    predictor = Predictor.open(folder, config.index)
-    with _listening(config) as listener:
+    with _bound(config) as listener:
+        folder = find()
+        predictor = Predictor.open(folder, config.index)
+        config = _with_documents(config, listener)
+        _allow_connections(config)
         service = Service(config)
         server = _Server(settings(service), service, folder, predictor)
+        with _address(config):
+            listener.listen(_BACKLOG)
         server.run([listener])
     if server.failure is not None:
         raise server.failure
-    if server.left_at_work:
-        # A thread still compiles, under which the interpreter cannot be taken down.
+    if server.left_at_work is not None:
+        # A thread still computes, under which the interpreter cannot be taken down.
         logging.flush()
-        os._exit(0)
+        os._exit(server.left_at_work)
 
 
 def settings(service: Service) -> uvicorn.Config:
@@ -55,24 +68,59 @@ def settings(service: Service) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=config.max_connections,
         timeout_keep_alive=config.keep_alive,
         timeout_graceful_shutdown=config.drain,
     )
 
 
 @contextlib.contextmanager
-def _listening(config: ServeConfig) -> Iterator[socket.socket]:
+def _address(config: ServeConfig) -> Iterator[None]:
+    """Turns an OSError within into what is wrong with the address."""
     try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
+        yield
     except OSError as error:
         raise ValueError(
             f"{config.host}:{config.port}: expected an address to listen at, got: {error}; set "
             "--serve.host and --serve.port"
         ) from error
-    with listener:
-        yield listener
+
+
+@contextlib.contextmanager
+def _bound(config: ServeConfig) -> Iterator[socket.socket]:
+    """A socket with the server's address, which nobody can connect to yet."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as bound:
+        with _address(config):
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind((config.host, config.port))
+        yield bound
+
+
+def _with_documents(config: ServeConfig, listener: socket.socket) -> ServeConfig:
+    """The config, in which it is decided whether training documents are shown."""
+    if config.show_documents is not None:
+        return config
+    local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    return dataclasses.replace(config, show_documents=local)
+
+
+def _allow_connections(config: ServeConfig) -> None:
+    """Raises this process's limit of open files to what the connections need, or warns."""
+    needed = config.max_connections + _FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < needed:
+            logging.warning(
+                "serve.max_connections: expected at most %d, since this process may have %d files "
+                "open (ulimit -Hn), got %d",
+                max(allowed - _FILES, 1),
+                allowed,
+                config.max_connections,
+            )
 
 
 class _Server(uvicorn.Server):
@@ -80,7 +128,7 @@ class _Server(uvicorn.Server):
 
     Attributes:
         failure: what ended it, if not a signal.
-        left_at_work: whether it ended while a model was being opened.
+        left_at_work: exit code if a thread still computes at the end; None if none does.
     """
 
     def __init__(
@@ -88,7 +136,7 @@ class _Server(uvicorn.Server):
     ):
         super().__init__(config)
         self.failure: Exception | None = None
-        self.left_at_work = False
+        self.left_at_work: int | None = None
         self._service, self._folder, self._first = service, folder, predictor
         self._digest = predictor.artifact.digest
         self._opening: asyncio.Task | None = None
@@ -105,9 +153,12 @@ class _Server(uvicorn.Server):
         """See uvicorn."""
         self._service.state = ENDING
         await super().shutdown(sockets)
-        self.left_at_work = not self._opening.done()
+        if not self._opening.done():
+            self.left_at_work = 0
         self._opening.cancel()
-        await self._service.close()
+        if not await self._service.close(_LAST):
+            logging.error("%s: the ranking thread did not end within %d s", self._folder, _LAST)
+            self.left_at_work = 1
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 
 import fastapi
 import numpy as np
+from absl import logging
 
 from xmc_jax.inference.predictor import Predictor, Query
-from xmc_jax.serve import guard
+from xmc_jax.serve import bodies
 from xmc_jax.serve.batching import Batcher, Found, Full, warm_up
+from xmc_jax.serve.bodies import Refused
 from xmc_jax.serve.config import ServeConfig
 from xmc_jax.serve.metrics import Metrics
 from xmc_jax.serve.shown import Shown
@@ -25,6 +27,7 @@ STARTING, READY, ENDING = "starting", "ready", "ending"
 
 _DATA_URL = re.compile(r"data:[\w/+.;=-]{0,100};base64,")
 _URL = re.compile(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*:")
+_ITEM = re.compile(r"^queries: item (\d+)")
 Answer = TypeVar("Answer")
 
 
@@ -49,6 +52,10 @@ class Service:
             "Queries that wait.",
             lambda: 0 if self._batcher is None else self._batcher.waiting,
         )
+        self.metrics.gauge(
+            "xmc_stalled_seconds", "Since a batch was finished while queries wait.", self._stalled
+        )
+        self._told = False  # that it is stuck
         self._pool = ThreadPoolExecutor(os.cpu_count(), "images")
 
     async def serve(self, predictor: Predictor) -> None:
@@ -63,6 +70,21 @@ class Service:
             self.state = READY
         self._batcher.replace(shown)
 
+    def _stalled(self) -> float:
+        return 0.0 if self._batcher is None else self._batcher.stalled()
+
+    def check_not_stuck(self) -> None:
+        """Raises Refused while the ranking thread is stuck; logs once where it stands."""
+        seconds = self._stalled()
+        if seconds <= self.config.stuck_after:
+            self._told = False
+            return
+        error = f"the ranking thread has not finished a batch for {seconds:.0f} seconds"
+        if not self._told:
+            self._told = True
+            logging.error("%s; it stands at %s", error, self._batcher.position() or "its end")
+        raise bodies.busy(f"server: stuck: {error}")
+
     def _warmed_up(self, predictor: Predictor) -> Shown:
         warm_up(predictor, self.config)
         reason = None
@@ -71,8 +93,9 @@ class Service:
         else:
             try:
                 predictor.warm_up_pictures()
-            except ValueError as error:
-                reason = str(error).removeprefix(f"{predictor.artifact.folder}: ")
+            except ValueError as error:  # its line may name folders of this machine
+                logging.warning("%s", error)
+                reason = "the image encoder cannot be had here; the server's log says why"
         return Shown(predictor, reason)
 
     def shown(self) -> Shown:
@@ -82,7 +105,7 @@ class Service:
             Refused: not yet.
         """
         if self._batcher is None:
-            raise guard.busy(f"server: {self.state}; try again")
+            raise bodies.busy(f"server: {self.state}; try again")
         return self._batcher.shown
 
     async def answer(
@@ -93,19 +116,21 @@ class Service:
         Raises:
             Refused: too many wait, or too long; or what is wrong with a query.
         """
+        self.check_not_stuck()
         try:
             return await _unless_gone(
                 request, self._batcher.answer(queries, kind), self.config.timeout
             )
         except Full:
-            raise guard.busy("server: too many queries wait; try again") from None
+            raise bodies.busy("server: too many queries wait; try again") from None
         except TimeoutError:
-            raise guard.busy(
+            raise bodies.busy(
                 f"server: not answered within {self.config.timeout} seconds; try again"
             ) from None
         except ValueError as error:
             folder = self._batcher.shown.artifact.folder
-            raise guard.Refused(422, f"queries: {error}".replace(f"{folder}", "model")) from None
+            line = f"queries: {error}".replace(f"{folder}", "model")
+            raise Refused(422, _ITEM.sub(r"queries[\1]", line)) from None
 
     async def prepare(self, shown: Shown, where: str, images: Sequence[str]) -> list[np.ndarray]:
         """Images of a query, decoded and made small.
@@ -114,11 +139,9 @@ class Service:
             Refused: in one line, what is wrong with one.
         """
         if images and shown.no_images is not None:
-            raise guard.Refused(
-                422, f"{where}: expected none, got {len(images)}; {shown.no_images}"
-            )
+            raise Refused(422, f"{where}: expected none, got {len(images)}; {shown.no_images}")
         if len(images) > shown.images_per_query:
-            raise guard.Refused(
+            raise Refused(
                 422, f"{where}: expected at most {shown.images_per_query}, got {len(images)}"
             )
         loop = asyncio.get_running_loop()
@@ -129,7 +152,7 @@ class Service:
                     await loop.run_in_executor(self._pool, self._prepare, shown.predictor, image)
                 )
             except ValueError as error:
-                raise guard.Refused(422, f"{where}[{number}]: {error}") from None
+                raise Refused(422, f"{where}[{number}]: {error}") from None
         return prepared
 
     def _prepare(self, predictor: Predictor, image: str) -> np.ndarray:
@@ -138,12 +161,19 @@ class Service:
         limits = Limits(self.config.max_image_bytes, self.config.max_image_pixels)
         return predictor.prepare(_bytes(image), limits)
 
-    async def close(self) -> None:
-        """Answers what waits, and ends."""
+    async def close(self, seconds: float | None = None) -> bool:
+        """Answers what waits, and ends.
+
+        Args:
+            seconds: to wait for the ranking thread, at most.
+
+        Returns:
+            Whether that thread has ended.
+        """
         self.state = ENDING
-        if self._batcher is not None:
-            await self._batcher.close()
-        self._pool.shutdown(cancel_futures=True)
+        ended = self._batcher is None or await self._batcher.close(seconds)
+        self._pool.shutdown(wait=ended, cancel_futures=True)
+        return ended
 
 
 async def in_thread(function: Callable[..., Answer], *arguments: Any) -> Answer:
@@ -199,7 +229,8 @@ def _bytes(image: str) -> bytes:
             f"expected an image file in base64 or as a data: URL, got {image[:40]!r}; nothing is "
             "fetched"
         )
+    whole = "".join(image[given.end() if given else 0 :].split())  # it may be wrapped
     try:
-        return base64.b64decode(image[given.end() if given else 0 :], validate=True)
+        return base64.b64decode(whole, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"expected base64, got something else: {error}") from None

@@ -94,7 +94,7 @@ class Shown:
             self.artifact.documents,
         )
         examples: list[str] = []
-        if documents is not None:
+        if documents is not None and config.show_documents:
             rows = np.linspace(0, len(documents) - 1, _EXAMPLES + 2).astype(int)[1:-1].tolist()
             examples = [documents.texts[row] for row in dict.fromkeys(rows)]
         limits = {name: getattr(config, name) for name in _LIMITS}
@@ -106,6 +106,7 @@ class Shown:
             "dataset": manifest["dataset"]["name"],
             "labels": len(artifact.labels),
             "documents": 0 if documents is None else len(documents),
+            "shows_documents": bool(documents is not None and config.show_documents),
             "rankings": self.rankings,
             "images": {
                 "possible": self.no_images is None,

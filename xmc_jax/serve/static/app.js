@@ -68,8 +68,8 @@ async function begin() {
       info.images.per_query > 1 ? `Add pictures, up to ${info.images.per_query}` : "Add a picture";
   }
   $("rankings").hidden = info.rankings.length < 2;
-  $("near").hidden = !info.documents;
-  $("results").classList.toggle("both", info.documents > 0);
+  $("near").hidden = !info.shows_documents;
+  $("results").classList.toggle("both", info.shows_documents);
   $("k").max = info.limits.max_k;
   $("text").maxLength = info.limits.max_text;
   $(info.rankings[0]).checked = true;
@@ -191,7 +191,7 @@ async function rank() {
   try {
     const [labels, documents] = await Promise.all([
       ask("v1/predict", { queries, k, ranking: chosen() }, own.signal),
-      info.documents ? ask("v1/neighbours", { queries, k }, own.signal) : null,
+      info.shows_documents ? ask("v1/neighbours", { queries, k }, own.signal) : null,
     ]);
     const found = labels.results[0].labels;
     show($("labels"), found, "label", labels.ranking === "augmented", () => []);
