@@ -5,8 +5,8 @@ python -m benchmarks.clustering --raw=.../LF-DebianTitles-26K --vectors=minilm -
 
 The vectors are of a raw dataset folder:
 
-    tfidf     the training titles, as TF-IDF vectors of words, reduced to --width numbers by SVD
-    minilm    the titles of training documents, labels and test documents, in this order, as the
+    tfidf     the training texts, as TF-IDF vectors of words, reduced to --width numbers by SVD
+    minilm    the texts of training documents, labels and test documents, in this order, as the
               packaged MiniLM embeds them; 384 numbers
 
 Both clusterings make the same leaves, as many as --leaves says, by default as the curriculum makes
@@ -32,10 +32,11 @@ import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from benchmarks import raw_data
 from benchmarks.environment import environment, save
+from benchmarks.raw_data import RawData
 from configs import vixml
 from xmc_jax import build, rng
-from xmc_jax.data import raw
 from xmc_jax.training import curriculum
 
 PACKAGES = ("jax", "jaxlib", "numpy", "scikit-learn")
@@ -92,32 +93,28 @@ def cosine(unit: np.ndarray, order: np.ndarray, leaves: int) -> float:
     return float(np.linalg.norm(sums, axis=1).sum() / len(unit))
 
 
-def tfidf_vectors(folder: pathlib.Path, width: int) -> np.ndarray:
-    """f32[N, width], of length 1: training titles as TF-IDF vectors, reduced by SVD.
+def tfidf_vectors(data: RawData, width: int) -> np.ndarray:
+    """f32[N, width], of length 1: training texts as TF-IDF vectors, reduced by SVD.
 
     Args:
-        folder: of the raw files.
+        data: the raw folder.
         width: numbers of a vector.
     """
-    titles = raw.read_items(folder / "trn.json.gz").titles
-    matrix = TfidfVectorizer(sublinear_tf=True).fit_transform(titles)
+    texts = data.read().splits["train"].texts(data.text)
+    matrix = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
     found = TruncatedSVD(width, random_state=0).fit_transform(matrix).astype(np.float32)
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
 
-def minilm_vectors(folder: pathlib.Path) -> np.ndarray:
-    """f32[N + L + M, 384], of length 1: all titles by the packaged MiniLM, untrained.
+def minilm_vectors(data: RawData) -> np.ndarray:
+    """f32[N + L + M, 384], of length 1: all texts by the packaged MiniLM, untrained.
 
     Args:
-        folder: of the raw files.
+        data: the raw folder.
     """
     fields = vixml.get_config("minilm_l6/debian_26k,ngame").to_dict()
     with tempfile.TemporaryDirectory() as made:
-        fields["data"] |= {
-            "raw_dir": str(folder.absolute()),
-            "dataset": folder.name,
-            "data_dir": made,
-        }
+        fields["data"] |= data.fields() | {"data_dir": made}
         fields["train"]["batch_size"] = jax.device_count()  # no step is taken
         run = build.run(fields)
         params = run.initial_params(run.abstract.params)
@@ -174,7 +171,7 @@ def _add(results: dict[str, list], unit: np.ndarray, order, leaves: int, seconds
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs a command line; what it printed, as it is written to --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--raw", type=pathlib.Path, required=True, help="raw dataset folder")
+    raw_data.add_flags(parser)
     parser.add_argument("--vectors", choices=("tfidf", "minilm"), default="tfidf")
     parser.add_argument("--leaves", type=int, nargs="+", help="powers of two")
     parser.add_argument("--cluster_size", type=int, default=16, help="without --leaves; default 16")
@@ -184,10 +181,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=pathlib.Path, help="JSON file of the results")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
+    data = raw_data.of(arguments)
     if arguments.vectors == "minilm":
-        unit = minilm_vectors(arguments.raw)
+        unit = minilm_vectors(data)
     else:
-        unit = tfidf_vectors(arguments.raw, arguments.width)
+        unit = tfidf_vectors(data, arguments.width)
     results = {}
     for leaves in arguments.leaves or [curriculum.num_leaves(len(unit), arguments.cluster_size)]:
         found = compare(unit, leaves, arguments.seeds, arguments.reference_seeds)
@@ -204,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     content = {
         "benchmark": "clustering",
         "settings": {
-            "dataset": arguments.raw.name,
+            "dataset": data.dataset,
             "vectors": arguments.vectors,
             "shape": list(unit.shape),
             "seeds": arguments.seeds,

@@ -44,10 +44,10 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 import jax
 import numpy as np
 
+from benchmarks import raw_data
 from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build, command, packaged
-from xmc_jax.data import raw
 from xmc_jax.training.run import Run
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -58,12 +58,8 @@ TORCH_PACKAGES = ("torch", "transformers", "sentence-transformers")
 def make_run(arguments: argparse.Namespace, folder: pathlib.Path, packed: bool) -> Run:
     """Ours: NGAME's mode, decoupled softmax, on the raw folder's dataset."""
     fields = vixml.get_config("minilm_l6/debian_26k").to_dict()
-    fields["data"] |= {
-        "raw_dir": str(arguments.raw),
-        "dataset": arguments.raw.name,
-        "data_dir": str(folder),
-        "max_length": arguments.length,
-    }
+    fields["data"] |= raw_data.of(arguments).fields()
+    fields["data"] |= {"data_dir": str(folder), "max_length": arguments.length}
     fields["encoder"] |= {"layers": arguments.layers, "dropout": 0.1}
     fields["prime"]["enabled"] = False
     fields["loss"] |= {"kind": "decoupled_softmax", "document_to_label": 1.0}
@@ -122,12 +118,13 @@ class Torch:
         self._model.train()
         self._loss = losses.MultipleNegativesRankingLoss(self._model)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=2e-4)
-        self._titles = raw.read_items(arguments.raw / "trn.json.gz").titles
-        self._labels = raw.read_items(arguments.raw / "lbl.json.gz").titles
+        data = raw_data.of(arguments)
+        splits = data.read().splits
+        self._documents, self._labels = (splits[s].texts(data.text) for s in ("train", "label"))
 
     def batch(self, document_ids: np.ndarray, label_ids: np.ndarray) -> list[dict[str, Any]]:
         """Tokens of the pairs."""
-        sides = ((self._titles, document_ids), (self._labels, label_ids))
+        sides = ((self._documents, document_ids), (self._labels, label_ids))
         return [self._model.tokenize([texts[i] for i in ids.tolist()]) for texts, ids in sides]
 
     def step(self, batch: list[dict[str, Any]]) -> None:
@@ -140,9 +137,9 @@ class Torch:
         self._optimizer.step()
 
     def encode(self, batch_size: int) -> None:
-        """All training titles, tokenizer and all."""
+        """All training texts, tokenizer and all."""
         self._model.eval()
-        self._model.encode(self._titles, batch_size=batch_size, show_progress_bar=False)
+        self._model.encode(self._documents, batch_size=batch_size, show_progress_bar=False)
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -174,7 +171,7 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 def main() -> dict[str, Any]:
     """The command; returns what it writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--raw", type=pathlib.Path, required=True, help="raw dataset folder")
+    raw_data.add_flags(parser)
     parser.add_argument("--layers", type=int, default=3, help="default 3")
     parser.add_argument("--batch", type=int, default=512, help="default 512")
     parser.add_argument("--length", type=int, default=32, help="default 32")

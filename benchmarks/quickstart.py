@@ -10,7 +10,8 @@ import json
 import pathlib
 
 from benchmarks import tfidf
-from xmc_jax.data import bundled, records
+from benchmarks.raw_data import RawData
+from xmc_jax.data import bundled, known, records
 from xmc_jax.retrieval.evaluate import format_index, format_table
 
 _ROWS = {"zero-shot": "zero-shot", "plain": "trained", "augmented": "trained + augmented"}
@@ -30,7 +31,8 @@ def main() -> None:
         elif data["raw_dir"] == "bundled":
             raw = bundled.path(data["dataset"])
         constants = data["propensity_a"], data["propensity_b"]
-        rows["TF-IDF neighbours"] = tfidf.evaluate(raw, *constants)
+        text = data["text"] or known.text(data["dataset"])
+        rows["TF-IDF neighbours"] = tfidf.evaluate(RawData(raw, data["dataset"], text, constants))
     rows |= {shown: found[name] for name, shown in _ROWS.items() if name in found}
     print(f"\n{data['dataset']}, {split} split, percent\n")
     print(format_table(rows))

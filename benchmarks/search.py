@@ -17,7 +17,6 @@ curve is of indexes of the label titles alone, tuned to each of --curve; --plot 
 """
 
 import argparse
-import gzip
 import json
 import pathlib
 import shutil
@@ -34,7 +33,7 @@ import numpy as np
 from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build, command, sharding
-from xmc_jax.data import raw
+from xmc_jax.data import raw, raw_folder
 from xmc_jax.retrieval import exact, scann
 
 PACKAGES = ("jax", "jaxlib", "numpy", "scann")
@@ -68,13 +67,18 @@ def varied(titles: list[str], count: int, generator: np.random.Generator) -> lis
     return titles + [variant(words[i]) for i in chosen]
 
 
+def label_titles(folder: pathlib.Path) -> list[str]:
+    """The titles of a raw folder's labels."""
+    return raw.read_items(raw_folder.find(folder)["label"]).titles
+
+
 def embeddings(source: pathlib.Path, rows: int) -> dict[str, np.ndarray]:
     """f32[n, 384] of "label" titles and their variants, and of "train" and "test" titles."""
-    titles = varied(raw.read_items(source / "lbl.json.gz").titles, rows, np.random.default_rng(0))
+    titles = varied(label_titles(source), rows, np.random.default_rng(0))
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "raw")
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("lbl.json.gz"))
-        with gzip.open(copy / "lbl.json.gz", "wt", encoding="utf-8") as file:
+        shutil.copytree(source, copy)
+        with (copy / "lbl.json").open("w", encoding="utf-8") as file:  # read before all others
             for number, title in enumerate(titles):
                 file.write(json.dumps({"uid": str(number), "title": title}) + "\n")
         fields = vixml.get_config("minilm_l6/debian_26k,ngame").to_dict()
@@ -271,7 +275,7 @@ def main() -> None:
     if len(others) < arguments.k or len(found["label"]) < arguments.k:
         parser.error(f"--queries: expected documents and rows left over, got {len(others)} left")
     results = measure(found["label"], queries, others, arguments)
-    titles = len(raw.read_items(arguments.raw / "lbl.json.gz").titles)
+    titles = len(label_titles(arguments.raw))
     results["curve"] = curve(found["label"][:titles], queries, others, arguments)
     show(results)
     names = ("rows", "queries", "k", "recall_target", "turns")

@@ -4,14 +4,15 @@ python -m benchmarks.tfidf --raw=xmc_jax/data/bundled/LF-DebianTitles-3K
 """
 
 import argparse
-import pathlib
 import time
 
 import numpy as np
 import scipy.sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from xmc_jax.data import propensity, raw
+from benchmarks import raw_data
+from benchmarks.raw_data import RawData
+from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document, metrics
 
@@ -74,39 +75,36 @@ def predict(
     return scores, ids
 
 
-def evaluate(folder: pathlib.Path, a: float = 0.6, b: float = 2.6) -> dict[str, float]:
-    """Metrics of the baseline on the test split of a raw Extreme Classification folder.
+def evaluate(data: RawData) -> dict[str, float]:
+    """Metrics of the baseline on the test split of a raw folder.
 
     Args:
-        folder: has {trn,tst,lbl}.json.gz and filter_labels_test.txt.
-        a, b: the dataset's propensity constants.
+        data: the folder, which texts are read, and the propensity constants.
 
     Returns:
         What `retrieval.metrics.metrics` gives, with the filter applied.
     """
-    train, test = raw.read_items(folder / "trn.json.gz"), raw.read_items(folder / "tst.json.gz")
-    label_texts = raw.read_items(folder / "lbl.json.gz").titles
-    num_labels = len(label_texts)
-    pairs = raw.read_filter(folder / "filter_labels_test.txt", len(test.titles), num_labels)
+    dataset = data.read()
+    train, test, label = (dataset.splits[split] for split in ("train", "test", "label"))
     k = 100
     scores, ids = predict(
-        train.titles,
+        train.texts(data.text),
         train.positives,
-        label_texts,
-        test.titles,
-        min(num_labels, k + filtered_per_document(pairs)),
+        label.texts(data.text),
+        test.texts(data.text),
+        min(len(label), k + filtered_per_document(dataset.filter)),
     )
-    _, ids = drop_filtered(scores, ids, pairs, k)
-    frequency = np.bincount(train.positives.indices, minlength=num_labels)
-    weights = propensity.inverse_propensity(frequency, len(train.titles), a, b)
+    _, ids = drop_filtered(scores, ids, dataset.filter, k)
+    frequency = np.bincount(train.positives.indices, minlength=len(label))
+    weights = propensity.inverse_propensity(frequency, len(train), *data.propensity)
     return metrics(ids, test.positives.indptr, test.positives.indices, weights)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--raw", type=pathlib.Path, required=True, help="raw dataset folder")
+    raw_data.add_flags(parser)
     start = time.perf_counter()
-    found = evaluate(parser.parse_args().raw)
+    found = evaluate(raw_data.of(parser.parse_args()))
     shown = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@100")
     print("  ".join(f"{name} {100 * found[name]:.2f}" for name in shown))
     print(f"{time.perf_counter() - start:.1f} s")

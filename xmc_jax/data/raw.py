@@ -50,6 +50,12 @@ class Items:
     def __len__(self) -> int:
         return len(self.uids)
 
+    def texts(self, kind: str) -> list[str]:
+        """What is tokenised of each item: its "title", or its "title_content"."""
+        if kind == "title":
+            return self.titles
+        return [f"{title} {more}".strip() for title, more in zip(self.titles, self.contents)]
+
     def take(self, rows: Sequence[int]) -> "Items":
         """The items of these rows, in that order."""
         lists = [

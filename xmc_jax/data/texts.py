@@ -62,7 +62,7 @@ def encode(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 def save(folder: pathlib.Path, name: str, texts: Iterable[str]) -> None:
     """Writes the two files of `name`."""
     for part, array in zip(("utf8", "offsets"), encode(texts)):
-        np.save(folder / f"{name}.{part}.npy", array)
+        array_files.save(folder / f"{name}.{part}.npy", array)
 
 
 def open(folder: pathlib.Path, name: str) -> Texts:

@@ -23,6 +23,22 @@ def mapped(path: pathlib.Path) -> np.ndarray:
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
+def save(path: pathlib.Path, array: np.ndarray) -> None:
+    """Writes what `np.save` writes; a full disk is an error that says so, which there it is not.
+
+    Args:
+        path: local.
+        array: of any shape; never of objects.
+
+    Raises:
+        OSError: the disk refuses the write.
+    """
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    with path.open("wb") as file:
+        file.write(_header(array.dtype, array.shape))
+        file.write(array.data if array.size else b"")
+
+
 @contextlib.contextmanager
 def appended(
     path: pathlib.Path, dtype: type, columns: int
@@ -37,13 +53,6 @@ def appended(
         columns: of each row.
     """
     count = 0
-
-    def header() -> bytes:
-        found = io.BytesIO()  # NumPy leaves room in it for any number of rows
-        facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count, columns)}
-        np.lib.format.write_array_header_1_0(found, facts)
-        return found.getvalue()
-
     with path.open("wb") as file:
 
         def append(rows: np.ndarray) -> None:
@@ -51,10 +60,10 @@ def appended(
             file.write(np.ascontiguousarray(rows, dtype).reshape(-1, columns))
             count += len(rows)
 
-        file.write(header())
+        file.write(_header(np.dtype(dtype), (0, columns)))
         yield append
         file.seek(0)
-        file.write(header())
+        file.write(_header(np.dtype(dtype), (count, columns)))
 
 
 def create(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
@@ -65,10 +74,17 @@ def create(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.memma
     Raises:
         OSError: the disk is too small.
     """
-    fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(file, fields | {"shape": shape})
+    file.write(_header(np.dtype(dtype), shape))
     file.flush()
     begin, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
     if size and hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), begin, size)
     return np.memmap(file, dtype, "r+", begin, shape)
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The bytes before an array's values; as many for any number of rows."""
+    file = io.BytesIO()
+    facts = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, facts)
+    return file.getvalue()
