@@ -80,7 +80,8 @@ def open_table(
 
     Args:
         path: the file; the ending of its name says what it is.
-        delimiter: what separates the cells of CSV; "" if the header is to tell it.
+        delimiter: what separates the cells of CSV whose header has it; "" if each header is to tell
+            it.
         headerless: names of the columns of a CSV or .txt file that may have no header; cells are
             then separated by tabs, but for .csv.
         limit: most bytes of a record of a text file; 0 for `record_table.MAX_RECORD`.

@@ -240,7 +240,8 @@ class DelimitedText(TextTable):
     Args:
         file: the file.
         limit: see `TextTable`.
-        delimiter: what separates the cells; "" if the header is to tell it.
+        delimiter: what separates the cells of files whose header has it; "" if each header is to
+            tell it.
         usual: what separates them by the file's name.
         headerless: names of the columns of a file that may have no header.
 
@@ -259,7 +260,7 @@ class DelimitedText(TextTable):
         super().__init__(file, limit)
         # Of the whole process; what bounds a record is `_all`.
         csv.field_size_limit(max(csv.field_size_limit(), self._limit))
-        self._delimiter = delimiter or self._told(usual, headerless)
+        self._delimiter = self._told(delimiter, usual, headerless)
         if self._delimiter != usual:
             said = DELIMITERS.get(self._delimiter, repr(self._delimiter))
             self._add_to_dialect(f"separated by {said}")
@@ -305,10 +306,12 @@ class DelimitedText(TextTable):
         lines = io.StringIO(content.decode(), newline="")
         return next(filter(any, csv.reader(lines, delimiter=self._delimiter)))
 
-    def _told(self, usual: str, headerless: Sequence[str]) -> str:
+    def _told(self, named: str, usual: str, headerless: Sequence[str]) -> str:
         """What separates the names of the header: the character that makes most of them."""
         line = next((line for _, line in self._file.lines(self._limit) if line.strip()), b"")
         header, best, most = line.decode("utf-8", "replace"), usual, 1
+        if named and named in header:
+            return named
         for delimiter in dict.fromkeys((usual, *DELIMITERS)):
             names = next(csv.reader([header], delimiter=delimiter), [])
             if len(names) > most and {name.strip() for name in names} >= set(headerless):

@@ -50,8 +50,8 @@ class RecordsConfig:
         columns: "field=column" for fields whose columns have other names; "field=" to leave one
             out. Of several names for a field a file's own one is taken.
         separator: of ids in a text, where they are no list in brackets.
-        delimiter: what separates the cells of CSV, one character or "tab"; "" if the header of each
-            file is to tell it.
+        delimiter: what separates the cells of CSV files whose header has it, one character or
+            "tab"; "" if each header is to tell it.
         label_columns: columns of 0 and 1, one for each label, in place of a column of labels;
             ("*",) for all that are no other field's.
         row_per_pair: rows of one id that follow each other are one document with all their labels.

@@ -23,7 +23,8 @@ class PredictConfig:
             exactly.
         columns: field=column,... for columns of other names, "field=" to leave one out; fields are
             id, text, content, images, only, exclude.
-        delimiter: what separates the cells of CSV, one character or "tab"; "" if the header tells.
+        delimiter: what separates the cells of CSV, one character or "tab"; "" if the header is to
+            tell it.
         allow_paths: whether paths of images may lead out of the folder of the file that has them.
         on_error: at a document that cannot be ranked "stop", or "skip" it: what is wrong is written
             in place of its labels.

@@ -222,7 +222,7 @@ class Source:
         for field, cell in cells.items():
             if record_cells.is_null(cell) or (field == "id" and cell == ""):
                 continue
-            if field == "only" and not cell and not self._empty_only:
+            if field == "only" and cell == "" and not self._empty_only:
                 self._empty_only = True
                 logging.warning(
                     "%s: column %s is empty: no label may be predicted for this document, nor for "
