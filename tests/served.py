@@ -75,7 +75,7 @@ def write(
     content = {
         "name": name,
         "step": 0,
-        "config": {},
+        "config": {"data": {"data_dir": "/home/somebody/data"}},  # as folders had it once
         "created": "2026-11-27T00:00:00+00:00",
         "dataset": {"name": name.title()},
         "model": dataclasses.asdict(model),

@@ -174,6 +174,7 @@ def test_labels_by_id(served):
 
 def test_info(served):
     _, _, body = served.ask("GET", "/v1/info")
+    assert b"somebody" not in body and str(served.predictor.artifact.folder).encode() not in body
     info, artifact = json.loads(body), served.predictor.artifact
     assert (info["name"], info["digest"]) == ("topics", artifact.digest)
     assert (info["labels"], info["documents"]) == (len(artifact.labels), len(artifact.documents))

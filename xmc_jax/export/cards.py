@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,12 +40,28 @@ def make(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> dic
     }
 
 
+def public(tree: Any) -> Any:
+    """A config as JSON, in which a path of this machine is the name of its file or folder.
+
+    Others need no such path, and it may tell names that they should not know.
+    """
+    if isinstance(tree, Mapping):
+        return {key: public(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [public(value) for value in tree]
+    if not isinstance(tree, str) or not tree:
+        return tree
+    is_path = tree.startswith(("/", "~", "./", "../")) or re.fullmatch(r"\w+://\S+", tree)
+    if is_path or ("/" in tree and pathlib.Path(tree).exists()):
+        return pathlib.PurePath(tree).name
+    return tree
+
+
 def _base(run: Run) -> str:
     config = run.config.encoder
     if config.init == "random":
-        return f"random weights in the shape of {config.backbone}"
-    name = hf.resolve(config.backbone, config.revision, weights=False).public_name
-    return pathlib.Path(name).name if pathlib.Path(name).is_absolute() else name
+        return f"random weights in the shape of {public(config.backbone)}"
+    return public(hf.resolve(config.backbone, config.revision, weights=False).public_name)
 
 
 def _model_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> str:

@@ -65,7 +65,7 @@ def encoder(
         dtype = config.export.dtype
         hf_export.merged(folder, params["backbone"], run.sizes, dtype=dtype, **common)
     if "projection" in params:
-        made_by = run.data.images.manifest["encoder"]
+        made_by = cards.public(run.data.images.manifest["encoder"])
         hf_export.projection(folder, params["projection"], made_by)
     source = build.tokenizer_source(fields).folder
     if build.decodes(fields):
@@ -136,7 +136,7 @@ def _fill(
         "documents": None,
         "index": None,
         "thumbnails": None,
-        "config": _json(fields),
+        "config": cards.public(fields),
     }
     embeddings = _labels(folder / "labels", run, state)
     content["labels"] = _part("labels", data.num_labels, model)
@@ -182,8 +182,11 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
             dtype=processing.get("dtype", asked["dtype"]),
             folder=None,
         )
-        if run.config.export.vision == "carried":
+        # A folder of this machine has no name by which others could find it.
+        local = images.revision is None and pathlib.Path(images.encoder).is_dir()
+        if run.config.export.vision == "carried" or local:
             images = dataclasses.replace(images, folder=_carry(folder, images))
+        images = dataclasses.replace(images, encoder=cards.public(images.encoder))
     model = run.model
     return artifact.ModelInput(
         digest=artifact.digest_of_model(
@@ -313,13 +316,6 @@ def _versions() -> dict[str, str]:
         if name != "scann" or scann.available():
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _json(tree: Any) -> Any:
-    """A config as JSON has it: tuples as lists."""
-    if isinstance(tree, Mapping):
-        return {key: _json(value) for key, value in tree.items()}
-    return [_json(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def _copy(local: pathlib.Path, target: epath.Path) -> None:

@@ -97,7 +97,8 @@ class ExportConfig:
             and scann is installed; "scann", always; "none".
         thumbnails: small pictures of labels and training documents, to be shown: "auto", where
             image files are at hand, up to 200,000 of each; "always"; "none".
-        vision: "named", the image encoder by name, revision and digest; or "carried", its files.
+        vision: "named", the image encoder by name, revision and digest; or "carried", its files. An
+            encoder that comes from a folder is always carried.
     """
 
     format: str = "merged"
