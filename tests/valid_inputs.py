@@ -247,7 +247,7 @@ def read_dataset(folder: pathlib.Path) -> None:
         data.groups(split)
         getattr(data, split).inputs(np.arange(2))
     assert len(data.label_frequency) == data.num_labels
-    assert data.vocabulary_size and data.shape and data.inverse_propensity is not None
+    assert data.largest_token() and data.shape and data.inverse_propensity is not None
 
 
 def read_images(folder: pathlib.Path) -> None:

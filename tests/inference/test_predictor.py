@@ -171,7 +171,9 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_ranked(predictor, queries
         1: (Query("x", only=["nowhere"]), "only: label 'nowhere': expected one of the 40 labels"),
         3: (Query("x", exclude=["topic1", "nor"]), "exclude: label 'nor': expected one of the 40"),
         4: (Query("x", images=[b"x"]), "expected no pictures, since the model was trained without"),
+        5: (Query("a <beyond> b"), "expected token ids below 30522, the rows of the model's table"),
     }
+    predictor._tower._tokenizer.add_tokens(["<beyond>"])  # an entry without a row in the table
     some = [*queries[:6]]
     for number, (query, _) in bad.items():
         some[number] = query

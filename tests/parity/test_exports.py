@@ -45,7 +45,9 @@ def pretrained(family: str, folder):
     vocabulary = max(
         token["id"] for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     )
-    config = CONFIGS[family](**SIZES, vocab_size=max(vocabulary + 1, 1024))
+    # As published: the last entry of these has no row in the table, and occurs in no text.
+    rows = vocabulary if family in ("gemma3", "qwen3_embedding") else vocabulary + 1
+    config = CONFIGS[family](**SIZES, vocab_size=rows)
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config)
     with torch.no_grad():

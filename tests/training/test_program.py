@@ -86,16 +86,41 @@ def test_texts_must_be_as_the_backbone_takes_them(decoder_fields, decoder, field
     encoder_data = build.data(fields)
     config = RunConfig.from_dict(decoder_fields)
     with pytest.raises(ValueError, match=r"expected texts without the tokenizer's special tokens"):
-        Run(config, dataclasses.replace(encoder_data, manifest=_small(encoder_data)))
+        Run(config, _with_tokens(encoder_data, lambda tokens: tokens % decoder.sizes.vocab_size))
     with pytest.raises(ValueError, match=r"expected texts with the tokenizer's special tokens"):
         Run(RunConfig.from_dict(fields), decoder.data)
     with pytest.raises(ValueError, match=r"expected no prefix and no suffix, which only decoders"):
         Run(RunConfig.from_dict(fields), encoder_data, Prompts(head=(1,)))
 
 
-def _small(data):
-    """The manifest with a vocabulary that the tiny decoder has."""
-    return data.manifest | {"tokenizer": data.manifest["tokenizer"] | {"vocab_size": 9}}
+def _with_tokens(data, changed):
+    """The same data with other tokens of its texts."""
+    splits = {
+        name: dataclasses.replace(split, tokens=changed(np.array(split.tokens)))
+        for name in data.splits
+        for split in [getattr(data, name)]
+    }
+    return dataclasses.replace(data, **splits)
+
+
+def test_token_ids_that_occur_must_be_in_the_table(decoder_fields, decoder):
+    """Published tokenizers have more entries than the table has rows; these do not occur."""
+    config, rows = RunConfig.from_dict(decoder_fields), decoder.sizes.vocab_size
+    tokenizer = decoder.data.manifest["tokenizer"] | {"vocab_size": rows + 1}
+    data = dataclasses.replace(
+        decoder.data, manifest=decoder.data.manifest | {"tokenizer": tokenizer}
+    )
+    Run(config, data, Prompts(tail=(rows - 1,)))
+    message = rf"expected token ids below {rows}, the rows of .* table, found {rows} in"
+    with pytest.raises(ValueError, match=f"{message} prompts"):
+        Run(config, data, Prompts(tail=(rows,)))
+
+    def beyond(tokens):
+        tokens[-1, 0] = rows
+        return tokens
+
+    with pytest.raises(ValueError, match=f"{message} train; leave data.tokenizer"):
+        Run(config, _with_tokens(data, beyond), Prompts(tail=(1,)))
 
 
 def test_empty_texts_need_prompts(decoder_fields, decoder):

@@ -224,10 +224,9 @@ class Store:
             if file in self.manifest["files"]
         }
 
-    @property
-    def vocabulary_size(self) -> int:
-        """Tokens that the tokenizer knows, added ones included."""
-        return self.manifest["tokenizer"]["vocab_size"]
+    def largest_token(self) -> tuple[int, str]:
+        """The largest token id in the texts, padding included, and its split; reads all tokens."""
+        return max((int(getattr(self, s).tokens.max(initial=0)), s) for s in self.splits)
 
     @functools.cached_property
     def label_frequency(self) -> np.ndarray:

@@ -110,7 +110,7 @@ class Tower:
             image_width=images.width if images else 0,
         )
         self._params = self._load(source, sizes)
-        self._tokenizer = tokenizers.load(artifact.folder)
+        self._tokenizer, self._tokens = tokenizers.load(artifact.folder), sizes.vocab_size
         per_item = images.per_item if images else 0
         around = len(self._rest.middle) + len(self._rest.tail) + per_item
         longest = model.max_length + around
@@ -307,6 +307,12 @@ class Tower:
             self._input.max_length,
             self._input.special_tokens,
         )
+        for number in np.flatnonzero((tokens >= self._tokens).any(1)).tolist():
+            problems[number] = (
+                f"expected token ids below {self._tokens}, the rows of the model's table, got "
+                f"{tokens[number].max()}; take the token out of the text"
+            )
+            tokens[number] = 0
         inputs, cut = Inputs(tokens=tokens, lengths=lengths), whole > lengths
         if self._input.images is None:
             return inputs, cut

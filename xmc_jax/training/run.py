@@ -292,10 +292,14 @@ class Run(Program):
     def _check_texts(self, prompts: Prompts) -> None:
         """Raises ValueError if the dataset's texts are not what the backbone takes."""
         data, decodes = self.data, backbone.is_decoder(self.sizes)
-        if data.vocabulary_size > self.sizes.vocab_size:
+        # Tokenizers may have more entries than the table has rows: ids that occur count.
+        around = max(prompts.head + prompts.middle + prompts.tail, default=0)
+        largest, where = max(data.largest_token(), (around, "prompts"))
+        if largest >= self.sizes.vocab_size:
             raise ValueError(
-                f"{data.folder}: expected at most the encoder's {self.sizes.vocab_size} tokens, "
-                f"got a tokenizer of {data.vocabulary_size}; leave data.tokenizer to the backbone"
+                f"{data.folder}: expected token ids below {self.sizes.vocab_size}, the rows of "
+                f"{self.source.name}'s table, found {largest} in {where}; leave data.tokenizer to "
+                "the backbone, or take the token out of the texts"
             )
         if data.special_tokens is decodes:
             expected = ("with", "without")[decodes]
