@@ -164,6 +164,7 @@ BASE = {
         "packed": True,  # [ours]: no padding is computed
         "encode_batch_size": 512,
         "checkpoint_every": 1000,
+        "checkpoint_minutes": 15.0,
         "log_every": 10,
         "eval_every": 25,  # [script]
         "zero_shot": True,

@@ -33,7 +33,8 @@ def save(workdir: pathlib.Path, *steps: int, keep: int = 2) -> None:
     """Checkpoints of these steps, by a run that begins or goes on; later ones are better."""
     with checkpoint.Checkpoints(workdir, keep) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state(step), HISTORY, {"P@1": step / 100})
+            checkpoints.save(step, state(step), HISTORY)
+            checkpoints.add_evaluation(step, {"P@1": step / 100}, HISTORY)
 
 
 def newest(workdir: pathlib.Path, read_only: bool = True) -> int | None:

@@ -68,7 +68,7 @@ KINDS = (
     "state/ocdbt.process_0/d/*",
     "state/d/*",
     "state/manifest.ocdbt",
-    "metrics/metrics",
+    "evaluation.json",
     "history/metadata",
     "digests.json",
     "committed.json",
@@ -80,7 +80,8 @@ def test_the_step_before_is_gone_on_from(workdir, caplog, pattern):
     """Truncated, emptied or deleted; read-only modes change nothing, a run replaces the step."""
     step, path = workdir / "checkpoints" / "2", find(workdir / "checkpoints" / "2", pattern)
     original = path.read_bytes()
-    harmless = pattern == "committed.json"  # as after a kill just behind the commit
+    # As after a kill just behind the commit, or in the evaluation.
+    harmless = pattern in ("committed.json", "evaluation.json")
     for hurt in (damage.truncate, damage.empty, pathlib.Path.unlink):
         hurt(path)
         before = damage.contents(workdir)

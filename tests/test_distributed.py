@@ -31,6 +31,11 @@ def make():
 
 out["made"] = distributed.first_then_others("folder", make)
 out["stop"] = distributed.stop_requested(1)
+out["decided"], decision = [], distributed.Decision("save")
+for step in range(1, 17):
+    distributed.barrier("step")  # as collectives do, keeps the processes together
+    if decision.after(step, own == 0 and 5 <= step <= 8):
+        out["decided"].append(step)
 
 from xmc_jax import sharding
 mesh, compiled = sharding.make_mesh(sharding.MeshConfig()), []
@@ -63,6 +68,7 @@ def test_values_reach_all_processes(three):
         assert one["broadcast"] == {"number": 0}
         assert one["made"] == own
         assert one["stop"] is False
+        assert one["decided"] == [12]
 
 
 @pytest.mark.slow
@@ -93,6 +99,7 @@ def test_one_process_needs_nobody():
     assert distributed.broadcast("a", 3) == 3
     assert distributed.first_then_others("a", lambda: 4) == 4
     assert not distributed.stop_requested(1)
+    assert [distributed.Decision("a").after(1, wanted) for wanted in (False, True)] == [False, True]
     distributed.agree("a", "b")
     distributed.barrier("a")
     distributed.finish()

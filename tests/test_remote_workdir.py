@@ -65,8 +65,10 @@ def abstract(tree, sharding=None):
 def save(folder, evaluated: dict[int, float | None]) -> None:
     with checkpoint.Checkpoints(folder) as checkpoints:
         for step, precision in evaluated.items():
-            metrics = None if precision is None else {"P@1": precision}
-            checkpoints.save(step, state(step), NO_HISTORY | {"records": [{"step": step}]}, metrics)
+            history = NO_HISTORY | {"records": [{"step": step}]}
+            checkpoints.save(step, state(step), history)
+            if precision is not None:
+                checkpoints.add_evaluation(step, {"P@1": precision}, history)
 
 
 def objects(server, folder: epath.Path) -> list[str]:
@@ -321,14 +323,16 @@ config = {"seed": 0}
 workdirs.check_config(folder, config)
 workdirs.write_config(folder, config)
 with checkpoint.Checkpoints(folder) as checkpoints, reporter() as reports:
-    checkpoints.save(1, state(1), history(reports), {"P@1": 0.9})
+    checkpoints.save(1, state(1), history(reports))
+    checkpoints.add_evaluation(1, {"P@1": 0.9}, reports.history())
     checkpoints.save(2, state(2), history(reports))
 workdirs.check_config(folder, config)  # lists what is there, as a resumed run does
 with checkpoint.Checkpoints(folder) as checkpoints:
     assert checkpoints.steps() == [1, 2], checkpoints.steps()
-    checkpoints.save(3, state(3), {"records": [], "pending": []}, {"P@1": 0.1})
-    checkpoints.save(4, state(4), {"records": [], "pending": []}, {"P@1": 0.2})
-    checkpoints.save(4, state(5), {"records": [], "pending": []}, {"P@1": 0.2})  # replaces it
+    empty = {"records": [], "pending": []}
+    for step, seed, precision in ((3, 3, 0.1), (4, 4, 0.2), (4, 5, 0.2)):  # the last replaces one
+        checkpoints.save(step, state(seed), empty)
+        checkpoints.add_evaluation(step, {"P@1": precision}, empty)
 with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
     assert (checkpoints.steps(), checkpoints.best()) == ([1, 3, 4], 1)
     expected = state(5)

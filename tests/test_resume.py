@@ -1,6 +1,7 @@
 """A run interrupted by a signal or inside a save ends with the bits of one that is not."""
 
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -75,6 +77,37 @@ def test_signals(program, straight, tmp_path, terminated_after, stops):
     step, restored = loop.restore(program, tmp_path)
     assert step == STEPS
     assert_identical(restored, straight[0].state)
+
+
+@pytest.mark.slow
+def test_a_failed_evaluation_costs_no_step(program, straight, tmp_path, monkeypatch):
+    """One fails in the middle of the run, and that of its end."""
+    evaluate, step, evaluations, steps = program.evaluate, program.train_step, [], []
+
+    def failing(state):
+        evaluations.append(state)
+        if len(evaluations) in (2, 4):
+            raise MemoryError("the index does not fit")
+        return evaluate(state)
+
+    def counted(*arguments):
+        steps.append(arguments)
+        return step(*arguments)
+
+    monkeypatch.setattr(program, "evaluate", failing)
+    monkeypatch.setattr(program, "train_step", counted)
+    for done in (2 * STEPS_PER_EPOCH, STEPS):
+        with pytest.raises(MemoryError, match="the index does not fit"):
+            loop.train(program, tmp_path)
+        assert len(steps) == done
+        with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+            assert checkpoints.latest() == done
+            assert checkpoints.precision(done) is None
+    trained = loop.train(program, tmp_path)
+    assert len(steps) == STEPS and len(evaluations) == 5
+    assert_identical(trained.state, straight[0].state)
+    assert trained.evaluation.metrics == straight[0].evaluation.metrics
+    assert records(tmp_path) == straight[1]
 
 
 @pytest.mark.slow
@@ -193,6 +226,21 @@ def test_a_full_disk_leaves_the_config_of_before(fields, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         workdirs.write_config(tmp_path, fields | {"eval": {"k": 1}})
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_more_epochs_change_the_learning_rate_and_that_is_said(program, straight, caplog):
+    with checkpoint.Checkpoints(straight[2], read_only=True) as checkpoints:
+        _, history = checkpoints.restore(STEPS, program.abstract)
+    train = dataclasses.replace(program.config.train, epochs=6)
+    longer = types.SimpleNamespace(
+        config=dataclasses.replace(program.config, train=train), steps_per_epoch=STEPS_PER_EPOCH
+    )
+    loop._tell_of_schedule(program, STEPS, history)
+    loop._tell_of_schedule(longer, STEPS, history)
+    (said,) = [x.getMessage() for x in caplog.records if "train.epochs" in x.getMessage()]
+    assert "3 before, 6 now: the learning rate goes on from step 15 at 0.54 of its peak" in said
+    assert "where it was 0.00" in said
 
 
 @pytest.mark.slow

@@ -6,9 +6,8 @@ digests of its files, see `proof`.
 """
 
 import contextlib
-import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,12 +57,11 @@ class Checkpoints:
         workdir = workdirs.absolute(workdir)
         self._folder, self._read_only, self._hashed = workdir / "checkpoints", read_only, hashed
         self._found: dict[int, proof.Finding] = {}
+        self._precision: dict[int, float | None] = {}  # P@1 by step, as far as it is known
         self._pending: int | None = None  # the step that is being written
         self._listed = distributed.broadcast("checkpoints", workdirs.steps(workdir))
         if not read_only:
             self._clear(workdirs.strays(workdir))
-        policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=_precision, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_handlers={
@@ -71,8 +69,7 @@ class Checkpoints:
                 "history": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                best_fn=_precision,  # without it, metrics are not stored
+                preservation_policy=_LatestAndBest(keep, self._best_of),
                 single_host_load_and_broadcast=True,  # the same steps in every process
                 cleanup_tmp_directories=not read_only,  # what a killed save left behind
                 create=not read_only,
@@ -110,21 +107,30 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The whole step with the highest P@1 among those kept, or None if none was evaluated."""
-        self.wait()
         steps = self.steps()
         if self._read_only:
             steps = [step for step in steps if self._is_usable(step)]
-        metrics = {step: self._manager.metrics(step) for step in steps}
-        evaluated = [step for step in steps if metrics[step]]
-        return max(evaluated, key=lambda step: (_precision(metrics[step]), step), default=None)
+        return self._best_of(steps)
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        history: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        evaluated = {step: x for step in steps if (x := self.precision(step)) is not None}
+        return max(evaluated, key=lambda step: (evaluated[step], step), default=None)
+
+    def precision(self, step: int) -> float | None:
+        """P@1 of a checkpoint, the same in all processes; None if it was not evaluated.
+
+        Args:
+            step: one of `steps()`, whole.
+        """
+        if step not in self._precision:
+            found = None
+            if distributed.is_first():
+                evaluation = proof.read_evaluation(self._folder / str(step))
+                found = evaluation and evaluation["metrics"].get("P@1")
+            self._precision[step] = distributed.broadcast(f"evaluation {step}", found)
+        return self._precision[step]
+
+    def save(self, step: int, state: Any, history: Mapping[str, Any]) -> None:
         """Starts writing the state; returns once it is copied off the devices.
 
         Args:
@@ -132,15 +138,14 @@ class Checkpoints:
                 it is one that a signal asked for just before an epoch boundary.
             state: pytree of arrays.
             history: what `report.Reporter.history` gave; stored as JSON.
-            metrics: evaluation metrics of this step, if it was evaluated; needs "P@1".
 
         Raises:
             OSError: this checkpoint or the one before it could not be written; in one line.
         """
         self.wait()
-        scores = {} if metrics is None else {"P@1": metrics["P@1"]}
         self._pending = step
         self._found.pop(step, None)
+        self._precision[step] = None
         with self._writing(step):
             if step in self._manager.all_steps():
                 self._manager.delete(step)
@@ -150,10 +155,28 @@ class Checkpoints:
                     state=ocp.args.StandardSave(_flatten(state)),
                     history=ocp.args.JsonSave(dict(history)),
                 ),
-                metrics=scores,
                 custom_metadata=proof.MARK,
                 force=True,
             )
+
+    def add_evaluation(
+        self, step: int, metrics: Mapping[str, float], history: Mapping[str, Any]
+    ) -> None:
+        """Adds what an evaluation found to a checkpoint, once that is written.
+
+        Args:
+            step: of a state that was saved.
+            metrics: of the evaluation; "P@1" decides which checkpoint is the best.
+            history: what `report.Reporter.history` gives after the evaluation.
+
+        Raises:
+            OSError: the checkpoint, or this, could not be written; in one line.
+        """
+        self.wait()
+        with self._writing(step):
+            if distributed.is_first():
+                proof.write_evaluation(self._folder / str(step), metrics, history)
+        self._precision[step] = metrics["P@1"]
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint onto the devices, from any mesh onto any mesh.
@@ -163,7 +186,7 @@ class Checkpoints:
             abstract: pytree of ShapeDtypeStructs with shardings, of the state expected.
 
         Returns:
-            The state and the history stored with it.
+            The state and the history stored with it, that of its evaluation included.
 
         Raises:
             ValueError: it is not whole, or an array is missing, unknown, or has another shape or
@@ -190,7 +213,9 @@ class Checkpoints:
                 ),
             )
             leaves = [restored["state"][name] for name in expected]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["history"]
+            evaluation = proof.read_evaluation(self._folder / str(step)) or {}
+        history = evaluation.get("history") or restored["history"]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), history
 
     def arrays(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """The name and the values of each array of a checkpoint's state, one at a time.
@@ -282,6 +307,8 @@ class Checkpoints:
                 _move_away(self._folder / str(step))
         distributed.barrier("checkpoints cleared")
         self._listed = usable
+        for step in usable:  # so that what Orbax asks for later waits for no other process
+            self.precision(step)
 
     def _is_usable(self, step: int) -> bool:
         """Whether a checkpoint may be read; says so in one line if it is not known to be whole."""
@@ -351,9 +378,22 @@ def _one_line(error: Exception) -> str:
     return text if len(text) < 300 else f"{text[:80]} ... {text[-200:]}"  # the reason comes last
 
 
-def _precision(metrics: Mapping[str, float]) -> float:
-    """P@1, lowest where a checkpoint was not evaluated."""
-    return metrics.get("P@1", -math.inf)
+class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the latest checkpoints, and the best one.
+
+    Args:
+        latest: how many.
+        best: gives the best of some steps, None if none was evaluated.
+    """
+
+    def __init__(self, latest: int, best: Callable[[Sequence[int]], int | None]):
+        self._latest, self._best = latest, best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        steps = [int(one.step) for one in checkpoints]
+        kept = {*sorted(steps)[-self._latest :], self._best(steps)}
+        return [step in kept for step in steps]
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -37,6 +37,8 @@ Result = TypeVar("Result")
 _HEARTBEAT_TIMEOUT = 24 * 3600
 # Seconds that an error of JAX waits to be said, as it may be the consequence of a lost process.
 _GRACE = 3
+# Steps from a decision to what follows from it; more than hosts are apart.
+_STEPS_AHEAD = 4
 _COUNT, _PEERS = "xmc_jax/count", "xmc_jax/peers"  # keys of the store
 _calls = itertools.count()  # keys of the store are written once, so each call has a number
 
@@ -210,6 +212,42 @@ def stop_requested(step: int) -> bool:
         step: optimizer steps done, the same everywhere; to be asked after each.
     """
     return not _alone() and multihost_utils.reached_preemption_sync_point(step)
+
+
+class Decision:
+    """What process 0 decides by its clock, and all processes do after the same step.
+
+    Process 0 names the step some steps ahead, in the store. The others look there, and find it:
+    they are never more steps ahead of process 0 than the loop lets hosts be ahead of devices, as
+    each step takes the devices of all processes. With one process a decision holds at once.
+
+    Args:
+        name: of what is decided.
+    """
+
+    def __init__(self, name: str):
+        self._key = f"xmc_jax/{next(_calls)}/{name}"
+
+    def after(self, step: int, wanted: bool) -> bool:
+        """Whether it is done after this step; the same on all processes.
+
+        Args:
+            step: optimizer steps done; to be asked after each.
+            wanted: what process 0 decides; not looked at on the others.
+        """
+        if _alone():
+            return wanted
+        if step % _STEPS_AHEAD:
+            return False
+        if is_first() and wanted:
+            _store().key_value_set(f"{self._key}/{step + _STEPS_AHEAD}", "")
+        try:
+            _store().key_value_try_get(f"{self._key}/{step}")
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            return False
+        return True
 
 
 def finish() -> None:

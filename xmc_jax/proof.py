@@ -2,7 +2,8 @@
 
 <step>/digests.json names every file with its size and SHA-256, the format and what wrote it. Two
 files are written by the commit itself, after it; nothing is read from them, and their digests
-follow in <step>/committed.json. Both files carry a digest of themselves.
+follow in <step>/committed.json. What an evaluation of the checkpoint found follows in
+<step>/evaluation.json. These three files carry a digest of themselves.
 """
 
 import concurrent.futures
@@ -21,12 +22,13 @@ from xmc_jax.files.digests import sha256
 
 FORMAT = 2
 """Version of what a checkpoint holds; 1 had no digests."""
-MANIFEST, SEAL = "digests.json", "committed.json"
+MANIFEST, SEAL, EVALUATION = "digests.json", "committed.json", "evaluation.json"
 MARK = {"xmc_jax": FORMAT}
 """What Orbax's own description of a checkpoint has to carry as custom metadata."""
 
 _DESCRIPTION = "_CHECKPOINT_METADATA"
 _OF_COMMIT = (_DESCRIPTION, "commit_success.txt")
+_OF_EVALUATION = ("format", "history", "metrics")
 _PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore")
 _THREADS = 8  # files read at once; of a bucket, each waits for its own
 
@@ -73,6 +75,36 @@ def seal(folder: epath.Path) -> None:
     atomic.write(folder / SEAL, _text({"format": FORMAT, "files": files}))
 
 
+def write_evaluation(
+    folder: epath.Path, metrics: Mapping[str, float], history: Mapping[str, Any]
+) -> None:
+    """Adds what an evaluation found to a committed checkpoint; in one move.
+
+    Args:
+        folder: of the checkpoint.
+        metrics: of the evaluation.
+        history: as of `report.Reporter.history`, after the evaluation; it stands in the place of
+            the history that the checkpoint was written with.
+    """
+    content = {"format": FORMAT, "metrics": dict(metrics), "history": dict(history)}
+    atomic.write(folder / EVALUATION, _text(content))
+
+
+def read_evaluation(folder: epath.Path) -> dict[str, Any] | None:
+    """The "metrics" and the "history" of `write_evaluation`; None without an evaluation.
+
+    Args:
+        folder: of a checkpoint that `examine` finds whole or unproven. Up to November 2026
+            checkpoints were saved after their evaluation and hold its metrics themselves; of these
+            the history is None here.
+    """
+    if (folder / EVALUATION).exists():
+        return _read(folder / EVALUATION, _OF_EVALUATION)
+    metrics = folder / "metrics" / "metrics"
+    scores = _json(metrics) if metrics.exists() else {}
+    return {"metrics": scores, "history": None} if scores else None
+
+
 def examine(
     folder: epath.Path, step: int, part: int = 0, parts: int = 1, hashed: bool = True
 ) -> Finding:
@@ -100,6 +132,8 @@ def examine(
             )
         if manifest["step"] != step:
             raise _Damaged(f"{MANIFEST}: expected step {step}, got {manifest['step']!r}")
+        if (folder / EVALUATION).exists():
+            _read(folder / EVALUATION, _OF_EVALUATION)
         files = manifest["files"]
         names = sorted(files)[part::parts]
         if (folder / SEAL).exists():

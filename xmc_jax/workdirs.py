@@ -25,6 +25,7 @@ RESUMABLE = (
     "export",
     "mesh",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.eval_every",
     "train.keep",
     "train.non_finite",

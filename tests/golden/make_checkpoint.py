@@ -38,7 +38,8 @@ def main() -> None:
     target = HERE / "checkpoint" / f"format{FORMAT}"
     with tempfile.TemporaryDirectory() as folder:
         with checkpoint.Checkpoints(folder) as checkpoints:
-            checkpoints.save(STEP, state(), HISTORY, METRICS)
+            checkpoints.save(STEP, state(), HISTORY)
+            checkpoints.add_evaluation(STEP, METRICS, HISTORY)
         shutil.copytree(folder, target)
 
 

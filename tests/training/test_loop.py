@@ -88,7 +88,8 @@ class Fakes:
             report.Reporter(self.workdir, EVERY, STEPS, STEPS, self.clock) as reporter,
             loop._Signals() as signals,
         ):
-            loop._steps(self, state, 0, 0, reporter, self, signals)
+            timer = loop._SaveTimer(self.config.train.checkpoint_minutes)
+            loop._steps(self, state, 0, 0, reporter, self, signals, timer)
         lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -103,12 +104,15 @@ def fakes(tmp_path, monkeypatch):
         non_finite: str = "stop",
         non_finite_limit: int = 3,
         backend: str = "gpu",
+        checkpoint_minutes: float = 0.0,
     ) -> Fakes:
         policy = {"non_finite": non_finite, "non_finite_limit": non_finite_limit}
+        policy["checkpoint_minutes"] = checkpoint_minutes
         config = RunConfig.from_dict(fields | {"train": fields["train"] | policy})
         made = Fakes(config, tmp_path, losses)
         monkeypatch.setattr(pipeline, "open", made.batches)
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=made.time))
         return made
 
     return make
@@ -149,6 +153,13 @@ def test_metrics_are_fetched_of_steps_that_are_done_and_all_of_them_saved(fakes)
     assert step == SAVED
     assert [record["step"] for record in history["records"]] == [3]
     assert [metrics["loss"] for metrics in history["pending"]] == [3.0, 4.0]
+
+
+def test_a_checkpoint_is_saved_after_so_many_minutes(fakes):
+    """A step takes 2.75 s; the count begins anew at each checkpoint."""
+    run = fakes([1.0] * STEPS, backend="cpu", checkpoint_minutes=8 / 60)
+    run.train()
+    assert [step for step, _ in run.saved] == [3, SAVED]
 
 
 @pytest.mark.parametrize("bad", [1, 3, 5, 7])

@@ -30,6 +30,7 @@ class TrainConfig:
             batch have; without, for comparisons, shapes are those of the longest text.
         encode_batch_size: rows per call where nothing is differentiated.
         checkpoint_every: steps between checkpoints within an epoch; every epoch ends with one.
+        checkpoint_minutes: minutes after which another one is due within an epoch; 0 is never.
         log_every: steps per record of metrics.jsonl.
         eval_every: epochs between evaluations; 0 evaluates after the last epoch only.
         zero_shot: evaluate the weights that training starts from, too.
@@ -51,6 +52,7 @@ class TrainConfig:
     packed: bool = True
     encode_batch_size: int = 512
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 15.0
     log_every: int = 10
     eval_every: int = 0
     zero_shot: bool = True
@@ -71,6 +73,8 @@ class TrainConfig:
         self._expect(
             "sampling", self.sampling in batches.WEIGHTINGS, f"one of {batches.WEIGHTINGS}"
         )
+        minutes = self.checkpoint_minutes
+        self._expect("checkpoint_minutes", minutes >= 0, "minutes, or 0 for never")
         self._expect("stuck_after", self.stuck_after >= 0, "seconds, or 0 for no limit")
         policies = health.POLICIES
         self._expect("non_finite", self.non_finite in policies, f"one of {policies}")

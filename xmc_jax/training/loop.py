@@ -1,10 +1,11 @@
-"""The loop: restore or build, then epochs of steps, boundary, evaluation, save."""
+"""The loop: restore or build, then epochs of steps, boundary, save, evaluation."""
 
 import collections
 import dataclasses
 import signal
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ from xmc_jax import checkpoint, command, distributed, report
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
-from xmc_jax.training import curriculum, health, losses
+from xmc_jax.training import curriculum, health, losses, optimizer
+from xmc_jax.training.config import TrainConfig
 from xmc_jax.training.run import Run
 from xmc_jax.training.watchdog import Watchdog
 from xmc_jax.types import Health, TrainState
@@ -80,28 +82,31 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                     state, history = checkpoints.restore(step, run.abstract)
                     clock.add(history["seconds"])
                     logging.info("%s: going on from step %d", workdir, step)
+                    _tell_of_schedule(run, step, history)
             epoch, total = int(state.boundaries), config.epochs * run.steps_per_epoch
             evaluation = None
+            timer = _SaveTimer(config.checkpoint_minutes)
             with report.Reporter(
                 workdir, config.log_every, run.steps_per_epoch, total, clock, history
             ) as reporter:
                 if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
-                    with clock.within("eval"):
-                        found = run.evaluate_zero_shot(state)
-                    if distributed.is_first():
-                        with clock.within("save"):
-                            path = epath.Path(workdir) / "predictions" / "0.npz"
-                            some = evaluate.sample(run.data.num_test)
-                            evaluate.write_predictions(found, path, some)
-                    reporter.record(0, _prefixed("zero-shot", found.metrics["plain"]))
-                while epoch < config.epochs:
-                    state, step = _steps(run, state, epoch, step, reporter, checkpoints, signals)
-                    state, evaluation = _boundary(run, state, epoch, step, reporter)
-                    command.return_freed_memory()
+                    _evaluate_zero_shot(run, state, reporter, workdir)
+                while True:
+                    at_end = epoch > 0 and step == epoch * run.steps_per_epoch
+                    if at_end and _is_due(config, epoch) and checkpoints.precision(step) is None:
+                        evaluation = _evaluate(run, state, step, reporter, checkpoints)
+                        if stop := signals.at(step):
+                            raise Interrupted(stop, step)
+                    if epoch == config.epochs:
+                        break
+                    state, step = _steps(
+                        run, state, epoch, step, reporter, checkpoints, signals, timer
+                    )
+                    state = _boundary(run, state, epoch, step, reporter)
                     epoch += 1
-                    metrics = evaluation and evaluation.metrics["plain"]
                     with clock.within("save"):
-                        checkpoints.save(step, state, reporter.history(), metrics)
+                        checkpoints.save(step, state, _history(reporter, config))
+                    timer.restart()
                     if stop := signals.at(step):
                         raise Interrupted(stop, step)
                 zero_shot = reporter.latest(_PREFIX["zero-shot"])
@@ -169,6 +174,7 @@ def _steps(
     reporter: report.Reporter,
     checkpoints: checkpoint.Checkpoints,
     signals: "_Signals",
+    timer: "_SaveTimer",
 ) -> tuple[TrainState, int]:
     """The steps that are left of an epoch, none if only its boundary is."""
     config, before, clock = run.config.train, epoch * run.steps_per_epoch, reporter.clock
@@ -212,10 +218,12 @@ def _steps(
             # The last step of an epoch is saved after the boundary, unless there is no time for it.
             within = step < before + run.steps_per_epoch
             stop = signals.at(step)
-            if stop or (within and step % config.checkpoint_every == 0):
+            due = step % config.checkpoint_every == 0 or timer.is_due(step)
+            if stop or (within and due):
                 report_done(0)
                 with clock.within("save"):
-                    checkpoints.save(step, state, reporter.history())
+                    checkpoints.save(step, state, _history(reporter, config))
+                timer.restart()
             if stop:
                 raise Interrupted(stop, step)
         report_done(0)
@@ -259,28 +267,114 @@ def _not_applied(
 
 def _boundary(
     run: Run, state: TrainState, epoch: int, step: int, reporter: report.Reporter
-) -> tuple[TrainState, Evaluation | None]:
-    """What follows an epoch's steps: its boundary, and an evaluation if one is due."""
-    config, clock, evaluation = run.config.train, reporter.clock, None
+) -> TrainState:
+    """The state after the boundary that follows an epoch's steps."""
+    clock = reporter.clock
     before = clock.seconds()["boundary"]  # compilation, in the first ones, is another phase
     with clock.within("boundary"):
         state = jax.block_until_ready(run.boundary(state, epoch))
     reporter.record(step, {"time/boundary": clock.seconds()["boundary"] - before})
-    due = config.eval_every and (epoch + 1) % config.eval_every == 0
-    if due or epoch + 1 == config.epochs:
-        started = time.perf_counter()
-        with clock.within("eval"):
-            evaluation = run.evaluate(state)
-        record = {"time/eval": time.perf_counter() - started}
-        for row, metrics in evaluation.metrics.items():
-            record |= _prefixed(row, metrics)
-        reporter.record(step, record)
-    reporter.record(step, {f"time/share/{name}": x for name, x in clock.shares().items()})
-    return state, evaluation
+    if not _is_due(run.config.train, epoch + 1):
+        _record_shares(step, reporter)
+    command.return_freed_memory()
+    return state
+
+
+def _is_due(config: TrainConfig, epochs: int) -> bool:
+    """Whether an evaluation follows so many epochs."""
+    every = config.eval_every
+    return epochs == config.epochs or bool(every and epochs % every == 0)
+
+
+def _evaluate(
+    run: Run,
+    state: TrainState,
+    step: int,
+    reporter: report.Reporter,
+    checkpoints: checkpoint.Checkpoints,
+) -> Evaluation:
+    """Evaluates a state that is saved, and adds the result to its checkpoint."""
+    clock, started = reporter.clock, time.perf_counter()
+    with clock.within("eval"):
+        evaluation = run.evaluate(state)
+    record = {"time/eval": time.perf_counter() - started}
+    for row, metrics in evaluation.metrics.items():
+        record |= _prefixed(row, metrics)
+    reporter.record(step, record)
+    _record_shares(step, reporter)
+    with clock.within("save"):
+        history = _history(reporter, run.config.train)
+        checkpoints.add_evaluation(step, evaluation.metrics["plain"], history)
+    command.return_freed_memory()
+    return evaluation
+
+
+def _evaluate_zero_shot(
+    run: Run, state: TrainState, reporter: report.Reporter, workdir: epath.PathLike
+) -> None:
+    with reporter.clock.within("eval"):
+        found = run.evaluate_zero_shot(state)
+    if distributed.is_first():
+        with reporter.clock.within("save"):
+            path = epath.Path(workdir) / "predictions" / "0.npz"
+            evaluate.write_predictions(found, path, evaluate.sample(run.data.num_test))
+    reporter.record(0, _prefixed("zero-shot", found.metrics["plain"]))
+
+
+def _record_shares(step: int, reporter: report.Reporter) -> None:
+    shares = reporter.clock.shares()
+    reporter.record(step, {f"time/share/{name}": share for name, share in shares.items()})
+
+
+def _history(reporter: report.Reporter, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint holds beside the state; the epochs are those of the learning rate."""
+    return reporter.history() | {"epochs": config.epochs}
+
+
+def _tell_of_schedule(run: Run, step: int, history: Mapping[str, Any]) -> None:
+    """Says so where more epochs than before have raised the learning rate of the next step."""
+    before, now = history.get("epochs"), run.config.train.epochs
+    if before is None or before == now:
+        return
+    warmup = run.config.optimizer.warmup_steps
+    then, rate = (
+        float(optimizer.schedule(step, warmup, epochs * run.steps_per_epoch))
+        for epochs in (before, now)
+    )
+    logging.warning(
+        "train.epochs: %d before, %d now: the learning rate goes on from step %d at %.2f of its "
+        "peak, where it was %.2f, and falls to 0 at the new end",
+        before,
+        now,
+        step,
+        rate,
+        then,
+    )
 
 
 def _prefixed(row: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {_PREFIX[row] + name: value for name, value in metrics.items()}
+
+
+class _SaveTimer:
+    """Says when a checkpoint is due by time, in all processes after the same step.
+
+    Args:
+        minutes: from one checkpoint to the next; 0 is never.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds, self._decision = 60 * minutes, distributed.Decision("save")
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from now on."""
+        self._since = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step; to be asked after each."""
+        late = 0 < self._seconds <= time.monotonic() - self._since
+        return self._decision.after(step, late)
 
 
 class _Signals:
