@@ -67,7 +67,7 @@ def test_ranks_as_the_run_evaluates(run, predictor, items):
     evaluation = run.evaluate(state, config)
     assert 0 < sum(bool(item.images) for item in items) < len(items)
     for kind in evaluation.ids:
-        scores, rows = predictor.rank(items, 10, kind, ROWS)
+        scores, rows, _ = predictor.rank(items, 10, kind, ROWS)
         np.testing.assert_allclose(scores, evaluation.scores[kind], atol=1e-5)
         assert (rows == evaluation.ids[kind]).mean() > 0.99
     texts = predictor.rank([item.text for item in items], 10, "plain", ROWS)
@@ -103,7 +103,7 @@ def test_records_bring_pictures_in_every_form(predictor, items, tmp_path):
     ):
         table = pyarrow.table({"text": [item.text for item in items], "images": cells})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    scores, rows = predictor.rank(items, 5, "auto", ROWS)
+    scores, rows, _ = predictor.rank(items, 5, "auto", ROWS)
     ids = predictor.artifact.labels.ids
     for source in sorted(tmp_path.glob("*.*")):
         target = tmp_path / "out" / f"{source.stem}.jsonl"

@@ -488,7 +488,8 @@ def judge_ids(folder: pathlib.Path) -> str:
         text = (folder / "only.txt").read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError:
         return INVALID
-    return VALID if text.strip() else INVALID
+    ids = list(filter(None, map(str.strip, text.split("\n"))))
+    return INVALID if not ids or any("\t" in uid or "\r" in uid for uid in ids) else VALID
 
 
 def judge_request(folder: pathlib.Path) -> str:
