@@ -77,7 +77,7 @@ BASE = {
         "backbone": "",
         "revision": config_dict.placeholder(str),
         "layers": config_dict.placeholder(int),  # None: all
-        "pooling": "mean",  # [V] sec. 3.1
+        "pooling": config_dict.placeholder(str),  # None: as the backbone's folder says, or "mean"
         "dropout": config_dict.placeholder(float),  # None: the model's own, 0.1
         "compute_dtype": "float32",
         "frozen_dtype": "float32",
@@ -91,8 +91,9 @@ BASE = {
             "targets": ("query", "key", "value", "out", "gate", "up", "down"),  # [V] supp. A
         },
     },
-    "fusion": {  # encoders take no prompts, and images first, [V] eq. 3
-        "prefix": "",
+    "fusion": {  # encoders put images first, [V] eq. 3
+        "prefix": config_dict.placeholder(str),  # None: as the folder of an encoder says
+        "label_prefix": config_dict.placeholder(str),  # None: likewise; encoders alone
         "image_prefix": "",
         "suffix": "",
         "order": "image_text",
@@ -300,7 +301,7 @@ ENCODERS = {
 _LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
 
 
-def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16) -> dict:
+def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16, **encoder) -> dict:
     """A decoder LLM with adapters; [V] supp. A and Table 9, and the run script for decoders.
 
     Args:
@@ -308,6 +309,7 @@ def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16) -> dict
         suffix: the token that ends a text, as this family calls it.
         lr: of the adapters.
         chunks: in which a batch is encoded, so that it fits in 80 GB (docs/models.md); [ours].
+        **encoder: other fields of the encoder.
     """
     return {
         "encoder": {
@@ -316,6 +318,7 @@ def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16) -> dict
             "frozen_dtype": "bfloat16",
             "remat": "projections",  # [ours]: a fifth less to compute than keeping nothing
             "lora": {"rank": 256},
+            **encoder,
         },
         "fusion": {
             "prefix": "This product text",
@@ -353,7 +356,9 @@ DECODERS = {
     | {"train": {"batch_size": 1024, "epochs": 30, "n_chunks": 16, "eval_every": 5}},  # [V] supp. A
     "qwen3_0_6b": _decoder("Qwen/Qwen3-0.6B", "<|endoftext|>", chunks=8),
     "qwen3_4b": _decoder("Qwen/Qwen3-4B", "<|endoftext|>"),
-    "qwen3_embedding_4b": _decoder("Qwen/Qwen3-Embedding-4B", "<|endoftext|>"),
+    "qwen3_embedding_4b": _decoder(
+        "Qwen/Qwen3-Embedding-4B", "<|endoftext|>", pooling="mean"
+    ),  # [V] sec. 3.1
     "llama32_1b": _decoder("meta-llama/Llama-3.2-1B-Instruct", "<|end_of_text|>"),
     "llama32_3b": _decoder("meta-llama/Llama-3.2-3B-Instruct", "<|end_of_text|>"),
     "gemma3_1b": _decoder("google/gemma-3-1b-it", "<eos>"),
@@ -553,7 +558,7 @@ def _groups(config: Mapping[str, Any]) -> dict:
 
 
 def _no_prompt(config: Mapping[str, Any], *names: str) -> dict:
-    if not any(config["fusion"][name] for name in names):
+    if not any(isinstance(text := config["fusion"][name], str) and text for name in names):
         raise ValueError(f"option no_{names[0]}: expected a decoder that has one, got none")
     return {"fusion": dict.fromkeys(names, "")}
 

@@ -138,7 +138,7 @@ def backbone(tmp_path_factory) -> pathlib.Path:
     init = jax.jit(lambda: meta.unbox(dual.init_params(dual.DualEncoder(config), 0)))
     params = init()["backbone"]
     hf_export.merged(folder, params, config, pooling="mean", max_length=16)
-    tokenizer.copy(packaged.minilm(), folder)
+    tokenizer.export(packaged.minilm(), folder, 16)
     return folder
 
 

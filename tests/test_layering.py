@@ -71,7 +71,7 @@ HOMES = {
         "inference/outputs.py",
         "vision/shards.py",
     ),
-    "safetensors": ("models/hf.py", "models/hf_export.py"),
+    "safetensors": ("models/hf.py", "models/hf_export.py", "models/hf_files.py"),
     "scann": ("retrieval/scann.py",),
     "skimage": ("vision/descriptor.py",),
     "tensorboardX": ("report.py",),

@@ -22,7 +22,8 @@ from xmc_jax.data import (
     tokenizer,
 )
 from xmc_jax.data import images as image_folders
-from xmc_jax.models import backbone, hf
+from xmc_jax.models import backbone, hf, hf_modules
+from xmc_jax.models.hf_modules import Modules
 from xmc_jax.retrieval import tuned
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -46,7 +47,11 @@ def run(
     Raises:
         ValueError: as all that it is made of; there are no tuned weights.
     """
-    config, opened = RunConfig.from_dict(fields), data(fields)
+    config = RunConfig.from_dict(fields)
+    encoder = config.encoder
+    if encoder.init == "pretrained":  # before the data are prepared, which may take hours
+        hf.check(hf.resolve(encoder.backbone, encoder.revision), encoder.layers)
+    opened = data(fields)
     if config.eval.augmented.weights == "tuned":
         chosen = workdir and tuned.read(workdir, fields, opened, config.eval.augmented)
         if chosen is None:
@@ -97,11 +102,12 @@ def _data(fields: Mapping[str, Any]) -> store.Store:
             prepare.PrepareConfig(
                 dataset=_dataset(section),
                 data_dir=section["data_dir"],
-                tokenizer=str(source.folder),
+                tokenizer=str(source.tokenizer),
                 tokenizer_name=pathlib.PurePath(source.name).name,
                 max_length=section["max_length"],
                 raw=raw,
                 special_tokens=not decodes(fields),
+                prompts=encoder_prompts(fields),
                 encoding=section["encoding"],
                 text=section["text"],
                 propensity=(section["propensity_a"], section["propensity_b"]),
@@ -241,24 +247,115 @@ def order(fields: Mapping[str, Any]) -> str | None:
     return None if fields["data"]["images"]["name"] is None else fields["fusion"]["order"]
 
 
+def modules(fields: Mapping[str, Any]) -> Modules:
+    """What the folder of a config's backbone says about pooling and prompts."""
+    return hf_modules.read(_backbone(fields))
+
+
+def filled(fields: Mapping[str, Any], said: Modules) -> dict[str, Any]:
+    """A config with the values of the fields that it leaves to the backbone's folder.
+
+    `fusion.label_prefix` stays None where labels have the prompt of documents.
+
+    Args:
+        fields: a config as nested mappings.
+        said: see `modules`.
+
+    Raises:
+        ValueError: the folder asks for a pooling that is not computed here.
+    """
+    document, label = encoder_prompts(fields, said)
+    encoder, fusion = fields["encoder"], fields["fusion"]
+    prompts = {"prefix": fusion["prefix"] or "", "label_prefix": fusion.get("label_prefix")}
+    if not decodes(fields):
+        prompts = {"prefix": document, "label_prefix": None if label == document else label}
+    pooling = encoder["pooling"] or said.pooling(prompt=bool(document or label))
+    return {
+        **fields,
+        "encoder": {**encoder, "pooling": pooling},
+        "fusion": {**fusion, **prompts},
+    }
+
+
+def differences(fields: Mapping[str, Any], said: Modules) -> list[str]:
+    """Lines for the user: what the backbone's folder decides, or says in vain.
+
+    Args:
+        fields: see `filled`.
+        said: see `modules`.
+    """
+    whole, lines = filled(fields, said), []
+    pooling, prefix = whole["encoder"]["pooling"], whole["fusion"]["prefix"]
+    label = whole["fusion"]["label_prefix"]
+    used = (prefix, prefix if label is None else label)
+    of_folder = (said.prompt("document"), said.prompt("label"))
+    if fields["encoder"]["pooling"] is None:
+        if said.poolings and pooling != "mean":
+            lines.append(f"encoder.pooling={pooling}, as {said.where} says")
+    elif departs := said.departs(pooling, prompt=any(used)):
+        lines.append(f"encoder.pooling={pooling}, where {said.where} has {departs}")
+    begin = f"documents begin with {used[0]!r}, labels with {used[1]!r}"
+    if used != of_folder:
+        lines.append(
+            f"{begin} (fusion.prefix, fusion.label_prefix), where {said.where} has "
+            f"{of_folder[0]!r} and {of_folder[1]!r}"
+        )
+    elif any(used):
+        lines.append(f"{begin}, as {said.where} says")
+    elif any(said.prompts.values()):
+        lines.append(
+            f"no prompt, though {said.where} has some for {', '.join(said.prompts)}; set "
+            "fusion.prefix to use one"
+        )
+    return lines
+
+
+def encoder_prompts(fields: Mapping[str, Any], said: Modules | None = None) -> tuple[str, str]:
+    """What is put before the texts of documents and of labels; nothing for decoders.
+
+    Args:
+        fields: see `filled`.
+        said: see `modules`; read if it is None.
+    """
+    if decodes(fields):
+        return "", ""
+    prefix, label = fields["fusion"]["prefix"], fields["fusion"].get("label_prefix")
+    if prefix is None:
+        said = modules(fields) if said is None else said
+        return said.prompt("document"), said.prompt("label") if label is None else label
+    return prefix, prefix if label is None else label
+
+
 def prompt_texts(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The prompts of a config as they are written."""
-    return {name: fields["fusion"][name] for name in ("prefix", "image_prefix", "suffix")}
+    """The prompts of a decoder as they are written in its config."""
+    return {name: fields["fusion"][name] or "" for name in ("prefix", "image_prefix", "suffix")}
 
 
 def _prompts(fields: Mapping[str, Any]) -> Prompts:
-    """The prompts of a config as token ids; none for encoders, which take none."""
+    """The prompts of a decoder as token ids; those of encoders are part of the texts."""
     texts = prompt_texts(fields)
     if not decodes(fields):
-        given = [name for name, text in texts.items() if text]
+        given = [name for name in ("image_prefix", "suffix") if texts[name]]
         if given:
-            raise ValueError(f"fusion.{given[0]}: expected '', encoders take no prompts, got text")
+            raise ValueError(
+                f"fusion.{given[0]}: expected '', since encoders take no prompts but fusion.prefix "
+                f"and fusion.label_prefix, got {texts[given[0]]!r}"
+            )
         return Prompts()
-    folder = tokenizer_source(fields).folder
+    if fields["fusion"].get("label_prefix") not in (None, texts["prefix"]):
+        raise ValueError(
+            "fusion.label_prefix: expected none of a decoder, whose documents and labels begin "
+            f"with fusion.prefix, got {fields['fusion']['label_prefix']!r}"
+        )
+    folder = tokenizer_source(fields).tokenizer
     exported, asked_order = prompts.read_settings(folder), order(fields)
     if exported is not None:
         for field, trained, asked in (
-            ("encoder.pooling", exported.pooling, fields["encoder"]["pooling"]),
+            (
+                "encoder.pooling",
+                exported.pooling,
+                filled(fields, modules(fields))["encoder"]["pooling"],
+            ),
             # Images may be new to it, or left out.
             ("fusion.order", exported.order, asked_order or exported.order),
         ):
@@ -272,9 +369,7 @@ def _prompts(fields: Mapping[str, Any]) -> Prompts:
 
 def decodes(fields: Mapping[str, Any]) -> bool:
     """Whether the backbone of a config is a decoder."""
-    encoder = fields["encoder"]
-    source = hf.resolve(encoder["backbone"], encoder["revision"], weights=False)
-    return backbone.is_decoder(hf.load_config(source))
+    return backbone.is_decoder(hf.load_config(_backbone(fields)))
 
 
 def tokenizer_source(fields: Mapping[str, Any]) -> hf.Source:
@@ -282,4 +377,9 @@ def tokenizer_source(fields: Mapping[str, Any]) -> hf.Source:
     name = fields["data"]["tokenizer"]
     if name is not None:
         return hf.resolve(name, weights=False)
-    return hf.resolve(fields["encoder"]["backbone"], fields["encoder"]["revision"], weights=False)
+    return _backbone(fields)
+
+
+def _backbone(fields: Mapping[str, Any]) -> hf.Source:
+    encoder = fields["encoder"]
+    return hf.resolve(encoder["backbone"], encoder["revision"], weights=False)

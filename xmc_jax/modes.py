@@ -34,6 +34,7 @@ from xmc_jax.training.run import Run
 from xmc_jax.types import TrainState
 
 _ROWS = {"plain": "trained", "augmented": "trained + augmented"}
+_OF_FOLDER = (("encoder", "pooling"), ("fusion", "prefix"), ("fusion", "label_prefix"))
 _FAILED, _BY_SIGNAL = 1, 128  # exit codes; of a signal, its number more
 
 
@@ -85,6 +86,8 @@ def run(mode: str, asked: Asked) -> int:
     """
     if asked.fields is not None:
         RunConfig.from_dict(asked.fields)  # mistaken fields first
+        if mode not in ("predict", "labels", "serve"):  # an exported model needs no backbone
+            asked = _filled(asked)
     if mode in ("export", "predict", "labels", "serve") and jax.process_count() > 1:
         raise ValueError(
             f"--mode={mode}: expected one process, got {jax.process_count()}; one reads the "
@@ -110,6 +113,21 @@ def run(mode: str, asked: Asked) -> int:
     }
     of_checkpoint[mode](asked, *_restored(asked))
     return 0
+
+
+def _filled(asked: Asked) -> Asked:
+    """The same with the fields that the config leaves to the backbone's folder, which are said."""
+    fields = asked.fields
+    said = distributed.first_then_others("backbone", lambda: build.modules(fields))
+    if distributed.is_first():
+        for line in build.differences(fields, said):
+            logging.info("%s", line)
+    whole, recipe = build.filled(fields, said), asked.recipe
+    for section, name in _OF_FOLDER:
+        left = fields[section][name] is None
+        if left and recipe is not None and recipe[section][name] is None:  # no flag changed it
+            recipe = override(recipe, {section: {name: whole[section][name]}})
+    return dataclasses.replace(asked, fields=whole, recipe=recipe)
 
 
 def _plan(asked: Asked) -> int:
@@ -323,6 +341,7 @@ def _opened(asked: Asked, verify: bool = True) -> artifact.Artifact:
     if asked.artifact:
         return artifact.open(folder, verify)
     if not (epath.Path(folder) / artifact.MANIFEST).exists():
+        asked = _filled(asked)
         run, step, state = _restored(asked)
         logging.info("%s: no exported model yet; exporting step %d", folder, step)
         write.whole(asked.fields, run, step, state, asked.workdir)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from xmc_jax import packaged
 from xmc_jax.data import tokenizer as tokenizers
 
 TEXTS = ["red lamp", "", "Red GREEN blue small large", "unheard of", "red"]
@@ -117,8 +116,6 @@ def test_vocabulary_and_merges_alone(llm_folders, tmp_path):
     (folder / "tokenizer.json").unlink()
     whole = tokenizers.load(llm_folders["qwen2"])
     assert tokenizers.identity(tokenizers.load(folder)) == tokenizers.identity(whole)
-    with pytest.raises(ValueError, match=r"old: expected a tokenizer\.json, found none"):
-        tokenizers.copy(folder, tmp_path)
 
 
 def test_byte_pairs_from_the_hub(llm_folders, tmp_path, monkeypatch):
@@ -162,19 +159,6 @@ def test_bare_encoding_has_no_special_tokens(family, llm_folder):
         assert tokens.dtype == lengths.dtype == np.int32
     with pytest.raises(ValueError, match="max_length above its 0 special tokens, got 0"):
         tokenizers.encode_measured(tokenizer, LLM_TEXTS, 0, False)
-
-
-def test_files_of_encoders_are_copied_as_they_are(tokenizer_folder, tmp_path):
-    for source in (tokenizer_folder, packaged.minilm()):
-        folder = tmp_path / source.name
-        folder.mkdir()
-        tokenizers.copy(source, folder)
-        names = {path.name for path in folder.iterdir()}
-        assert {"tokenizer.json", "tokenizer_config.json"} <= names <= set(tokenizers.FILES)
-        for name in names:
-            assert (folder / name).read_bytes() == (source / name).read_bytes()
-    with pytest.raises(ValueError, match=r"none: expected a tokenizer\.json, found none"):
-        tokenizers.copy(tmp_path / "none", tmp_path)
 
 
 def test_bundled_decoder_is_what_its_source_makes(tmp_path):

@@ -126,7 +126,7 @@ def test_eight_devices_give_what_one_gives():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dual.EncoderConfig(pooling="max"), r"encoder.pooling.*'mean', 'cls'.*'max'"),
+        (lambda: dual.EncoderConfig(pooling="sum"), r"encoder.pooling.*'mean', 'cls'.*'sum'"),
         (lambda: dual.EncoderConfig(compute_dtype="float16"), "encoder.compute_dtype"),
         (lambda: dual.EncoderConfig(remat="all"), "encoder.remat"),
         (lambda: dual.EncoderConfig(init="zeros"), "encoder.init"),

@@ -161,6 +161,7 @@ def test_towers_by_a_composition_in_numpy(name, positions):
         "mean": [hidden.mean(0) for hidden in rows],
         "cls": [hidden[0] for hidden in rows],
         "last": [hidden[-1] for hidden in rows],
+        "max": [hidden.max(0) for hidden in rows],
     }
     assert set(expected) == set(dual.POOLINGS)
     for pooling, vectors in expected.items():

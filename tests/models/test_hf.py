@@ -134,16 +134,6 @@ def test_layers_that_config_json_does_not_have_are_not_dropped_silently(folder):
         load(folder)
 
 
-def test_heads_and_buffers_are_ignored(folder):
-    def change(tensors):
-        tensors["cls.predictions.bias"] = np.zeros(60, np.float32)
-        tensors["embeddings.position_ids"] = np.zeros((1, 24), np.int64)
-
-    _, expected = load(folder)
-    edit(folder, change)
-    jax.tree.map(np.testing.assert_array_equal, load(folder)[1], expected)
-
-
 @pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"\xff\xfe", b'{"model_type":'])
 def test_malformed_config(folder, content):
     (folder / "config.json").write_bytes(content)
@@ -245,7 +235,8 @@ def test_a_tokenizer_needs_no_weights(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert hf.resolve("org/tiny", weights=False).revision == folder.name
-    assert set(asked.pop()) == {"config.json", *hf.TOKENIZER_FILES}
+    assert {"config.json", *hf.TOKENIZER_FILES} <= set(asked[0])
+    assert not any("model*" in pattern or "adapter_model" in pattern for pattern in asked[0])
 
 
 def test_weights_are_hashed_once_per_version(folder, monkeypatch):
@@ -395,29 +386,6 @@ def test_first_layers_of_a_decoder(family, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load(folder, layers=2)[1], first)
     with pytest.raises(ValueError, match="Missing: "):
         load(folder)
-
-
-def test_a_decoder_with_a_head_is_read_and_another_prefix_is_not(tmp_path):
-    folder = pathlib.Path(shutil.copytree(GOLDEN / "qwen2", tmp_path / "qwen2"))
-    _, expected = load(folder)
-
-    def prefixed(prefix):
-        def change(tensors):
-            renamed = {prefix + name: tensor for name, tensor in tensors.items()}
-            tensors.clear()
-            tensors.update(renamed)
-
-        return change
-
-    edit(folder, prefixed("model."))
-    edit(folder, lambda t: t.update({"lm_head.weight": np.zeros((60, 16), np.float32)}))
-    jax.tree.map(np.testing.assert_array_equal, load(folder)[1], expected)
-    edit(folder, prefixed("policy."))
-    with pytest.raises(
-        ValueError, match=r"Missing: \['embed_tokens.weight'.*Not known: \['pol"
-    ) as e:
-        load(folder)
-    one_line(e)
 
 
 # Run by itself, with nothing of the tests in memory. Peaks are of this process image: getrusage's

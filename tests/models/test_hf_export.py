@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from xmc_jax import sharding
-from xmc_jax.models import backbone, bert, decoder_config, dual, hf, hf_export, hf_names
+from xmc_jax.models import backbone, bert, decoder_config, dual, hf, hf_export, hf_modules, hf_names
 from xmc_jax.models.layers import NO_LORA, LoraConfig
 from xmc_jax.training.config import ExportConfig
 
@@ -79,7 +79,7 @@ def test_import_then_export_gives_identical_tensors(family, tmp_path):
 
 @pytest.mark.parametrize(
     ("pooling", "name"),
-    [("mean", "mean_tokens"), ("cls", "cls_token"), ("last", "lasttoken")],
+    list(hf_modules.POOLINGS.items()),
 )
 def test_files_of_sentence_transformers(pooling, name, tmp_path):
     _, config, params = golden("qwen2")
@@ -87,7 +87,7 @@ def test_files_of_sentence_transformers(pooling, name, tmp_path):
     fields = read(tmp_path / "1_Pooling" / "config.json")
     assert fields.pop("word_embedding_dimension") == config.hidden
     assert {field for field, on in fields.items() if on} == {f"pooling_mode_{name}"}
-    assert {mode for mode in dual.POOLINGS} == set(hf_export._POOLINGS)
+    assert tuple(hf_modules.POOLINGS) == dual.POOLINGS
     assert read(tmp_path / "sentence_bert_config.json")["max_seq_length"] == 24
     modules = [
         (one["path"], one["type"].rpartition(".")[2]) for one in read(tmp_path / "modules.json")

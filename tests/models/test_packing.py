@@ -102,6 +102,7 @@ def assert_alike(ours, theirs):
         pytest.param("text_image", True, "mean", "padded", marks=pytest.mark.slow),
         pytest.param("text_image", False, "cls", "contiguous", marks=pytest.mark.slow),
         pytest.param("image_text", True, "last", "contiguous", marks=pytest.mark.slow),
+        ("text_image", False, "max", "contiguous"),
     ],
 )
 def test_as_with_padding(name, images, pooling, positions):

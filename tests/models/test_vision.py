@@ -282,7 +282,7 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     def change(tensors):
         del tensors["vision_model.head.probe"]
         tensors["vision_model.embeddings.patch_embedding.weight"] = np.zeros((12, 3, 5, 5), "f4")
-        tensors["vision_model.adapter"] = np.zeros(2, "f4")
+        tensors["vision_model.encoder.adapter"] = np.zeros(2, "f4")
 
     edit(write(tmp_path, "siglip"), change)
     with pytest.raises(ValueError, match="weights do not fit a siglip of 3 layers") as error:
@@ -290,7 +290,7 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     assert "\n" not in str(error.value)
     for part in (
         "Missing: ['vision_model.head.probe']",
-        "Not known: ['vision_model.adapter']",
+        "Not known: ['vision_model.encoder.adapter']",
         "expected (12, 3, 4, 4) got (12, 3, 5, 5)",
     ):
         assert part in str(error.value)

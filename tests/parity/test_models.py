@@ -90,7 +90,7 @@ def test_exported_minilm_in_sentence_transformers(minilm, layers, tmp_path):
     texts = make.titles(100)
     ours, *_ = embed(config, params, texts, T=16)
     hf_export.merged(tmp_path, params, config, pooling="mean", max_length=16)
-    tokenizer.copy(packaged.minilm(), tmp_path)
+    tokenizer.export(packaged.minilm(), tmp_path, 16)
     model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     assert model.max_seq_length == 16
     np.testing.assert_allclose(ours, model.encode(texts), rtol=0, atol=1e-5)

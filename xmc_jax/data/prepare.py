@@ -9,6 +9,7 @@ are paired with a random label, a negative); the report counts all three.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
@@ -34,13 +35,15 @@ class PrepareConfig:
     Attributes:
         dataset: its name; published counts of known names are checked.
         data_dir: where dataset folders go; the result is `<data_dir>/<dataset>/<tokenizer>-<T>`,
-            with `-bare` behind it without special tokens.
+            with `-bare` behind it without special tokens, or a digest of the prompts with some.
         tokenizer: a folder with tokenizer files, or a name on the hub.
         max_length: T, tokens per text, special ones included.
         raw: folder of the raw files; None for a bundled dataset's own.
         tokenizer_name: what the folder and its manifest call the tokenizer; None for the last part
             of `tokenizer`.
         revision: the tokenizer's revision on the hub.
+        prompts: what is put before the text of each document and of each label, before both are
+            tokenised as one; its tokens count in T.
         special_tokens: whether texts get the tokenizer's special tokens, as encoders need them; or
             none, for decoders, which put prompts around them.
         encoding: of the raw texts, "utf-8", or "latin-1" as the reference reads them.
@@ -61,6 +64,7 @@ class PrepareConfig:
     tokenizer_name: str | None = None
     revision: str | None = None
     special_tokens: bool = True
+    prompts: tuple[str, str] = ("", "")
     encoding: str = "utf-8"
     text: str | None = None
     propensity: tuple[float, float] | None = None
@@ -99,6 +103,11 @@ class PrepareConfig:
         held_out = f"-val{100 * self.validation_fraction:g}-seed{self.seed}"
         name = f"{self.short_name}-{self.max_length}"
         name += "" if self.special_tokens else "-bare"
+        name += (
+            f"-{hashlib.sha256(repr(self.prompts).encode()).hexdigest()[:8]}"
+            if any(self.prompts)
+            else ""
+        )
         name += held_out if self.validation_fraction else ""
         return pathlib.Path(self.data_dir) / self.dataset / name
 
@@ -117,6 +126,13 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
     files = raw_folder.find(source, train_only=config.validation_fraction > 0)
     tokenizer = tokenizers.load(config.tokenizer, config.revision)
     identity = tokenizers.identity(tokenizer, config.special_tokens)
+    for prompt in config.prompts:
+        (ids,) = tokenizers.encode(tokenizer, [prompt], config.special_tokens)
+        if prompt and len(ids) >= config.max_length:
+            raise ValueError(
+                f"max_length: expected more than the {len(ids)} tokens that the prompt {prompt!r} "
+                f"takes, special ones included, got {config.max_length}; set data.max_length"
+            )
     inputs = _inputs(config, raw_folder.digests(files), identity)
     folder = config.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -289,12 +305,14 @@ def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> d
         # Absent where true: the manifests of encoders, whose digests checkpoints name, stay the
         # same byte for byte.
         **({} if config.special_tokens else {"special_tokens": False}),
+        **({"prompts": list(config.prompts)} if any(config.prompts) else {}),
     }
 
 
 def _check_same(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
     """Raises ValueError if a folder was made from other inputs, or is damaged."""
-    recorded, inputs = ({"special_tokens": True} | x for x in (store.open(folder).manifest, inputs))
+    absent = {"special_tokens": True, "prompts": None}
+    recorded, inputs = (absent | x for x in (store.open(folder).manifest, inputs))
     differ = manifests.difference({name: recorded.get(name) for name in inputs}, inputs)
     if differ:
         raise ValueError(
@@ -370,6 +388,7 @@ class _SplitTexts:
         self._max_length, self._tokenizer = inputs["max_length"], tokenizer
         self._text = inputs["text"]
         self._special_tokens = inputs.get("special_tokens", True)
+        self._prompt = inputs.get("prompts", ("", ""))[split == "label"]
         self._lengths: list[np.ndarray] = []
         self._whole: list[np.ndarray] = []
         self._blank = 0
@@ -393,13 +412,15 @@ class _SplitTexts:
     def add(self, items: Items) -> None:
         """Writes the items that follow."""
         texts = items.texts(self._text)
+        self._blank += sum(not text.strip() for text in texts)
+        if self._prompt:
+            texts = [self._prompt + text for text in texts]
         tokens, lengths, whole = tokenizers.encode_measured(
             self._tokenizer, texts, self._max_length, self._special_tokens
         )
         self._tokens(tokens)
         self._lengths.append(lengths)
         self._whole.append(whole)
-        self._blank += sum(not text.strip() for text in texts)
         self._files["uids"].write(store.lines(items.uids))
         self._files["titles"].write(store.lines(items.titles))
 

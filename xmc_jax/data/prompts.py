@@ -6,7 +6,6 @@ prompts around a text, and `xmc_jax.json` beside it says which they are.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -142,49 +141,21 @@ def export(
         order: see `Settings`.
 
     Raises:
-        ValueError: as `tokenizer.load` and `tokenize` do; no tokenizer.json; no token to pad with.
+        ValueError: as `tokenizer.export` and `tokenize` do.
     """
-    tokenizers.check_exportable(source)
     tokenizer = tokenizers.load(source)
     pieces = _pieces(tokenizer, source, (prefix, image_prefix, suffix))
     around = around_text(pieces.prompts(order), order)
-    content = json_files.read(source / "tokenizer.json")
-    content |= {
-        "truncation": None,
-        "padding": None,
-        "post_processor": _post_processor(tokenizer, content.get("post_processor"), around),
-    }
-    pad = tokenizer.pad_token or tokenizer.eos_token
-    if pad is None:
-        raise ValueError(f"tokenizer {source}: expected a pad_token or an eos_token, found neither")
-    config = json_files.read(source / "tokenizer_config.json", optional=True)
-    kept = {
-        key: value
-        for key, value in config.items()
-        if key == "clean_up_tokenization_spaces"
-        # Not add_bos_token and the like: with them, some versions replace the post-processor.
-        or (key.endswith(("_token", "_special_tokens")) and not isinstance(value, bool))
-    }
+    original = tokenizers.definition(source, tokenizer).get("post_processor")
+    tokenizers.export(
+        source,
+        folder,
+        len(around.head) + max_length + len(around.tail),
+        tokenizer,
+        post_processor=_post_processor(tokenizer, original, around),
+    )
     settings = Settings(pooling, max_length, order, pieces)
-    files = {
-        "tokenizer.json": content,
-        "tokenizer_config.json": {
-            **kept,
-            **{name: getattr(tokenizer, name) for name in tokenizers.NAMED},
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": len(around.head) + max_length + len(around.tail),
-            "pad_token": pad,
-            "padding_side": "right",
-            # The class that takes tokenizer.json as it stands, in transformers 4 and 5.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "truncation_side": "right",
-        },
-        SETTINGS: _settings_to_json(settings),
-    }
-    for name, tree in files.items():
-        indent = None if name == "tokenizer.json" else 2  # megabytes
-        text = json.dumps(tree, ensure_ascii=False, indent=indent)
-        (epath.Path(folder) / name).write_bytes(f"{text}\n".encode())
+    json_files.write(epath.Path(folder) / SETTINGS, _settings_to_json(settings))
 
 
 def around_text(prompts: Prompts, order: str | None) -> Prompts:

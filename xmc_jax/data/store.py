@@ -185,6 +185,12 @@ class Store:
         return self.manifest.get("special_tokens", True)
 
     @property
+    def prompts(self) -> tuple[str, str]:
+        """What was put before the texts of documents and of labels before they were tokenised."""
+        document, label = self.manifest.get("prompts", ("", ""))
+        return document, label
+
+    @property
     def propensity(self) -> tuple[float, float]:
         """The dataset's constants A and B."""
         a, b = self.manifest["propensity"]
@@ -429,6 +435,12 @@ def _check_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
         ("raw", isinstance(manifest.get("raw"), dict), "an object"),
         ("report", isinstance(manifest.get("report"), dict), "an object"),
         ("special_tokens", type(manifest.get("special_tokens", True)) is bool, "true or false"),
+        (
+            "prompts",
+            isinstance(manifest.get("prompts", []), list)
+            and [type(one) for one in manifest.get("prompts", ["", ""])] == [str, str],
+            "two texts",
+        ),
     ):
         if not fits:
             raise ValueError(

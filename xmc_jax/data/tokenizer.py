@@ -1,4 +1,4 @@
-"""Load, identify and copy a tokenizer; texts to fixed-length token ids."""
+"""Load, identify and export a tokenizer; texts to fixed-length token ids."""
 
 import hashlib
 import json
@@ -10,17 +10,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xmc_jax.files import json_files
+from xmc_jax.files import atomic, json_files
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
+NAMED = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("cls_token", "sep_token", "mask_token"),
 )
-"""What a folder of an encoder may hold; only the first must be there."""
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Tokens with a role."""
 
 # With the vocabulary, these tell tokenizers apart: case, accents, scripts, numbers, punctuation.
@@ -36,8 +31,9 @@ PROBES = (
 def load(name_or_folder: str | pathlib.Path, revision: str | None = None) -> Any:
     """A fast Hugging Face tokenizer; code that comes with a model is never run.
 
-    A byte-pair tokenizer.json, as all decoders have, is taken as it stands: `AutoTokenizer` builds
-    many classes anew from the vocabulary, with rules of its own for splitting words.
+    A tokenizer.json is taken as it stands: `AutoTokenizer` builds many classes anew from the
+    vocabulary, with rules of its own for splitting words. Where there is none but a vocab.txt, say,
+    one is made as `AutoTokenizer` does.
 
     Args:
         name_or_folder: a folder with tokenizer files, or a name on the hub.
@@ -51,7 +47,7 @@ def load(name_or_folder: str | pathlib.Path, revision: str | None = None) -> Any
     from transformers import AutoTokenizer  # takes a second, and only preparing needs it
 
     try:
-        tokenizer = _load_byte_pairs(str(name_or_folder), revision)
+        tokenizer = _load_file(str(name_or_folder), revision)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(name_or_folder), revision=revision, trust_remote_code=False
@@ -139,24 +135,69 @@ def identity(tokenizer: Any, special_tokens: bool = True) -> dict[str, Any]:
     }
 
 
-def copy(source: pathlib.Path, folder: epath.PathLike) -> None:
-    """Copies the tokenizer files of an encoder into a model folder.
+def export(
+    source: pathlib.Path,
+    folder: epath.PathLike,
+    max_length: int,
+    tokenizer: Any = None,
+    **changes: Any,
+) -> None:
+    """Writes a tokenizer into a model folder.
+
+    `AutoTokenizer.from_pretrained(folder)(text, truncation=True)` then gives the ids that the
+    tokenizer gives here, cut and padded on the right, whatever class it chooses.
 
     Args:
         source: local.
         folder: exists; may be remote.
+        max_length: tokens of the longest sequence.
+        tokenizer: that of `source`, where it is loaded already.
+        **changes: of fields of tokenizer.json.
 
     Raises:
-        ValueError: no tokenizer.json to copy.
+        ValueError: as `load` does; no token to pad with.
     """
-    check_exportable(source)
-    for name in FILES:
-        if (source / name).is_file():
-            (epath.Path(folder) / name).write_bytes((source / name).read_bytes())
+    tokenizer = load(source) if tokenizer is None else tokenizer
+    config = json_files.read(source / "tokenizer_config.json", optional=True)
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key == "clean_up_tokenization_spaces"
+        # Not add_bos_token and the like: with them, some versions replace the post-processor.
+        or (key.endswith(("_token", "_special_tokens")) and not isinstance(value, bool))
+    }
+    pad = tokenizer.pad_token or tokenizer.eos_token
+    if pad is None:
+        raise ValueError(f"tokenizer {source}: expected a pad_token or an eos_token, found neither")
+    content = definition(source, tokenizer) | {"truncation": None, "padding": None} | changes
+    text = json.dumps(content, ensure_ascii=False)  # megabytes: no indent
+    atomic.write(epath.Path(folder) / "tokenizer.json", f"{text}\n")
+    json_files.write(
+        epath.Path(folder) / "tokenizer_config.json",
+        {
+            **kept,
+            **{name: getattr(tokenizer, name) for name in NAMED},
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": max_length,
+            "pad_token": pad,
+            "padding_side": "right",
+            # The class that takes tokenizer.json as it stands, in transformers 4 and 5.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "truncation_side": "right",
+        },
+    )
 
 
-def _load_byte_pairs(name: str, revision: str | None) -> Any | None:
-    """The tokenizer.json of a folder or a name on the hub; None if there is none of byte pairs."""
+def definition(source: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer.json of a folder; made of the tokenizer where the folder has none."""
+    path = source / "tokenizer.json"
+    if path.is_file():
+        return json_files.read(path)
+    return json_files.parse(path, tokenizer.backend_tokenizer.to_str())
+
+
+def _load_file(name: str, revision: str | None) -> Any | None:
+    """The tokenizer.json of a folder or a name on the hub; None if there is none."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
@@ -173,9 +214,7 @@ def _load_byte_pairs(name: str, revision: str | None) -> Any | None:
     path = find("tokenizer.json")
     if path is None:
         return None
-    model = json_files.read(path).get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        return None
+    json_files.read(path)  # the library's own errors do not say what is wrong with it
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # the tokenizers library raises nothing more specific
@@ -200,9 +239,3 @@ def encode(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list[l
     backend.no_truncation()
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
     return [encoding.ids for encoding in encodings]
-
-
-def check_exportable(source: pathlib.Path) -> None:
-    """Raises ValueError if a folder has no tokenizer.json."""
-    if not (source / "tokenizer.json").is_file():
-        raise ValueError(f"{source}: expected a tokenizer.json, found none")

@@ -132,6 +132,7 @@ def _model_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run)
             f"(sha256 {images['digest']}), {carried}"
         ]
     lines += [
+        *_prompt_lines(model),
         "- embeddings are unit vectors, " + f"{model['width']} wide, pooled by {model['pooling']}",
         "",
         "## Limits",
@@ -147,6 +148,13 @@ def _model_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run)
         "",
     ]
     return "\n".join(lines)
+
+
+def _prompt_lines(model: Mapping[str, Any]) -> list[str]:
+    document, label = model["document_prompt"], model["label_prompt"]
+    if not document and not label:
+        return []
+    return [f"- texts of documents begin with {document!r}, those of labels with {label!r}"]
 
 
 def _data_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> str:

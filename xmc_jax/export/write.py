@@ -50,7 +50,8 @@ def encoder(
     )
     common = {
         "lora": config.encoder.lora,
-        "pooling": config.encoder.pooling,
+        "pooling": run.model.pooling,
+        "prompts": run.data.prompts,
         "max_length": len(around.head) + T + len(around.tail),
     }
     params = run.merged(state)
@@ -67,18 +68,18 @@ def encoder(
     if "projection" in params:
         made_by = cards.public(run.data.images.manifest["encoder"])
         hf_export.projection(folder, params["projection"], made_by)
-    source = build.tokenizer_source(fields).folder
+    source = build.tokenizer_source(fields).tokenizer
     if build.decodes(fields):
         prompts.export(
             source,
             folder,
             **build.prompt_texts(fields),
-            pooling=config.encoder.pooling,
+            pooling=run.model.pooling,
             max_length=T,
             order=build.order(fields),
         )
     else:
-        tokenizer.copy(source, folder)
+        tokenizer.export(source, folder, T)
     return folder
 
 
@@ -196,6 +197,8 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
         max_length=fields["data"]["max_length"],
         special_tokens=run.data.special_tokens,
         prompts=model.prompts,
+        document_prompt=run.data.prompts[0],
+        label_prompt=run.data.prompts[1],
         pooling=model.pooling,
         compute_dtype=model.compute_dtype,
         order=model.order,

@@ -1,4 +1,4 @@
-"""JSON objects in files that anyone may have written; what is none is said in one line."""
+"""JSON in files that anyone may have written; what is none is said in one line."""
 
 import json
 import pathlib
@@ -6,13 +6,16 @@ from typing import Any
 
 from etils import epath
 
+from xmc_jax.files import atomic
 
-def read(path: epath.PathLike, optional: bool = False) -> dict[str, Any]:
+
+def read(path: epath.PathLike, optional: bool = False, kind: type = dict) -> Any:
     """The JSON object in a file.
 
     Args:
         path: local or remote.
-        optional: {} where there is no such file.
+        optional: an empty one where there is no such file.
+        kind: dict, or list for a list in place of an object.
 
     Raises:
         ValueError: no such file, or something else in it.
@@ -20,9 +23,14 @@ def read(path: epath.PathLike, optional: bool = False) -> dict[str, Any]:
     path = epath.Path(path)
     if not is_file(path):
         if optional:
-            return {}
+            return kind()
         raise ValueError(f"{path}: expected a JSON file, found none")
-    return parse(path, path.read_bytes())
+    return parse(path, path.read_bytes(), kind)
+
+
+def write(path: epath.PathLike, content: Any) -> None:
+    """Writes JSON for people to read, in one step; see `atomic.replaced`."""
+    atomic.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_file(path: epath.Path) -> bool:
@@ -30,12 +38,13 @@ def is_file(path: epath.Path) -> bool:
     return path.is_file() if "://" in str(path) else pathlib.Path(path).is_file()
 
 
-def parse(where: Any, text: str | bytes) -> dict[str, Any]:
+def parse(where: Any, text: str | bytes, kind: type = dict) -> Any:
     """The JSON object that a text is.
 
     Args:
         where: what the error begins with.
         text: as bytes, in UTF-8, UTF-16 or UTF-32.
+        kind: see `read`.
 
     Raises:
         ValueError: it is another value, none, or nested too deeply.
@@ -44,6 +53,7 @@ def parse(where: Any, text: str | bytes) -> dict[str, Any]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON, found: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected a JSON object, found a {type(content).__name__}")
+    if not isinstance(content, kind):
+        expected = "list" if kind is list else "object"
+        raise ValueError(f"{where}: expected a JSON {expected}, found a {type(content).__name__}")
     return content

@@ -99,6 +99,9 @@ class ModelInput:
         max_length: T, tokens of a text.
         special_tokens: whether texts get the tokenizer's; without, `prompts` stand around them.
         prompts: token ids around every text of a decoder.
+        document_prompt: what is put before the text of a document before both are tokenised, for
+            encoders.
+        label_prompt: the same of a label.
         pooling: see `dual.EncoderConfig`.
         compute_dtype: likewise.
         order: see `fusion.FusionConfig`.
@@ -118,6 +121,8 @@ class ModelInput:
     positions: str
     text: str
     images: ImageInput | None
+    document_prompt: str = ""
+    label_prompt: str = ""
 
     def __post_init__(self):
         for name, known in (
@@ -315,7 +320,10 @@ def open(folder, verify: bool = True) -> Artifact:
             )
     _check_shown(where, manifest)
     check_files(folder, files, verify)
-    model = parse(ModelInput, manifest.get("model"), f"{where}: model")
+    recorded_model = manifest.get("model")
+    if isinstance(recorded_model, dict):  # exports of earlier versions have no such fields
+        recorded_model = {"document_prompt": "", "label_prompt": ""} | recorded_model
+    model = parse(ModelInput, recorded_model, f"{where}: model")
     recorded = {name: str(facts.get("sha256")) for name, facts in files.items()}
     if (digest := digest_of_model(recorded)) != model.digest:
         raise ValueError(

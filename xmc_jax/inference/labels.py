@@ -269,7 +269,9 @@ def _kept(opened: Artifact, made_of: Prototypes | None, kept: np.ndarray, more: 
 def _encode(tower: Tower, labels: Sequence[Label]) -> np.ndarray:
     """f32[n, D], pooled."""
     blocks = range(0, len(labels), _BLOCK)
-    return np.concatenate([tower.encode(labels[i : i + _BLOCK], pooled=True) for i in blocks])
+    return np.concatenate(
+        [tower.encode(labels[i : i + _BLOCK], pooled=True, kind="label") for i in blocks]
+    )
 
 
 def _embed(

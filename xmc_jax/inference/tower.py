@@ -124,9 +124,10 @@ class Tower:
         pooled: bool = False,
         rows: tuple[int, ...] = ROWS,
         problems: dict[int, str] | None = None,
+        kind: str = "document",
     ) -> np.ndarray:
         """f32[n, D], the vectors of `encode_measured`."""
-        return self.encode_measured(items, pooled, rows, problems).vectors
+        return self.encode_measured(items, pooled, rows, problems, kind).vectors
 
     def encode_measured(
         self,
@@ -134,6 +135,7 @@ class Tower:
         pooled: bool = False,
         rows: tuple[int, ...] = ROWS,
         problems: dict[int, str] | None = None,
+        kind: str = "document",
     ) -> Encoded:
         """Unit embeddings of items, or their embeddings before normalisation.
 
@@ -145,6 +147,7 @@ class Tower:
             problems: gets the number of each item that cannot be encoded, and the reason. The
                 embedding of such an item is zeros. Without `problems`, the first such item is an
                 error.
+            kind: "document" or "label", which may have prompts of their own.
 
         Raises:
             ValueError: an item without anything to encode, a text that is not Unicode, a picture
@@ -154,7 +157,7 @@ class Tower:
         cut = np.zeros(len(items), bool)
         for start in range(0, len(items), _AT_A_TIME):
             part, found = slice(start, start + _AT_A_TIME), {}
-            vectors[part], cut[part] = self._encode(items[part], pooled, rows, found)
+            vectors[part], cut[part] = self._encode(items[part], pooled, rows, found, kind)
             if found and problems is None:
                 number = min(found)
                 raise ValueError(f"item {start + number}: {found[number]}")
@@ -168,9 +171,10 @@ class Tower:
         pooled: bool,
         rows: tuple[int, ...],
         problems: dict[int, str],
+        kind: str,
     ) -> Encoded:
         out = np.zeros((len(items), self._input.width), np.float32)
-        inputs, cut = self._inputs(items, problems)
+        inputs, cut = self._inputs(items, problems, kind)
         lengths = own_tokens(inputs.lengths, inputs.image_count, self._rest)
         if not self._input.prompts.head:
             for number in np.flatnonzero(lengths == 0).tolist():
@@ -295,15 +299,18 @@ class Tower:
     def _apply(self, params: Any, inputs: Inputs) -> Any:
         return self._model.apply({"params": params}, inputs, method="encode")
 
-    def _inputs(self, items: Sequence[Item], problems: dict[int, str]) -> tuple[Inputs, np.ndarray]:
+    def _inputs(
+        self, items: Sequence[Item], problems: dict[int, str], kind: str
+    ) -> tuple[Inputs, np.ndarray]:
         """What the model takes of n items, and bool[n], whether their texts were cut."""
+        prompt = getattr(self._input, f"{kind}_prompt")
         for number, item in enumerate(items):
             if problem := _problem_of(item, self._input.images is not None):
                 problems[number] = problem
         sound = [Item("") if i in problems else item for i, item in enumerate(items)]
         tokens, lengths, whole = tokenizers.encode_measured(
             self._tokenizer,
-            [item.text for item in sound],
+            [prompt + item.text for item in sound],
             self._input.max_length,
             self._input.special_tokens,
         )

@@ -119,6 +119,38 @@ _HF_FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
         "pad_id": ("pad_token_id", 0),
     },
 }
+# Our path -> Hugging Face's name; {} is the layer, stacked on our side. Kernels are transposed.
+HF_NAMES: dict[str, dict[str, str]] = {
+    "bert": {
+        "token_embedding": "embeddings.word_embeddings.weight",
+        "position_embedding": "embeddings.position_embeddings.weight",
+        "type_embedding": "embeddings.token_type_embeddings.weight",
+        "embedding_norm": "embeddings.LayerNorm",
+        "layers/query": "encoder.layer.{}.attention.self.query",
+        "layers/key": "encoder.layer.{}.attention.self.key",
+        "layers/value": "encoder.layer.{}.attention.self.value",
+        "layers/out": "encoder.layer.{}.attention.output.dense",
+        "layers/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+        "layers/up": "encoder.layer.{}.intermediate.dense",
+        "layers/down": "encoder.layer.{}.output.dense",
+        "layers/output_norm": "encoder.layer.{}.output.LayerNorm",
+    },
+    "distilbert": {
+        "token_embedding": "embeddings.word_embeddings.weight",
+        "position_embedding": "embeddings.position_embeddings.weight",
+        "embedding_norm": "embeddings.LayerNorm",
+        "layers/query": "transformer.layer.{}.attention.q_lin",
+        "layers/key": "transformer.layer.{}.attention.k_lin",
+        "layers/value": "transformer.layer.{}.attention.v_lin",
+        "layers/out": "transformer.layer.{}.attention.out_lin",
+        "layers/attention_norm": "transformer.layer.{}.sa_layer_norm",
+        "layers/up": "transformer.layer.{}.ffn.lin1",
+        "layers/down": "transformer.layer.{}.ffn.lin2",
+        "layers/output_norm": "transformer.layer.{}.output_layer_norm",
+    },
+}
+# Ends of names in checkpoints of before 2019, as bert-base-uncased is published.
+HF_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _ARCHITECTURES = {"bert": "BertModel", "distilbert": "DistilBertModel"}
 
 

@@ -208,6 +208,33 @@ _MODEL_TYPES = {
     "gemma3": "gemma3",  # the multimodal one, of which only the text tower is read
 }
 MODEL_TYPES = tuple(_MODEL_TYPES)
+_HF_NAMES = {
+    "token_embedding": "embed_tokens.weight",
+    "final_norm": "norm",
+    "layers/attention_norm": "layers.{}.input_layernorm",
+    "layers/query": "layers.{}.self_attn.q_proj",
+    "layers/key": "layers.{}.self_attn.k_proj",
+    "layers/value": "layers.{}.self_attn.v_proj",
+    "layers/out": "layers.{}.self_attn.o_proj",
+    "layers/query_norm": "layers.{}.self_attn.q_norm",
+    "layers/key_norm": "layers.{}.self_attn.k_norm",
+    "layers/mlp_norm": "layers.{}.post_attention_layernorm",
+    "layers/gate": "layers.{}.mlp.gate_proj",
+    "layers/up": "layers.{}.mlp.up_proj",
+    "layers/down": "layers.{}.mlp.down_proj",
+}
+# Our path -> Hugging Face's name; {} is the layer, stacked on our side. Kernels are transposed.
+HF_NAMES: dict[str, dict[str, str]] = {
+    "qwen2": _HF_NAMES,
+    "qwen3": _HF_NAMES,
+    "llama": _HF_NAMES,
+    "gemma3": _HF_NAMES
+    | {
+        "layers/attention_post_norm": "layers.{}.post_attention_layernorm",
+        "layers/mlp_norm": "layers.{}.pre_feedforward_layernorm",
+        "layers/mlp_post_norm": "layers.{}.post_feedforward_layernorm",
+    },
+}
 _ARCHITECTURES = {
     "qwen2": ("qwen2", "Qwen2Model"),
     "qwen3": ("qwen3", "Qwen3Model"),

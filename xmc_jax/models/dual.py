@@ -13,7 +13,7 @@ from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
 from xmc_jax.models.layers import NO_LORA, LoraConfig
 from xmc_jax.types import EncoderOutput, Inputs, Prompts, own_tokens
 
-POOLINGS = ("mean", "cls", "last")
+POOLINGS = ("mean", "cls", "last", "max")
 DTYPES = ("float32", "bfloat16")
 _FREE_VECTOR_INITS = {
     "xavier": nn.initializers.xavier_uniform(),
@@ -30,8 +30,9 @@ class EncoderConfig:
         backbone: a local folder, a Hugging Face name, or "minilm-l6-packaged".
         revision: of the Hugging Face repository: branch, tag or commit; None is its main branch.
         layers: keep the first so many; None keeps all.
-        pooling: "mean" over the unmasked tokens, prompts included; "cls", the first token; or
-            "last", the last one.
+        pooling: "mean" over the unmasked tokens, prompts included; "cls", the first token; "last",
+            the last one; or "max" over the tokens, number by number. None is what the folder of
+            the backbone says, see `hf_modules.read`, or "mean".
         dropout: fraction; replaces the model's own, None keeps them.
         compute_dtype: of activations and products.
         frozen_dtype: of the parameters that are not trained; those that are, are float32.
@@ -43,7 +44,7 @@ class EncoderConfig:
     backbone: str = "minilm-l6-packaged"
     revision: str | None = None
     layers: int | None = None
-    pooling: str = "mean"
+    pooling: str | None = None
     dropout: float | None = None
     compute_dtype: str = "float32"
     frozen_dtype: str = "float32"
@@ -52,7 +53,7 @@ class EncoderConfig:
     lora: LoraConfig = NO_LORA
 
     def __post_init__(self):
-        _check_choice("encoder.pooling", self.pooling, POOLINGS)
+        _check_choice("encoder.pooling", self.pooling or POOLINGS[0], POOLINGS)
         _check_choice("encoder.compute_dtype", self.compute_dtype, DTYPES)
         _check_choice("encoder.frozen_dtype", self.frozen_dtype, DTYPES)
         _check_choice("encoder.remat", self.remat, layers.REMAT)
@@ -201,8 +202,11 @@ class DualEncoder(nn.Module):
         elif self.pooling == "last":
             pooled = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         else:
-            real = jnp.arange(hidden.shape[1]) < lengths[:, None]
-            pooled = jnp.where(real[..., None], hidden, 0).sum(1) / lengths[:, None]
+            real = (jnp.arange(hidden.shape[1]) < lengths[:, None])[..., None]
+            if self.pooling == "max":
+                pooled = jnp.where(real, hidden, -jnp.inf).max(1)
+            else:
+                pooled = jnp.where(real, hidden, 0).sum(1) / lengths[:, None]
         return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
 
     def _packed(self, inputs: Inputs, deterministic: bool) -> jax.Array:

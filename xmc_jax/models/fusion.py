@@ -14,10 +14,15 @@ NO_PROMPTS = Prompts()
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """What an item's sequence is made of. Encoders take no prompts, and images first.
+    """What an item's sequence is made of. Encoders put images first, and take no other prompts
+    than those before texts.
 
     Attributes:
-        prefix: text before the item's.
+        prefix: text before the item's. An encoder tokenises both as one, as sentence-transformers
+            does: what stands between them, such as a blank, belongs to the prefix. None is what the
+            folder of an encoder says, see `hf_modules.Modules.prompt`; of a decoder, nothing.
+        label_prefix: the same of labels, for encoders alone. None is as the folder says if `prefix`
+            is None, else as `prefix`.
         image_prefix: text before the item's images, in runs with images; also for an item that has
             none.
         suffix: text at the end; "" is what the tokenizer itself ends texts with, if anything.
@@ -28,7 +33,8 @@ class FusionConfig:
     Source: ViXML eq. 1, 3, 4, Table 6; reference code, run scripts.
     """
 
-    prefix: str = ""
+    prefix: str | None = None
+    label_prefix: str | None = None
     image_prefix: str = ""
     suffix: str = ""
     order: str = "image_text"

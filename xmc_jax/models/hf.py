@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -12,17 +13,17 @@ import huggingface_hub.errors
 import jax
 import numpy as np
 import safetensors
+from absl import logging
 from flax import traverse_util
 
 from xmc_jax import packaged
 from xmc_jax.files import json_files
 from xmc_jax.files.digests import sha256
-from xmc_jax.models import backbone, hf_names, vision
+from xmc_jax.models import backbone, hf_adapters, hf_files, hf_names, vision
 from xmc_jax.models.backbone import Sizes
+from xmc_jax.models.hf_files import INDEX, WEIGHTS
 from xmc_jax.models.vision import VisionConfig
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PROJECTION = "image_projection.safetensors"
 """Of an encoder exported with images; not a file of Hugging Face's."""
 TOKENIZER_FILES = (
@@ -36,6 +37,15 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "xmc_jax.json",  # of a folder that we exported
 )
+MODULES = "modules.json"
+"""Of sentence-transformers: the backbone and what its output goes through."""
+_MODULE_FILES = (
+    MODULES,
+    "*/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    hf_adapters.CONFIG,
+)
 _BLOCK_BYTES = 1 << 25  # of a table read at a time
 
 
@@ -44,24 +54,45 @@ class Source:
     """Where weights come from, pinned.
 
     Attributes:
-        folder: local, with config.json, safetensors and tokenizer files.
+        folder: local, with config.json and safetensors.
         name: as asked for.
         revision: the commit of a Hugging Face repository; None for a folder or a package.
-        digest: SHA-256 of the weights (of the shards' digests, when there are several); "" where
-            no weights were asked for.
+        digest: SHA-256 of the weights (of the digests of the files, when there are several); ""
+            where no weights were asked for.
+        outer: folders whose files count before those of `folder`, the first one most: of an
+            adapter, and of sentence-transformers' older layout with the model in 0_Transformer.
+        adapter: the folder of an adapter whose products are added to the weights; None without.
     """
 
     folder: pathlib.Path
     name: str
     revision: str | None
     digest: str
+    outer: tuple[pathlib.Path, ...] = ()
+    adapter: pathlib.Path | None = None
 
     @property
     def public_name(self) -> str:
         """What others find it by: its name on the hub, or the absolute path of its folder."""
         if self.name == packaged.MINILM_NAME:
             return packaged.MINILM_HUB_NAME
-        return self.name if self.revision else str(self.folder.resolve())
+        return self.name if self.revision else str(self.first_with().resolve())
+
+    def first_with(self, *files: str) -> pathlib.Path:
+        """The first folder that has one of some files; that of the weights if none has.
+
+        Args:
+            files: names; without any, the folder that the name stands for.
+        """
+        if not files:
+            return (*self.outer, self.folder)[0]
+        folders = (x for x in self.outer if any((x / file).is_file() for file in files))
+        return next(folders, self.folder)
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        """The folder with the tokenizer files."""
+        return self.first_with(*TOKENIZER_FILES)
 
 
 def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
@@ -79,31 +110,99 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
     commit = None
     local = pathlib.Path(name).expanduser()
     if name == packaged.MINILM_NAME:
-        folder = packaged.minilm()
+        given = packaged.minilm()
     elif name == packaged.TINY_DECODER_NAME:
-        folder = packaged.tiny_decoder()
+        given = packaged.tiny_decoder()
     elif local.is_dir():
-        folder = local
+        given = local
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         kind = "model" if weights else "tokenizer"
         raise ValueError(f"{name}: expected a folder with a {kind}, found none")
     else:
-        folder = _download(name, revision, weights)
-        commit = folder.name
+        given = _download(name, revision, weights)
+        commit = given.name
     if revision is not None and commit is None:
         raise ValueError(
             f"{name}: expected no revision, got {revision!r}; only names on the hub have one"
         )
+    if hf_adapters.is_adapter(given):
+        return _with_adapter(given, name, commit, weights)
+    folder = _transformer(given)
+    outer = () if folder == given else (given,)
     if not weights:
-        return Source(folder=folder, name=name, revision=commit, digest="")
-    digests = [_sha256(path) for path in _weight_files(folder)]
-    digest = digests[0] if len(digests) == 1 else _digest_of("\n".join(digests))
+        return Source(folder, name, commit, "", outer)
+    hf_files.check_not_quantised(folder)
+    digest = _digest([_sha256(path) for path in hf_files.weight_files(folder)])
     if name == packaged.MINILM_NAME and digest != packaged.MINILM_SHA256:
         raise ValueError(
             f"{folder / WEIGHTS}: expected SHA-256 {packaged.MINILM_SHA256}, got {digest}; "
             f"reinstall {packaged.MINILM_DISTRIBUTION}=={packaged.MINILM_VERSION}"
         )
-    return Source(folder=folder, name=name, revision=commit, digest=digest)
+    return Source(folder, name, commit, digest, outer)
+
+
+def _with_adapter(adapter: pathlib.Path, name: str, commit: str | None, weights: bool) -> Source:
+    base_name, base_revision = hf_adapters.base_of(adapter)
+    try:
+        base = resolve(base_name, base_revision, weights=weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter / hf_adapters.CONFIG}: expected the model that the adapter was trained on, "
+            f"{base_name}: {error}"
+        ) from error
+    if base.adapter is not None:
+        raise ValueError(
+            f"{adapter}: expected an adapter of a whole model, found one of the adapter {base_name}"
+        )
+    digest = ""
+    if weights:
+        files = (adapter / hf_adapters.CONFIG, adapter / hf_adapters.WEIGHTS)
+        digest = _digest([base.digest, *(_sha256(path) for path in files if path.is_file())])
+    return Source(base.folder, name, commit, digest, (adapter, *base.outer), adapter)
+
+
+def _transformer(folder: pathlib.Path) -> pathlib.Path:
+    """Where the backbone is in a folder of sentence-transformers: there, or in a folder within."""
+    if (folder / "config.json").is_file() or not (folder / MODULES).is_file():
+        return folder
+    for module in modules_of(folder):
+        if module.kind == "Transformer":
+            return folder / module.path
+    return folder
+
+
+class Module(NamedTuple):
+    """An entry of modules.json.
+
+    Attributes:
+        kind: the last part of its type, such as "Pooling".
+        path: of its folder within that of the model; "" for the model's own.
+    """
+
+    kind: str
+    path: str
+
+
+def modules_of(folder: pathlib.Path) -> list[Module]:
+    """What modules.json lists, in order; nothing where there is none.
+
+    Raises:
+        ValueError: the file is malformed, or a path leads out of the folder.
+    """
+    path = folder / MODULES
+    modules = []
+    for entry in json_files.read(path, optional=True, kind=list):
+        values = [entry.get(key) for key in ("type", "path")] if isinstance(entry, dict) else [None]
+        inside = all(isinstance(value, str) for value in values) and not (
+            values[1].startswith("/") or ".." in pathlib.PurePath(values[1]).parts
+        )
+        if not inside:
+            raise ValueError(
+                f"{path}: expected a list of modules, each with a type and a path within the "
+                f"folder, found {entry!r:.100}"
+            )
+        modules.append(Module(values[0].rpartition(".")[2], values[1]))
+    return modules
 
 
 def load_config(source: Source, layers: int | None = None) -> Sizes:
@@ -188,6 +287,19 @@ def load_params(
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
+def check(source: Source, layers: int | None = None) -> None:
+    """Reads no weights, only whether they are there and fit.
+
+    Args:
+        source: see `resolve`.
+        layers: see `load_config`.
+
+    Raises:
+        ValueError: see `load_config` and `load_params`.
+    """
+    _homes(source, load_config(source, layers))
+
+
 def load_projection(source: Source, width: int) -> dict[str, np.ndarray] | None:
     """The projection of images of an exported folder: "kernel" f32[E, D] and "bias" f32[D].
 
@@ -201,10 +313,10 @@ def load_projection(source: Source, width: int) -> dict[str, np.ndarray] | None:
     Raises:
         ValueError: a damaged file, or one for images of another width.
     """
-    path = source.folder / PROJECTION
+    path = source.first_with(PROJECTION) / PROJECTION
     if not path.is_file():
         return None
-    with _open(path) as file:
+    with hf_files.opened(path) as file:
         try:
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
         except safetensors.SafetensorError as error:
@@ -228,7 +340,7 @@ def load_tree(path: pathlib.Path, abstract: Any) -> dict[str, Any]:
         ValueError: a damaged file, or other parameters.
     """
     wanted = traverse_util.flatten_dict(abstract, sep="/")
-    with _open(path) as file:
+    with hf_files.opened(path) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         expected = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
         if found != expected:
@@ -237,44 +349,81 @@ def load_tree(path: pathlib.Path, abstract: Any) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, tuple[pathlib.Path, str]]:
-    # Name of our table -> file and name there, after all are found to be there and to fit.
+class _Stored(NamedTuple):
+    """A tensor in a file, and what an adapter adds to it."""
+
+    path: pathlib.Path
+    name: str
+    product: hf_adapters.LowRank | None = None
+
+
+def _homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, _Stored]:
+    # Name of our table -> where it is, after all are found to be there and to fit.
     home: dict[str, pathlib.Path] = {}
     found: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(source.folder):
-        with _open(path) as file:
+    dtypes: dict[str, str] = {}
+    for path in hf_files.weight_files(source.folder):
+        with hf_files.opened(path) as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                home[name], found[name] = path, tuple(file.get_slice(name).get_shape())
-    prefix = hf_names.prefix_of(set(found), sizes)
-    expected = {}
-    for path, shape in hf_names.shapes(sizes).items():
-        for name in hf_names.of_path(path, sizes):
-            expected[prefix + name] = hf_names.stored_shape(path, shape, sizes)
+                part = file.get_slice(name)
+                home[name], found[name], dtypes[name] = (
+                    path,
+                    tuple(part.get_shape()),
+                    part.get_dtype(),
+                )
     images = isinstance(sizes, VisionConfig)
     whole = load_vision_config(source) if images else load_config(source)
-    left_out = range(sizes.layers, whole.layers)
-    missing = sorted(set(expected) - set(found))
-    unused = sorted(
-        name for name in set(found) - set(expected) if not hf_names.may_be_unused(name, left_out)
-    )
+    try:
+        match = hf_names.match(found, sizes, range(sizes.layers, whole.layers))
+    except ValueError as error:
+        raise ValueError(f"{source.folder}: {error}") from error
+    expected = {
+        name: hf_names.stored_shape(path, shape, sizes)
+        for path, shape in hf_names.shapes(sizes).items()
+        for name in hf_names.of_path(path, sizes)
+    }
+    stored = match.stored
+    missing = sorted(match.prefix + name for name in set(expected) - set(stored))
     misshaped = [
-        f"{name} expected {expected[name]} got {found[name]}"
-        for name in sorted(set(expected) & set(found))
-        if expected[name] != found[name]
+        f"{stored[name]} expected {expected[name]} got {found[stored[name]]}"
+        for name in sorted(stored)
+        if expected[name] != found[stored[name]]
     ]
-    if missing or unused or misshaped:
+    hf_files.check_dtypes(source.folder, {dtypes[name] for name in stored.values()})
+    if missing or match.unknown or misshaped:
         raise ValueError(
             f"{source.folder}: weights do not fit a {sizes.family} of {sizes.layers} layers. "
-            f"Missing: {_some(missing)}. Not known: {_some(unused)}. Misshaped: {_some(misshaped)}"
+            f"Missing: {_some(missing)}. Not known: {_some(match.unknown)}. "
+            f"Misshaped: {_some(misshaped)}"
         )
-    return {name.removeprefix(prefix): (home[name], name) for name in expected}
+    if match.heads:
+        _say(f"{source.folder}: left out, as no part of the backbone: {_some(match.heads)}")
+    products: Mapping[str, hf_adapters.LowRank] = {}
+    if source.adapter is not None:
+        kernels = {
+            name.removesuffix(".weight")
+            for path in hf_names.shapes(whole)
+            if hf_names.is_transposed(path)
+            for name in hf_names.of_path(path, whole)
+        }
+        products = hf_adapters.products(source.adapter, kernels)
+    return {
+        name: _Stored(home[there], there, products.get(name.removesuffix(".weight")))
+        for name, there in stored.items()
+    }
 
 
-def _some(names: list[str]) -> str:
-    return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+@functools.lru_cache
+def _say(line: str) -> None:
+    """Once in a process."""
+    logging.info("%s", line)
 
 
-def _reader(path: str, tensors: list[tuple[pathlib.Path, str]], leaf: jax.ShapeDtypeStruct):
+def _some(names: Sequence[str]) -> str:
+    return f"{list(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _reader(path: str, tensors: list[_Stored], leaf: jax.ShapeDtypeStruct):
     # Of a part of a parameter; one that several devices hold is read once.
     parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
@@ -289,7 +438,7 @@ def _reader(path: str, tensors: list[tuple[pathlib.Path, str]], leaf: jax.ShapeD
 
 def _read(
     path: str,
-    tensors: list[tuple[pathlib.Path, str]],
+    tensors: list[_Stored],
     dtype: np.dtype,
     bounds: tuple[tuple[int, int], ...],
 ) -> np.ndarray:
@@ -314,19 +463,25 @@ def _read(
     return out
 
 
-def _slice(tensor: tuple[pathlib.Path, str], index: tuple[slice, ...]) -> np.ndarray:
-    path, name = tensor
-    with _open(path) as file:
-        part = file.get_slice(name)
+def _slice(tensor: _Stored, index: tuple[slice, ...]) -> np.ndarray:
+    with hf_files.opened(tensor.path) as file:
+        part = file.get_slice(tensor.name)
         if len(shape := part.get_shape()) > len(index):  # a convolution: its last axes are one
             return part[:].reshape(*shape[: len(index) - 1], -1)[index]
-        return part[index]
+        part = part[index]
+    if tensor.product is None:
+        return part
+    with hf_files.opened(tensor.product.path) as file:
+        a = np.float32(file.get_slice(tensor.product.a)[:, index[1]])
+        b = np.float32(file.get_slice(tensor.product.b)[index[0], :])
+    return np.float32(part) + np.float32(tensor.product.scale) * (b @ a)
 
 
 def _download(name: str, revision: str | None, weights: bool) -> pathlib.Path:
     patterns = ["config.json", *TOKENIZER_FILES]
     if weights:
-        patterns += ["model*.safetensors", INDEX, "preprocessor_config.json"]
+        patterns += ["model*.safetensors", INDEX, "preprocessor_config.json", hf_adapters.WEIGHTS]
+    patterns += [*(f"0_Transformer/{pattern}" for pattern in patterns), *_MODULE_FILES]
     try:
         folder = huggingface_hub.snapshot_download(
             name,
@@ -345,36 +500,6 @@ def _download(name: str, revision: str | None, weights: bool) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        weight_map = json_files.read(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX}: expected a weight_map of names to files")
-        paths = [folder / str(file) for file in sorted(set(map(str, weight_map.values())))]
-        absent = [path.name for path in paths if path.parent != folder or not path.is_file()]
-        if absent:
-            raise ValueError(f"{folder}: expected the shards {absent} that {INDEX} names")
-        return paths
-    pickled = " (pytorch_model.bin is a pickle, which is never read)" * (
-        (folder / "pytorch_model.bin").is_file()
-    )
-    raise ValueError(
-        f"{folder}: expected {WEIGHTS}, found none{pickled}; convert the model to safetensors"
-    )
-
-
-def _open(path: pathlib.Path):
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: expected a safetensors file, found {path.stat().st_size} bytes that are not "
-            f"one ({error}); download it again"
-        ) from error
-
-
 def _sha256(path: pathlib.Path) -> str:
     stat = path.stat()
     return _sha256_of_version(path, stat.st_size, stat.st_mtime_ns)
@@ -387,5 +512,8 @@ def _sha256_of_version(path: pathlib.Path, size: int, mtime_ns: int) -> str:
     return sha256(path)
 
 
-def _digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(digests: list[str]) -> str:
+    """One digest for several; that of one is itself."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

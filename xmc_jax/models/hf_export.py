@@ -4,7 +4,6 @@ They hold the backbone, all that documents need: label prototypes are rows of an
 files are `data.tokenizer.export`'s.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from etils import epath
 from flax import traverse_util
 
 from xmc_jax.files import json_files
-from xmc_jax.models import backbone, hf, hf_names
+from xmc_jax.models import backbone, hf, hf_modules, hf_names
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA, LoraConfig
 
@@ -25,7 +24,6 @@ FORMATS = ("merged", "adapter")
 DTYPES = ("float32", "bfloat16")
 _SHARD = "2GB"  # a shard is in memory twice while it is written
 _ADAPTER = "adapter_model.safetensors"
-_POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
 
 def merged(
@@ -36,6 +34,7 @@ def merged(
     lora: LoraConfig = NO_LORA,
     pooling: str,
     max_length: int,
+    prompts: tuple[str, str] = ("", ""),
     dtype: str = "float32",
 ) -> None:
     """Writes a folder that `transformers` and `SentenceTransformer(folder)` load.
@@ -47,6 +46,7 @@ def merged(
         lora: of the adapters.
         pooling: as trained.
         max_length: S, tokens of the longest sequence, prompts included.
+        prompts: see `hf_modules.write`.
         dtype: of the weights.
     """
     folder = _emptied(folder)
@@ -72,9 +72,9 @@ def merged(
         (folder / file).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / hf.INDEX, index)
-    _write_json(folder / "config.json", backbone.to_hf(sizes) | {"dtype": dtype})
-    _write_sentence_transformers(folder, sizes, pooling, max_length)
+        json_files.write(folder / hf.INDEX, index)
+    json_files.write(folder / "config.json", backbone.to_hf(sizes) | {"dtype": dtype})
+    hf_modules.write(folder, sizes.hidden, pooling, max_length, prompts)
 
 
 def adapter(
@@ -86,6 +86,7 @@ def adapter(
     source: hf.Source,
     pooling: str,
     max_length: int,
+    prompts: tuple[str, str] = ("", ""),
 ) -> None:
     """Writes a folder that `peft` and `SentenceTransformer(folder)` load onto the pretrained model.
 
@@ -97,9 +98,11 @@ def adapter(
         source: of the pretrained model, whose name, revision or folder is recorded.
         pooling: see `merged`.
         max_length: see `merged`.
+        prompts: see `merged`.
 
     Raises:
-        ValueError: there are no adapters, or layers of the model were left out.
+        ValueError: there are no adapters, layers of the model were left out, or it had adapters
+            before, which are merged into its weights.
     """
     if not lora.rank:
         raise ValueError(
@@ -110,6 +113,11 @@ def adapter(
         raise ValueError(
             f"export.format: expected 'merged' for the first {sizes.layers} of the {whole} layers "
             f"of {source.name}, got 'adapter'"
+        )
+    if source.adapter is not None:
+        raise ValueError(
+            f"export.format: expected 'merged' for training that began with the adapter "
+            f"{source.name}, which is merged into the weights, got 'adapter'"
         )
     folder = _emptied(folder)
     flat = traverse_util.flatten_dict(params, sep="/")
@@ -144,8 +152,8 @@ def adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    _write_json(folder / "adapter_config.json", config)
-    _write_sentence_transformers(folder, sizes, pooling, max_length)
+    json_files.write(folder / "adapter_config.json", config)
+    hf_modules.write(folder, sizes.hidden, pooling, max_length, prompts)
 
 
 def projection(folder: epath.PathLike, params: dict[str, Any], encoder: Mapping[str, Any]) -> None:
@@ -192,27 +200,6 @@ def _inner_prefix(source: hf.Source) -> str:
     return "language_model." if kind == "gemma3" else ""
 
 
-def _write_sentence_transformers(
-    folder: epath.Path, sizes: Sizes, pooling: str, max_length: int
-) -> None:
-    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    files = {
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": sizes.hidden,
-            **{f"pooling_mode_{name}": mode == pooling for mode, name in _POOLINGS.items()},
-        },
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(kinds)
-        ],
-    }
-    for path, _ in kinds:
-        (folder / path).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        _write_json(folder / name, content)
-
-
 def _emptied(folder: epath.PathLike) -> epath.Path:
     """The folder, without the weights that an earlier export may have left there."""
     folder = epath.Path(folder)
@@ -225,7 +212,3 @@ def _emptied(folder: epath.PathLike) -> epath.Path:
 def _weights(folder: epath.Path) -> Iterator[epath.Path]:
     for pattern in ("model*.safetensors", hf.INDEX, hf.PROJECTION, "config.json", "adapter_*"):
         yield from folder.glob(pattern)
-
-
-def _write_json(path: epath.Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

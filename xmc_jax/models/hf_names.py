@@ -1,128 +1,113 @@
-"""Where our parameters are in Hugging Face checkpoints: a table per family, for both directions."""
+"""Where our parameters are in Hugging Face checkpoints, in both directions.
 
+The table of each family is in the module of the family.
+"""
+
+import collections
+import dataclasses
+import functools
 import re
+import types
+from collections.abc import Iterable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from xmc_jax.models import backbone, vision
+from xmc_jax.models import backbone, bert, decoder_config, vision
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA
 from xmc_jax.models.vision import VisionConfig
 
-_DECODER = {
-    "token_embedding": "embed_tokens.weight",
-    "final_norm": "norm",
-    "layers/attention_norm": "layers.{}.input_layernorm",
-    "layers/query": "layers.{}.self_attn.q_proj",
-    "layers/key": "layers.{}.self_attn.k_proj",
-    "layers/value": "layers.{}.self_attn.v_proj",
-    "layers/out": "layers.{}.self_attn.o_proj",
-    "layers/query_norm": "layers.{}.self_attn.q_norm",
-    "layers/key_norm": "layers.{}.self_attn.k_norm",
-    "layers/mlp_norm": "layers.{}.post_attention_layernorm",
-    "layers/gate": "layers.{}.mlp.gate_proj",
-    "layers/up": "layers.{}.mlp.up_proj",
-    "layers/down": "layers.{}.mlp.down_proj",
-}
-# Our path -> Hugging Face's name; {} is the layer, stacked on our side. Kernels are transposed.
-NAMES: dict[str, dict[str, str]] = {
-    "bert": {
-        "token_embedding": "embeddings.word_embeddings.weight",
-        "position_embedding": "embeddings.position_embeddings.weight",
-        "type_embedding": "embeddings.token_type_embeddings.weight",
-        "embedding_norm": "embeddings.LayerNorm",
-        "layers/query": "encoder.layer.{}.attention.self.query",
-        "layers/key": "encoder.layer.{}.attention.self.key",
-        "layers/value": "encoder.layer.{}.attention.self.value",
-        "layers/out": "encoder.layer.{}.attention.output.dense",
-        "layers/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "layers/up": "encoder.layer.{}.intermediate.dense",
-        "layers/down": "encoder.layer.{}.output.dense",
-        "layers/output_norm": "encoder.layer.{}.output.LayerNorm",
-    },
-    "distilbert": {
-        "token_embedding": "embeddings.word_embeddings.weight",
-        "position_embedding": "embeddings.position_embeddings.weight",
-        "embedding_norm": "embeddings.LayerNorm",
-        "layers/query": "transformer.layer.{}.attention.q_lin",
-        "layers/key": "transformer.layer.{}.attention.k_lin",
-        "layers/value": "transformer.layer.{}.attention.v_lin",
-        "layers/out": "transformer.layer.{}.attention.out_lin",
-        "layers/attention_norm": "transformer.layer.{}.sa_layer_norm",
-        "layers/up": "transformer.layer.{}.ffn.lin1",
-        "layers/down": "transformer.layer.{}.ffn.lin2",
-        "layers/output_norm": "transformer.layer.{}.output_layer_norm",
-    },
-    "qwen2": _DECODER,
-    "qwen3": _DECODER,
-    "llama": _DECODER,
-    "gemma3": _DECODER
-    | {
-        "layers/attention_post_norm": "layers.{}.post_attention_layernorm",
-        "layers/mlp_norm": "layers.{}.pre_feedforward_layernorm",
-        "layers/mlp_post_norm": "layers.{}.post_feedforward_layernorm",
-    },
-    "siglip": {
-        "patch_embedding": "embeddings.patch_embedding",
-        "position_embedding": "embeddings.position_embedding.weight",
-        "layers/attention_norm": "encoder.layers.{}.layer_norm1",
-        "layers/query": "encoder.layers.{}.self_attn.q_proj",
-        "layers/key": "encoder.layers.{}.self_attn.k_proj",
-        "layers/value": "encoder.layers.{}.self_attn.v_proj",
-        "layers/out": "encoder.layers.{}.self_attn.out_proj",
-        "layers/mlp_norm": "encoder.layers.{}.layer_norm2",
-        "layers/up": "encoder.layers.{}.mlp.fc1",
-        "layers/down": "encoder.layers.{}.mlp.fc2",
-        "final_norm": "post_layernorm",
-        "head/probe": "head.probe",
-        "head/in_proj_weight": "head.attention.in_proj_weight",
-        "head/in_proj_bias": "head.attention.in_proj_bias",
-        "head/out": "head.attention.out_proj",
-        "head/norm": "head.layernorm",
-        "head/up": "head.mlp.fc1",
-        "head/down": "head.mlp.fc2",
-    },
-    "vit": {
-        "patch_embedding": "embeddings.patch_embeddings.projection",
-        "class_token": "embeddings.cls_token",
-        "position_embedding": "embeddings.position_embeddings",
-        "layers/attention_norm": "encoder.layer.{}.layernorm_before",
-        "layers/query": "encoder.layer.{}.attention.attention.query",
-        "layers/key": "encoder.layer.{}.attention.attention.key",
-        "layers/value": "encoder.layer.{}.attention.attention.value",
-        "layers/out": "encoder.layer.{}.attention.output.dense",
-        "layers/mlp_norm": "encoder.layer.{}.layernorm_after",
-        "layers/up": "encoder.layer.{}.intermediate.dense",
-        "layers/down": "encoder.layer.{}.output.dense",
-        "final_norm": "layernorm",
-    },
-}
-# What a checkpoint may put before all names, as a model with a head or one with images does.
-PREFIXES = (
-    "",
-    "bert.",
-    "distilbert.",
-    "model.",
-    "language_model.model.",  # Gemma 3 with images, as published
-    "model.language_model.",  # as transformers 5 writes it
-    "language_model.",
-    "vision_model.",  # SigLIP with its text tower
-    "vit.",
-)
-# What a checkpoint may hold besides: position buffers, poolers, heads, other modalities.
-_UNUSED = re.compile(
-    r"(bert\.|distilbert\.|vision_model\.|vit\.)?(embeddings\.(position_ids|mask_token)|pooler\.|cls\.|"
-    r"classifier\.|pre_classifier\.|qa_outputs\.|vocab_(transform|layer_norm|projector)\.)|"
-    r"text_model\.|logit_(scale|bias)$|(language_model\.)?lm_head\.|"
-    r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.inv_freq$"
+NAMES = bert.HF_NAMES | decoder_config.HF_NAMES | vision.HF_NAMES
+# Tensors that computing an embedding never needs, and that a user need not hear of: buffers within
+# the backbone; outside of it the pooler, the head of a language model and other modalities.
+_BUFFER = re.compile(r"embeddings\.(position_ids|mask_token)$|(.*\.)?rotary_emb\.inv_freq$")
+_OTHER = re.compile(
+    r"(.*\.)?(pooler|lm_head|text_model|vision_tower|multi_modal_projector)\.|logit_(scale|bias)$"
 )
 _LAYER = re.compile(r"(?:.*\.)?layers?\.(\d+)\.")
 
 
-def shapes(sizes: Sizes | VisionConfig) -> dict[str, tuple[int, ...]]:
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Where the tensors of a backbone are in a checkpoint.
+
+    Attributes:
+        prefix: what stands before the names of the backbone's tensors.
+        stored: name in the table of the family -> name in the checkpoint. Tensors that the
+            checkpoint lacks are absent.
+        unknown: names within the backbone that the family does not have.
+        heads: names outside of the backbone, such as those of a classifier.
+    """
+
+    prefix: str
+    stored: Mapping[str, str]
+    unknown: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+def match(names: Iterable[str], sizes: Sizes | VisionConfig, layers_left_out: range) -> Match:
+    """Finds the tensors of a backbone in a checkpoint, whatever prefix their names have there.
+
+    Args:
+        names: of the checkpoint.
+        sizes: of the backbone.
+        layers_left_out: layers of the checkpoint that the backbone does not use.
+
+    Raises:
+        ValueError: there is more than one backbone; names their prefixes.
+    """
+    wanted = {name for path in shapes(sizes) for name in of_path(path, sizes)}
+    by_name = {_renamed(name, sizes): name for name in names}
+    prefix = _prefix(by_name, wanted)
+    stored = {name: by_name[prefix + name] for name in wanted if prefix + name in by_name}
+    roots = {name.partition(".")[0] for name in wanted}
+    heads, unknown = [], []
+    for name in sorted(by_name.keys() - {prefix + name for name in wanted}):
+        within = name.startswith(prefix) and name.removeprefix(prefix).partition(".")[0] in roots
+        layer = _LAYER.match(name)
+        left_out = layer is not None and int(layer[1]) in layers_left_out
+        if within and not left_out and not _BUFFER.match(name.removeprefix(prefix)):
+            unknown.append(by_name[name])
+        if not within and not _OTHER.match(name):
+            heads.append(by_name[name])
+    (embedding,) = of_path("token_embedding", sizes) if getattr(sizes, "tied", False) else ("",)
+    if embedding and embedding not in stored:
+        tied = [name for name in by_name if name.endswith("lm_head.weight")]
+        if len(tied) == 1:
+            stored[embedding] = by_name[tied[0]]
+    return Match(prefix, stored, tuple(unknown), tuple(heads))
+
+
+def _renamed(name: str, sizes: Sizes | VisionConfig) -> str:
+    for old, new in bert.HF_RENAMED.items():
+        if sizes.family in bert.FAMILIES and name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _prefix(names: Iterable[str], wanted: set[str]) -> str:
+    """What stands before the names of the backbone; that of the most names, "" for none."""
+    counts: collections.Counter[str] = collections.Counter({"": 0})
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                counts["".join(f"{part}." for part in parts[:i])] += 1
+    most = max(counts.values())
+    prefixes = sorted(prefix for prefix, count in counts.items() if count == most)
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"expected the tensors of one model, found those of {len(prefixes)}, whose names begin "
+            f"with {', '.join(prefixes)}; save one of them by itself"
+        )
+    return prefixes[0]
+
+
+@functools.lru_cache
+def shapes(sizes: Sizes | VisionConfig) -> Mapping[str, tuple[int, ...]]:
     """Our path -> shape, of all parameters of a backbone or image encoder but adapters."""
     if isinstance(sizes, VisionConfig):
         module = vision.Vision(sizes)
@@ -132,7 +117,7 @@ def shapes(sizes: Sizes | VisionConfig) -> dict[str, tuple[int, ...]]:
         inputs = [jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)]
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)["params"])
     flat = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
+    return types.MappingProxyType({path: leaf.shape for path, leaf in flat.items()})
 
 
 def of_path(path: str, sizes: Sizes | VisionConfig) -> list[str]:
@@ -167,16 +152,3 @@ def stored_shape(path: str, shape: tuple[int, ...], sizes: Sizes | VisionConfig)
     if path == "patch_embedding/kernel":  # a convolution, whose last three axes are one of ours
         return (shape[1], 3, sizes.patch_size, sizes.patch_size)
     return shape[::-1] if is_transposed(path) else shape
-
-
-def prefix_of(names: set[str], sizes: Sizes | VisionConfig) -> str:
-    """What a checkpoint with these tensors puts before the names of this table; "" if unknown."""
-    images = isinstance(sizes, VisionConfig)
-    (embedding, *_) = of_path("patch_embedding/kernel" if images else "token_embedding", sizes)
-    return next((prefix for prefix in PREFIXES if prefix + embedding in names), "")
-
-
-def may_be_unused(name: str, layers_left_out: range) -> bool:
-    """Whether a tensor that is not of the backbone is one that we know and leave."""
-    layer = _LAYER.match(name)
-    return bool(_UNUSED.match(name)) or (layer is not None and int(layer[1]) in layers_left_out)

@@ -160,17 +160,23 @@ class Packed:
 
         Args:
             hidden: f32 or wider.
-            pooling: "mean", "cls" or "last".
+            pooling: "mean", "cls", "last" or "max".
         """
         h = self.prefix
-        if pooling == "mean":
+        if pooling in ("mean", "max"):
             parts, groups = [], len(hidden)
+            nothing = 0 if pooling == "mean" else -jnp.inf
             for x, length in zip(self.apart(hidden[:, h:]), self.class_lengths()):
-                real = jnp.arange(x.shape[1]) < length[:, None]
-                parts.append(jnp.where(real[..., None], x, 0).sum(1))
-            total = jnp.concatenate([x.reshape(groups, -1, x.shape[-1]) for x in parts], axis=1)
-            total += hidden[:, :h].sum(1, keepdims=True)
-            pooled = total / jnp.maximum(self.lengths + h, 1)[..., None]
+                real = (jnp.arange(x.shape[1]) < length[:, None])[..., None]
+                x = jnp.where(real, x, nothing)
+                parts.append(x.sum(1) if pooling == "mean" else x.max(1))
+            own = jnp.concatenate([x.reshape(groups, -1, x.shape[-1]) for x in parts], axis=1)
+            count = (self.lengths + h)[..., None]
+            if pooling == "mean":
+                pooled = (own + hidden[:, :h].sum(1, keepdims=True)) / jnp.maximum(count, 1)
+            else:
+                shared = hidden[:, :h].max(1, keepdims=True, initial=-jnp.inf)
+                pooled = jnp.where(count > 0, jnp.maximum(own, shared), 0)
         else:
             if pooling == "cls":
                 place = jnp.zeros_like(self.starts) if h else self.starts

@@ -113,6 +113,45 @@ _MODEL_TYPES = {
 MODEL_TYPES = tuple(_MODEL_TYPES)
 
 
+# Our path -> Hugging Face's name; {} is the layer, stacked on our side. Kernels are transposed.
+HF_NAMES: dict[str, dict[str, str]] = {
+    "siglip": {
+        "patch_embedding": "embeddings.patch_embedding",
+        "position_embedding": "embeddings.position_embedding.weight",
+        "layers/attention_norm": "encoder.layers.{}.layer_norm1",
+        "layers/query": "encoder.layers.{}.self_attn.q_proj",
+        "layers/key": "encoder.layers.{}.self_attn.k_proj",
+        "layers/value": "encoder.layers.{}.self_attn.v_proj",
+        "layers/out": "encoder.layers.{}.self_attn.out_proj",
+        "layers/mlp_norm": "encoder.layers.{}.layer_norm2",
+        "layers/up": "encoder.layers.{}.mlp.fc1",
+        "layers/down": "encoder.layers.{}.mlp.fc2",
+        "final_norm": "post_layernorm",
+        "head/probe": "head.probe",
+        "head/in_proj_weight": "head.attention.in_proj_weight",
+        "head/in_proj_bias": "head.attention.in_proj_bias",
+        "head/out": "head.attention.out_proj",
+        "head/norm": "head.layernorm",
+        "head/up": "head.mlp.fc1",
+        "head/down": "head.mlp.fc2",
+    },
+    "vit": {
+        "patch_embedding": "embeddings.patch_embeddings.projection",
+        "class_token": "embeddings.cls_token",
+        "position_embedding": "embeddings.position_embeddings",
+        "layers/attention_norm": "encoder.layer.{}.layernorm_before",
+        "layers/query": "encoder.layer.{}.attention.attention.query",
+        "layers/key": "encoder.layer.{}.attention.attention.key",
+        "layers/value": "encoder.layer.{}.attention.attention.value",
+        "layers/out": "encoder.layer.{}.attention.output.dense",
+        "layers/mlp_norm": "encoder.layer.{}.layernorm_after",
+        "layers/up": "encoder.layer.{}.intermediate.dense",
+        "layers/down": "encoder.layer.{}.output.dense",
+        "final_norm": "layernorm",
+    },
+}
+
+
 def from_hf(config: Mapping[str, Any]) -> VisionConfig:
     """The image encoder of a Hugging Face config.json, as published or as transformers 5 writes it.
 

@@ -9,10 +9,8 @@ from xmc_jax import build
 from xmc_jax.data import images, prepare, store, tokenizer
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.prompts import tokenize
-from xmc_jax.models import backbone, hf
 from xmc_jax.types import DataShape, Prompts
 
-_TEXTS = ("prefix", "image_prefix", "suffix")
 # E of image encoders: the hidden_size of their published config.json; "hog-colour" as
 # vision/descriptor.py makes it.
 _WIDTHS = {
@@ -71,17 +69,14 @@ def prompts(fields: Mapping[str, Any]) -> tuple[Prompts, str]:
     Args:
         fields: a config as nested mappings.
     """
-    if not _decodes(fields):
-        return Prompts(), "of an encoder, which has none"
-    name = fields["data"]["tokenizer"]
-    source = _source(fields) if name is None else hf.resolve(name, weights=False)
-    order = None if fields["data"]["images"]["name"] is None else fields["fusion"]["order"]
-    if (source.folder / "tokenizer.json").is_file():
-        texts = {name: fields["fusion"][name] for name in _TEXTS}
-        loaded = tokenizer.load(source.folder)
-        return tokenize(loaded, source.folder, **texts, order=order), "as tokenised"
-    text, image, tail = ((0,) * len(fields["fusion"][name].split()) for name in _TEXTS)
-    said = f"of a token per word, for there is no tokenizer in {source.folder}"
+    if not build.decodes(fields):
+        return Prompts(), "of an encoder, whose texts include them"
+    folder, order = build.tokenizer_source(fields).tokenizer, build.order(fields)
+    texts = build.prompt_texts(fields)
+    if (folder / "tokenizer.json").is_file():
+        return tokenize(tokenizer.load(folder), folder, **texts, order=order), "as tokenised"
+    text, image, tail = ((0,) * len(words.split()) for words in texts.values())
+    said = f"of a token per word, for there is no tokenizer in {folder}"
     if order is None:
         return Prompts(head=text, tail=tail), said
     first, second = (image, text) if order == "image_text" else (text, image)
@@ -118,16 +113,8 @@ def _folder(fields: Mapping[str, Any]) -> pathlib.Path:
         tokenizer=name,
         tokenizer_name=pathlib.PurePath(name).name,
         max_length=section["max_length"],
-        special_tokens=not _decodes(fields),
+        special_tokens=not build.decodes(fields),
+        prompts=build.encoder_prompts(fields),
         validation_fraction=section["validation_fraction"],
         seed=section["validation_seed"],
     ).folder
-
-
-def _source(fields: Mapping[str, Any]) -> hf.Source:
-    encoder = fields["encoder"]
-    return hf.resolve(encoder["backbone"], encoder["revision"], weights=False)
-
-
-def _decodes(fields: Mapping[str, Any]) -> bool:
-    return backbone.is_decoder(hf.load_config(_source(fields)))

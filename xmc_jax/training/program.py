@@ -17,7 +17,7 @@ from flax.core import meta
 
 from xmc_jax import sharding
 from xmc_jax.data import batches, packing
-from xmc_jax.models import dual, hf
+from xmc_jax.models import dual, hf, hf_modules
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.config import RunConfig
@@ -93,7 +93,7 @@ class Program:
             )
         self.model = dual.DualEncoder(
             sizes=self.sizes,
-            pooling=config.encoder.pooling,
+            pooling=config.encoder.pooling or hf_modules.read(self.source).pooling(),
             compute_dtype=config.encoder.compute_dtype,
             remat=config.encoder.remat,
             lora=config.encoder.lora,
