@@ -75,6 +75,9 @@ def test_train_learns_and_leaves_everything(trained):
     assert sum(shares.values()) == pytest.approx(1)
     assert all(shares[f"time/share/{phase}"] > 0 for phase in report.PHASES)
     assert "min: " in done.stderr.splitlines()[-1] and "data_wait" in done.stderr
+    # No terminal: a line for each record instead of a bar.
+    assert "\r" not in done.stderr and "] step 60 of 60: loss 0." in done.stderr
+    assert done.stderr.count(" of 60: loss ") == len(losses)
     assert any(run.glob("tensorboard/events*"))
     predictions = np.load(run / "predictions" / "60.npz", allow_pickle=False)
     assert predictions["plain_ids"].shape == (60, 100)
@@ -127,6 +130,7 @@ def test_index_is_saved_and_found_again(trained):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "run" / "index" / "60" / "index.json").exists()
+    assert done.stderr == ""  # ScaNN logs what it does, from C++
     recall = float(done.stdout.split("recall ")[1].split()[0])
     assert 0.5 < recall <= 1.0
 

@@ -1,9 +1,14 @@
-"""What commands share: flags by argparse, errors in one line, exit codes; memory of the process."""
+"""What commands share: flags by argparse, errors in one line, exit codes; memory and log lines."""
 
 import argparse
+import contextlib
 import ctypes
+import os
+import re
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 Parsed = TypeVar("Parsed")
@@ -27,6 +32,7 @@ def run(name: str, parse: Callable[[], Parsed], act: Callable[[Parsed], None]) -
     Returns:
         The exit status: 0, 1 for bad data, 2 for bad flags, 130 if interrupted.
     """
+    without_native_log()
     try:
         parsed = parse()
     except ValueError as error:
@@ -38,6 +44,45 @@ def run(name: str, parse: Callable[[], Parsed], act: Callable[[Parsed], None]) -
     except KeyboardInterrupt:
         return _said(name, "interrupted; run the same command again", 130)
     return 0
+
+
+def without_native_log() -> None:
+    """Keeps what XLA logs out of standard error; what fails is raised in Python as well.
+
+    To be called before JAX is imported. TF_CPP_MIN_LOG_LEVEL=0 in the environment shows it all.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+# A line that Abseil logs from C++, unless it is an error, and the line before its first.
+_NATIVE_LINE = re.compile(rb"[IW]\d{4} \d\d:\d\d:\d\d|WARNING: All log messages before absl::Init")
+_redirected = threading.Lock()
+
+
+@contextlib.contextmanager
+def native_log_left_out() -> Iterator[None]:
+    """Within it, lines that a C++ library logs to standard error are left out, but for errors.
+
+    For libraries that no variable silences. Whatever else is written to the file descriptor comes
+    at the end of the block; what Python prints to `sys.stderr` comes at once.
+    """
+    with _redirected, tempfile.TemporaryFile() as written:
+        sys.stderr.flush()
+        kept, python = os.dup(2), sys.stderr
+        os.dup2(written.fileno(), 2)
+        sys.stderr = open(kept, "w", buffering=1, closefd=False)  # noqa: SIM115, closed below
+        try:
+            yield
+        finally:
+            sys.stderr.close()
+            sys.stderr = python
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            written.seek(0)
+            for line in written:
+                if not _NATIVE_LINE.match(line):
+                    os.write(kept, line)
+            os.close(kept)
 
 
 def keep_freed_memory() -> None:

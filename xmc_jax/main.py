@@ -342,6 +342,7 @@ def _main(argv: list[str]) -> None:
 def run() -> None:
     """The entry of the command."""
     command.keep_freed_memory()
+    command.without_native_log()
     try:
         arguments = parse(sys.argv)
     except ValueError as error:

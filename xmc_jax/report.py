@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events and a progress bar; process 0 only.
+"""What a run says of itself: metrics.jsonl, TensorBoard events and progress; process 0 only.
 
 Records are a function of the training state and its data, except for values named `time/...`: a
 resumed run writes what the straight run would have written. Metrics are fetched from the devices
@@ -8,6 +8,7 @@ only when a record is due, and only those of steps that are done.
 import contextlib
 import json
 import pathlib
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from xmc_jax.files import atomic
 
 _FLUSH_SECONDS = 10  # between two writes of metrics.jsonl, which is written whole
+_PROGRESS_SECONDS = 20  # between two lines on the same progress in a log
 PHASES = ("step", "data_wait", "compile", "boundary", "eval", "save", "start", "other")
 _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or the kept program
 
@@ -122,6 +124,49 @@ def format_seconds(seconds: Mapping[str, float]) -> str:
     )
 
 
+class Progress:
+    """How far something has come: a bar on a terminal, elsewhere a line in the log now and then.
+
+    Nothing is shown for what ends within seconds, nor by any process but the first.
+
+    Args:
+        what: is done.
+        total: how many there are.
+        unit: the name of one, such as "item".
+    """
+
+    def __init__(self, what: str, total: int, unit: str):
+        first = jax.process_index() == 0
+        self._what, self._total, self._unit = what, total, unit
+        self._done, self._said = 0, time.monotonic()
+        self._in_log = first and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            leave=False,
+            delay=_PROGRESS_SECONDS / 10,
+            disable=not first or self._in_log,
+        )
+
+    def update(self, count: int) -> None:
+        """Counts so many more that are done."""
+        self._bar.update(count)
+        self._done += count
+        now = time.monotonic()
+        if self._in_log and now - self._said >= _PROGRESS_SECONDS:
+            self._said = now
+            logging.info(
+                "%s: %s of %s %ss", self._what, f"{self._done:,}", f"{self._total:,}", self._unit
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._bar.close()
+
+
 class _Events:
     """TensorBoard events; those of a remote folder are written locally and copied whole.
 
@@ -165,7 +210,8 @@ class Reporter:
         workdir: where metrics.jsonl and tensorboard/ go.
         every: steps per training record.
         steps_per_epoch: the last step of an epoch is recorded too, whatever `every`.
-        total_steps: of the whole run, for the progress bar.
+        total_steps: of the whole run. On a terminal a bar shows the progress, elsewhere a line for
+            each training record.
         clock: of the run; steps are reported while it is within "step".
         history: of a restored checkpoint; records after it are forgotten.
 
@@ -186,6 +232,7 @@ class Reporter:
     ):
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._every, self._steps_per_epoch = every, steps_per_epoch
+        self._total_steps = total_steps
         self._records: list[dict[str, Any]] = list(history["records"]) if history else []
         self._pending: list[Any] = list(history["pending"]) if history else []
         self.steps = self._records_step() + len(self._pending)
@@ -198,7 +245,12 @@ class Reporter:
         if self._writes:
             self._events = _Events(self._path.parent / "tensorboard", self.steps + 1)
             self._bar = tqdm(
-                total=total_steps, initial=self.steps, unit="step", desc="train", leave=False
+                total=total_steps,
+                initial=self.steps,
+                unit="step",
+                desc="train",
+                leave=False,
+                disable=not sys.stderr.isatty(),
             )
             self._flush()
 
@@ -248,10 +300,13 @@ class Reporter:
         }
         self.record(self.steps, record)
         if self._writes and means:
-            self._bar.set_postfix_str(
+            told = (
                 f"loss {means['loss']:.4f}, violators {means['violators']:.1%}, "
                 f"{documents / seconds:,.0f} documents/s"
             )
+            self._bar.set_postfix_str(told)
+            if self._bar.disable:
+                logging.info("step %d of %d: %s", self.steps, self._total_steps, told)
         return means or None
 
     def record(self, step: int, values: Mapping[str, float]) -> None:

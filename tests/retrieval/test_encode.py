@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import sharding
+from xmc_jax import report, sharding
 from xmc_jax.retrieval import encode, exact
 from xmc_jax.types import Inputs, Prompts
 
@@ -121,3 +121,11 @@ def test_items_are_encoded_by_length(count, mesh, tmp_path):
 def test_nothing_to_encode_is_an_error():
     with pytest.raises(ValueError, match="got 0 items"):
         encode.to_host(encoder()[0], encode.Items(Texts(0), 4, ONE))
+
+
+def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
+    monkeypatch.setattr(report, "_PROGRESS_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        encode.to_host(encoder()[0], encode.Items(Texts(9), 4, ONE, name="labels"))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"encoding labels: {count} of 12 rows" for count in (4, 8)]

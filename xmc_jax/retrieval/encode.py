@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from xmc_jax import distributed, sharding
+from xmc_jax import distributed, report, sharding
 from xmc_jax.data import packing
 from xmc_jax.data.store import Split
 from xmc_jax.files import array_files, atomic
@@ -38,6 +38,7 @@ class Items:
         prompts: around each text, without what all begin with.
         widths: ascending, of which a block gets the smallest that fits; see `packing.widths`. None
             encodes items in their order and with their padding.
+        name: what the items are, for the progress that is shown.
     """
 
     split: Split
@@ -45,6 +46,7 @@ class Items:
     mesh: Mesh
     prompts: Prompts = NO_PROMPTS
     widths: tuple[int, ...] | None = None
+    name: str = "items"
 
     def __len__(self) -> int:
         return len(self.split)
@@ -231,14 +233,16 @@ def _blocks(
     """`encode` of one block of ids after another, the next one under way when one is given."""
     size, mesh, pending = items.batch_size, items.mesh, None
     mine = sharding.local_rows(size, mesh)
-    for block, room in zip(ids, rooms):
-        rows = block[mine].astype(np.int32)
-        inputs, rows = sharding.put_batch((items.split.inputs(rows), rows), size, mesh)
-        encoded = encode(inputs.replace(packing=room), rows)
-        if pending is not None:
-            yield pending.block_until_ready()
-        pending = encoded
-    yield pending
+    with report.Progress(f"encoding {items.name}", ids.size, "row") as progress:
+        for block, room in zip(ids, rooms):
+            rows = block[mine].astype(np.int32)
+            inputs, rows = sharding.put_batch((items.split.inputs(rows), rows), size, mesh)
+            encoded = encode(inputs.replace(packing=room), rows)
+            if pending is not None:
+                yield pending.block_until_ready()
+                progress.update(size)
+            pending = encoded
+        yield pending
 
 
 def _check(items: Items) -> None:

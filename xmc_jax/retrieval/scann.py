@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xmc_jax import sharding
+from xmc_jax import command, sharding
 from xmc_jax.files import atomic
 from xmc_jax.files.digests import sha256
 from xmc_jax.retrieval import exact
@@ -150,7 +150,9 @@ class ScannIndex:
             builder = builder.score_ah(
                 config.dimensions_per_block, anisotropic_quantization_threshold=0.2
             ).reorder(1)
-        index = cls(config, count, width, _digest(database), builder.build())
+        with command.native_log_left_out():
+            searcher = builder.build()
+        index = cls(config, count, width, _digest(database), searcher)
         if exhaustive:
             return index._with(leaves_searched=1.0, reorder=1.0)
         if queries is None or not len(queries):
@@ -303,7 +305,8 @@ class ScannIndex:
                     raise ValueError(f"{folder / name}: expected sha256 {recorded}, got another")
             _check_assets(folder / _ASSETS, pathlib.Path(local, _ASSETS).read_bytes(), files)
             try:
-                searcher = scann.scann_ops_pybind.load_searcher(local)
+                with command.native_log_left_out():
+                    searcher = scann.scann_ops_pybind.load_searcher(local)
             except RuntimeError as error:  # of the library, whatever the files lack
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(

@@ -21,6 +21,8 @@ from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
 from xmc_jax.types import Batch, Prompts, Tables, TrainState
 
+_NAMES = {"train": "training documents", "test": "test documents", "label": "labels"}
+
 
 class Run(Program):
     """A `Program` over an opened dataset. Every method is called by all processes together.
@@ -268,8 +270,8 @@ class Run(Program):
     def _items(self, split: str) -> encode.Items:
         items = getattr(self.data, split), self.config.train.encode_batch_size, self.mesh
         if self.groups is None:
-            return encode.Items(*items)
-        return encode.Items(*items, self.groups.prompts, self._widths)
+            return encode.Items(*items, name=_NAMES[split])
+        return encode.Items(*items, self.groups.prompts, self._widths, _NAMES[split])
 
     @functools.cached_property
     def _widths(self) -> tuple[int, ...]:
