@@ -23,19 +23,12 @@ TAGS = ("labels=tags",)
 
 def labels_of(folder: pathlib.Path, **options) -> dict[str, list[str]]:
     """Text of each document -> ids of its labels, of records in a folder."""
-    found: dict[str, list[str]] = {}
-    lines: dict[str, list[dict]] = {"label": [], "document": []}
-    config = RecordsConfig(folder, **options)
-    keep = lambda kind, uid, line, images: lines[kind].append(json.loads(line))  # noqa: E731
-    try:
-        records._scan(config, records._open(config), keep)
-    except ValueError as error:
-        if "found none among" not in str(error):  # a single document cannot be split
-            raise
-    ids = [line["uid"] for line in lines["label"]]
-    for line in lines["document"]:
-        found[line["title"]] = [ids[row] for row in line["target_ind"]]
-    return found
+    items: dict[str, list[dict]] = {"label": [], "document": []}
+    records.check(
+        RecordsConfig(folder, **options), lambda kind, item, images: items[kind].append(item)
+    )
+    ids = [item["uid"] for item in items["label"]]
+    return {item["title"]: [ids[row] for row in item["target_ind"]] for item in items["document"]}
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,21 @@ def test_whole_lengths_of_long_texts(tokenizer_folder):
     assert lengths.tolist() == [4] and whole.tolist() == [102]
 
 
+def test_longer_texts_are_found_without_all_of_their_tokens(tokenizer_folder, monkeypatch):
+    tokenizer, seen = tokenizers.load(tokenizer_folder), []
+    measured = tokenizers.encode_measured
+    monkeypatch.setattr(
+        tokenizers,
+        "encode_measured",
+        lambda t, texts, *rest: (seen.append(sum(map(len, texts))), measured(t, texts, *rest))[1],
+    )
+    texts = ["red", "red " * 8, "red " * 9, "x" * 400 + " red" * 7, "red " * 100_000, "x" * 9_000]
+    expected = [False, False, True, False, True, False]
+    assert tokenizers.are_longer(tokenizer, texts, 10).tolist() == expected
+    assert sum(seen) < 12_000
+    assert tokenizers.are_longer(tokenizer, [], 10).tolist() == []
+
+
 def test_identity_survives_saving_and_use(tokenizer_folder, tmp_path):
     tokenizer = tokenizers.load(tokenizer_folder)
     before = tokenizers.identity(tokenizer)

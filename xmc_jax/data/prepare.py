@@ -25,6 +25,7 @@ from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.raw import Items
 from xmc_jax.files import array_files, atomic, json_files, locks, manifests
 
+_CHECKED = 1 << 20  # characters of texts that are tokenised at a time when records are checked
 _CUT = "texts_cut.json"  # split -> texts that were cut at max_length
 
 
@@ -124,8 +125,7 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
     """
     source = bundled.path(config.dataset) if config.raw is None else pathlib.Path(config.raw)
     files = raw_folder.find(source, train_only=config.validation_fraction > 0)
-    tokenizer = tokenizers.load(config.tokenizer, config.revision)
-    identity = tokenizers.identity(tokenizer, config.special_tokens)
+    tokenizer, identity = _tokenizer(config)
     for prompt in config.prompts:
         (ids,) = tokenizers.encode(tokenizer, [prompt], config.special_tokens)
         if prompt and len(ids) >= config.max_length:
@@ -146,6 +146,12 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
     return folder
 
 
+def _tokenizer(config: PrepareConfig) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer, and what tells it from others."""
+    tokenizer = tokenizers.load(config.tokenizer, config.revision)
+    return tokenizer, tokenizers.identity(tokenizer, config.special_tokens)
+
+
 def report(folder: pathlib.Path) -> str:
     """A few lines on a dataset folder: counts, labels per document, token lengths, cut texts."""
     manifest, cut = store.open(folder).manifest, json_files.read(folder / _CUT, optional=True)
@@ -159,22 +165,50 @@ def report(folder: pathlib.Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status, see `command.run`."""
-    return command.run("prepare", lambda: _parse(arguments), lambda asked: _act(*asked))
+    return command.run("prepare", lambda: _parse(arguments), lambda parsed: _act(*parsed))
 
 
-def _act(config: PrepareConfig | None, own: records.RecordsConfig | None, only_check: bool) -> None:
+def _act(config: PrepareConfig, own: records.RecordsConfig | None, only_check: bool) -> None:
     if own is not None:
         print(f"{records.describe(own)}\n", flush=True)
         if only_check:
-            print(record_report.text(records.check(own)))
+            print(record_report.text(_check(own, config)))
             return
         print(f"{record_report.text(records.convert(own, pathlib.Path(config.raw))[0])}\n")
     print(report(prepare(config)))
 
 
+def _check(own: records.RecordsConfig, config: PrepareConfig) -> dict[str, Any]:
+    """The report on records, with the texts that would be cut; nothing is written."""
+    tokenizer, kind = _tokenizer(config)[0], config.text or known.text(config.dataset)
+    waiting: dict[str, list[str]] = {"document": [], "label": []}
+    size, cut = dict.fromkeys(waiting, 0), dict.fromkeys(waiting, 0)
+
+    def count(of: str) -> None:
+        cut[of] += int(
+            tokenizers.are_longer(
+                tokenizer, waiting[of], config.max_length, config.special_tokens
+            ).sum()
+        )
+        waiting[of], size[of] = [], 0
+
+    def keep(of: str, item: dict[str, Any], _: list[str]) -> None:
+        text = Items([item["uid"]], [item["title"]], [item["content"]], None).texts(kind)[0]
+        waiting[of].append(text)
+        size[of] += len(text)
+        if size[of] > _CHECKED:
+            count(of)
+
+    found = records.check(own, keep)
+    for of in waiting:
+        count(of)
+    name = config.short_name
+    return found | {"cut": cut | {"max_length": config.max_length, "tokenizer": name}}
+
+
 def _parse(
     arguments: list[str] | None,
-) -> tuple[PrepareConfig | None, records.RecordsConfig | None, bool]:
+) -> tuple[PrepareConfig, records.RecordsConfig | None, bool]:
     """What to prepare, the records to make its raw folder of, and whether only to check these."""
     parser = command.Parser(prog="python -m xmc_jax.data.prepare", allow_abbrev=False)
     names = ", ".join(known.KNOWN)
@@ -271,8 +305,8 @@ def _parse(
     if "records" in given:
         given["columns"] = tuple(given.get("columns", ()))
         own_config = defaults(**given, overwrite=fields["overwrite"])
-        if only_check:
-            return None, own_config, True
+        if only_check:  # what is made, and where, does not matter
+            fields |= {"dataset": fields["dataset"] or "records", "data_dir": "."}
         if fields["raw"] is not None:
             raise ValueError("--raw: expected none with --records, of which raw files are made")
         if fields["encoding"] != "utf-8":
@@ -282,7 +316,7 @@ def _parse(
         fields["propensity"] = tuple(fields["propensity"])
     if fields["tokenizer"] == packaged.MINILM_NAME:
         fields |= {"tokenizer": str(packaged.minilm()), "tokenizer_name": packaged.MINILM_NAME}
-    return PrepareConfig(**fields), own_config if given else None, False
+    return PrepareConfig(**fields), own_config if given else None, only_check
 
 
 def _inputs(config: PrepareConfig, digests: dict, identity: dict[str, Any]) -> dict[str, Any]:

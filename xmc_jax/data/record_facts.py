@@ -1,7 +1,7 @@
 """What is kept of records while they are read.
 
-Of a document some eighty bytes and four for each of its labels, in the end up to twenty; of a label
-its id as well. Texts, ids and groups are compared by digests of 128 bits.
+Of a document some hundred bytes and four for each of its labels, in the end up to twenty; of a
+label its id as well. Texts, ids and groups are compared by digests of 128 bits.
 """
 
 import array
@@ -18,6 +18,9 @@ from xmc_jax.data import record_cells
 from xmc_jax.data.record_fields import Opened, Record
 from xmc_jax.files import paths
 
+SPLITS = ("train", "validation", "test")
+"""What documents are for, in the order in which their files are read."""
+
 
 class Items:
     """What is kept of documents, or of labels.
@@ -31,7 +34,7 @@ class Items:
         self._firsts: list[int] = []
         self._role, self._folder, self._allow_paths = "", pathlib.Path(), False
         self._places = array.array("q")
-        self._texts = bytearray()
+        self._texts, self._plain_texts = bytearray(), bytearray()
         self._words, self._images, self._missing = (array.array("I") for _ in range(3))
         self.kinds: dict[str, str] = {}
 
@@ -80,8 +83,10 @@ class Items:
         self._missing.append(0)
 
     def _add_text(self, title: str, content: str) -> None:
+        words = f"{title} {content}".casefold().split()
         self._texts += _digest(f"{len(title)} {title}{content}")
-        self._words.append(len(title.split()) + len(content.split()))
+        self._plain_texts += _digest(" ".join(words))
+        self._words.append(len(words))
 
     @property
     def words(self) -> np.ndarray:
@@ -107,6 +112,10 @@ class Items:
         """i64[n], the first item with each item's text; a blank text is alone."""
         return np.where(self.blank, np.arange(len(self)), _first_alike(self._texts))
 
+    def first_of_plain_text(self) -> np.ndarray:
+        """i64[n], likewise, but for capitals and white space, which do not count."""
+        return np.where(self.blank, np.arange(len(self)), _first_alike(self._plain_texts))
+
 
 class Labels(Items):
     """The labels.
@@ -124,28 +133,42 @@ class Documents(Items):
     """The documents, those of a test file behind those for training; read them whole, then ask.
 
     Attributes:
-        test: u8[n], whether a document says that it is one for testing.
+        split: u8[n], the number in `SPLITS` of the split that each document says, or its file.
+        repeated: u32[n], labels of each document that it names once more; they are counted once.
     """
 
     def __init__(self):
         super().__init__()
         self._ids, self._groups = bytearray(), bytearray()
-        self.test, self._grouped = bytearray(), bytearray()
+        self.split, self._grouped = bytearray(), bytearray()
+        self._repeated = array.array("I")
         self._counts, self._labels = array.array("I"), array.array("i")
         self._filter = array.array("i")
 
-    def add_facts(self, uid: str, group: str | None, test: bool, labels: Sequence[int]) -> None:
+    def add_facts(
+        self, uid: str, group: str | None, split: str, labels: Sequence[int], repeated: int
+    ) -> None:
         """Keeps what a document has besides its text and images, after `add`."""
         self._ids += _digest(uid)
         self._groups += _digest(group or "")
         self._grouped.append(group is not None)
-        self.test.append(test)
+        self.split.append(SPLITS.index(split))
+        self._repeated.append(repeated)
         self._counts.append(len(labels))
         self._labels.extend(labels)
 
     def add_filter(self, document: int, label: int) -> None:
         """Keeps that a label may not be predicted for a document."""
         self._filter.extend((document, label))
+
+    @property
+    def repeated(self) -> np.ndarray:
+        """u32[n], see the class."""
+        return _numbers(self._repeated)
+
+    def of_split(self, split: str) -> np.ndarray:
+        """bool[n], whether each document is said to be of this split, one of `SPLITS`."""
+        return np.frombuffer(self.split, np.uint8) == SPLITS.index(split)
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
@@ -182,8 +205,11 @@ class Documents(Items):
         return np.where(given, _first_alike(self._groups), np.arange(len(self)))
 
     def groups(self) -> np.ndarray:
-        """i64[n], groups by the order they appear in: those given, and equal texts in one."""
-        group, text = self.first_of_group(), self.first_of_text()
+        """i64[n], groups by the order they appear in: those given, and texts that are alike in one.
+
+        Texts are alike if they differ in capitals and white space alone.
+        """
+        group, text = self.first_of_group(), self.first_of_plain_text()
         parent = np.arange(len(self))
 
         def root(number: int) -> int:

@@ -30,18 +30,23 @@ _ELSEWHERE = {
     ".feather": "; pandas writes .parquet with to_parquet",
     ".pkl": "; pandas writes .parquet with to_parquet",
 }
-_NAMES = {"train": ("train", "trn"), "test": ("test", "tst"), "label": ("label", "labels", "lbl")}
+_NAMES = {
+    "train": ("train", "trn"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "tst"),
+    "label": ("label", "labels", "lbl"),
+}
 
 
 def find(folder: pathlib.Path, role: str) -> list[pathlib.Path]:
-    """The files of a folder that are named `train`, `test` or `label`, in order; [] if none is.
+    """The files of a folder that are named after a role, in order; [] if none is.
 
     That is `train.csv`, `labels.jsonl.gz` and so on, or several files with numbers behind the name,
     such as `train-00000-of-00002.parquet`. A .txt counts only where there is no other.
 
     Args:
         folder: where to look.
-        role: "train", "test" or "label".
+        role: "train", "validation", "test" or "label".
 
     Raises:
         ValueError: several files that do not belong together, or some of them missing.

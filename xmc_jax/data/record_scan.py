@@ -1,7 +1,7 @@
-"""Records read once: checked, split, and handed on as lines of a raw file, one by one."""
+"""Records read once: checked, split, and handed on one by one."""
 
+import collections
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,17 +9,17 @@ import numpy as np
 import tqdm
 
 from xmc_jax.data import holdout, record_cells
-from xmc_jax.data.record_facts import Documents, Items, Labels
+from xmc_jax.data.record_facts import SPLITS, Documents, Items, Labels
 from xmc_jax.data.record_fields import Opened, Record
 
-Keep = Callable[[str, str, str, list[str]], None]
-"""Is given "label" or "document", the id, the line of a raw file, and the images, of each item."""
+Keep = Callable[[str, dict[str, Any], list[str]], None]
+"""Is given "label" or "document", an object of a raw file, and the images, of each item."""
 
 UNKNOWN = ("error", "drop", "add")
 """What may be done with ids of labels that no label has."""
 
-encode = json.JSONEncoder(ensure_ascii=False).encode
-"""One line of JSON."""
+_SEPARATORS = (",", ";", "|")  # usual between ids; within an id they are most likely that
+_SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,20 +30,33 @@ class Scan:
         labels: facts about the labels.
         documents: facts about the documents.
         groups: i64[n], see `Documents.groups`.
-        test: bool[n], the split.
+        split: u8[n], the number in `SPLITS` of each document's split.
+        drawn: whether the test documents were drawn, since nothing says which they are.
         filtered: bool[pairs], which labels of test documents are taken out, since they may not be
             predicted, and so would never be right.
         unknown: ids of labels that none had, or as many as there are; and pairs with them.
         filter_unknown: pairs of filters with labels that there are not, which filter nothing.
+        joined: the usual separator that most labels which were added have in their id, how many
+            have it, and the first of them; None if none has any.
+        ids_as_texts: whether labels have ids alone, which are then their texts.
+        refusal: why there is nothing to train on, to test with or to tune on; None if there is.
     """
 
     labels: Labels
     documents: Documents
     groups: np.ndarray
-    test: np.ndarray
+    split: np.ndarray
+    drawn: bool
     filtered: np.ndarray
     unknown: tuple[int, int]
     filter_unknown: int
+    joined: tuple[str, int, str] | None
+    ids_as_texts: bool
+    refusal: str | None
+
+    def of(self, split: str) -> np.ndarray:
+        """bool[n], which documents are of a split."""
+        return self.split == SPLITS.index(split)
 
 
 def read(
@@ -54,57 +67,81 @@ def read(
     seed: int,
     keep: Keep,
 ) -> Scan:
-    """Reads all records, and splits the documents where nothing says how they are.
+    """Reads all records, and draws the test documents where nothing says which they are.
 
     Args:
-        opened: "train", "test" (perhaps none), "label" (none where labels are to be added).
+        opened: "train", "validation" and "test" (perhaps none), "label" (none where labels are to
+            be added).
         separator: of ids in a text.
         unknown: of `UNKNOWN`.
-        fraction: share of the documents for testing, if neither a file nor a column says it.
+        fraction: share of the other documents for testing, if neither a file nor a column says it.
         seed: of that choice.
         keep: is given every item, in order.
 
     Raises:
-        ValueError: a record is bad, or there is nothing to train on or to test with.
+        ValueError: a record is bad, or there is none.
     """
     scanning = _Scanning(separator, unknown, keep)
     with tqdm.tqdm(desc="reading", unit="record", disable=None) as bar:
         for one in opened["label"]:
             scanning.read_labels(one, bar)
-        for split in ("train", "test"):
+        for split in SPLITS:
             row = 0
             for one in opened[split]:
-                row = scanning.read_documents(one, split, row, bar)
+                # What a column may say: its file's split, and in train.* those without a file.
+                allowed = {split} | {s for s in SPLITS if split == "train" and not opened[s]}
+                row = scanning.read_documents(one, split, allowed, row, bar)
     scanning.finish()
     documents = scanning.documents
+    paths = ", ".join(str(one.table.path) for split in SPLITS for one in opened[split])
+    if not len(documents):
+        raise ValueError(f"{paths}: expected documents, found none")
     _check_ids(documents)
-    groups = documents.groups()
-    if opened["test"] or any("split" in one.columns for one in opened["train"]):
-        test = np.frombuffer(documents.test, bool)
-    elif not len(groups):
-        test = np.zeros(0, bool)
-    else:
-        test = holdout.choose_within(groups, fraction, seed)
-    filtered = _filtered(documents, test, len(scanning.labels))
-    labelled = np.bincount(documents.owners[~filtered], minlength=len(documents))
-    there = [str(one.table.path) for split in ("train", "test") for one in opened[split]]
-    dropped = f"; {scanning.unknown_pairs} labels were unknown" if scanning.unknown_pairs else ""
-    for name, chosen in (("training", ~test), ("test", test)):
-        if not labelled[chosen].any():
-            kind = "documents with labels" if chosen.any() else "documents"
-            raise ValueError(
-                f"{', '.join(there)}: expected {name} {kind}, found none among {len(documents)} "
-                f"documents of {len(np.unique(groups))} groups{dropped}"
-            )
-    return Scan(
+    groups, split = documents.groups(), np.frombuffer(documents.split, np.uint8).copy()
+    train, drawn = np.flatnonzero(documents.of_split("train")), False
+    if not documents.of_split("test").any() and not opened["test"] and len(train):
+        _, sources = np.unique(groups[train], return_inverse=True)
+        split[train[holdout.choose_within(sources, fraction, seed)]] = SPLITS.index("test")
+        drawn = True
+    filtered = _filtered(documents, split == SPLITS.index("test"), len(scanning.labels))
+    scan = Scan(
         scanning.labels,
         documents,
         groups,
-        test,
+        split,
+        drawn,
         filtered,
         (len(scanning.unknown_ids), scanning.unknown_pairs),
         scanning.filter_unknown,
+        scanning.joined(),
+        bool(opened["label"]) and all("text" not in one.columns for one in opened["label"]),
+        None,
     )
+    dropped = f"; {scanning.unknown_pairs} labels were unknown" if scanning.unknown_pairs else ""
+    return dataclasses.replace(scan, refusal=_refusal(scan, opened, paths, dropped))
+
+
+def _refusal(
+    scan: Scan, opened: Mapping[str, Sequence[Opened]], paths: str, dropped: str
+) -> str | None:
+    """Which split has no documents with labels, in one line; None if all have some."""
+    documents = scan.documents
+    labelled = np.bincount(documents.owners[~scan.filtered], minlength=len(documents))
+    if scan.drawn and scan.groups.max() == 0:
+        return (
+            f"{paths}: expected documents of two groups at least, to train on and to test with, "
+            f"found {len(documents)} of one group"
+        )
+    for name, adjective in (("train", "training"), ("test", "test"), ("validation", "validation")):
+        chosen = scan.of(name)
+        if labelled[chosen].any() or (name == "validation" and not (chosen.any() or opened[name])):
+            continue
+        kind = "documents with labels" if chosen.any() else "documents"
+        return (
+            f"{paths}: expected {adjective} {kind}, found none among {len(documents)} documents of "
+            f"{len(np.unique(scan.groups))} groups{dropped}"
+        )
+    return None
 
 
 class _Scanning:
@@ -115,6 +152,7 @@ class _Scanning:
         self.unknown_ids: set[str] = set()
         self.unknown_pairs = self.filter_unknown = 0
         self._first_unknown: ValueError | None = None
+        self._added: dict[str, list[str]] = collections.defaultdict(list)
         self._waiting: list[tuple[int, str]] = []
         self._separator, self._unknown, self._keep = separator, unknown, keep
 
@@ -131,34 +169,64 @@ class _Scanning:
             self._keep_item(labels, record, "label", uid, {})
             bar.update()
 
-    def read_documents(self, opened: Opened, split: str, row: int, bar: tqdm.tqdm) -> int:
-        """Reads a table whose first row has this number; returns the number behind its last."""
+    def read_documents(
+        self, opened: Opened, file_split: str, allowed: set[str], row: int, bar: tqdm.tqdm
+    ) -> int:
+        """Reads a table of documents.
+
+        Args:
+            opened: the table.
+            file_split: of `SPLITS`, what its file is for.
+            allowed: what a column `split` may say.
+            row: number of its first row among the rows of the files of this split.
+            bar: counts them.
+
+        Returns:
+            The number behind that of its last row.
+        """
         documents, separator = self.documents, self._separator
-        documents.begin(opened, split)
-        number_of, prefix = self.labels.numbers.get, "test-" if split == "test" else ""
+        # Images of validation documents are in one table with those of training documents.
+        documents.begin(opened, "test" if file_split == "test" else "train")
+        number_of = self.labels.numbers.get
+        prefix = "" if file_split == "train" else f"{file_split}-"
         for record in opened.records():
             uid = f"{prefix}{row}"
             if record.has("id"):
                 uid = record("id", record_cells.identifier)
             ids = record("labels", record_cells.identifiers, separator)
+            weights = None
+            if record.has("weights"):
+                weights = record("weights", record_cells.weights, separator, len(ids))
+            repeated = len(ids) - len(set(ids))
+            if repeated:
+                first = {label: place for place, label in reversed(list(enumerate(ids)))}
+                places = sorted(first.values())
+                ids = [ids[place] for place in places]
+                weights = weights and [weights[place] for place in places]
             rows = list(map(number_of, ids))
             if None in rows:
                 rows = self._resolve(record, ids)
             if self.unknown_ids and self._unknown == "add":
                 self.unknown_pairs += sum(map(self.unknown_ids.__contains__, ids))
-            line = {"target_ind": [found for found in rows if found is not None]}
-            if record.has("weights"):
-                weights = record("weights", record_cells.weights, separator, len(ids))
-                line["target_rel"] = [w for w, found in zip(weights, rows) if found is not None]
+            item: dict[str, Any] = {"target_ind": [found for found in rows if found is not None]}
+            if weights is not None:
+                item["target_rel"] = [w for w, found in zip(weights, rows) if found is not None]
             group = record("group", _group)
             filtered = record("filter", record_cells.identifiers, separator)
-            test = split == "test" or (record.has("split") and record("split", _is_test))
-            self._keep_item(documents, record, "document", uid, line)
-            documents.add_facts(uid, group, test, line["target_ind"])
+            split = record("split", _split, allowed) if record.has("split") else file_split
+            self._keep_item(documents, record, "document", uid, item)
+            documents.add_facts(uid, group, split, item["target_ind"], repeated)
             self._filter(filtered)
             row += 1
             bar.update()
         return row
+
+    def joined(self) -> tuple[str, int, str] | None:
+        """See `Scan`."""
+        if not self._added:
+            return None
+        separator, uids = max(self._added.items(), key=lambda found: len(found[1]))
+        return separator, len(uids), uids[0]
 
     def finish(self) -> None:
         """Settles what waited for the last record.
@@ -193,12 +261,11 @@ class _Scanning:
     def _keep_item(
         self, items: Items, record: Record, kind: str, uid: str, rest: Mapping[str, Any]
     ) -> None:
-        title = record("text", record_cells.text)
+        title = record("text", record_cells.text) if record.has("text") else uid
         content = record("content", record_cells.text)
         images = record("images", record_cells.images, self._separator)
         items.add(record, title, content, images)
-        line = encode({"uid": uid, "title": title, "content": content} | rest)
-        self._keep(kind, uid, line, images)
+        self._keep(kind, {"uid": uid, "title": title, "content": content} | rest, images)
 
     def _resolve(self, record: Record, ids: Sequence[str]) -> list[int | None]:
         """Rows of labels some of which there are not; new ones if such are added."""
@@ -209,7 +276,10 @@ class _Scanning:
             for uid in dict.fromkeys(unknown):
                 numbers[uid] = len(numbers)
                 self.labels.add_bare(uid)
-                self._keep("label", uid, encode({"uid": uid, "title": uid, "content": ""}), [])
+                self._keep("label", {"uid": uid, "title": uid, "content": ""}, [])
+                for separator in _SEPARATORS:
+                    if separator in uid and separator != self._separator:
+                        self._added[separator].append(uid)
         else:
             self.unknown_pairs += len(unknown)
         if self._unknown == "error" and self._first_unknown is None:
@@ -255,8 +325,16 @@ def _group(cell: Any) -> str | None:
     return None if record_cells.is_null(cell) or cell == "" else record_cells.identifier(cell)
 
 
-def _is_test(cell: Any) -> bool:
-    name = record_cells.text(cell).strip().lower()
-    if name not in ("train", "test"):
-        raise ValueError(f"expected train or test, found {name!r:.60}")
-    return name == "test"
+def _split(cell: Any, allowed: set[str]) -> str:
+    written = record_cells.text(cell).strip().lower()
+    name = _SPLIT_NAMES.get(written, written)
+    if name not in SPLITS:
+        raise ValueError(
+            f"expected {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, found {written!r:.60}"
+        )
+    if name not in allowed:
+        raise ValueError(
+            f"expected {' or '.join(s for s in SPLITS if s in allowed)}, since files of their own "
+            f"have the others, found {written!r}; --column split= leaves the column out"
+        )
+    return name

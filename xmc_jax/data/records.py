@@ -6,19 +6,18 @@ predicted for it), `weights` and `split`. A label has `id` and `text`, perhaps `
 `images`. See docs/data.md.
 
 The folder holds `{trn,tst,lbl}.json`, `filter_labels_{train,test}.txt`, `groups.tsv` where
-documents share a group or a text, `{trn,tst,lbl}.images.csv` where there are images; `report.json`;
-and `records.json`, what it was made from. All but the last are the same for the same records,
-whatever the format. The same files leave it as it is; it appears only when it is whole.
+documents share a group or a text, `validation.txt` with the uids of the documents in `trn.json`
+that are for validation, if any are; `{trn,tst,lbl}.images.csv` where there are images;
+`report.json`; and `records.json`, what it was made from. All but the last are the same for the same
+records, whatever the format. The same files leave it as it is; it appears only when it is whole.
 """
 
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,16 +25,22 @@ import numpy as np
 
 from xmc_jax.data import record_fields, record_files, record_report, record_scan
 from xmc_jax.data.record_fields import Opened
-from xmc_jax.data.record_scan import Scan
+from xmc_jax.data.record_scan import Keep, Scan
+from xmc_jax.data.record_table import Table
+from xmc_jax.files import atomic, json_files, locks, manifests
 from xmc_jax.files.digests import sha256
 
 FORMAT = 1
 """Version of what a raw folder says of the same records."""
 
 # What folders of earlier versions, which do not say it, were made with.
-_BEFORE = {"delimiter": "", "label_columns": [], "row_per_pair": False}
+_BEFORE = {"delimiter": "", "label_columns": [], "row_per_pair": False, "validation": []}
 _LABEL_FIELDS = ("id", "text", "content", "images")
+_ROLES = (*record_scan.SPLITS, "label")
 _NAMES = {"train": "trn", "test": "tst", "label": "lbl"}
+
+encode = json.JSONEncoder(ensure_ascii=False).encode
+"""One line of JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +48,8 @@ class RecordsConfig:
     """Which records, and how they are read.
 
     Attributes:
-        records: a folder with `train.*`, perhaps `test.*`, and `label.*` or `labels.*`; or a file
-            of documents.
+        records: a folder with `train.*`, perhaps `validation.*` and `test.*`, and `label.*` or
+            `labels.*`; or a file of documents.
         labels: the file of the labels, before one in the folder; None if that is meant, or if
             labels are to be made of all ids (`unknown_labels="add"`).
         columns: "field=column" for fields whose columns have other names; "field=" to leave one
@@ -55,8 +60,9 @@ class RecordsConfig:
         label_columns: columns of 0 and 1, one for each label, in place of a column of labels;
             ("*",) for all that are no other field's.
         row_per_pair: rows of one id that follow each other are one document with all their labels.
-        test_fraction: share of the documents for testing, where neither a file `test.*` nor a
-            column `split` says which they are; whole groups, and equal texts are in one.
+        test_fraction: share of the documents for testing, where neither a file `test.*` with labels
+            nor a column `split` says which they are; whole groups, and texts that differ in
+            capitals and white space alone are in one.
         split_seed: of that choice.
         unknown_labels: what is done with ids that no label has: "error", "drop" or "add".
         allow_paths: whether paths of images may lead out of the folder of the file that has them.
@@ -129,21 +135,16 @@ def convert(config: RecordsConfig, folder: pathlib.Path) -> tuple[dict[str, Any]
     Raises:
         ValueError: bad records, or a folder that was made from others.
     """
-    opened = _open(config)
-    inputs = _inputs(config, opened)
+    found = _open(config)
+    inputs = _inputs(config, found)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of one host, one after the other
+    # Two processes of one host, one after the other.
+    with locks.locked(folder.with_name(f".{folder.name}.lock"), str(folder), wait=True):
         if folder.exists() and not config.overwrite:
-            _check_same(folder, inputs, opened)
-            return json.loads((folder / "report.json").read_text(encoding="utf-8")), False
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-        partial.mkdir()
-        report = _write(partial, config, opened, inputs)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+            _check_same(folder, inputs, found)
+            return json_files.read(folder / "report.json"), False
+        with atomic.replaced_folder(folder) as partial:
+            report = _write(partial, config, found, inputs)
     return report, True
 
 
@@ -153,8 +154,8 @@ def describe(config: RecordsConfig) -> str:
     Raises:
         ValueError: files that are missing, or lack columns.
     """
-    lines = []
-    for role, files in _open(config).items():
+    lines, found = [], _open(config)
+    for role, files in found.opened.items():
         for one in files:
             taken = ", ".join(
                 field if field == column else f"{field}={column}"
@@ -166,30 +167,47 @@ def describe(config: RecordsConfig) -> str:
             rest = [column for column in one.table.columns if column and column not in used]
             ignored = f"; not read: {', '.join(rest)[:200]}" if rest else ""
             dialect = f" ({one.table.dialect})" if one.table.dialect else ""
-            lines.append(f"{role:5}  {one.table.path}{dialect}: {taken}{ignored}")
+            lines.append(f"{role:10}  {one.table.path}{dialect}: {taken}{ignored}")
+    lines += [f"{'test':10}  {table.path}: not read, has no labels" for table in found.unlabelled]
     return "\n".join(lines)
 
 
-def check(config: RecordsConfig) -> dict[str, Any]:
+def check(config: RecordsConfig, keep: Keep | None = None) -> dict[str, Any]:
     """Reads all records and writes nothing; returns the report.
+
+    Args:
+        config: see `RecordsConfig`.
+        keep: is given every item; None if nobody wants them.
 
     Raises:
         ValueError: bad records.
     """
-    scan = _scan(config, _open(config), lambda *item: None)
-    return record_report.make(scan, config.unknown_labels)
+    found = _open(config)
+    return _report(config, found, _scan(config, found, keep or (lambda *item: None)))
 
 
-def _open(config: RecordsConfig) -> dict[str, list[Opened]]:
-    """ "train", "test", "label" -> the files, with the columns to read."""
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """The files of records.
+
+    Attributes:
+        opened: each of `_ROLES` -> tables, with the columns to read.
+        unlabelled: test files without labels, which are for predictions, not for evaluation.
+    """
+
+    opened: Mapping[str, Sequence[Opened]]
+    unlabelled: Sequence[Table]
+
+
+def _open(config: RecordsConfig) -> _Files:
     records = pathlib.Path(config.records)
     if records.is_dir():
-        paths = {role: record_files.find(records, role) for role in _NAMES}
+        paths = {role: record_files.find(records, role) for role in _ROLES}
         if not paths["train"]:
             suffixes = ", ".join(record_files.SUFFIXES)
             raise ValueError(f"{records}: expected a file train.*, one of {suffixes}, found none")
     elif records.is_file():
-        paths = {"train": [records], "test": [], "label": []}
+        paths = {role: [] for role in _ROLES} | {"train": [records]}
     else:
         raise ValueError(f"{records}: expected a folder of records or a file, found none")
     if config.labels is not None:
@@ -200,21 +218,31 @@ def _open(config: RecordsConfig) -> dict[str, list[Opened]]:
             "named by --labels, found none; --unknown_labels=add makes labels of the documents' ids"
         )
     named, delimiter = config.named, record_files.delimiter(config.delimiter)
-    fields = {role: tuple(record_fields.FIELDS) for role in _NAMES} | {"label": _LABEL_FIELDS}
     opened: dict[str, list[Opened]] = {}
-    for role in _NAMES:
+    for role in _ROLES:
+        fields = _LABEL_FIELDS if role == "label" else tuple(record_fields.FIELDS)
+        needed = {"label": (), "test": ("text",)}.get(role, ("text", "labels"))
         opened[role] = []
         for path in paths[role]:
             table = record_files.open_table(path, delimiter)
-            needed = ("text",) if role == "label" else ("text", "labels")
-            opened[role].append(
-                record_fields.open_fields(
-                    table, fields[role], named, needed, config.form, config.allow_paths
-                )
+            one = record_fields.open_fields(
+                table, fields, named, needed, config.form, config.allow_paths
             )
+            if role == "label" and not {"text", "id"} & one.columns.keys():
+                raise record_fields.missing(table, "text", record_fields.FIELDS["text"])
+            opened[role].append(one)
+    unlabelled = [one.table for one in opened["test"] if not _has_labels(one)]
+    if len(unlabelled) == len(opened["test"]):
+        opened["test"] = []
+    elif unlabelled:
+        raise record_fields.missing(unlabelled[0], "labels", record_fields.FIELDS["labels"])
     _check_named(config, opened)
     _check_split(opened)
-    return opened
+    return _Files(opened, unlabelled)
+
+
+def _has_labels(one: Opened) -> bool:
+    return "labels" in one.columns or bool(one.label_columns)
 
 
 def _check_named(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> None:
@@ -228,42 +256,35 @@ def _check_named(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) 
 
 
 def _check_split(opened: Mapping[str, Sequence[Opened]]) -> None:
-    """Says the split by files or by a column, not by both, and by no column here and none there."""
-    documents = [*opened["train"], *opened["test"]]
-    columns = [one.table.path for one in documents if "split" in one.columns]
-    if columns and opened["test"]:
-        raise ValueError(
-            f"{columns[0]}: expected a column split or a file test.*, found both; --column split= "
-            "leaves the column out"
-        )
-    if columns and len(columns) < len(documents):
-        without = next(one.table.path for one in documents if "split" not in one.columns)
+    """Of several training files all have a column `split` or none has."""
+    columns = [one.table.path for one in opened["train"] if "split" in one.columns]
+    if columns and len(columns) < len(opened["train"]):
+        without = next(one.table.path for one in opened["train"] if "split" not in one.columns)
         raise ValueError(f"{without}: expected a column split, as in {columns[0].name}, found none")
 
 
-def _inputs(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> dict[str, Any]:
+def _inputs(config: RecordsConfig, found: _Files) -> dict[str, Any]:
     """All that the folder's contents follow from."""
-    by_fraction = not opened["test"] and not any("split" in one.columns for one in opened["train"])
     return {
         "format": FORMAT,
         **{
             role: [{"name": one.table.path.name, "sha256": sha256(one.table.path)} for one in files]
-            for role, files in opened.items()
+            for role, files in found.opened.items()
         },
         "columns": list(config.columns),
         "separator": config.separator,
         "delimiter": config.delimiter,
         "label_columns": list(config.label_columns),
         "row_per_pair": config.row_per_pair,
-        "test_fraction": config.test_fraction if by_fraction else None,
-        "split_seed": config.split_seed if by_fraction else None,
+        "test_fraction": config.test_fraction,
+        "split_seed": config.split_seed,
         "unknown_labels": config.unknown_labels,
     }
 
 
-def _scan(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]], keep) -> Scan:
+def _scan(config: RecordsConfig, found: _Files, keep: Keep) -> Scan:
     return record_scan.read(
-        opened,
+        found.opened,
         config.separator,
         config.unknown_labels,
         config.test_fraction,
@@ -272,11 +293,13 @@ def _scan(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]], keep) -
     )
 
 
+def _report(config: RecordsConfig, found: _Files, scan: Scan) -> dict[str, Any]:
+    unlabelled = [table.path.name for table in found.unlabelled]
+    return record_report.make(scan, config.unknown_labels, unlabelled)
+
+
 def _write(
-    partial: pathlib.Path,
-    config: RecordsConfig,
-    opened: Mapping[str, Sequence[Opened]],
-    inputs: Mapping[str, Any],
+    partial: pathlib.Path, config: RecordsConfig, found: _Files, inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fills the folder; returns the report."""
     # The split is known only when all documents are read: until then their lines wait in a file.
@@ -284,48 +307,52 @@ def _write(
     with contextlib.ExitStack() as stack:
         files = {kind: stack.enter_context(path.open("wb")) for kind, path in waiting.items()}
 
-        def keep(kind: str, uid: str, line: str, images: list[str]) -> None:
+        def keep(kind: str, item: dict[str, Any], images: list[str]) -> None:
             listed = json.dumps(images) if images else ""
-            files[kind].write(f"{uid}\t{line}\t{listed}\n".encode())
+            files[kind].write(f"{item['uid']}\t{encode(item)}\t{listed}\n".encode())
 
-        scan = _scan(config, opened, keep)
-    documents, images, out = scan.documents, _Images(partial, opened, scan), scan.filtered
+        scan = _scan(config, found, keep)
+    if scan.refusal is not None:
+        raise ValueError(scan.refusal)
+    documents, images, out = scan.documents, _Images(partial, found.opened, scan), scan.filtered
     changed = set(documents.owners[out].tolist())
     ends = np.cumsum(documents.counts, dtype=np.int64)
     grouped = documents.grouped or len(np.unique(scan.groups)) < len(documents)
+    test, validation = scan.of("test"), scan.of("validation")
     with contextlib.ExitStack() as stack:
-        files = {
-            s: stack.enter_context((partial / f"{n}.json").open("wb")) for s, n in _NAMES.items()
-        }
+
+        def opened(name: str) -> Any:
+            return stack.enter_context((partial / name).open("wb"))
+
+        files = {split: opened(f"{name}.json") for split, name in _NAMES.items()}
         images.open(stack)
-        groups = stack.enter_context((partial / "groups.tsv").open("wb")) if grouped else None
+        groups = opened("groups.tsv") if grouped else None
+        named = opened("validation.txt") if validation.any() else None
         for uid, line, listed in _waiting(waiting["label"]):
             files["label"].write(line + b"\n")
             images.write("label", uid, listed)
         for number, (uid, line, listed) in enumerate(_waiting(waiting["document"])):
             if number in changed:
                 line = _without(line, out[ends[number] - documents.counts[number] : ends[number]])
-            split = "test" if scan.test[number] else "train"
+            split = "test" if test[number] else "train"
             files[split].write(line + b"\n")
             images.write(split, uid, listed)
             if groups:
                 groups.write(b"%s\t%d\n" % (uid, scan.groups[number]))
+            if validation[number]:
+                named.write(uid + b"\n")
     for path in waiting.values():
         path.unlink()
-    for split, chosen in (("train", ~scan.test), ("test", scan.test)):
+    for split, chosen in (("train", ~test), ("test", test)):
         pairs = documents.filter[chosen[documents.filter[:, 0]]]
         row_of = np.cumsum(chosen) - 1
         text = "".join(f"{row_of[number]} {label}\n" for number, label in pairs.tolist())
         (partial / f"filter_labels_{split}.txt").write_text(text, encoding="ascii")
-    report = record_report.make(scan, config.unknown_labels)
+    report = _report(config, found, scan)
     _write_json(partial / "report.json", report)
-    written = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(partial.iterdir())
-    }
-    _write_json(
-        partial / "records.json", {**inputs, "images_from": images.folders, "files": written}
-    )
+    drawn = {} if scan.drawn else {"test_fraction": None, "split_seed": None}
+    written = {"images_from": images.folders, "files": manifests.files(partial)}
+    _write_json(partial / "records.json", {**inputs, **drawn, **written})
     return report
 
 
@@ -338,7 +365,7 @@ class _Images:
 
     def __init__(self, partial: pathlib.Path, opened: Mapping[str, Sequence[Opened]], scan: Scan):
         kinds = scan.documents.kinds | scan.labels.kinds
-        roles = {role: role for role in opened} | ({} if opened["test"] else {"test": "train"})
+        roles = {role: role for role in _NAMES} | ({} if opened["test"] else {"test": "train"})
         self._kinds = {split: kinds.get(role) for split, role in roles.items()}
         self.folders = {
             split: _folder_of(opened[role]) if self._kinds[split] == "path" else None
@@ -380,40 +407,49 @@ def _without(line: bytes, out: np.ndarray) -> bytes:
     for field in ("target_ind", "target_rel"):
         if field in document:
             document[field] = [one for one, gone in zip(document[field], out) if not gone]
-    return record_scan.encode(document).encode()
+    return encode(document).encode()
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_same(
-    folder: pathlib.Path, inputs: Mapping[str, Any], opened: Mapping[str, Sequence[Opened]]
-) -> None:
-    """The folder is whole, and made of the same."""
-    path = folder / "records.json"
-    try:
-        found = _BEFORE | json.loads(path.read_text(encoding="utf-8"))
-        files, begun = dict(found["files"]), dict(found["images_from"])
-        whole = all((folder / f).stat().st_size == size["bytes"] for f, size in files.items())
-        whole &= sha256(folder / "report.json") == files["report.json"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):  # not ours; said below
-        found, whole, begun = {}, False, {}
+def _check_same(folder: pathlib.Path, inputs: Mapping[str, Any], found: _Files) -> None:
+    """Raises ValueError if the folder is not whole, or was made from other records."""
     remedy = (
         "choose another --dataset or --out (--config.data.dataset, --config.data.data_dir), or "
         "make it anew with python -m xmc_jax.data.prepare --records --overwrite"
     )
+    try:
+        recorded = _BEFORE | json_files.read(folder / "records.json")
+        files, begun = dict(recorded["files"]), dict(recorded["images_from"])
+        whole = all((folder / f).stat().st_size == size["bytes"] for f, size in files.items())
+        whole &= sha256(folder / "report.json") == files["report.json"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # said below
+        whole = False
     if not whole:
         raise ValueError(
             f"{folder}: expected to be free, or whole and made of records, found something else; "
             f"{remedy}"
         )
-    now = {split: _folder_of(opened[split] or opened["train"]) for split in begun}
-    pairs = [(name, value, found.get(name)) for name, value in inputs.items()]
-    pairs += [(f"{s}'s images in", now[s], where) for s, where in begun.items() if where]
-    for name, value, recorded in pairs:
-        if recorded != value:
-            raise ValueError(
-                f"{folder}: expected to have been made with {name} {value}, found {recorded}; "
-                f"{remedy}"
-            )
+    opened = found.opened
+    # The fields of a drawn split count where one was drawn, folders of images where there are any.
+    now = {name: value for name, value in inputs.items() if recorded.get(name) is not None}
+    now["images_from"] = {
+        split: folder_of and _folder_of(opened[split] or opened["train"])
+        for split, folder_of in begun.items()
+    }
+    then = {name: recorded.get(name) for name in now}
+    differ = manifests.difference(_with_names(then), _with_names(now))
+    if differ:
+        raise ValueError(f"{folder}: made from other records ({'; '.join(differ)}); {remedy}")
+
+
+def _with_names(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the digest of each file by its name."""
+    files = {
+        role: {file["name"]: file["sha256"] for file in inputs[role]}
+        for role in _ROLES
+        if role in inputs
+    }
+    return dict(inputs) | files

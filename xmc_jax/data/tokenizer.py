@@ -18,6 +18,8 @@ NAMED = (
 )
 """Tokens with a role."""
 
+_START = 32  # characters for each token of a long text that are looked at first
+
 # With the vocabulary, these tell tokenizers apart: case, accents, scripts, numbers, punctuation.
 PROBES = (
     "",
@@ -112,6 +114,35 @@ def encode_measured(
             f"{texts[row][:60]!r}"
         )
     return tokens, lengths, whole
+
+
+def are_longer(
+    tokenizer: Any, texts: Sequence[str], max_length: int, special_tokens: bool = True
+) -> np.ndarray:
+    """bool[n], whether each text has more than T tokens; cheap for texts that are far longer.
+
+    Args:
+        tokenizer: see `load`.
+        texts: n texts.
+        max_length: T, special tokens included.
+        special_tokens: see `encode_measured`.
+
+    Raises:
+        ValueError: see `encode_measured`.
+    """
+    # Up to a white space, the tokens of the beginning are the first ones of the whole text.
+    starts = [text[: _START * max_length].rpartition(" ")[0] for text in texts]
+    starts = [text if len(text) <= _START * max_length else s for text, s in zip(texts, starts)]
+
+    def longer(of: Sequence[str]) -> np.ndarray:
+        _, lengths, whole = encode_measured(tokenizer, of, max_length, special_tokens)
+        return whole > lengths
+
+    found = longer(starts)
+    left = [i for i in np.flatnonzero(~found).tolist() if len(starts[i]) < len(texts[i])]
+    if left:
+        found[left] = longer([texts[i] for i in left])
+    return found
 
 
 def identity(tokenizer: Any, special_tokens: bool = True) -> dict[str, Any]:
