@@ -157,7 +157,8 @@ def _of_records(section: Mapping[str, Any]) -> pathlib.Path:
     config = records.RecordsConfig(section["records"], **section["records_options"])
     report, made = records.convert(config, folder)
     if made:
-        logging.info("%s: made of %s\n%s", folder, config.records, record_report.text(report))
+        said = f"{records.describe(config)}\n\n{record_report.text(report)}"
+        logging.info("%s: made of %s\n%s", folder, config.records, said)
     return folder
 
 

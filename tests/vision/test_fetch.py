@@ -908,6 +908,10 @@ def test_lists_of_urls_are_read_alike(tmp_path):
     path = tmp_path / "urls.csv"
     path.write_text("url,id\nhttp://a/0,7\nhttp://a/1,7\n,9\nhttp://b,8\n")
     assert images_of(path) == expected
+    path = tmp_path / "URLS.TSV.gz"
+    table = 'id\turl\n 7 \t["http://a/0", "http://a/1"]\n\t\n9\t\n8\thttp://b\n'
+    path.write_bytes(gzip.compress(table.encode("utf-16")))
+    assert images_of(path) == expected
     path = tmp_path / "urls.parquet"
     lists = [["http://a/0", "http://a/1"], None, ["http://b"]]
     assert images_of(parquet(path, {"id": ["7", "9", "8"], "url": lists})) == expected

@@ -2,12 +2,14 @@
 
 import base64
 import csv
+import gzip
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -162,6 +164,25 @@ def table_csv(folder):
     return folder
 
 
+def table_gzip(folder):
+    path = table_jsonl(folder)
+    (folder / "T.JSONL.GZ").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return folder
+
+
+def table_utf16(folder):
+    """As Excel writes "Unicode text"; keys with blanks around them and in the form NFD."""
+    lines = ["uid\tbase64"]
+    lines += [f" {unicodedata.normalize('NFD', uid)} \t{text(data)}" for uid, data in rows()]
+    return write(folder / "t.csv", "\r\n".join(lines).encode("utf-16"))
+
+
+def table_list(folder):
+    listed = [{"uid": uid, "base64": text(data)} for uid, data in rows()]
+    return write(folder / "t.json", json.dumps(listed, indent=1).encode())
+
+
 def binary(folder):
     """ViXML's layout: rows in the order of arrival, a list of rows or -1 per item."""
     generator = np.random.default_rng(0)
@@ -198,6 +219,9 @@ KINDS = {
     "what fetch makes": fetched,
     "JSONL": table_jsonl,
     "CSV": table_csv,
+    "gzip in capitals": table_gzip,
+    "tabs in UTF-16": table_utf16,
+    "one JSON list": table_list,
     "base64 lines": binary,
     "base64 lines, the file": binary_file,
 }

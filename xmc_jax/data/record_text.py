@@ -202,7 +202,7 @@ class _Characters:
         line = self._line
         while True:
             try:
-                found, end = _decoded(self._where(line), _decoder.raw_decode, self._text, self.at)
+                found, end = _decoded(self._where, line, _decoder.raw_decode, self._text, self.at)
             except json.JSONDecodeError:
                 if len(self._text) - self.at <= limit and self._more():
                     continue
@@ -332,7 +332,7 @@ class DelimitedText(TextTable):
                         f"{self.at(first)}: expected a record of at most {self._limit} bytes, "
                         "found a longer one; is a quote not closed?"
                     )
-                yield _utf8(self.at(number), line)
+                yield _utf8(self.at, number, line)
 
         reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
         while True:
@@ -370,7 +370,7 @@ class FastText(TextTable):
         for number, line in self._file.lines(self._limit):
             end += len(line)
             if line.strip():
-                yield number, _labelled(_utf8(self.at(number), line)), end
+                yield number, _labelled(_utf8(self.at, number, line)), end
 
     def cell(self, record: dict[str, Any], column: str) -> Any:
         return record[column]
@@ -450,9 +450,9 @@ def _objects(
         end += len(line)
         if not line.strip():
             continue
-        text = _utf8(at(number), line)
+        text = _utf8(at, number, line)
         try:
-            record = _decoded(at(number), _decoder.decode, text)
+            record = _decoded(at, number, _decoder.decode, text)
         except json.JSONDecodeError:
             record = None
         if not isinstance(record, dict):
@@ -464,24 +464,24 @@ def _objects(
         yield number, record, end
 
 
-def _decoded(where: str, decode: Callable[..., Any], *arguments: Any) -> Any:
-    """What `decode` gives; JSONDecodeError is left to the caller."""
+def _decoded(at: Callable[[int], str], line: int, decode: Callable[..., Any], *text: Any) -> Any:
+    """What `decode` gives of a text; JSONDecodeError is left to the caller."""
     try:
-        return decode(*arguments)
+        return decode(*text)
     except json.JSONDecodeError:
         raise
     except RecursionError:
         found = "one nested too deeply"
     except ValueError as error:
         found = str(error)[:80]
-    raise ValueError(f"{where}: expected a JSON object, found {found}")
+    raise ValueError(f"{at(line)}: expected a JSON object, found {found}")
 
 
-def _utf8(where: str, line: bytes) -> str:
+def _utf8(at: Callable[[int], str], number: int, line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _no_utf8(where, error) from None
+        raise _no_utf8(at(number), error) from None
 
 
 def _no_utf8(where: str, error: UnicodeDecodeError) -> ValueError:
