@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from xmc_jax.data import records
+from xmc_jax.data import record_table, records
 from xmc_jax.data.records import RecordsConfig
 
 CASES = pathlib.Path(__file__).parents[1] / "cases" / "records"
@@ -151,6 +151,16 @@ CSV = b"id,text,labels\n1,one,7\n2,two,7|8\n"
         ("train.csv", CSV.decode().encode("utf-16-le"), "found UTF-16 without a byte order mark"),
         ("train.jsonl", b"PAR1" + CSV, "found a Parquet file; give it a name ending in .parquet"),
         ("train.csv", b"id,text,labels\n1,a,7,\n2,b, c,7\n", "a cell with ',' in it needs quotes"),
+        (
+            "Train.xlsx",
+            b"",
+            "Train.xlsx: expected a name ending in .*; save the sheet as CSV UTF-8",
+        ),
+        (
+            "train.txt",
+            CSV,
+            "expected lines of fastText, with labels such as __label__tea, found 'i",
+        ),
     ],
 )
 def test_what_a_file_is_follows_from_its_bytes(tmp_path, name, content, expected):
@@ -229,9 +239,13 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     rows = [{"text": f"gr\u00fc\u00dfe {i}\n", "labels": [7]} for i in range(40)]
     content = json.dumps(rows, indent=1, ensure_ascii=False)
     folder = json_list(tmp_path / "train.json", content)
-    for size in (1, 7, 64):
+    for size in (1, 64, 7):
         monkeypatch.setattr(text_files, "BLOCK", size)
         assert len(labels_of(folder)) == 40
+    monkeypatch.setattr(record_table, "MAX_RECORD", 40)
+    with pytest.raises(ValueError, match=r"train.json:2: expected a JSON object, whole and of at"):
+        labels_of(folder)
+    monkeypatch.undo()
     rows[30]["labels"] = [9]
     json_list(tmp_path / "train.json", json.dumps(rows, indent=1, ensure_ascii=False))
     line = content.splitlines()[: content[: content.index("e 30")].count("\n")]

@@ -42,7 +42,7 @@ def find(folder: pathlib.Path, role: str) -> list[pathlib.Path]:
     """The files of a folder that are named after a role, in order; [] if none is.
 
     That is `train.csv`, `labels.jsonl.gz` and so on, or several files with numbers behind the name,
-    such as `train-00000-of-00002.parquet`. A .txt counts only where there is no other.
+    such as `train-00000-of-00002.parquet`. A .txt of documents counts where there is no other.
 
     Args:
         folder: where to look.
@@ -57,11 +57,15 @@ def find(folder: pathlib.Path, role: str) -> list[pathlib.Path]:
         re.IGNORECASE,
     )
     found = sorted(
-        (match[1], match[4].lower(), int(match[2] or -1), int(match[3] or 0), path.name)
+        (match[1].lower(), match[4].lower(), int(match[2] or -1), int(match[3] or 0), path.name)
         for path in folder.iterdir()
         if (match := pattern.fullmatch(path.name)) and path.is_file()
     )
-    found = [one for one in found if ".txt" not in one[1]] or found
+    lines = [one for one in found if one[1].startswith(".txt")]
+    found = [one for one in found if one not in lines] or (lines if role != "label" else [])
+    for path in [] if found else sorted(folder.iterdir()):
+        if path.suffix.lower() in _ELSEWHERE and path.stem.lower() in _NAMES[role]:
+            open_table(path)  # says what to make of it
     names = [name for *_, name in found]
     if len({(stem, suffix, number >= 0) for stem, suffix, number, *_ in found}) > 1 or any(
         one[:3] == other[:3] for one, other in itertools.pairwise(found)
