@@ -274,3 +274,20 @@ def test_a_lone_request_does_not_wait(monkeypatch):
     config = ServeConfig(max_batch=4, max_queries=4, queue=8, max_k=3, max_wait_ms=1000)
     seconds, _, _ = run(scenario, config)
     assert seconds < 1  # each would have waited for a second
+
+
+def test_warming_up_says_how_far_it_is(monkeypatch, caplog):
+    """At most every few seconds, so that a log is not filled; then how long it took."""
+
+    class Compiles:
+        def warm_up(self, k, rows, exclude, neighbours, progress):
+            for done in range(4):
+                progress(done, 3)
+
+    caplog.set_level("INFO")
+    batching.warm_up(Compiles(), CONFIG)
+    assert [x.getMessage() for x in caplog.records] == ["warmed up: 3 programs in 0 s"]
+    monkeypatch.setattr(batching, "_EVERY", 0)
+    batching.warm_up(Compiles(), CONFIG)
+    lines = [record.getMessage() for record in caplog.records[1:]]
+    assert lines[:-1] == [f"warming up: {done} of 3 programs" for done in range(3)]

@@ -317,7 +317,12 @@ class Predictor:
         return self._tower.prepare(image, limits)
 
     def warm_up(
-        self, k: int, rows: tuple[int, ...] = ROWS, exclude: int = 0, neighbours: int = 0
+        self,
+        k: int,
+        rows: tuple[int, ...] = ROWS,
+        exclude: int = 0,
+        neighbours: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Compiles and reads all that predictions may need.
 
@@ -326,29 +331,30 @@ class Predictor:
             rows: see `Tower.encode`.
             exclude: labels that are excluded of a document, likewise.
             neighbours: training documents per document, likewise.
+            progress: called before each program, and at the end, with the numbers of programs that
+                are ready and of all.
         """
         mix, documents = self.artifact.ranking, self.artifact.documents
         both = mix.labels + mix.documents if mix.mode == "joint" else 0
         most = max(k, mix.labels, both) + -(-exclude // _STEP) * _STEP
+        searches = [(self._nearest, most)]
+        if documents is not None:
+            near = max(neighbours, mix.documents, most if both else 0)
+            searches.append((self._documents.search, near))
         with self._lock:
-            self._tower.warm_up(rows)
             self.row(self.artifact.labels.ids[0])
+            programs = self._tower.programs(rows)
             for size in rows:
                 embedded = np.zeros((size, self.artifact.model.width), np.float32)
-                self._warm_up_search(self._nearest, embedded, most, rows)
-                if documents is not None:
-                    near = max(neighbours, mix.documents, most if both else 0)
-                    self._warm_up_search(self._documents.search, embedded, near, rows)
-
-    def _warm_up_search(
-        self,
-        search: Callable[..., tuple[np.ndarray, np.ndarray]],
-        embedded: np.ndarray,
-        most: int,
-        rows: tuple[int, ...],
-    ) -> None:
-        for wanted in range(_STEP, most + _STEP, _STEP):
-            search(embedded, wanted, rows)
+                programs += [
+                    functools.partial(search, embedded, wanted, rows)
+                    for search, most in searches
+                    for wanted in range(_STEP, most + _STEP, _STEP)
+                ]
+            for number, compile in enumerate(programs):
+                progress(number, len(programs))
+                compile()
+            progress(len(programs), len(programs))
 
     def warm_up_pictures(self) -> None:
         """See `Tower.warm_up_pictures`."""

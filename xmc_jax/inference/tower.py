@@ -11,7 +11,7 @@ import functools
 import os
 import pathlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ from xmc_jax.types import Inputs, Packing, own_tokens
 ROWS = (1, 8, 64, 256)
 """Sizes of blocks: the smallest that holds what is left, the largest while there is more."""
 _WIDTHS = 4  # at most so many lengths of sequences
+_SMALL = 8  # rows of a block, up to which rooms are powers of two alone: fewer programs
+_HALVES = 3  # lengths of a sequence by itself: the longest, a half and a quarter of it
 _STEPS = (1, 1.5)  # rooms are these times a power of two of the longest sequence
 _IMAGES = 8  # encoded at a time
 _AT_A_TIME = 4096  # items that are tokenised, and whose pictures' vectors are held
@@ -189,23 +191,29 @@ class Tower:
             self._take(out, block, found)
         return Encoded(out, cut)
 
-    def warm_up(self, rows: tuple[int, ...] = ROWS) -> None:
-        """Compiles all that `encode` of texts may need, and of pictures if their encoder is there.
+    def programs(self, rows: tuple[int, ...] = ROWS) -> list[Callable[[], Any]]:
+        """Calls that compile all that `encode` of texts may need, one program each.
 
         Args:
             rows: see `encode`.
         """
         T, images = self._input.max_length, self._input.images
-        for size, rooms in self._rooms(rows).items():
+
+        def run(size: int, room: Packing) -> None:
             inputs = Inputs(np.zeros((size, T), np.int32), np.full(size, -1, np.int32))
             if images is not None:
                 inputs = inputs.replace(
                     images=np.zeros((size, images.per_item, images.width), np.float16),
                     image_count=np.zeros(size, np.int32),
                 )
-            for room in rooms:
-                everything = _Block(np.arange(size), np.arange(size), size, room)
-                jax.block_until_ready(self._embedded(inputs, everything, pooled=False))
+            everything = _Block(np.arange(size), np.arange(size), size, room)
+            jax.block_until_ready(self._embedded(inputs, everything, pooled=False))
+
+        return [
+            functools.partial(run, size, room)
+            for size, rooms in self._rooms(rows).items()
+            for room in rooms
+        ]
 
     def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
         """What `Item.images` may hold in place of an image file; for other threads, too.
@@ -244,10 +252,14 @@ class Tower:
         longest, rooms = int(self._widths[-1]), {}
         for size, before in zip(rows, (0, *rows)):
             each = -(-size // self._shards)
-            if each == 1 or len(rows) == 1:
+            if len(rows) == 1:
                 of_size = [packing.whole(each, int(width)) for width in self._widths]
+            elif each == 1:
+                widths = {-(-longest // 2**i) for i in range(_HALVES)}
+                of_size = [packing.whole(each, width) for width in sorted(widths)]
             else:
-                powers = (step * 2**i for i in range(each.bit_length()) for step in _STEPS)
+                between = _STEPS if size > _SMALL else (1,)
+                powers = (step * 2**i for i in range(each.bit_length()) for step in between)
                 steps = {int(x) for x in powers if x == int(x) and before / 2 / self._shards <= x}
                 # Sequences without padding lie in it, and each may be as long as any.
                 of_size = [

@@ -25,6 +25,8 @@ from xmc_jax.serve.shown import NEIGHBOURS, Shown
 
 _WAITED = 0.25  # of the time that a batch took, at most, for a fuller one
 
+_EVERY = 5.0  # seconds between lines on how far warming up is
+
 
 class Full(Exception):
     """There is no room for another request; to be tried again later."""
@@ -210,8 +212,19 @@ class Batcher:
 
 
 def warm_up(predictor: Predictor, config: ServeConfig) -> None:
-    """Compiles all that `Batcher` may need, so that no request waits for it."""
-    predictor.warm_up(config.max_k, config.rows, config.max_exclude, neighbours=config.max_k)
+    """Compiles all that `Batcher` may need, so that no request waits for it; logs its progress."""
+    started = logged = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal logged
+        now = time.monotonic()
+        if done == total:
+            logging.info("warmed up: %d programs in %.0f s", total, now - started)
+        elif now - logged >= _EVERY:
+            logged = now
+            logging.info("warming up: %d of %d programs", done, total)
+
+    predictor.warm_up(config.max_k, config.rows, config.max_exclude, config.max_k, progress)
 
 
 def ranked(
