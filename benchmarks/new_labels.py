@@ -151,6 +151,7 @@ class Ground:
         with_new: i64[m], documents that have new labels.
         others: i64[m], documents that have old labels alone.
         depth: labels to search for, so that 100 are left by the filter.
+        excluded: [M, L], the filter.
     """
 
     def __init__(self, positives: Csr, pairs: np.ndarray, held: np.ndarray):
@@ -159,6 +160,7 @@ class Ground:
         self.with_new = np.flatnonzero(self._new.counts())
         self.others = np.flatnonzero((positives.counts() > 0) & (self._new.counts() == 0))
         self.depth = 100 + filtered_per_document(pairs)
+        self.excluded = Csr.of_pairs(pairs, positives.rows, positives.columns)
 
     def measure(self, ids: np.ndarray, among_new: np.ndarray | None = None) -> dict[str, float]:
         """What rankings are worth, as fractions; see the module.
@@ -276,16 +278,20 @@ class Trained:
             _, places = exact.search(self.test, new, min(ground.depth, len(new)))
             among = added[places]
             index, numbers = np.concatenate([index, new]), np.concatenate([numbers, added])
-        depth = ground.depth + (self.mix.labels if mixed else 0)
-        scores, ids = exact.search(self.test, index, min(depth, len(index)))
-        ids = numbers[ids].astype(np.int32)
-        found = {"plain": ground.measure(ids, among)}
+        order = np.argsort(numbers)
+        index, numbers = index[order], numbers[order].astype(np.int32)
+        _, places = exact.search(self.test, index, min(ground.depth, len(index)))
+        found = {"plain": ground.measure(numbers[places], among)}
         if mixed:
-            labels = scores[:, : self.mix.labels], ids[:, : self.mix.labels]
-            documents = min(self.mix.documents, len(self.documents))
-            documents = exact.search(self.test, self.documents, documents)
-            items = augmented.union(*labels, *documents, len(self.held))
-            _, ids = augmented.augment(*items, self.positives, self.mix, ground.depth)
+            labels, documents = augmented.depths(self.mix, 100)
+            excluded = ground.excluded.select(numbers)
+            scores, places = exact.search(
+                self.test, index, min(labels, len(index)), excluded=excluded
+            )
+            nearest = scores, np.where(places < 0, -1, numbers[places])
+            near = exact.search(self.test, self.documents, min(documents, len(self.documents)))
+            mix = self.positives, self.mix
+            _, ids = augmented.rank(nearest, near, *mix, 100, ground.excluded)
             found["augmented"] = ground.measure(ids)
         return found
 

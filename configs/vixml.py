@@ -188,7 +188,6 @@ BASE = {
             "label_weight": 0.9,  # [V] supp. E
             "separate_softmax": False,
             "normalize_rows": False,
-            "filter_first": False,
             "prior": config_dict.placeholder(str),  # a file, or "frequency"; None: no prior
             "prior_weight": 1.0,
             "weights": "config",  # or "tuned", by --mode=tune
@@ -220,7 +219,6 @@ BASE = {
         "label_weight": (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "separate_softmax": (False, True),
         "normalize_rows": (False, True),
-        "filter_first": (False, True),
         "prior_weight": (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0),
     },
     "export": {

@@ -37,14 +37,8 @@ def same(scores, rows, expected_scores, expected_rows) -> None:
     "changes",
     [
         {},
-        {"filter_first": True, "separate_softmax": True, "labels": 5},
-        {
-            "mode": "joint",
-            "labels": 4,
-            "documents": 8,
-            "filter_first": True,
-            "normalize_rows": True,
-        },
+        {"separate_softmax": True, "labels": 5},
+        {"mode": "joint", "labels": 4, "documents": 8, "normalize_rows": True},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
@@ -108,7 +102,7 @@ def test_only_and_exclude_by_hand(predictor, queries):
 
 
 def test_a_list_of_one_document_is_a_predictor_of_that_list(exported, queries):
-    one = open_with(exported, mode="joint", filter_first=True, labels=4, documents=8)
+    one = open_with(exported, mode="joint", labels=4, documents=8)
     only = list(one.artifact.labels.ids)[3:25]
     for kind in ("plain", "augmented"):
         expected = one.restricted(only).rank(queries[:9], K, kind, ROWS)
@@ -120,6 +114,45 @@ def test_a_list_of_one_document_is_a_predictor_of_that_list(exported, queries):
     fewer = one.restricted(only[:-3])
     expected = fewer.rank(queries[:9], K, "plain", ROWS)
     np.testing.assert_array_equal(fewer.rank(listed, K, "plain", ROWS)[1], expected[1])
+
+
+@pytest.mark.parametrize("index", ["exact", "scann"])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("mode", ["split", "joint"])
+def test_page_after_page_until_all_labels_were_seen(
+    exported, predictor, tmp_path, mode, prior, index
+):
+    """Few labels are mixed; the others follow, but for those whose prior is 0."""
+    from xmc_jax.retrieval import scann
+
+    artifact, count = predictor.artifact, len(predictor.artifact.labels)
+    stock = np.ones(count)
+    stock[::3] = 0
+    mix = dataclasses.replace(artifact.ranking, mode=mode, labels=3, documents=2)
+    labels = dataclasses.replace(artifact.labels, prior=stock) if prior else artifact.labels
+    artifact = dataclasses.replace(artifact, ranking=mix, labels=labels)
+    if index == "scann":
+        if not scann.available():
+            pytest.skip("scann is not installed")
+        config = scann.ScannConfig(brute_force_below=1, leaves_searched=0.01, reorder=1.0)
+        scann.ScannIndex.build(np.array(labels.embeddings), config).save(tmp_path)
+        artifact = dataclasses.replace(artifact, index=pathlib.Path(tmp_path))
+    one = Predictor(artifact, predictor._tower, index)
+    for kind in ("plain", "augmented"):
+        expected = np.flatnonzero(stock) if prior and kind == "augmented" else np.arange(count)
+        seen: list[str] = []
+        while page := one.predict(Query("a text", exclude=seen), 7, kind)[0]:
+            assert len(page) == min(7, len(expected) - len(seen))
+            seen += [label.id for label in page]
+            assert [label.score for label in page] == sorted((x.score for x in page), reverse=True)
+        ids = list(labels.ids)
+        assert sorted(map(ids.index, seen)) == expected.tolist()
+        whole = one.predict("a text", count, kind)[0]
+        assert sorted(ids.index(label.id) for label in whole) == expected.tolist()
+        if index == "exact":
+            assert whole[:7] == one.predict("a text", 7, kind)[0]
+        listed = one.predict(Query("a text", only=ids), count, kind)[0]
+        assert sorted(ids.index(label.id) for label in listed) == expected.tolist()
 
 
 def test_predictions_have_ids_texts_and_scores(predictor, exported):

@@ -53,25 +53,23 @@ def store():
     )
 
 
-def allowed():
+def allowed(pairs=FILTER):
     mask = np.ones((M, L), bool)
-    mask[FILTER[:, 0], FILTER[:, 1]] = False
+    mask[pairs[:, 0], pairs[:, 1]] = False
     return mask
 
 
 def ranked(scores, k):
-    """The k best allowed labels with a score, -1 where there are fewer."""
-    scores = np.where(allowed(), scores, -np.inf)
+    """The k best labels with a score, -1 where there are fewer."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.where(np.take_along_axis(scores, order, axis=1) > -np.inf, order, -1)
 
 
-def dense_augmented(config, prior=None):
-    """The formula with dense matrices: which items are retrieved, one softmax, two sides."""
-    a, b = TEST @ LABELS.T, TEST @ TRAIN.T
-    if config.filter_first:
-        a = np.where(allowed(), a, -np.inf)
-    both = np.concatenate([a, b], axis=1)
+def dense_augmented(config, k, may, prior=None):
+    """The formula with dense matrices: which items are mixed, one softmax, two sides, the rest."""
+    may = may if prior is None else may & (prior > 0)
+    a, b = np.where(may, TEST @ LABELS.T, -np.inf), TEST @ TRAIN.T
+    both = np.concatenate([a, b], axis=1).astype(np.float64)
     if config.mode == "joint":
         cut = np.sort(both, axis=1)[:, -(config.labels + config.documents), None]
         kept = both >= cut
@@ -88,28 +86,34 @@ def dense_augmented(config, prior=None):
     y = config.label_weight * p[:, :L] + (1 - config.label_weight) * p[:, L:] @ csr(4, N)[1]
     if prior is not None:
         y = y * prior**config.prior_weight
-    return np.where(y > 0, y, -np.inf)
+    return ranked(np.where(may, np.where(y > 0, y, a - 2), -np.inf), k)  # the rest by cosine
 
 
 @pytest.mark.parametrize("mode", ["split", "joint"])
 @pytest.mark.parametrize("labels", [4, 12])  # below and above k
-@pytest.mark.parametrize("filter_first", [False, True])
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("prior", [None, np.random.default_rng(6).integers(0, 5, L) / 2])
-def test_equals_dense_evaluation(store, mode, labels, filter_first, prior):
-    augmented = AugmentedConfig(
+def test_equals_dense_evaluation(store, mode, labels, long, prior):
+    pairs = FILTER
+    if long:  # the filter takes nearly all labels from some documents, and all from one
+        rows = np.repeat(np.arange(M), np.arange(M) * 5 % L)
+        place = np.concatenate([np.arange(n * 5 % L) for n in range(M)])
+        pairs = np.stack([rows, NEAREST[rows, place]], axis=1)
+        pairs = np.concatenate([pairs, [(5, label) for label in range(L)]]).astype(np.int32)
+    store, may = dataclasses.replace(store, _filter={"test": pairs}), allowed(pairs)
+    mix = AugmentedConfig(
         mode=mode,
         labels=labels,
         documents=6,
         label_weight=0.6,
-        filter_first=filter_first,
         prior=None if prior is None else "a file",
         prior_weight=0.7,
     )
-    config = ev.EvalConfig(ks=(1, 3, 10), k=10, augmented=augmented, query_block=4)
+    config = ev.EvalConfig(ks=(1, 3, 10), k=10, augmented=mix, query_block=4)
     result = ev.evaluate(TEST, LABELS, store, config, train=TRAIN, prior=prior)
     want = {
-        "plain": ranked(TEST @ LABELS.T, 10),
-        "augmented": ranked(dense_augmented(augmented, prior), 10),
+        "plain": ranked(np.where(may, TEST @ LABELS.T, -np.inf), 10),
+        "augmented": dense_augmented(mix, 10, may, prior),
     }
     truth = store.positives("test")
     assert list(result.metrics) == ["plain", "augmented"]
@@ -118,7 +122,8 @@ def test_equals_dense_evaluation(store, mode, labels, filter_first, prior):
         assert result.metrics[row] == metrics(
             ids, truth.indptr, truth.indices, store.inverse_propensity, config.ks
         )
-        assert (np.diff(result.scores[row][:, :5]) <= 0).all()
+        scores = np.where(ids < 0, -2, result.scores[row])
+        assert (np.diff(scores) <= 0).all()
     assert result.metrics["plain"] != result.metrics["augmented"]
     assert result.index == {}
 

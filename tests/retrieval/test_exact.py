@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from xmc_jax import sharding
+from xmc_jax.data.csr import Csr
 from xmc_jax.retrieval import exact
 
 
@@ -43,6 +44,25 @@ def test_equals_a_full_sort(q, count, k, query_block, database_block):
     assert ids.dtype == np.int32
 
 
+@pytest.mark.parametrize(("count", "database_block"), [(40, 7), (3001, 1024), (600, 32_768)])
+def test_excluded_rows_are_not_found(count, database_block):
+    """Queries that exclude nothing, a few rows, more than fit the smallest width, and all rows."""
+    generator = np.random.default_rng(7)
+    queries, database = integers(0, 6, 6), integers(1, count, 6)
+    numbers = (0, 1, 5, count // 2, count - 2, count)
+    excluded = [generator.permutation(count)[:n] for n in numbers]
+    scores, ids = exact.search(
+        queries, database, 9, 2, database_block, excluded=Csr.of_rows(excluded, count)
+    )
+    products = queries @ database.T
+    for row, without in enumerate(excluded):
+        allowed = np.setdiff1d(np.arange(count), without)
+        want = allowed[np.argsort(-products[row, allowed], kind="stable")][:9]
+        np.testing.assert_array_equal(ids[row, : len(want)], want)
+        np.testing.assert_array_equal(scores[row, : len(want)], products[row, want])
+        assert (ids[row, len(want) :] == -1).all() and (scores[row, len(want) :] == -np.inf).all()
+
+
 def test_padding_is_never_returned_even_when_all_products_are_negative():
     scores, ids = exact.search(-np.ones((2, 4)), np.ones((5, 4)), 5, 3, 3)
     np.testing.assert_array_equal(ids, np.tile(np.arange(5), (2, 1)))
@@ -60,6 +80,9 @@ def test_eight_devices_equal_one(sizes):
         want = exact.search(queries, database, k)
         np.testing.assert_array_equal(got[1], want[1])
         np.testing.assert_array_equal(got[0], want[0])
+        excluded = Csr.of_rows([ids[:3] for ids in want[1]], count)
+        without = exact.search(queries, database, k, 4, 5, mesh, excluded=excluded)
+        np.testing.assert_array_equal(without[1][:, : k - 3], want[1][:, 3:])
 
 
 def test_one_compilation_for_all_blocks_and_calls_and_no_implicit_transfer():

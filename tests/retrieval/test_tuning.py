@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xmc_jax.data.csr import Csr
-from xmc_jax.retrieval import pool, tuned, tuning
+from xmc_jax.retrieval import augmented, tuned, tuning
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.metrics import NAMES, Truth
@@ -24,9 +24,11 @@ def sparse(dense: np.ndarray) -> Csr:
     return Csr(indptr, np.nonzero(dense)[1].astype(np.int32), None, dense.shape[1])
 
 
-def retrieved(generator, M: int, count: int, K: int):
+def retrieved(generator, M: int, count: int, K: int, excluded=None):
     """Random items with scores of few values; some rows have fewer, some none."""
-    ids = np.stack([generator.permutation(count)[:K] for _ in range(M)]).astype(np.int32)
+    excluded = [()] * M if excluded is None else excluded
+    orders = [generator.permutation(np.setdiff1d(np.arange(count), some)) for some in excluded]
+    ids = np.stack([order[:K] for order in orders]).astype(np.int32)
     scores = -np.sort(-np.round(generator.uniform(-1, 1, (M, K)), 1), axis=1).astype(np.float32)
     for row, lacking in enumerate(generator.integers(0, K // 2, M)):
         if lacking:
@@ -40,14 +42,14 @@ def problem(seed: int, M: int = 200):
     positives = generator.random((N, L)) < 0.08
     positives[3] = False
     truth = generator.random((M, L)) < 0.06
-    pairs = [(row, label) for row in range(0, M, 2) for label in generator.permutation(L)[:3]]
-    pairs = np.array(pairs, np.int32)
-    truth[pairs[:, 0], pairs[:, 1]] = False
-    labels, documents = retrieved(generator, M, L, 14), retrieved(generator, M, N, 14)
+    filtered = [generator.permutation(L)[: 3 * (row % 2)] for row in range(M)]
+    excluded = Csr.of_rows(filtered, L)
+    truth[tuple(excluded.pairs().T)] = False
+    labels, documents = retrieved(generator, M, L, 20, filtered), retrieved(generator, M, N, 14)
     for row, sides in ((0, (labels,)), (1, (documents,)), (2, (labels, documents))):
         for scores, ids in sides:
             scores[row], ids[row] = -np.inf, -1
-    return labels, documents, sparse(positives), sparse(truth), pairs
+    return labels, documents, sparse(positives), sparse(truth), excluded
 
 
 def choose(problem, sources=None, prior=None, config=EVAL, tune=TUNE) -> tuning.Choice:
@@ -59,9 +61,9 @@ def choose(problem, sources=None, prior=None, config=EVAL, tune=TUNE) -> tuning.
 @pytest.mark.parametrize("mode", ["split", "joint"])
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_every_setting_ranks_as_evaluation_does(mode, k):
-    """What is laid out for speed gives the ranks of `augment`, ties and filtered labels too."""
-    labels, documents, positives, truth, pairs = problem(k, M=150)
-    prior = np.random.default_rng(7).integers(0, 4, L).astype(np.float64)
+    """The rank of each positive in every setting, ties and excluded labels too."""
+    labels, documents, positives, truth, excluded = problem(k, M=150)
+    prior = np.random.default_rng(7).integers(1, 4, L).astype(np.float64)
     settings = [
         AugmentedConfig(
             mode=mode,
@@ -71,18 +73,17 @@ def test_every_setting_ranks_as_evaluation_does(mode, k):
             label_weight=weights[1],
             separate_softmax=switches[0],
             normalize_rows=switches[1],
-            filter_first=switches[2],
             prior_weight=prior_weight,
         )
         for numbers in (((4, 6), (11, 14)) if mode == "split" else ((4, 7),))
         for weights in ((0.05, 0.0), (0.05, 0.6), (0.3, 1.0))
-        for switches in itertools.product((False, True), repeat=3)
+        for switches in itertools.product((False, True), repeat=2)
         for prior_weight in (0.0, 0.7)
     ]
-    retrieved_once = pool.Pool(labels, documents, positives, truth, pairs, mode, prior, k)
+    pool = tuning._Pool(labels, documents, positives, truth, excluded, mode, prior, k)
     measured, hits = Truth(truth.indptr, truth.indices, np.ones(L)), 0
-    for one, ranks in zip(settings, retrieved_once.ranks(settings)):
-        ids = tuning._ranked(one, labels, documents, positives, pairs, k, prior)
+    for one, ranks in zip(settings, pool.ranks(settings)):
+        ids = augmented.rank(labels, documents, positives, one, k, excluded, prior)[1]
         want = measured.ranks(ids, (k,))
         np.testing.assert_array_equal(np.minimum(ranks, k), want, err_msg=str(one))
         hits += (want < k).sum()
@@ -91,19 +92,19 @@ def test_every_setting_ranks_as_evaluation_does(mode, k):
 
 def test_a_planted_optimum_is_found():
     """Labels say nothing, neighbours' labels nearly all, those of the nearest most of all."""
-    labels, documents, positives, _, pairs = problem(0, M=300)
+    labels, documents, positives, _, excluded = problem(0, M=300)
     generator = np.random.default_rng(1)
     truth = np.zeros((300, L), bool)
     for row, ids in enumerate(documents[1]):
         for document in ids[:2][ids[:2] >= 0]:
             truth[row, positives.take(np.array([document])).indices] = True
     truth &= generator.random(truth.shape) < 0.7
-    truth[pairs[:, 0], pairs[:, 1]] = False
-    given = labels, documents, positives, sparse(truth), pairs
+    truth[tuple(excluded.pairs().T)] = False
+    given = labels, documents, positives, sparse(truth), excluded
     choice = choose(given)
     assert choice.accepted and choice.chosen == choice.best != choice.defaults
     assert choice.defaults == EVAL.augmented
-    assert choice.best.label_weight == 0.2 and choice.best.documents == 4
+    assert choice.best.label_weight == 0.2
     assert choice.gain > 4 * choice.standard_error > 0
     before, after = (choice.metrics[row][TUNE.metric] for row in ("defaults", "best"))
     assert after > before + 0.2
@@ -115,27 +116,25 @@ def test_a_planted_optimum_is_found():
     for field, values in tuning._space(EVAL.augmented, TUNE, None).items():
         for value in values:
             one = dataclasses.replace(choice.best, **{field: value})
-            ranks = measured.ranks(tuning._ranked(one, *given[:3], pairs, 20, None), (5,))
+            ranks = measured.ranks(augmented.rank(*given[:3], one, 20, excluded)[1], (5,))
             parts = [measured.mean(*part, ranks) for part in (("P", 1), ("P", 5), ("nDCG", 5))]
             assert np.mean(parts) <= after + 1e-12
 
 
 def test_a_planted_prior_is_found():
-    labels, documents, positives, _, pairs = problem(2, M=300)
+    labels, documents, positives, _, excluded = problem(2, M=300)
     popular = np.arange(L) < 12
     generator = np.random.default_rng(3)
     truth = (generator.random((300, L)) < 0.5) & popular
-    truth[pairs[:, 0], pairs[:, 1]] = False
-    given = labels, documents, positives, sparse(truth), pairs
+    truth[tuple(excluded.pairs().T)] = False
+    given = labels, documents, positives, sparse(truth), excluded
     config = dataclasses.replace(
         EVAL, augmented=dataclasses.replace(EVAL.augmented, prior="a file", prior_weight=0.0)
     )
     prior = np.where(popular, 50.0, 1.0)
     choice = choose(given, prior=prior, config=config)
     assert choice.accepted and choice.chosen.prior_weight >= 0.5
-    # A prior with zeros has no negative powers; without one, its weight is not tried.
-    space = tuning._space(config.augmented, TUNE, np.where(popular, 1.0, 0))
-    assert min(space["prior_weight"]) == 0
+    # Without a prior, its weight is not tried.
     assert tuning._space(EVAL.augmented, TUNE, None)["prior_weight"] == (1.0,)
 
 
@@ -190,14 +189,14 @@ def test_report_and_flags():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_metric_is_a_mean_over_documents(name):
-    labels, documents, positives, truth, pairs = problem(6)
+    labels, documents, positives, truth, excluded = problem(6)
     weights = np.random.default_rng(0).uniform(1, 9, L)
     tune = dataclasses.replace(TUNE, metric=f"{name}@3", temperature=(), label_weight=())
     choice = tuning.choose(
-        *(labels, documents, positives, truth, pairs, EVAL, tune, weights, np.arange(200))
+        *(labels, documents, positives, truth, excluded, EVAL, tune, weights, np.arange(200))
     )
     assert choice.metrics["best"][f"{name}@3"] >= choice.metrics["defaults"][f"{name}@3"]
-    assert choice.settings >= 8
+    assert choice.settings >= 6
 
 
 @pytest.mark.parametrize(
@@ -266,6 +265,11 @@ def test_read_gives_what_was_written_and_refuses_what_is_not_its_own(tmp_path):
     }
     read = tuned.read(tmp_path, same, store, own)
     assert read == dataclasses.replace(choice.best, prior="p.tsv")
+    # A file of an earlier version has a field that has no effect any more.
+    path.write_text(
+        path.read_text().replace('"mode": "split"', '"mode": "split", "filter_first": true')
+    )
+    assert tuned.read(tmp_path, same, store, own) == read
 
     def refused(said, fields=fields, store=store, own=own):
         with pytest.raises(ValueError, match=said) as error:

@@ -22,6 +22,32 @@ class Csr:
     values: np.ndarray | None
     columns: int
 
+    @classmethod
+    def of_pairs(cls, pairs: np.ndarray, rows: int, columns: int) -> "Csr":
+        """The set of some (row, column) pairs, i[p, 2] in any order, each once.
+
+        Raises:
+            ValueError: a pair lies outside.
+        """
+        if len(pairs) and not (
+            (pairs >= 0).all() and (pairs.max(axis=0) < np.array([rows, columns])).all()
+        ):
+            raise ValueError(
+                f"pairs: expected rows in [0, {rows}) and columns in [0, {columns}), got "
+                f"{pairs.min(axis=0).tolist()} to {pairs.max(axis=0).tolist()}"
+            )
+        order = np.argsort(pairs[:, 0], kind="stable")
+        ends = np.cumsum(np.bincount(pairs[:, 0], minlength=rows))
+        indptr = np.concatenate([[0], ends])
+        return cls(indptr, pairs[order, 1].astype(np.int32), None, columns).deduplicated()
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[np.ndarray], columns: int) -> "Csr":
+        """The set whose row i has the columns `rows[i]`, i[m] and distinct."""
+        indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        indices = np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32)
+        return cls(indptr, indices, None, columns)
+
     @property
     def rows(self) -> int:
         """n."""
@@ -41,6 +67,19 @@ class Csr:
         indptr = np.concatenate([[0], np.cumsum(counts)])
         positions = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
         return Csr(indptr, self.indices[positions], None, self.columns)
+
+    def select(self, columns: np.ndarray) -> "Csr":
+        """Some of the columns, i[m] ascending, numbered in that order; without values."""
+        place = np.searchsorted(columns, self.indices)
+        kept = np.zeros(len(self.indices), bool)
+        inside = place < len(columns)
+        kept[inside] = columns[place[inside]] == self.indices[inside]
+        ends = np.concatenate([[0], np.cumsum(kept)])
+        return Csr(ends[self.indptr], place[kept].astype(np.int32), None, len(columns))
+
+    def pairs(self) -> np.ndarray:
+        """i64[nnz, 2], (row, column) of each entry, by rows."""
+        return np.stack([self.row_ids(), self.indices], axis=1)
 
     def deduplicated(self) -> "Csr":
         """The same pairs, each once, columns ascending within a row."""

@@ -40,7 +40,7 @@ from xmc_jax.files import array_files
 from xmc_jax.files.digests import sha256
 from xmc_jax.inference.thumbnails import KINDS, Thumbnails
 from xmc_jax.models import dual, hf
-from xmc_jax.retrieval.augmented import AugmentedConfig
+from xmc_jax.retrieval.augmented import RETIRED, AugmentedConfig
 from xmc_jax.types import ORDERS, Prompts
 
 FORMAT = 1
@@ -166,7 +166,7 @@ class Labels:
         embeddings: f32[L, D], prototypes with PRIME, else of their texts: unit vectors, but for
             labels added later, see `new_labels.NewLabelsConfig.scale`.
         frequency: i64[L], training documents of each; 0 for those added later.
-        prior: f64[L], see `augmented.augment`; None without.
+        prior: f64[L], see `augmented.rank`; None without.
     """
 
     ids: texts.Texts
@@ -341,7 +341,10 @@ def open(folder, verify: bool = True) -> Artifact:
         sections[name] = part = parse(Part, section, f"{where}: {name}", partly=True)
         _check_part(folder, name, part, model.digest)
     shape = sections["labels"].count, model.width
-    ranking = parse(AugmentedConfig, manifest.get("ranking"), f"{where}: ranking")
+    ranking = manifest.get("ranking")
+    if isinstance(ranking, dict):
+        ranking = {name: value for name, value in ranking.items() if name not in RETIRED}
+    ranking = parse(AugmentedConfig, ranking, f"{where}: ranking")
     labels = _labels(folder / sections["labels"].folder, shape, ranking.prior is not None)
     documents = None
     if sections["documents"] is not None:

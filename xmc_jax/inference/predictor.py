@@ -23,10 +23,10 @@ from xmc_jax.inference import artifact, config
 from xmc_jax.inference.artifact import Artifact
 from xmc_jax.inference.tower import ROWS, Encoded, Item, Tower
 from xmc_jax.retrieval import augmented, exact, scann
-from xmc_jax.retrieval.metrics import drop_filtered
+from xmc_jax.retrieval.metrics import first
 
 _CHECKED = 65_536  # rows looked at at a time
-_STEP = 128  # searches are for so many, or a multiple, so that few are compiled
+_STEP = 256  # searches are for so many, or a multiple, so that few are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,24 +224,20 @@ class Predictor:
         mix = self._mix(ranking)
         out_scores = np.full((len(queries), k), -np.inf, np.float32)
         out_rows = np.full((len(queries), k), -1, np.int32)
-        asked, of_extra = {}, {}  # by number; numbers by how much more their searches ask for
+        allowed: dict[int, tuple[np.ndarray | None, np.ndarray]] = {}
         for number, query in enumerate(queries):
             if problems is not None and number in problems:
                 continue
             try:
-                asked[number] = self._allowed(query)
+                allowed[number] = self._allowed(query)
             except ValueError as error:
                 if problems is None:
                     raise
                 problems[number] = str(error)
-                continue
-            excluded = len(asked[number][1])
-            of_extra.setdefault(-(-excluded // _STEP) * _STEP, []).append(number)
-        # Apart, so that no document's search depends on what is excluded for another.
-        for extra, numbers in of_extra.items() if len(self.labels) else ():
-            some = [asked[number] for number in numbers]
+        numbers = list(allowed)
+        if numbers and k:
             with self._lock:
-                found = self._ranked(embedded[numbers], some, extra, k, mix, rows)
+                found = self._ranked(embedded[numbers], list(allowed.values()), k, mix, rows)
             out_scores[numbers], out_rows[numbers] = found
         return out_scores, out_rows
 
@@ -334,22 +330,27 @@ class Predictor:
             progress: called before each program, and at the end, with the numbers of programs that
                 are ready and of all.
         """
-        mix, documents = self.artifact.ranking, self.artifact.documents
-        both = mix.labels + mix.documents if mix.mode == "joint" else 0
-        most = max(k, mix.labels, both) + -(-exclude // _STEP) * _STEP
-        searches = [(self._nearest, most)]
+        mix, documents, count = self.artifact.ranking, self.artifact.documents, len(self.labels)
+        searches = {(_rounded(depth), False) for depth in range(1, k + 1)}
+        near: set[int] = set()
         if documents is not None:
-            near = max(neighbours, mix.documents, most if both else 0)
-            searches.append((self._documents.search, near))
+            apart = self._prior is not None and not self._prior.all()
+            searches |= {(_rounded(augmented.depths(mix, n)[0]), apart) for n in range(1, k + 1)}
+            near = {_rounded(n) for n in (augmented.depths(mix, k)[1], *range(1, neighbours + 1))}
         with self._lock:
             self.row(self.artifact.labels.ids[0])
             programs = self._tower.programs(rows)
             for size in rows:
                 embedded = np.zeros((size, self.artifact.model.width), np.float32)
+                for number in exact.excluded_counts(min(exclude, count)):
+                    excluded = Csr.of_rows([np.arange(number)] * size, count)
+                    programs += [
+                        functools.partial(self._nearest, embedded, depth, rows, excluded, mixed)
+                        for depth, mixed in sorted(searches)
+                    ]
                 programs += [
-                    functools.partial(search, embedded, wanted, rows)
-                    for search, most in searches
-                    for wanted in range(_STEP, most + _STEP, _STEP)
+                    functools.partial(self._documents.search, embedded, depth, rows)
+                    for depth in sorted(near)
                 ]
             for number, compile in enumerate(programs):
                 progress(number, len(programs))
@@ -411,7 +412,6 @@ class Predictor:
         self,
         embedded: np.ndarray,
         allowed: Sequence[tuple[np.ndarray | None, np.ndarray]],
-        extra: int,
         k: int,
         mix: augmented.AugmentedConfig | None,
         rows: tuple[int, ...],
@@ -421,74 +421,93 @@ class Predictor:
         Args:
             embedded: f32[n, D].
             allowed: of each, see `_allowed`.
-            extra: at least as many as any of them excludes.
             k: labels.
             mix: None for labels by inner product.
             rows: sizes of blocks.
         """
-        joint = mix is not None and mix.mode == "joint"
-        in_common = 0  # labels searched, or labels and documents together
-        if mix is not None:
-            in_common = mix.labels + (mix.documents if joint else 0)
-        near = None
-        if mix is not None:
-            margin = extra if joint and mix.filter_first else 0
-            wanted = in_common + margin if joint else mix.documents
-            documents = len(self.artifact.documents)
-            near = self._documents.search(embedded, min(wanted, documents), rows)
-        depth = max(k, in_common) + extra
-        whole = [number for number, (only, _) in enumerate(allowed) if only is None]
         out_scores = np.full((len(embedded), k), -np.inf, np.float32)
         out_rows = np.full((len(embedded), k), -1, np.int32)
+        depth, near = k, None
+        if mix is not None:
+            depth, of_documents = augmented.depths(mix, k)
+            near = self._documents.search(embedded, of_documents, rows)
+        whole = [number for number, (only, _) in enumerate(allowed) if only is None]
         if whole:
-            nearest = self._nearest(embedded[whole], min(depth, len(self.labels)), rows)
-            pairs = _pairs([allowed[number][1] for number in whole])
-            positives = self._positives if mix is not None else None
-            retrieved = None if near is None else tuple(x[whole] for x in near)
-            scores, columns = _mixed(
-                nearest, retrieved, pairs, extra, k, mix, len(self.labels), positives, self._prior
-            )
+            excluded = Csr.of_rows([allowed[number][1] for number in whole], len(self.labels))
+            nearest = self._nearest(embedded[whole], depth, rows, excluded, mix is not None)
+            if mix is None:
+                scores, columns = first(*nearest, k)
+            else:
+                of_whole = tuple(x[whole] for x in near)
+                scores, columns = augmented.rank(
+                    nearest, of_whole, self._positives, mix, k, excluded, self._prior
+                )
             out_scores[whole] = scores
             out_rows[whole] = np.where(columns < 0, -1, self.labels[columns])
         for number, (only, excluded) in enumerate(allowed):
-            if only is None or not len(only):
-                continue
-            own = self.labels[only]
-            nearest = _nearest_of(embedded[number], self.artifact.labels.embeddings[own], depth)
-            excluded = np.searchsorted(only, excluded[np.isin(excluded, only)])
-            retrieved = positives = None
-            if mix is not None:
-                retrieved, positives = self._neighbours_of(*(x[number] for x in near), own)
-            scores, columns = _mixed(
-                nearest,
-                retrieved,
-                _pairs([excluded]),
-                extra,
-                k,
-                mix,
-                len(own),
-                positives,
-                None if self._prior is None else self.artifact.labels.prior[own],
-            )
-            out_scores[number] = scores[0]
-            out_rows[number] = np.where(columns[0] < 0, -1, own[columns[0]])
+            if only is not None:
+                of_one = None if near is None else tuple(x[number] for x in near)
+                some = np.setdiff1d(only, excluded)
+                scores, columns = self._ranked_among(some, embedded[number], depth, k, mix, of_one)
+                out_scores[number] = scores
+                out_rows[number] = np.where(columns < 0, -1, self.labels[columns])
         return out_scores, out_rows
 
-    def _nearest(self, embedded, k: int, rows) -> tuple[np.ndarray, np.ndarray]:
-        if self._approximate is not None:
-            return self._approximate.search(embedded, min(k, len(self.labels)))
-        return self._rows.search(embedded, k, rows)
+    def _nearest(
+        self,
+        embedded: np.ndarray,
+        k: int,
+        rows: tuple[int, ...],
+        excluded: Csr,
+        mixed: bool,
+    ) -> augmented.Found:
+        """The nearest columns of `labels` that may be predicted.
 
-    def _neighbours_of(
-        self, scores: np.ndarray, rows: np.ndarray, labels: np.ndarray
-    ) -> tuple[tuple[np.ndarray, np.ndarray], Csr]:
-        """Retrieved documents (f32[m], i32[m]), numbered anew, and their labels among some."""
-        found = self.artifact.documents.positives.take(rows)
-        kept = np.isin(found.indices, labels)
-        ends = np.concatenate([[0], np.cumsum(kept)])
-        indices = np.searchsorted(labels, found.indices[kept]).astype(np.int32)
-        numbers = np.arange(len(rows), dtype=np.int32)
-        return (scores[None], numbers[None]), Csr(ends[found.indptr], indices, None, len(labels))
+        Args:
+            embedded: f32[n, D].
+            k: to find of each.
+            rows: sizes of blocks.
+            excluded: [n, l], of each document.
+            mixed: whether labels whose prior is 0 are left out.
+        """
+        if mixed and self._prior is not None and not self._prior.all():
+            columns, database = self._of_positive_prior
+            scores, places = database.search(embedded, k, rows, excluded.select(columns))
+            return scores, np.where(places < 0, -1, columns[places]).astype(np.int32)
+        if self._approximate is not None:
+            return self._approximate.search(embedded, min(k, len(self.labels)), excluded)
+        return self._rows.search(embedded, k, rows, excluded)
+
+    def _ranked_among(
+        self,
+        columns: np.ndarray,
+        embedded: np.ndarray,
+        depth: int,
+        k: int,
+        mix: augmented.AugmentedConfig | None,
+        near: augmented.Found | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """f32[k] and i32[k], the ranking of a document among a few columns of `labels`, i[m].
+
+        On the host: a program for every number of rows would take longer to compile than a search.
+        """
+        prior = self._prior if mix is not None else None
+        if prior is not None:
+            columns = columns[prior[columns] > 0]
+        if not len(columns):
+            return np.full(k, -np.inf, np.float32), np.full(k, -1, np.int32)
+        nearest = _nearest_of(
+            embedded, self.artifact.labels.embeddings[self.labels[columns]], depth
+        )
+        if mix is None:
+            (scores,), (places,) = first(*nearest, k)
+        else:
+            # Documents by their place in `near`, labels by their place in `columns`.
+            positives = self._positives.take(near[1]).select(columns)
+            documents = near[0][None], np.arange(len(near[1]), dtype=np.int32)[None]
+            some = None if prior is None else prior[columns]
+            (scores,), (places,) = augmented.rank(nearest, documents, positives, mix, k, None, some)
+        return scores, np.where(places < 0, -1, columns[places]).astype(np.int32)
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
@@ -508,21 +527,23 @@ class Predictor:
             return self._of._documents
         return _Rows(self.artifact.documents.embeddings, self._tower.mesh)
 
-    @property
+    @functools.cached_property
     def _prior(self) -> np.ndarray | None:
         prior = self.artifact.labels.prior
         return None if prior is None else prior[self.labels]
 
     @functools.cached_property
+    def _of_positive_prior(self) -> tuple[np.ndarray, "_Rows"]:
+        """i64[m], the columns of `labels` whose prior is not 0, and their embeddings."""
+        columns = np.flatnonzero(self._prior)
+        embeddings = self.artifact.labels.embeddings[self.labels[columns]]
+        return columns, _Rows(embeddings, self._tower.mesh)
+
+    @functools.cached_property
     def _positives(self) -> Csr:
         """[N, l]: labels of the training documents, of those that are ranked."""
-        whole = self.artifact.documents.positives
-        if self._whole:
-            return whole
-        kept = np.isin(whole.indices, self.labels)
-        ends = np.concatenate([[0], np.cumsum(kept)])
-        indices = np.searchsorted(self.labels, whole.indices[kept]).astype(np.int32)
-        return Csr(ends[whole.indptr], indices, None, len(self.labels))
+        positives = self.artifact.documents.positives
+        return positives if self._whole else positives.select(self.labels)
 
 
 def _queries(documents: Any) -> list[Query]:
@@ -558,55 +579,16 @@ def _count(k: Any) -> int:
     return operator.index(k)
 
 
-def _pairs(excluded: Sequence[np.ndarray]) -> np.ndarray:
-    """i32[p, 2]: (query, column) that may not be predicted."""
-    numbers = np.repeat(np.arange(len(excluded)), [len(columns) for columns in excluded])
-    columns = np.concatenate([np.zeros(0, np.int32), *excluded])
-    return np.stack([numbers, columns], axis=1).astype(np.int32)
+def _rounded(k: int) -> int:
+    """How many are searched for where k are wanted."""
+    return -(-k // _STEP) * _STEP
 
 
 def _nearest_of(query: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """f32[1, m], i32[1, m]: the k nearest of a few rows, on the host: a program for every number
-    of rows would take longer to compile than any search.
-    """
+    """f32[1, m], i32[1, m]: the k nearest of a few rows."""
     scores = np.einsum("ld,d->l", embeddings, query)  # not by BLAS, which may add in other orders
     order = np.argsort(-scores, kind="stable")[:k].astype(np.int32)
     return scores[None, order], order[None]
-
-
-def _mixed(
-    nearest: tuple[np.ndarray, np.ndarray],
-    retrieved: tuple[np.ndarray, np.ndarray] | None,
-    pairs: np.ndarray,
-    extra: int,
-    k: int,
-    mix: augmented.AugmentedConfig | None,
-    count: int,
-    positives: Csr | None,
-    prior: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and columns of what is left after mixing and filtering.
-
-    Args:
-        nearest: labels, best first.
-        retrieved: documents; None where nothing is mixed.
-        pairs: see `_pairs`.
-        extra: at least as many as any query has of them.
-        k: labels.
-        mix: None for labels by inner product.
-        count: of labels.
-        positives: [N, count] of the documents.
-        prior: f64[count], or None.
-    """
-    if mix is None:
-        return drop_filtered(*nearest, pairs, k)
-    if mix.mode == "joint":
-        wanted = mix.labels + mix.documents + (extra if mix.filter_first else 0)
-        nearest = tuple(x[:, :wanted] for x in nearest)
-        retrieved = augmented.merge(nearest, retrieved, count, wanted)
-    items = augmented.to_mix(mix, nearest, retrieved, pairs, count)
-    mixed = augmented.augment(*items, positives, mix, k + extra, prior)
-    return drop_filtered(*mixed, pairs, k)
 
 
 class _Rows:
@@ -616,18 +598,22 @@ class _Rows:
         for start in range(0, len(embeddings), _CHECKED):
             if not np.isfinite(embeddings[start : start + _CHECKED]).all():
                 raise ValueError("artifact: expected finite embeddings, found others")
-        self._placed = exact.place(embeddings, mesh)
+        self._placed = exact.place(embeddings, mesh) if len(embeddings) else None
 
     def search(
-        self, queries: np.ndarray, k: int, rows: tuple[int, ...]
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, queries: np.ndarray, k: int, rows: tuple[int, ...], excluded: Csr | None = None
+    ) -> augmented.Found:
         """The best min(k, rows there are) of each query, see `exact.search`.
 
         Queries go in blocks of the sizes of `rows`. As many are searched for as any such k needs,
         so that few programs are compiled.
         """
+        if self._placed is None or not len(queries):
+            count = 0 if self._placed is None else min(k, self._placed.count)
+            nothing = np.zeros((len(queries), count), np.float32)
+            return nothing, nothing.astype(np.int32)
         placed, mesh = self._placed, self._placed.rows.sharding.mesh
-        searched, k = (min(n, placed.count) for n in (-(-k // _STEP) * _STEP, k))
+        searched, k = (min(n, placed.count) for n in (_rounded(k), k))
         found = []
         start = 0
         while start < len(queries):
@@ -636,9 +622,15 @@ class _Rows:
             part = queries[start : start + size]
             block = np.zeros((size, queries.shape[1]), np.float32)
             block[: len(part)] = part
+            without = None
+            if excluded is not None:
+                of_part = excluded.take(np.arange(start, start + len(part)))
+                without = exact.excluded_rows(of_part, size)
+            block, without = sharding.put_whole((block, without), mesh)
             best = exact.search_block(
-                sharding.put_whole(block, mesh),
+                block,
                 placed.rows,
+                without,
                 k=searched,
                 count=placed.count,
                 block=placed.block,

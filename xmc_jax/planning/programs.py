@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from xmc_jax import sharding
 from xmc_jax.data import packing
-from xmc_jax.retrieval import exact
+from xmc_jax.retrieval import augmented, exact
 from xmc_jax.training import curriculum, tables
 from xmc_jax.training.program import Program
 
@@ -122,10 +122,12 @@ def of(program: Program) -> list[Compilable]:
                 mesh=mesh,
             )
         )
-    searched = {"search labels": shape.labels}
+    searched = {"search labels": (shape.labels, search.k)}
     if search.augmented.enabled:
-        searched["search documents"] = shape.documents
-    for name, count in searched.items() if search.index == "exact" else ():
+        depths = augmented.depths(search.augmented, search.k)
+        searched["search labels"] = shape.labels, depths[0]
+        searched["search documents"] = shape.documents, depths[1]
+    for name, (count, k) in searched.items() if search.index == "exact" else ():
         size, block, by_rows = exact.layout(count, width, mesh, search.database_block)
         found.append(
             one(
@@ -134,7 +136,7 @@ def of(program: Program) -> list[Compilable]:
                 exact.search_block,
                 whole(search.query_block, width, dtype=jnp.float32),
                 jax.ShapeDtypeStruct(size, jnp.float32, sharding=by_rows),
-                k=min(max(search.k, search.augmented.labels), count),
+                k=min(k, count),
                 count=count,
                 block=block,
                 mesh=mesh,

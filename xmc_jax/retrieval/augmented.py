@@ -1,15 +1,31 @@
-"""Retrieval-augmented inference: nearest labels and the labels of nearest train documents."""
+"""Retrieval-augmented inference: nearest labels and the labels of nearest train documents.
+
+Who ranks labels does it in this order, so that excluded labels never leave a list short:
+
+    search      `depths` labels and train documents; labels that may not be predicted are not found
+    mix         softmax over what was found, summed by label
+    fill up     labels that were not mixed follow by inner product, until there are k
+"""
 
 import dataclasses
 import math
-from typing import Literal
+import os
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any, Literal
 
 import numpy as np
 
 from xmc_jax.data.csr import Csr
-from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document
 
-_BLOCK = 1_024  # documents whose (label, weight) entries are summed at a time
+Found = tuple[np.ndarray, np.ndarray]
+"""f32[M, K] inner products, best first, and i32[M, K] ids; -inf and -1 where there are no more."""
+
+RETIRED = ("filter_first",)
+"""Fields of `AugmentedConfig` in files of earlier versions, which have no effect any more."""
+
+_BLOCK = 128  # documents whose labels' scores are a matrix at a time
+_FAR = np.iinfo(np.int64).max  # rank of what was not found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +35,17 @@ class AugmentedConfig:
     Attributes:
         enabled: whether it is done at all.
         mode: "split" searches labels and documents apart, "joint" searches their union once.
-        labels: labels retrieved in split mode; joint mode retrieves `labels + documents` items.
-        documents: train documents retrieved in split mode.
+        labels: labels that are mixed in split mode, the nearest that may be predicted; joint mode
+            mixes the nearest `labels + documents` items.
+        documents: train documents that are mixed in split mode.
         temperature: of the softmax over the inner products of what was retrieved.
         label_weight: weight of the label side; the document side has `1 - label_weight`.
         separate_softmax: one softmax per side instead of one over both.
         normalize_rows: a document passes on its weight in equal parts to its labels, instead of
             giving all of it to each.
-        filter_first: drop filtered labels before the softmax and not only after it, so that they
-            (a document's own entry among the labels, say) take no weight from the others.
         prior: where each label's prior comes from, see `data.priors`; None for none.
-        prior_weight: exponent of the prior; 0 leaves it out, negative ones favour labels of low
-            prior.
+        prior_weight: exponent of the prior; negative ones favour labels of low prior. A label whose
+            prior is 0 is not ranked, whatever the exponent.
         weights: "config" takes the values here; "tuned" those that `tuned.write` left in the
             workdir, which whoever opens a run puts in their place.
     """
@@ -43,7 +58,6 @@ class AugmentedConfig:
     label_weight: float = 0.9
     separate_softmax: bool = False
     normalize_rows: bool = False
-    filter_first: bool = False
     prior: str | None = None
     prior_weight: float = 1.0
     weights: Literal["config", "tuned"] = "config"
@@ -74,109 +88,49 @@ class AugmentedConfig:
             )
 
 
-def union(
-    label_scores: np.ndarray,
-    label_ids: np.ndarray,
-    document_scores: np.ndarray,
-    document_ids: np.ndarray,
-    num_labels: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The results of two searches as those of one over labels followed by documents.
-
-    Args:
-        label_scores: f32[M, K], label_ids: i32[M, K]; -1 and -inf where nothing was found.
-        document_scores: f32[M, J], document_ids: i32[M, J], likewise.
-        num_labels: L.
-
-    Returns:
-        f32[M, K + J] scores and i32[M, K + J] ids; document d has the id `L + d`.
-    """
-    document_ids = np.where(document_ids < 0, -1, document_ids + num_labels)
-    scores = np.concatenate([label_scores, document_scores], axis=1)
-    return scores, np.concatenate([label_ids, document_ids], axis=1).astype(np.int32)
+def depths(config: AugmentedConfig, k: int) -> tuple[int, int]:
+    """How many labels and train documents are searched for, so that k labels can be ranked."""
+    labels, documents = _limits(config)
+    return max(labels, k), documents
 
 
-def to_mix(
-    config: AugmentedConfig,
-    nearest: tuple[np.ndarray, np.ndarray],
-    retrieved: tuple[np.ndarray, np.ndarray],
-    pairs: np.ndarray,
-    num_labels: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and ids of the items that `augment` mixes, of what was found.
-
-    Args:
-        config: see `AugmentedConfig`.
-        nearest: of labels, at least as many as the config asks for, and, if filtered labels are
-            dropped first, as many more as the filter takes from any one document.
-        retrieved: of documents; in joint mode of both, with the same margin.
-        pairs: i32[p, 2], the filter.
-        num_labels: L.
-    """
-    if config.mode == "joint":
-        wanted = config.labels + config.documents
-        return drop_filtered(*retrieved, pairs, wanted) if config.filter_first else retrieved
-    margin = filtered_per_document(pairs) if config.filter_first else 0
-    scores, ids = (x[:, : config.labels + margin] for x in nearest)
-    if config.filter_first:
-        scores, ids = drop_filtered(scores, ids, pairs, config.labels)
-    return union(scores, ids, *retrieved, num_labels)
-
-
-def merge(
-    labels: tuple[np.ndarray, np.ndarray],
-    documents: tuple[np.ndarray, np.ndarray],
-    num_labels: int,
-    k: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of labels and documents together: of two searches what one would find.
-
-    Args:
-        labels: f32[M, K] scores and i32[M, K] ids of labels, K at least k or all there are.
-        documents: likewise of documents.
-        num_labels: L.
-        k: items to keep.
-
-    Returns:
-        Scores, descending, and ids, as of `union`; labels come before documents of the same score.
-    """
-    both = union(*labels, *documents, num_labels)
-    best = np.argsort(-both[0], axis=1, kind="stable")[:, :k]
-    return tuple(np.take_along_axis(x, best, axis=1) for x in both)
-
-
-def augment(
-    scores: np.ndarray,
-    ids: np.ndarray,
+def rank(
+    labels: Found,
+    documents: Found,
     positives: Csr,
     config: AugmentedConfig,
     k: int,
+    excluded: Csr | None = None,
     prior: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best labels by `(w sum_labels p_l e_l + (1 - w) sum_documents p_d Y_d) * prior^g`.
 
-    p is the softmax over the retrieved items' scores, e_l the indicator of a label, Y_d the row of
-    positives of a train document, g the prior's weight. A prior orders anew what was retrieved; it
-    adds no labels, and a label whose prior is 0 goes.
+    p is the softmax over the scores of the items that are mixed, e_l the indicator of a label, Y_d
+    the row of positives of a train document, g the prior's weight. The labels in `labels` that are
+    not mixed follow in their order, with score 0. So the first labels of a list do not depend on
+    its length.
 
     Args:
-        scores: f32[M, K], inner products of M documents with retrieved items, in any order.
-        ids: i32[M, K], label ids, or L + train document; -1 where nothing was found.
+        labels: of M documents the nearest labels, without excluded ones and those whose prior is 0;
+            at least as many as `depths` says, or all there are.
+        documents: the nearest train documents, likewise.
         positives: [N, L] of the train documents.
         config: see `AugmentedConfig`.
         k: labels to return.
+        excluded: [M, L], labels that may not be predicted; None for none.
         prior: f[L], finite, at least 0; None for 1 throughout.
 
     Returns:
-        f32[M, k] mixed probabilities times powers of the prior, descending, and i32[M, k] label
-        ids; ties go to the lower id, rows with fewer labels end in -inf and -1.
+        f32[M, k] scores, descending, and i32[M, k] label ids; ties go to the lower id, rows with
+        fewer labels end in -inf and -1.
 
     Raises:
         ValueError: the config asks for a prior or for tuned weights and there are none here, or a
             prior is not of these labels, or too large with this exponent.
 
-    Source: ViXML supp. E and `eval_mm.py::predict`; RAE-XMC (joint search). The prior is not in
-    them; as the exponent of a prior, Menon et al. 2021, "Long-tail learning via logit adjustment".
+    Source: ViXML supp. E and `eval_mm.py::predict`; RAE-XMC (joint search). There, excluded labels
+    are mixed and then removed. The prior is not in them; as the exponent of a prior, Menon et al.
+    2021, "Long-tail learning via logit adjustment".
     """
     if config.weights == "tuned":
         raise ValueError(
@@ -184,28 +138,199 @@ def augment(
             "read them with retrieval.tuned.read"
         )
     if prior is None and config.prior is not None:
-        raise ValueError(f"augment: expected the prior {config.prior!r}, got none")
+        raise ValueError(f"augmented: expected the prior {config.prior!r}, got none")
     if prior is not None and prior.shape != (positives.columns,):
         raise ValueError(
-            f"augment: expected a prior of {positives.columns} labels, got shape {prior.shape}"
+            f"augmented: expected a prior of {positives.columns} labels, got shape {prior.shape}"
         )
-    out_scores = np.full((len(ids), k), -np.inf, np.float32)
-    out_ids = np.full((len(ids), k), -1, np.int32)
-    for start in range(0, len(ids), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        row, label, value = _entries(scores[part], ids[part], positives, config)
-        row, label, value = _sum_by_label(row, label, value, positives.columns)
-        if prior is not None and config.prior_weight:
-            value = value * powers(prior[label], config.prior_weight)
-            kept = prior[label] > 0
-            row, label, value = row[kept], label[kept], value[kept]
-        order = np.lexsort((label, -value, row))
-        row, label, value = row[order], label[order], value[order]
-        rank = np.arange(len(row)) - np.searchsorted(row, row)
-        kept = rank < k
-        out_scores[start + row[kept], rank[kept]] = value[kept]
-        out_ids[start + row[kept], rank[kept]] = label[kept]
-    return out_scores, out_ids
+    count = len(labels[1])
+    scores = np.full((count, k), -np.inf, np.float32)
+    ids = np.full((count, k), -1, np.int32)
+
+    def fill(rows: np.ndarray) -> None:
+        some = Candidates(
+            *(tuple(x[rows] for x in found) for found in (labels, documents)),
+            positives,
+            config.mode,
+            None if excluded is None else excluded.take(rows),
+            prior,
+        )
+        key = some.keys(config)
+        row, place, column = best(key, k)
+        scores[rows[row], place] = np.maximum(key[row, column], 0)
+        ids[rows[row], place] = some.labels[row, column]
+
+    blocks = [np.arange(count)[i : i + _BLOCK] for i in range(0, count, _BLOCK)]
+    if len(blocks) > 1:
+        with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(fill, blocks))
+    elif blocks:
+        fill(blocks[0])
+    return scores, ids
+
+
+class Candidates:
+    """The labels that some setting may rank for m documents, so that a setting costs little.
+
+    A document has a row; the columns are its labels, ascending. A setting mixes two such matrices,
+    of the labels' mass and of the documents' mass.
+
+    Args:
+        labels: see `rank`.
+        documents: see `rank`.
+        positives: see `rank`.
+        mode: see `AugmentedConfig`.
+        excluded: [m, L], or None.
+        prior: see `rank`.
+
+    Attributes:
+        labels: i32[m, C], -1 past a document's last label.
+    """
+
+    def __init__(
+        self,
+        labels: Found,
+        documents: Found,
+        positives: Csr,
+        mode: str,
+        excluded: Csr | None = None,
+        prior: np.ndarray | None = None,
+    ):
+        num_labels = positives.columns
+        (self._label_scores, label_ids), (self._document_scores, document_ids) = (
+            (scores.astype(np.float64), ids) for scores, ids in (labels, documents)
+        )
+        self._ranks = _ranks(self._label_scores, self._document_scores, mode)
+        label_row, label_item = np.nonzero(label_ids >= 0)
+        row, item = np.nonzero(document_ids >= 0)
+        passed = positives.take(document_ids[row, item])
+        self._passed_to = np.zeros(document_ids.shape)  # labels of each document
+        self._passed_to[row, item] = passed.counts()
+        row, item = (np.repeat(x, passed.counts()) for x in (row, item))
+        kept = np.ones(len(row), bool)
+        if excluded is not None:
+            kept &= ~np.isin(
+                row * num_labels + passed.indices,
+                excluded.row_ids() * num_labels + excluded.indices,
+            )
+        if prior is not None:
+            kept &= prior[passed.indices] > 0
+        row, item = row[kept], item[kept]
+        keys = np.concatenate(
+            [
+                label_row * num_labels + label_ids[label_row, label_item],
+                row * num_labels + passed.indices[kept],
+            ]
+        )
+        order = np.argsort(keys, kind="stable")
+        new = np.diff(keys[order], prepend=-1) > 0
+        of_row, of_label = np.divmod(keys[order][new], num_labels)
+        column = np.arange(len(of_row)) - np.searchsorted(of_row, of_row)
+        self._shape = len(label_ids), int(column.max(initial=0)) + 1
+        cells = of_row * self._shape[1] + column  # in the flat matrix
+        self.labels = np.full(self._shape, -1, np.int32)
+        self.labels.flat[cells] = of_label
+        cell_of = np.empty(len(keys), np.int64)
+        cell_of[order] = cells[np.cumsum(new) - 1]
+        # In the flat matrices of items: each label that was found, and each label of a document.
+        self._label_cells, self._cells = np.split(cell_of, [len(label_row)])
+        self._label_items = label_row * label_ids.shape[1] + label_item
+        self._items = row * document_ids.shape[1] + item
+        # Of each cell: the place of its label, its rank, and the rank of its first document.
+        self._place, *self._first = (np.full(self._shape, _FAR) for _ in range(3))
+        self._place.flat[self._label_cells] = label_item
+        self._first[0].flat[self._label_cells] = self._ranks[0].flat[self._label_items]
+        backwards = slice(None, None, -1)  # the last one that is written is the best
+        self._first[1].flat[self._cells[backwards]] = self._ranks[1].flat[self._items[backwards]]
+        self._prior = None
+        if prior is not None:
+            self._prior = np.ones(self._shape)
+            self._prior.flat[cells] = prior[of_label]
+        self._kept: dict[str, tuple[Any, Any]] = {}
+        self._rooms = np.empty((2, *self._shape))  # new arrays would cost as much as sums
+
+    def keys(self, config: AugmentedConfig) -> np.ndarray:
+        """f64[m, C] that sorts the labels of each document, the best highest.
+
+        At least 0 are scores of labels that are mixed; those below are of labels that follow, and
+        -inf is of no label. The array is overwritten by the next call.
+        """
+        limits = _limits(config)
+        weight = 0 if self._prior is None else config.prior_weight
+        sides = (
+            self._once("labels", (config.temperature, limits[0]), self._label_side),
+            self._once(
+                "documents",
+                (config.temperature, limits[1], config.normalize_rows),
+                self._document_side,
+            ),
+        )
+        key = self._mix(config, sides)
+        if weight:
+            key *= self._once("prior", (weight,), lambda w: powers(self._prior, w))
+        mixed, others = self._once("order", limits, self._order)
+        np.copyto(key, others, where=~mixed)
+        return key
+
+    def _once(self, name: str, key: tuple, make: Callable[..., Any]) -> Any:
+        """What is made of a key; made anew only when the key is another than last time."""
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept[name] = key, make(*key)
+        return self._kept[name][1]
+
+    def _label_side(self, temperature: float, limit: int):
+        """Mass of each cell before it is divided by the sum, the sum, and the best logit."""
+        mass, total, top = _mass(self._label_scores, self._ranks[0], limit, temperature)
+        cells = np.zeros(self._shape)
+        cells.flat[self._label_cells] = mass.ravel()[self._label_items]
+        return cells, total, top
+
+    def _document_side(self, temperature: float, limit: int, normalize_rows: bool):
+        mass, total, top = _mass(self._document_scores, self._ranks[1], limit, temperature)
+        if normalize_rows:
+            mass = mass / np.maximum(self._passed_to, 1)
+        cells = np.bincount(self._cells, mass.ravel()[self._items], math.prod(self._shape))
+        return cells.reshape(self._shape), total, top
+
+    def _mix(self, config: AugmentedConfig, sides) -> np.ndarray:
+        weights = config.label_weight, 1 - config.label_weight
+        totals, tops = (np.stack([side[i] for side in sides]) for i in (1, 2))
+        scale = np.ones(totals.shape)
+        if not config.separate_softmax:  # one softmax over both
+            top = tops.max(axis=0)
+            scale = np.exp(tops - np.where(np.isfinite(top), top, 0))
+            totals = (totals * scale).sum(axis=0)
+        scale = scale * np.array(weights)[:, None] / np.where(totals > 0, totals, 1)
+        for side, factor, out in zip(sides, scale, self._rooms):
+            np.multiply(side[0], factor[:, None], out=out)
+        return np.add(*self._rooms, out=self._rooms[0])
+
+    def _order(self, *limits: int) -> tuple[np.ndarray, np.ndarray]:
+        """bool[m, C], what is mixed, and f64[m, C], keys of the others."""
+        mixed = (self._first[0] < limits[0]) | (self._first[1] < limits[1])
+        return mixed, np.where(self._place < _FAR, -1.0 - self._place, -np.inf)
+
+
+def best(keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k highest of each row, without -inf; ties go to the lower column.
+
+    Args:
+        keys: f64[m, C].
+        k: at least 1.
+
+    Returns:
+        i64[n] each: row, rank in it from 0, and column; by row and rank.
+    """
+    width = keys.shape[1]
+    k = min(k, width)
+    least = np.partition(keys, width - k, axis=1)[:, width - k, None]  # more than k may equal it
+    cell = np.flatnonzero(keys >= np.maximum(least, np.finfo(np.float64).min))
+    row, column = np.divmod(cell, width)
+    order = np.lexsort((column, -keys.flat[cell], row))
+    row, column = row[order], column[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    first = rank < k
+    return row[first], rank[first], column[first]
 
 
 def powers(prior: np.ndarray, weight: float) -> np.ndarray:
@@ -221,7 +346,7 @@ def powers(prior: np.ndarray, weight: float) -> np.ndarray:
     with np.errstate(divide="ignore", over="ignore"):
         found = np.power(prior, weight, dtype=np.float64)
     if not (found <= np.finfo(np.float32).max).all():
-        worst = prior[np.argmax(np.where(np.isnan(found), np.inf, found))]
+        worst = prior.flat[np.argmax(np.where(np.isnan(found), np.inf, found))]
         raise ValueError(
             f"eval.augmented.prior: expected numbers whose power {weight:g} is below 3e38, got "
             f"{worst:g}; scale them, or set --config.eval.augmented.prior_weight nearer to 0"
@@ -229,40 +354,30 @@ def powers(prior: np.ndarray, weight: float) -> np.ndarray:
     return found
 
 
-def _entries(scores, ids, positives, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, label, weight) of everything that the retrieved items add."""
-    is_label = (ids >= 0) & (ids < positives.columns)
-    is_document = ids >= positives.columns
-    sides = [is_label, is_document] if config.separate_softmax else [is_label | is_document]
-    weight = sum(_softmax(scores, side, config.temperature) for side in sides)
-
-    row_l, item_l = np.nonzero(is_label)
-    row_d, item_d = np.nonzero(is_document)
-    found = positives.take(ids[row_d, item_d] - positives.columns)
-    passed = (1 - config.label_weight) * weight[row_d, item_d]
-    if config.normalize_rows:
-        passed = passed / np.maximum(found.counts(), 1)
-    return (
-        np.concatenate([row_l, np.repeat(row_d, found.counts())]),
-        np.concatenate([ids[row_l, item_l], found.indices]),
-        np.concatenate(
-            [config.label_weight * weight[row_l, item_l], np.repeat(passed, found.counts())]
-        ),
-    )
+def _limits(config: AugmentedConfig) -> tuple[int, int]:
+    """Below which rank a label and a document are mixed."""
+    both = config.labels + config.documents
+    return (config.labels, config.documents) if config.mode == "split" else (both, both)
 
 
-def _softmax(scores: np.ndarray, kept: np.ndarray, temperature: float) -> np.ndarray:
-    """f64[m, K]: softmax over the kept items of each row, 0 elsewhere."""
-    logits = np.where(kept, scores.astype(np.float64) / temperature, -np.inf)
-    top = logits.max(axis=1, keepdims=True)
-    weight = np.exp(logits - np.where(np.isfinite(top), top, 0))  # a row may have nothing kept
-    return weight / np.maximum(weight.sum(axis=1, keepdims=True), 1)  # the best item alone adds 1
+def _ranks(labels: np.ndarray, documents: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """i64 ranks of labels [m, K] and documents [m, J], best first: of each alone or of both."""
+    ranks = tuple(np.where(x > -np.inf, np.arange(x.shape[1]), _FAR) for x in (labels, documents))
+    if mode == "split":
+        return ranks
+    both = np.concatenate([labels, documents], axis=1)
+    order = np.argsort(-both, axis=1, kind="stable")  # labels before documents of the same score
+    rank = np.empty(both.shape, np.int64)
+    np.put_along_axis(rank, order, np.arange(both.shape[1])[None], axis=1)
+    return tuple(np.split(np.where(both > -np.inf, rank, _FAR), [labels.shape[1]], axis=1))
 
 
-def _sum_by_label(row, label, value, num_labels):
-    keys = row * num_labels + label
-    order = np.argsort(keys, kind="stable")
-    keys, value = keys[order], value[order]
-    first = np.flatnonzero(np.diff(keys, prepend=-1))
-    total = np.add.reduceat(value, first) if len(first) else value
-    return keys[first] // num_labels, keys[first] % num_labels, total
+def _mass(scores: np.ndarray, ranks: np.ndarray, limit: int, temperature: float):
+    """f64[m, K] `exp((score - best) / temperature)`, their sum f64[m], and the best logit f64[m].
+
+    Of items of rank below `limit`. A sum does not depend on how many others were found.
+    """
+    logits = np.where(ranks < limit, scores / temperature, -np.inf)
+    top = logits.max(axis=1, initial=-np.inf)
+    mass = np.exp(logits - np.where(np.isfinite(top), top, 0)[:, None])
+    return mass, np.cumsum(mass, axis=1)[:, -1] if mass.size else np.zeros(len(mass)), top

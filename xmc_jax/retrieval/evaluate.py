@@ -9,11 +9,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from xmc_jax import distributed
+from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic
 from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.augmented import AugmentedConfig
-from xmc_jax.retrieval.metrics import KS, NAMES, drop_filtered, filtered_per_document, metrics
+from xmc_jax.retrieval.metrics import KS, NAMES, first, metrics
 from xmc_jax.retrieval.scann import ScannConfig
 
 _COMPARED = 1_000  # at most this many test documents measure an index's recall and speed
@@ -99,8 +100,8 @@ def evaluate(
 ) -> Evaluation:
     """Ranks the labels for every test document and measures the ranking.
 
-    Every search asks for as many labels more as the filter takes from any one document. All
-    processes search; the first one makes rankings and metrics of what was found.
+    Labels that the filter takes from a document are not searched for it. All processes search; the
+    first one makes rankings and metrics of what was found.
 
     Args:
         test: f32[M, D], unit embeddings of the test documents.
@@ -109,7 +110,7 @@ def evaluate(
         config: see `EvalConfig`.
         train: f32[N, D], unit embeddings of the train documents; needed if `config.augmented`.
         mesh: what exact search runs on; see `exact.search`.
-        prior: of the labels; needed if `config.augmented.prior`, see `augmented.augment`.
+        prior: of the labels; needed if `config.augmented.prior`, see `augmented.rank`.
 
     Raises:
         ValueError: embeddings do not fit the store, or `train` is missing.
@@ -121,33 +122,27 @@ def evaluate(
             "evaluate: expected train embeddings for retrieval-augmented inference, got none; pass "
             "them, or set --config.eval.augmented.enabled=False"
         )
-    pairs = store.filter("test")
-    extra = filtered_per_document(pairs)
+    excluded = Csr.of_pairs(store.filter("test"), store.num_test, store.num_labels)
     search = _Search(test, config, mesh)
-    nearest = search("labels", labels, max(config.k, mix.labels if mix else 0) + extra)
-    retrieved = None
-    if mix is not None and mix.mode == "split":
-        retrieved = search("documents", train, mix.documents)
-    elif mix is not None:
-        wanted = mix.labels + mix.documents + (extra if mix.filter_first else 0)
-        retrieved = search.union("labels and documents", labels, train, wanted)
-
-    found = {"plain": nearest}
+    depth, of_documents = augmented.depths(mix, config.k) if mix else (config.k, 0)
+    nearest = search.labels(labels, depth, excluded)
+    if mix is not None:
+        to_mix = nearest
+        if prior is not None and not prior.all():
+            to_mix = search.labels(labels, depth, excluded, prior)
+        documents = search("documents", train, of_documents)
+    found, measured = {}, None
     if distributed.is_first():
+        found["plain"] = first(*nearest, config.k)
         if mix is not None:
-            items = augmented.to_mix(mix, nearest, retrieved, pairs, len(labels))
-            found["augmented"] = augmented.augment(
-                *items, store.positives("train"), mix, config.k + extra, prior
+            found["augmented"] = augmented.rank(
+                to_mix, documents, store.positives("train"), mix, config.k, excluded, prior
             )
-        found = {row: drop_filtered(*best, pairs, config.k) for row, best in found.items()}
-    truth, measured = store.positives("test"), None
-    if distributed.is_first():
+        truth = store.positives("test")
         measured = {
             row: metrics(ids, truth.indptr, truth.indices, store.inverse_propensity, config.ks)
             for row, (_, ids) in found.items()
         }
-    else:
-        found = {}
     measured, index = distributed.broadcast("evaluation", [measured, search.index])
     return Evaluation(
         metrics=measured,
@@ -170,10 +165,12 @@ class _Search:
         # An index is measured on some and tuned on others, unless there are too few.
         self._some, self._others = test[::step], test[step // 2 :: step]
 
-    def __call__(self, name: str, database, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, name: str, database, k: int, excluded: Csr | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         config, k = self._config, min(k, len(database))
         if config.index == "scann":
-            return self._approximate(name, exact.to_host(database), config.scann, k)
+            return self._approximate(name, exact.to_host(database), config.scann, k, excluded)
         compared = config.compare_scann and name == "labels" and scann.available()
         if compared and config.scann.builds_tree(len(database)):
             rows = exact.to_host(database)
@@ -181,22 +178,40 @@ class _Search:
                 k_compared = min(config.k, len(rows))
                 built = scann.ScannIndex.build(rows, config.scann, self._others, k_compared)
                 self.index[name] = scann.compare(built, rows, self._some, k_compared)
-        blocks = config.query_block, config.database_block
-        return exact.search(self._test, database, k, *blocks, self._mesh, config.recall_target)
+        return exact.search(
+            self._test,
+            database,
+            k,
+            config.query_block,
+            config.database_block,
+            self._mesh,
+            config.recall_target,
+            excluded,
+        )
 
-    def union(self, name: str, labels, train, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of labels and documents together; document d has the id L + d."""
-        if self._config.index == "scann":
-            rows = np.concatenate([exact.to_host(labels), exact.to_host(train)])
-            return self(name, rows, k)
-        return augmented.merge(self(name, labels, k), self(name, train, k), len(labels), k)
+    def labels(
+        self, labels, k: int, excluded: Csr, prior: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest labels that may be predicted; with a prior, of those whose prior is not 0."""
+        if prior is None or prior.all():
+            return self("labels", labels, k, excluded)
+        rows = np.flatnonzero(prior)
+        if not len(rows):
+            nothing = np.zeros((len(self._test), 0), np.float32)
+            return nothing, nothing.astype(np.int32)
+        name = "labels whose prior is not 0"
+        found = self(name, exact.take(labels, rows), k, excluded.select(rows))
+        if found is None:
+            return None
+        scores, ids = found
+        return scores, np.where(ids < 0, -1, rows[ids]).astype(np.int32)
 
-    def _approximate(self, name, rows, config, k):
+    def _approximate(self, name, rows, config, k, excluded):
         if not distributed.is_first():
             return None
         built = scann.ScannIndex.build(rows, config, self._others, k)
         self.index[name] = scann.compare(built, rows, self._some, k)
-        return built.search(self._test, k)
+        return built.search(self._test, k, excluded)
 
 
 def retrieve(
@@ -204,27 +219,32 @@ def retrieve(
     labels: np.ndarray | exact.Database,
     train: np.ndarray | exact.Database,
     config: EvalConfig,
-    num_labels: int,
-    num_documents: int,
+    depths: tuple[int, int],
+    excluded: Csr,
     mesh: Mesh | None = None,
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The labels and the train documents nearest to each of some documents.
+    prior: np.ndarray | None = None,
+) -> tuple[augmented.Found, augmented.Found]:
+    """The labels and the train documents nearest to each of some documents, to be mixed.
 
     Args:
         test: f32[M, D], unit embeddings.
         labels: see `evaluate`.
         train: likewise.
         config: of the search.
-        num_labels: to find of each document, at most.
-        num_documents: likewise.
+        depths: labels and documents to find of each document, at most.
+        excluded: [M, L], labels that may not be predicted.
         mesh: see `evaluate`.
+        prior: likewise.
 
     Returns:
-        f32[M, K] scores, descending, and i32[M, K] ids of the labels, and of the documents; with
-        ScaNN of the first process alone.
+        Labels and documents as `augmented.rank` takes them; with ScaNN of the first process alone.
     """
     search = _Search(test, dataclasses.replace(config, compare_scann=False), mesh)
-    return search("labels", labels, num_labels), search("documents", train, num_documents)
+    num_labels, num_documents = depths
+    return (
+        search.labels(labels, num_labels, excluded, prior),
+        search("documents", train, num_documents),
+    )
 
 
 def _check_counts(store: Store, **embeddings: np.ndarray | exact.Database | None) -> None:

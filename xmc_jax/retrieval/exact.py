@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xmc_jax import sharding
+from xmc_jax.data.csr import Csr
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would else multiply in bfloat16 or TF32
 # Rows that share a maximum. The k groups of highest maxima hold the k best rows, so that what is
@@ -18,6 +19,8 @@ _GROUP = 32
 # By default, 268 MB of scores at a time.
 QUERY_BLOCK, BLOCK = 256, 262_144
 _ROWS = 32_768  # that the host hands over at a time
+# Rows excluded of a query are padded to 256, 4,096, ..., so that few programs are compiled.
+_EXCLUDED, _GROWTH = 256, 16
 _AT_A_TIME = 3  # blocks of queries: one core looks for the best, and the others multiply meanwhile
 
 
@@ -120,6 +123,14 @@ def to_host(database: np.ndarray | Database) -> np.ndarray:
     return np.asarray(database, np.float32)
 
 
+def take(database: np.ndarray | Database, rows: np.ndarray) -> np.ndarray | Database:
+    """Some rows of a database, i[m], as one; by way of the host. All processes must call it."""
+    if not isinstance(database, Database):
+        return database[rows]
+    mesh = database.rows.sharding.mesh
+    return place(to_host(database)[rows], mesh, database.block, str(database.rows.dtype))
+
+
 def search(
     queries: np.ndarray,
     database: np.ndarray | Database,
@@ -128,6 +139,7 @@ def search(
     database_block: int = BLOCK,
     mesh: Mesh | None = None,
     recall_target: float = 1.0,
+    excluded: Csr | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of the database with the highest inner product, for each query.
 
@@ -146,9 +158,11 @@ def search(
         recall_target: below 1, TPUs look for the best of a block by `jax.lax.approx_max_k`, which
             finds this share of them in the mean. Other devices have no such instruction: all is
             found.
+        excluded: [Q, L], rows of the database that each query must not find; None for none.
 
     Returns:
         f32[Q, k] inner products, descending, and i32[Q, k] row numbers; ties go to the lower one.
+        -inf and -1 where fewer than k rows are not excluded.
 
     Raises:
         ValueError: k is not in [1, L], widths differ, or an embedding is not finite.
@@ -176,9 +190,15 @@ def search(
         rows = np.zeros((query_block, width), np.float32)
         part = queries[start : start + query_block]
         rows[: len(part)] = part
+        without = None
+        if excluded is not None:
+            numbers = np.arange(start, start + len(part))
+            without = excluded_rows(excluded.take(numbers), query_block)
+        rows, without = sharding.put_whole((rows, without), mesh)
         best = search_block(
-            sharding.put_whole(rows, mesh),
+            rows,
             database.rows,
+            without,
             k=k,
             count=count,
             block=database.block,
@@ -195,6 +215,29 @@ def search(
             for out, values in zip((scores, ids), best):
                 out[start : start + query_block] = values
     return scores, ids
+
+
+def excluded_counts(most: int) -> list[int]:
+    """Numbers of excluded rows, one for each program that searches without up to `most` need."""
+    counts, width = [0], 0
+    while width < most:
+        counts.append(width + 1)
+        width = max(_EXCLUDED, width * _GROWTH)
+    return counts
+
+
+def excluded_rows(excluded: Csr, size: int) -> np.ndarray | None:
+    """i32[size, X], what `search_block` takes of at most `size` queries; None if none has any."""
+    counts = excluded.counts()
+    most, width = int(counts.max(initial=0)), _EXCLUDED
+    if not most:
+        return None
+    while width < most:
+        width *= _GROWTH
+    out = np.full((size, width), -1, np.int32)
+    place = np.arange(len(excluded.indices)) - np.repeat(excluded.indptr[:-1], counts)
+    out[excluded.row_ids(), place] = excluded.indices
+    return out
 
 
 def _padded(table: jax.Array, rows: int) -> jax.Array:
@@ -223,6 +266,7 @@ def _first_not_finite(rows: jax.Array) -> jax.Array:
 def search_block(
     queries,
     database,
+    excluded=None,
     *,
     k: int,
     count: int,
@@ -230,10 +274,24 @@ def search_block(
     mesh: Mesh,
     recall_target: float = 1.0,
 ):
-    """(f32[q, k], i32[q, k]) of a block of queries; database rows past `count` are padding."""
+    """The k best rows of each query of a block, see `search`.
+
+    Args:
+        queries: f32[q, D].
+        database: `Database.rows`.
+        excluded: i32[q, X] row numbers that each query must not find, -1 for none; or None.
+        k: see `search`.
+        count: rows past it are padding.
+        block: see `Database`.
+        mesh: of the database.
+        recall_target: see `search`.
+
+    Returns:
+        f32[q, k] and i32[q, k]; -inf and -1 where there are no more.
+    """
     axes = sharding.RULES["batch"]
 
-    def local(queries, rows):
+    def local(queries, rows, excluded):
         first, width = jax.lax.axis_index(axes) * len(rows), rows.shape[1]
 
         def search(part):
@@ -241,6 +299,11 @@ def search_block(
             vectors = vectors.astype(queries.dtype)
             scores = jnp.einsum("qd,ld->ql", queries, vectors, precision=_HIGHEST)
             start = first + number * block
+            if excluded is not None:
+                columns = excluded - start
+                columns = jnp.where(columns < 0, block, columns)  # which is past the end
+                query = jnp.arange(len(queries))[:, None]
+                scores = scores.at[query, columns].set(-jnp.inf, mode="drop")
             found, columns = _best(scores, min(k, block), count - start, recall_target)
             return found, start + columns
 
@@ -250,10 +313,11 @@ def search_block(
     per_device = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(axes)),
+        in_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec()),
         out_specs=PartitionSpec(None, axes),
     )
-    best = _merged(k, *per_device(queries, database))
+    scores, ids = _merged(k, *per_device(queries, database, excluded))
+    best = scores, jnp.where(scores > -jnp.inf, ids, -1)
     return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh))
 
 

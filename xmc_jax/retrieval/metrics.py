@@ -200,7 +200,7 @@ def drop_filtered(
         )
     row, rank, _ = hits(ids, pairs[:, 0], pairs[:, 1])
     affected = np.unique(row)
-    out_scores, out_ids = _cut(scores, k, -np.inf), _cut(ids, k, -1)
+    out_scores, out_ids = first(scores, ids, k)
     if len(affected):
         dropped = np.zeros(ids.shape, bool)
         dropped[row, rank] = True
@@ -213,6 +213,17 @@ def drop_filtered(
 
         out_scores[affected], out_ids[affected] = close(scores, -np.inf), close(ids, -1)
     return out_scores, out_ids
+
+
+def first(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """f32[M, k] and i32[M, k]: the first k predictions; -inf and -1 where there are fewer.
+
+    Args:
+        scores: f32[M, K], descending.
+        ids: i32[M, K].
+        k: predictions to keep.
+    """
+    return _cut(scores, k, -np.inf), _cut(ids, k, -1)
 
 
 def _cut(x: np.ndarray, k: int, missing: float) -> np.ndarray:

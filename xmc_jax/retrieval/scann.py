@@ -19,9 +19,11 @@ from absl import logging
 from etils import epath
 
 from xmc_jax import command, sharding
+from xmc_jax.data.csr import Csr
 from xmc_jax.files import atomic
 from xmc_jax.files.digests import sha256
 from xmc_jax.retrieval import exact
+from xmc_jax.retrieval.metrics import drop_filtered
 
 _MANIFEST = "index.json"
 _ASSETS = "scann_assets.pbtxt"
@@ -200,7 +202,9 @@ class ScannIndex:
             )
         return self._with(leaves_searched=best[0], reorder=best[1])
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, excluded: Csr | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """About the k rows with the highest inner product, on all cores.
 
         What a query finds does not depend on the queries beside it, nor on how many they are.
@@ -208,10 +212,11 @@ class ScannIndex:
         Args:
             queries: f32[Q, D].
             k: how many, in [1, L].
+            excluded: [Q, L], rows that each query must not find; None for none.
 
         Returns:
-            f32[Q, k] inner products, descending, and i32[Q, k] row numbers; -inf and -1 where too
-            few candidates were found.
+            f32[Q, k] inner products, descending, and i32[Q, k] row numbers; -inf and -1 where fewer
+            than k rows are not excluded.
 
         Raises:
             ValueError: k or the queries' width does not fit.
@@ -223,10 +228,34 @@ class ScannIndex:
             )
         if not 1 <= k <= self.count:
             raise ValueError(f"scann: expected k in [1, {self.count}], the rows indexed, got {k}")
+        if excluded is None or not len(excluded.indices):
+            return self._nearest(queries, k)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        ids = np.full((len(queries), k), -1, np.int32)
+        more = 2 ** np.ceil(np.log2(np.maximum(excluded.counts(), 1))).astype(np.int64)
+        more[excluded.counts() == 0] = 0
+        for number in np.unique(more):
+            rows = np.flatnonzero(more == number)
+            found = self._nearest(queries[rows], min(k + int(number), self.count))
+            scores[rows], ids[rows] = drop_filtered(*found, excluded.take(rows).pairs(), k)
+        return scores, ids
+
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, ids = self._searched(queries, k, self.config.leaves_searched, self.config.reorder)
+        short = np.flatnonzero(ids[:, -1] < 0)  # their leaves hold too few rows
+        if len(short):
+            everything = 1.0, self.count / k
+            scores[short], ids[short] = self._searched(queries[short], k, *everything)
+        return scores, ids
+
+    def _searched(
+        self, queries: np.ndarray, k: int, share: float, reorder: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `search`; -inf and -1 where the leaves hold too few rows."""
         options, size = {"final_num_neighbors": k}, 1
         if self.config.builds_tree(self.count):
-            candidates = min(math.ceil(self.config.reorder * k), self.count)
-            share = max(self.config.leaves_searched, candidates / self.count)
+            candidates = min(math.ceil(reorder * k), self.count)
+            share = max(share, candidates / self.count)
             options["pre_reorder_num_neighbors"] = candidates
             options["leaves_to_search"] = math.ceil(share * self.config.leaves)
             size = _TOGETHER

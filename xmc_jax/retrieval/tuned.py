@@ -10,7 +10,7 @@ from etils import epath
 from xmc_jax import workdirs
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic, manifests
-from xmc_jax.retrieval.augmented import AugmentedConfig
+from xmc_jax.retrieval.augmented import RETIRED, AugmentedConfig
 from xmc_jax.retrieval.tuning import FIELDS, Choice, TuneConfig, values_of
 
 FILE = "tuned.json"
@@ -116,13 +116,14 @@ def read(
     try:
         content = json.loads(path.read_text())
         prior, then = content["prior"], dict(content["belongs_to"])
-        if content["format"] != FORMAT or set(content["augmented"]) != set(FIELDS):
+        settings = {n: x for n, x in content["augmented"].items() if n not in RETIRED}
+        if content["format"] != FORMAT or set(settings) != set(FIELDS):
             raise ValueError("other fields")
-        for name, value in content["augmented"].items():
+        for name, value in settings.items():
             kind = type(getattr(config, name))
             if type(value) is not kind and (kind, type(value)) != (float, int):
                 raise ValueError(f"{name}: {value!r:.60}")
-        chosen = dataclasses.replace(config, weights="config", **content["augmented"])
+        chosen = dataclasses.replace(config, weights="config", **settings)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected what --mode=tune writes, got {error!r}; {again}"

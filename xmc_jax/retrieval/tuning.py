@@ -7,8 +7,10 @@ it beats the settings that the config has by more than chance. `tuned` keeps a c
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -19,24 +21,23 @@ from xmc_jax import distributed
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval import augmented, evaluate, exact
-from xmc_jax.retrieval.augmented import AugmentedConfig
+from xmc_jax.retrieval.augmented import AugmentedConfig, Candidates, Found
 from xmc_jax.retrieval.evaluate import EvalConfig
-from xmc_jax.retrieval.metrics import NAMES, Truth, drop_filtered, filtered_per_document
-from xmc_jax.retrieval.pool import Pool
+from xmc_jax.retrieval.metrics import NAMES, Truth
 
 FIELDS = (
     *("mode", "labels", "documents", "temperature", "label_weight", "separate_softmax"),
-    *("normalize_rows", "filter_first", "prior_weight"),
+    *("normalize_rows", "prior_weight"),
 )
 """Fields of `AugmentedConfig` that a choice is about; the mode stays as it is."""
 
-Found = tuple[np.ndarray, np.ndarray]  # f32[M, K] scores, descending, and i32[M, K] ids
-
+_BLOCK = 128  # documents whose labels' scores are a matrix at a time
+_FAR = np.iinfo(np.int32).max  # rank of a positive that is not among the first k
 # What is searched together, in this order, the rest held; over again until nothing changes.
 _TOGETHER = (
     ("temperature", "label_weight", "separate_softmax"),
     ("documents", "normalize_rows"),
-    ("labels", "filter_first"),
+    ("labels",),
     ("prior_weight",),
 )
 _SWEEPS = 4  # at most
@@ -63,7 +64,6 @@ class TuneConfig:
         label_weight: likewise.
         separate_softmax: likewise.
         normalize_rows: likewise.
-        filter_first: likewise.
         prior_weight: likewise, where there is a prior.
     """
 
@@ -79,7 +79,6 @@ class TuneConfig:
     label_weight: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     separate_softmax: tuple[bool, ...] = (False, True)
     normalize_rows: tuple[bool, ...] = (False, True)
-    filter_first: tuple[bool, ...] = (False, True)
     prior_weight: tuple[float, ...] = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 
     def __post_init__(self):
@@ -189,7 +188,7 @@ def tune(
         config: of the search, and the settings to start from.
         tune: see `TuneConfig`.
         mesh: see `exact.search`.
-        prior: f[L], see `augmented.augment`.
+        prior: f[L], see `augmented.rank`.
 
     Raises:
         ValueError: the store has no documents for tuning, mixing is off, or there are too few
@@ -201,12 +200,9 @@ def tune(
     sources = store.groups(split)
     sources = np.arange(len(documents)) if sources is None else np.asarray(sources)
     rows = sample(sources, tune.max_documents, tune.seed)
-    pairs = store.filter(split)
-    pairs = pairs[np.isin(pairs[:, 0], rows)]
-    pairs = np.stack([np.searchsorted(rows, pairs[:, 0]), pairs[:, 1]], axis=1)
-    space, extra = _space(config.augmented, tune, prior), filtered_per_document(pairs)
-    depths = _depths(space, config.augmented.mode, extra)
-    found = evaluate.retrieve(documents[rows], labels, train, config, *depths, mesh)
+    excluded = Csr.of_pairs(store.filter(split), len(documents), store.num_labels).take(rows)
+    depths = _depths(_space(config.augmented, tune, prior), config.augmented.mode, config.k)
+    found = evaluate.retrieve(documents[rows], labels, train, config, depths, excluded, mesh, prior)
     if not distributed.is_first():
         return None
     started = time.perf_counter()
@@ -214,7 +210,7 @@ def tune(
         *found,
         store.positives("train"),
         store.positives(split).take(rows),
-        pairs,
+        excluded,
         config,
         tune,
         store.inverse_propensity,
@@ -233,7 +229,7 @@ def choose(
     documents: Found,
     positives: Csr,
     truth: Csr,
-    pairs: np.ndarray,
+    excluded: Csr,
     config: EvalConfig,
     tune: TuneConfig,
     inverse_propensity: np.ndarray,
@@ -249,18 +245,17 @@ def choose(
     all documents are accepted.
 
     Args:
-        labels: scores and ids of the labels nearest to M documents; as many as any setting needs,
-            and where filtered labels may be dropped first, as many more as the filter takes from
-            any one document.
-        documents: of the train documents nearest to them, likewise.
+        labels: the labels nearest to M documents, see `augmented.rank`; as many as any setting
+            needs.
+        documents: the train documents nearest to them, likewise.
         positives: [N, L], of the train documents.
         truth: [M, L], the positives of the M documents.
-        pairs: i32[p, 2], (document, label) that must not be predicted.
+        excluded: [M, L], labels that must not be predicted.
         config: of the ranking; `config.augmented` are the defaults.
         tune: see `TuneConfig`.
         inverse_propensity: f64[L].
         sources: i[M], where each document comes from.
-        prior: f[L], see `augmented.augment`.
+        prior: f[L], see `augmented.rank`.
 
     Raises:
         ValueError: there are fewer sources than folds, or the metric goes beyond `config.k`.
@@ -274,7 +269,7 @@ def choose(
     space = _space(defaults, tune, prior)
     measured = Truth(truth.indptr, truth.indices, inverse_propensity)
     depth = max(k for _, k in asked)
-    retrieved = Pool(labels, documents, positives, truth, pairs, defaults.mode, prior, depth)
+    retrieved = _Pool(labels, documents, positives, truth, excluded, defaults.mode, prior, depth)
     seen: dict[AugmentedConfig, np.ndarray] = {}
 
     def values(settings: Sequence[AugmentedConfig]) -> np.ndarray:
@@ -298,7 +293,7 @@ def choose(
     added: dict[str, dict[str, np.ndarray]] = {}  # what each document adds, by row and metric
     for row, one in (("defaults", defaults), ("best", best)):
         # By the functions that evaluation uses: the figures that it would print.
-        ids = _ranked(one, labels, documents, positives, pairs, config.k, prior)
+        _, ids = augmented.rank(labels, documents, positives, one, config.k, excluded, prior)
         ranks = measured.ranks(ids, config.ks)
         metrics[row] = {f"{n}@{k}": measured.mean(n, k, ranks) for n in NAMES for k in config.ks}
         metrics[row][tune.metric] = float(seen[one].mean())
@@ -400,19 +395,85 @@ def _space(
         tried = getattr(tune, name)
         if name in ("labels", "documents") and defaults.mode == "joint":
             tried = ()  # one search for both has one size
-        if name == "prior_weight":
-            removes = prior is not None and not (prior > 0).all()
-            tried = () if prior is None else [x for x in tried if x >= 0 or not removes]
+        if name == "prior_weight" and prior is None:
+            tried = ()
         space[name] = tuple(dict.fromkeys((getattr(defaults, name), *tried)))
     return space
 
 
-def _depths(space: Mapping[str, tuple[Any, ...]], mode: str, extra: int) -> tuple[int, int]:
-    """Labels and documents to retrieve for all settings; `extra` of them may be filtered."""
-    labels, documents = max(space["labels"]), max(space["documents"])
-    if mode == "joint":
-        return labels + documents + extra, labels + documents + extra
-    return labels + extra, documents
+def _depths(space: Mapping[str, tuple[Any, ...]], mode: str, k: int) -> tuple[int, int]:
+    """Labels and documents to retrieve for all settings."""
+    most = {name: max(space[name]) for name in ("labels", "documents")}
+    return augmented.depths(AugmentedConfig(mode=mode, **most), k)
+
+
+class _Pool:
+    """What was retrieved for M documents, laid out so that a setting costs few operations.
+
+    Documents go in blocks of about as many labels, so that there is little padding.
+    """
+
+    def __init__(
+        self,
+        labels: Found,
+        documents: Found,
+        positives: Csr,
+        truth: Csr,
+        excluded: Csr,
+        mode: str,
+        prior: np.ndarray | None,
+        k: int,
+    ):
+        counts = np.where(documents[1] >= 0, positives.counts()[documents[1]], 0).sum(axis=1)
+        order = np.argsort(counts, kind="stable")
+        self._positives, self._k = len(truth.indices), k
+        self._blocks: list[tuple[Candidates, np.ndarray]] = []
+        for start in range(0, len(order), _BLOCK):
+            rows = order[start : start + _BLOCK]
+            some = Candidates(
+                *(tuple(x[rows] for x in found) for found in (labels, documents)),
+                *(positives, mode, excluded.take(rows), prior),
+            )
+            self._blocks.append((some, _numbers(some.labels, truth, rows)))
+
+    def ranks(self, settings: Sequence[AugmentedConfig]) -> np.ndarray:
+        """i32[S, nnz], the rank of each positive in each setting, `_FAR` if k or more."""
+        out = np.full((len(settings), self._positives), _FAR, np.int32)
+        order = sorted(range(len(settings)), key=lambda i: _by_cost(settings[i]))
+
+        def fill(block: tuple[Candidates, np.ndarray]) -> None:
+            some, numbers = block
+            for i in order:
+                row, rank, column = augmented.best(some.keys(settings[i]), self._k)
+                positive = numbers[row, column]
+                hit = positive >= 0
+                out[i, positive[hit]] = rank[hit]  # no other block has these positives
+
+        with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(fill, self._blocks))
+        return out
+
+
+def _numbers(labels: np.ndarray, truth: Csr, rows: np.ndarray) -> np.ndarray:
+    """i64[m, C]: which positive of the whole truth each label of some documents is, -1 if none."""
+    wanted = truth.take(rows)
+    keys = wanted.row_ids() * truth.columns + wanted.indices
+    if not len(keys):
+        return np.full(labels.shape, -1)
+    number = np.repeat(truth.indptr[rows] - wanted.indptr[:-1], wanted.counts())
+    number = number + np.arange(len(keys))
+    order = np.argsort(keys, kind="stable")
+    cells = np.arange(len(rows))[:, None] * truth.columns + labels
+    found = order[np.searchsorted(keys, cells, sorter=order).clip(max=len(keys) - 1)]
+    return np.where((labels >= 0) & (keys[found] == cells), number[found], -1)
+
+
+def _by_cost(one: AugmentedConfig) -> tuple:
+    """Neighbours in this order share what takes longest."""
+    return (
+        *(one.temperature, one.documents, one.normalize_rows, one.labels),
+        *(one.separate_softmax, one.label_weight, one.prior_weight),
+    )
 
 
 def _search(
@@ -447,18 +508,6 @@ def _folds(sources: np.ndarray, folds: int, seed: int) -> Iterator[np.ndarray]:
     place = np.random.default_rng(seed).permutation(groups)
     for fold in range(folds):
         yield place[number] % folds == fold
-
-
-def _ranked(one, labels, documents, positives, pairs, k, prior) -> np.ndarray:
-    """i32[M, k], the ranking of a setting, by the functions that evaluation uses."""
-    extra, num_labels = filtered_per_document(pairs), positives.columns
-    retrieved = tuple(x[:, : one.documents] for x in documents)
-    if one.mode == "joint":
-        wanted = one.labels + one.documents + (extra if one.filter_first else 0)
-        retrieved = augmented.merge(labels, documents, num_labels, wanted)
-    items = augmented.to_mix(one, labels, retrieved, pairs, num_labels)
-    scores, ids = augmented.augment(*items, positives, one, k + extra, prior)
-    return drop_filtered(scores, ids, pairs, k)[1]
 
 
 def values_of(one: AugmentedConfig) -> dict[str, Any]:

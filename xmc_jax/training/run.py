@@ -37,7 +37,7 @@ class Run(Program):
         data: see above.
         sampler: builds the batches.
         rows: i64[n], documents of a batch that this process builds.
-        prior: f64[L], see `augmented.augment`; None without one.
+        prior: f64[L], see `augmented.rank`; None without one.
 
     Raises:
         ValueError: weights, data and config do not fit; says which and how.
