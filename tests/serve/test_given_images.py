@@ -47,6 +47,9 @@ def test_pictures_rank_as_the_predictor_does(products):
         asked(f"data:image/png;base64,{encoded(red)}", f"data:image/jpeg;base64,{encoded(blue)}"),
     )
     assert named == answer
+    wrapped = [base64.encodebytes(picture).decode() for picture in (red, blue)]
+    assert "\n" in wrapped[0].strip()
+    assert products.post("/v1/predict", asked(*wrapped))[1] == answer
     _, alone = products.post("/v1/predict", {"queries": [{"images": [encoded(red)]}], "k": 5})
     assert alone["results"][0]["labels"]
 

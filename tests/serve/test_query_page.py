@@ -1,6 +1,7 @@
 """The page in a real browser: typing, clicks, keys, pictures; what it asks for, and says."""
 
 import base64
+import dataclasses
 import io
 import itertools
 import json
@@ -104,6 +105,20 @@ def test_typing_and_enter_rank_as_the_api_does(page, products):
     )
     assert shown == [[f"Picture of label {x['id']}", True] for x in labels if x["image"]]
     assert shown
+
+
+def test_training_documents_that_are_not_shown_are_not_asked_for(products, browser, monkeypatch):
+    config = dataclasses.replace(products.service.config, show_documents=False)
+    monkeypatch.setattr(products.service, "config", config)
+    page = browser.page(f"http://127.0.0.1:{products.port}/")
+    page.until("!document.querySelector('#model').hidden")
+    page.type("puzzle")
+    page.press("Enter")
+    page.until(RANKED)
+    assert len(ranked(page)) == 10
+    assert page.value("document.querySelector('#near').hidden")
+    assert not [url for url in page.requests if "neighbours" in url]
+    assert page.complaints == []
 
 
 def test_what_labels_say_is_never_html(page, products):
