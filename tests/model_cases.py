@@ -3,6 +3,8 @@
 The BERT has two layers of width 16 and 64 words, with random weights; `tests/cases/models/bert`.
 """
 
+import copy
+import gzip
 import json
 import pathlib
 import shutil
@@ -54,6 +56,34 @@ def modules(folder: pathlib.Path, pooling: dict, kinds=("Normalize",), at: str =
     write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 16} | pooling)
     for path in paths[2:]:
         (folder / path).mkdir(exist_ok=True)
+
+
+def raw_files(folder) -> list[str]:
+    """Raw files of 40 documents and 20 labels in the words of the tiny BERT; their titles."""
+    words = (BERT / "vocab.txt").read_text().split()[5:34]
+    rng = np.random.default_rng(0)
+    titles = [" ".join(rng.choice(words, rng.integers(1, 14))) for _ in range(60)]
+    folder.mkdir()
+    for name, start, stop in (("trn", 0, 32), ("tst", 32, 40), ("lbl", 40, 60)):
+        with gzip.open(folder / f"{name}.json.gz", "wt") as file:
+            for i in range(start, stop):
+                item = {"uid": f"u{i}", "title": titles[i], "content": "", "target_ind": [i % 20]}
+                file.write(json.dumps(item) + "\n")
+    for split in ("train", "test"):
+        (folder / f"filter_labels_{split}.txt").write_text("")
+    return titles
+
+
+def fields_of(folder, fields: dict, tmp_path) -> dict:
+    """A config over `raw_files(tmp_path / "raw")` that leaves pooling and prompts to the folder."""
+    fields = copy.deepcopy(fields)
+    fields["encoder"] |= {"backbone": str(folder), "pooling": None}
+    fields["fusion"] |= {"prefix": None, "label_prefix": None}
+    data = {"dataset": "Tools", "raw_dir": str(tmp_path / "raw"), "max_length": 12}
+    fields["data"] |= data | {"data_dir": str(tmp_path / "data")}
+    fields["train"] |= {"batch_size": 16}
+    fields["prime"]["free_vectors"] = 8
+    return fields
 
 
 def _bert(folder: pathlib.Path) -> pathlib.Path:

@@ -296,12 +296,12 @@ def differences(fields: Mapping[str, Any], said: Modules) -> list[str]:
     elif departs := said.departs(pooling, prompt=any(used)):
         lines.append(f"encoder.pooling={pooling}, where {said.where} has {departs}")
     begin = f"documents begin with {used[0]!r}, labels with {used[1]!r}"
-    if used != of_folder:
+    if used != of_folder and any(said.prompts.values()):
         lines.append(
             f"{begin} (fusion.prefix, fusion.label_prefix), where {said.where} has "
             f"{of_folder[0]!r} and {of_folder[1]!r}"
         )
-    elif any(used):
+    elif any(of_folder):
         lines.append(f"{begin}, as {said.where} says")
     elif any(said.prompts.values()):
         lines.append(

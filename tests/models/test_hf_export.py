@@ -297,6 +297,16 @@ def test_adapter_folder(scaling, tmp_path):
     pooling = read(tmp_path / "1_Pooling" / "config.json")
     assert pooling["pooling_mode_lasttoken"]
 
+    # as a start, it is the model with the adapters merged
+    started, _, params = load(tmp_path)
+    assert started.adapter == tmp_path and hf_modules.read(started).pooling() == "last"
+    merged(tmp_path / "merged", ours, config, lora=lora)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+        params,
+        load(tmp_path / "merged")[2],
+    )
+
 
 def test_adapters_of_a_text_tower_beside_images(tmp_path):
     _, config, params = golden("gemma3")
@@ -310,6 +320,7 @@ def test_adapters_of_a_text_tower_beside_images(tmp_path):
     prefix = "base_model.model.language_model.layers."
     assert tensors and all(name.startswith(prefix) for name in tensors)
     assert fields["target_modules"] == r".*language_model\.layers\..*\.(q_proj|up_proj)"
+    hf.check(hf.resolve(str(tmp_path / "out")))
 
 
 def test_adapter_names_the_hub_as_it_was_asked(tmp_path):
@@ -324,9 +335,11 @@ def test_adapter_names_the_hub_as_it_was_asked(tmp_path):
 def test_adapter_refusals(tmp_path):
     source, config, params = golden("qwen2")
     lora = LoraConfig(rank=2, targets=("query",))
-    for sizes, adapters, message in (
-        (config, NO_LORA, "expected 'merged' for a model without adapters"),
-        (config.first(2), lora, "expected 'merged' for the first 2 of the 3 layers"),
+    started = dataclasses.replace(source, adapter=tmp_path)
+    for start, sizes, adapters, message in (
+        (source, config, NO_LORA, "expected 'merged' for a model without adapters"),
+        (source, config.first(2), lora, "expected 'merged' for the first 2 of the 3 layers"),
+        (started, config, lora, "expected 'merged' for training that began with the adapter"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             hf_export.adapter(
@@ -334,7 +347,7 @@ def test_adapter_refusals(tmp_path):
                 params,
                 sizes,
                 lora=adapters,
-                source=source,
+                source=start,
                 pooling="mean",
                 max_length=16,
             )

@@ -1,10 +1,6 @@
 """Folders of other tools: embeddings as sentence-transformers has them, from the folder itself and
 from what we export of it."""
 
-import copy
-import gzip
-import json
-
 import jax
 import model_cases
 import numpy as np
@@ -78,22 +74,6 @@ def test_a_decoder_gives_the_hidden_states_of_its_model_with_a_head(name, auto, 
     np.testing.assert_allclose(unit, expected, rtol=0, atol=1e-5)
 
 
-def raw_files(folder) -> list[str]:
-    """Raw files of 40 documents and 20 labels in the words of the tiny BERT; their titles."""
-    words = (model_cases.BERT / "vocab.txt").read_text().split()[5:34]
-    rng = np.random.default_rng(0)
-    titles = [" ".join(rng.choice(words, rng.integers(1, 14))) for _ in range(60)]
-    folder.mkdir()
-    for name, start, stop in (("trn", 0, 32), ("tst", 32, 40), ("lbl", 40, 60)):
-        with gzip.open(folder / f"{name}.json.gz", "wt") as file:
-            for i in range(start, stop):
-                item = {"uid": f"u{i}", "title": titles[i], "content": "", "target_ind": [i % 20]}
-                file.write(json.dumps(item) + "\n")
-    for split in ("train", "test"):
-        (folder / f"filter_labels_{split}.txt").write_text("")
-    return titles
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -104,14 +84,8 @@ def raw_files(folder) -> list[str]:
 def test_an_exported_folder_gives_our_embeddings(name, fields, tmp_path):
     """With the folder's own pooling and prompts; texts of different lengths in a batch."""
     folder = model_cases.make(name, tmp_path)
-    titles = raw_files(tmp_path / "raw")
-    fields = copy.deepcopy(fields)
-    fields["encoder"] |= {"backbone": str(folder), "pooling": None}
-    fields["fusion"]["prefix"] = None
-    data = {"dataset": "Tools", "raw_dir": str(tmp_path / "raw"), "max_length": 12}
-    fields["data"] |= data | {"data_dir": str(tmp_path / "data")}
-    fields["train"] |= {"batch_size": 16}
-    fields["prime"]["free_vectors"] = 8
+    titles = model_cases.raw_files(tmp_path / "raw")
+    fields = model_cases.fields_of(folder, fields, tmp_path)
     run = build.run(fields)
     state = run.initial_state()
     assert run.data.train.lengths.min() < run.data.train.lengths.max() == 12

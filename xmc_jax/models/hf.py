@@ -1,5 +1,6 @@
 """Hugging Face folders in: find them, config.json and safetensors to our parameters. No pickles."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -397,7 +398,9 @@ def _homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, _Stored]:
             f"Misshaped: {_some(misshaped)}"
         )
     if match.heads:
-        _say(f"{source.folder}: left out, as no part of the backbone: {_some(match.heads)}")
+        counts = collections.Counter(name.partition(".")[0] for name in match.heads)
+        parts = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        _say(f"{source.folder}: tensors left out, as no part of the backbone: {parts}")
     products: Mapping[str, hf_adapters.LowRank] = {}
     if source.adapter is not None:
         kernels = {
