@@ -13,7 +13,7 @@ from xmc_jax.inference.predictor import Query
 from xmc_jax.serve import batching
 from xmc_jax.serve.batching import Batcher, Full
 from xmc_jax.serve.config import ServeConfig
-from xmc_jax.serve.shown import AUGMENTED, NEIGHBOURS, PLAIN
+from xmc_jax.serve.model import AUGMENTED, NEIGHBOURS, PLAIN
 
 CONFIG = ServeConfig(max_batch=4, max_queries=4, queue=8, max_k=3)
 
@@ -54,7 +54,7 @@ class Predictor:
         return -base - np.arange(k, dtype=np.float32), (base + np.arange(k)).astype(np.int32)
 
 
-def shown(predictor: Predictor) -> types.SimpleNamespace:
+def model_of(predictor: Predictor) -> types.SimpleNamespace:
     return types.SimpleNamespace(predictor=predictor)
 
 
@@ -78,7 +78,7 @@ def run(scenario, config=CONFIG):
 
     async def main():
         predictor, observed = Predictor(), []
-        batcher = Batcher(shown(predictor), config, lambda n, seconds: observed.append(n))
+        batcher = Batcher(model_of(predictor), config, lambda n, seconds: observed.append(n))
         try:
             return await asyncio.wait_for(scenario(batcher, predictor), 60), predictor, observed
         finally:
@@ -235,12 +235,12 @@ def test_closing_answers_what_waits():
 
 def test_another_model_from_the_next_batch_on():
     async def scenario(batcher, predictor):
-        other = shown(Predictor(add=100))
+        other = model_of(Predictor(add=100))
         tasks = await held_back(batcher, predictor, (queries(1), PLAIN))
         batcher.replace(other)
         predictor.gate.set()
         first, second = await asyncio.gather(*tasks)
-        assert (first.shown.predictor, second.shown) == (predictor, other)
+        assert (first.model.predictor, second.model) == (predictor, other)
         return second
 
     found, _, _ = run(scenario)

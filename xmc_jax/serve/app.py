@@ -16,18 +16,18 @@ from xmc_jax.inference.predictor import Query
 from xmc_jax.serve import bodies, guard, schema
 from xmc_jax.serve.bodies import Refused
 from xmc_jax.serve.metrics import CONTENT_TYPE
+from xmc_jax.serve.model import NEIGHBOURS, ServedModel
 from xmc_jax.serve.service import READY, Service
-from xmc_jax.serve.shown import NEIGHBOURS, Shown
 
 Route = Callable[..., Awaitable[fastapi.Response]]
 
 _STATIC = pathlib.Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PAGE = {"/": "index.html", "/static/app.css": "app.css", "/static/app.js": "app.js"}
-_GONE = 499  # of who asked and has gone; nobody sees it
+_GONE = 499  # the client has gone; nobody sees it
 _NOT_SHOWN = (
-    "documents: expected none to be shown, since the server listens to other machines, or was told "
-    "so; start it with --serve.show_documents"
+    "documents: expected no request for training documents, since the server listens to other "
+    "machines or was told not to show them; start it with --serve.show_documents"
 )
 _REFUSALS = {
     400: "Not JSON, or not all of it.",
@@ -71,39 +71,39 @@ def _routes(service: Service) -> fastapi.FastAPI:
     app.router.route_class = bodies.route_class(config)
     of_post = {status: _refusal(status) for status in (400, 408, 413, 415, 422, 503)}
 
-    async def queries(shown: Shown, items: Sequence[Any]) -> list[Query]:
+    async def queries(model: ServedModel, items: Sequence[Any]) -> list[Query]:
         made = []
         for number, item in enumerate(items):
             where = f"queries[{number}]"
             only, exclude = getattr(item, "only", None), getattr(item, "exclude", ())
             for field, names in (("only", only or ()), ("exclude", exclude)):
                 for place, name in enumerate(names):
-                    if shown.row(name) is None:
+                    if model.row(name) is None:
                         raise Refused(
                             422,
                             f"{where}.{field}[{place}]: expected the id of a label, got "
                             f"{name[:60]!r}",
                         )
-            images = await service.prepare(shown, f"{where}.images", item.images)
+            images = await service.prepare(model, f"{where}.images", item.images)
             if not (images or item.text.strip()):
                 raise Refused(422, f"{where}: expected a text or an image, got neither")
             made.append(Query(item.text, images, only, exclude))
         return made
 
     @app.post("/v1/predict", response_model=schema.Predictions, responses=of_post)
-    async def predict(asked: requests.predict, request: fastapi.Request) -> fastapi.Response:
+    async def predict(body: requests.predict, request: fastapi.Request) -> fastapi.Response:
         """The best labels of each query."""
-        shown = service.shown()
-        kind = shown.rankings[0] if asked.ranking == "auto" else asked.ranking
-        if kind not in shown.rankings:
+        model = service.model()
+        kind = model.rankings[0] if body.ranking == "auto" else body.ranking
+        if kind not in model.rankings:
             raise Refused(
                 422,
                 "ranking: expected plain, got augmented; the model was exported without documents",
             )
-        found = await service.answer(request, await queries(shown, asked.queries), kind)
+        found = await service.answer(request, await queries(model, body.queries), kind)
         if found is None:
             return fastapi.Response(status_code=_GONE)
-        results = found.shown.results(found.scores, found.rows, found.cut, asked.k, kind)
+        results = found.model.results(found.scores, found.rows, found.cut, body.k, kind)
         return _json({"ranking": kind, "results": results})
 
     @app.post(
@@ -111,25 +111,25 @@ def _routes(service: Service) -> fastapi.FastAPI:
         response_model=schema.Neighbourhoods,
         responses=of_post | {403: _refusal(403)},
     )
-    async def neighbours(asked: requests.neighbours, request: fastapi.Request) -> fastapi.Response:
+    async def neighbours(body: requests.neighbours, request: fastapi.Request) -> fastapi.Response:
         """The training documents near each query."""
-        shown = service.shown()
-        if shown.artifact.documents is None:
+        model = service.model()
+        if model.artifact.documents is None:
             raise Refused(
                 422, "queries: expected none, got some; the model was exported without documents"
             )
         if not service.config.show_documents:
             raise Refused(403, _NOT_SHOWN)
-        found = await service.answer(request, await queries(shown, asked.queries), NEIGHBOURS)
+        found = await service.answer(request, await queries(model, body.queries), NEIGHBOURS)
         if found is None:
             return fastapi.Response(status_code=_GONE)
-        results = found.shown.results(found.scores, found.rows, found.cut, asked.k, NEIGHBOURS)
+        results = found.model.results(found.scores, found.rows, found.cut, body.k, NEIGHBOURS)
         return _json({"results": results})
 
     @app.get("/v1/info", response_model=schema.Info, responses={503: _refusal(503)})
     async def info() -> fastapi.Response:
         """What is served, and within which limits."""
-        return _json(service.shown().info(service.config))
+        return _json(service.model().info(service.config))
 
     for kind in thumbnails.KINDS:
         app.get(
@@ -152,12 +152,12 @@ def _routes(service: Service) -> fastapi.FastAPI:
     )
     async def label(name: str) -> fastapi.Response:
         """A label by its id."""
-        shown = service.shown()
-        row = shown.row(name)
+        model = service.model()
+        row = model.row(name)
         if row is None:
             raise Refused(404, f"labels: expected the id of a label, got {name[:60]!r}")
-        frequency = int(shown.artifact.labels.frequency[row])
-        return _json(shown.label(row) | {"frequency": frequency})
+        frequency = int(model.artifact.labels.frequency[row])
+        return _json(model.label(row) | {"frequency": frequency})
 
     @app.get("/healthz", response_model=schema.Health, responses={503: _refusal(503)})
     async def healthz() -> fastapi.Response:
@@ -194,7 +194,7 @@ def _picture(service: Service, kind: str) -> Route:
     async def picture(name: str, request: fastapi.Request) -> fastapi.Response:
         if kind == "documents" and not service.config.show_documents:
             raise Refused(403, _NOT_SHOWN)
-        pictures = service.shown().artifact.thumbnails.get(kind)
+        pictures = service.model().artifact.thumbnails.get(kind)
         found = None if pictures is None else pictures.get(name)
         if found is None:
             raise Refused(404, f"{kind}: expected an id with a picture, got {name[:60]!r}")

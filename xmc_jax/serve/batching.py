@@ -21,7 +21,7 @@ from absl import logging
 
 from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.serve.config import ServeConfig
-from xmc_jax.serve.shown import NEIGHBOURS, Shown
+from xmc_jax.serve.model import NEIGHBOURS, ServedModel
 
 _WAITED = 0.25  # of the time that a batch took, at most, for a fuller one
 
@@ -33,17 +33,17 @@ class Full(Exception):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class Results:
     """Answer to a request of n queries.
 
     Attributes:
-        shown: the model that ranked.
+        model: the model that ranked.
         scores: f32[n, k], descending; -inf where there are no more.
         rows: i32[n, k] of its labels or documents; -1 where there are no more.
         cut: bool[n], whether a text has more tokens than the model takes.
     """
 
-    shown: Shown
+    model: ServedModel
     scores: np.ndarray
     rows: np.ndarray
     cut: np.ndarray
@@ -64,18 +64,18 @@ class Batcher:
     """Answers requests of one event loop; to be closed.
 
     Args:
-        shown: the model, warmed up for `config`, see `warm_up`.
+        model: the model, warmed up for `config`, see `warm_up`.
         config: see `ServeConfig`.
         observe: told of each batch: its queries, and seconds it took; by another thread.
     """
 
     def __init__(
         self,
-        shown: Shown,
+        model: ServedModel,
         config: ServeConfig,
         observe: Callable[[int, float], None] = lambda queries, seconds: None,
     ):
-        self._shown, self._config, self._observe = shown, config, observe
+        self._model, self._config, self._observe = model, config, observe
         self._loop = asyncio.get_running_loop()
         self._waiting: collections.deque[_Request] = collections.deque()
         self._weight = self._queries = 0
@@ -87,25 +87,25 @@ class Batcher:
         self._thread.start()
 
     @property
-    def shown(self) -> Shown:
+    def model(self) -> ServedModel:
         """The model that ranks the next batch."""
-        return self._shown
+        return self._model
 
-    def replace(self, shown: Shown) -> None:
+    def replace(self, model: ServedModel) -> None:
         """Has another model rank from the next batch on."""
-        self._shown = shown
+        self._model = model
 
     @property
     def waiting(self) -> int:
         """Queries that wait."""
         return self._queries
 
-    async def answer(self, queries: Sequence[Query], kind: str) -> Found:
+    async def answer(self, queries: Sequence[Query], kind: str) -> Results:
         """Ranks the queries of a request; a cancelled one is not ranked.
 
         Args:
             queries: n of them.
-            kind: see `shown.PLAIN`.
+            kind: see `model.PLAIN`.
 
         Raises:
             Full: too many wait.
@@ -199,10 +199,10 @@ class Batcher:
     def _is_enough(self) -> bool:
         return len(self._waiting) >= self._company or self._queries >= self._config.max_batch
 
-    def _answers(self, batch: list[_Request]) -> list[Found | Exception]:
+    def _answers(self, batch: list[_Request]) -> list[Results | Exception]:
         """All together, or where that fails one by one, so that a request fails alone."""
         try:
-            return ranked(self._shown, batch, self._config)
+            return ranked(self._model, batch, self._config)
         except Exception as error:
             if len(batch) > 1:
                 return [self._answers([request])[0] for request in batch]
@@ -228,8 +228,8 @@ def warm_up(predictor: Predictor, config: ServeConfig) -> None:
 
 
 def ranked(
-    shown: Shown, requests: Sequence[_Request], config: ServeConfig
-) -> list[Found | Exception]:
+    model: ServedModel, requests: Sequence[_Request], config: ServeConfig
+) -> list[Results | Exception]:
     """Answers of requests, encoded in one call, and ranked in one for each kind.
 
     Raises:
@@ -237,9 +237,9 @@ def ranked(
     """
     queries = [query for request in requests for query in request.queries]
     of = np.repeat(np.arange(len(requests)), [len(request.queries) for request in requests])
-    predictor = shown.predictor
+    predictor = model.predictor
     embedded, cut = predictor.embed_measured(queries, config.rows)
-    answers: dict[int, Found] = {}
+    answers: dict[int, Results] = {}
     for kind in dict.fromkeys(request.kind for request in requests):
         chosen = [i for i, request in enumerate(requests) if request.kind == kind]
         places = np.flatnonzero(np.isin(of, chosen))
@@ -251,11 +251,11 @@ def ranked(
             found = predictor.rank_embedded(embedded[places], own, config.max_k, kind, config.rows)
         ends = np.cumsum([len(requests[i].queries) for i in chosen])[:-1]
         for i, *parts in zip(chosen, *(np.split(x, ends) for x in (*found, cut[places]))):
-            answers[i] = Found(shown, *parts)
+            answers[i] = Results(model, *parts)
     return [answers[i] for i in range(len(requests))]
 
 
-def _deliver(batch: list[_Request], answers: list[Found | Exception]) -> None:
+def _deliver(batch: list[_Request], answers: list[Results | Exception]) -> None:
     for request, answer in zip(batch, answers):
         if request.answer.done():  # who asked has gone
             continue

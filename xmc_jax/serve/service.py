@@ -17,11 +17,11 @@ from absl import logging
 
 from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.serve import bodies
-from xmc_jax.serve.batching import Batcher, Found, Full, warm_up
+from xmc_jax.serve.batching import Batcher, Full, Results, warm_up
 from xmc_jax.serve.bodies import Refused
 from xmc_jax.serve.config import ServeConfig
 from xmc_jax.serve.metrics import Metrics
-from xmc_jax.serve.shown import Shown
+from xmc_jax.serve.model import ServedModel
 
 STARTING, READY, ENDING = "starting", "ready", "ending"
 
@@ -64,11 +64,11 @@ class Service:
         Raises:
             ValueError: it cannot be used; the one before goes on.
         """
-        shown = await in_thread(self._warmed_up, predictor)
+        model = await in_thread(self._warmed_up, predictor)
         if self._batcher is None:
-            self._batcher = Batcher(shown, self.config, self.metrics.batch)
+            self._batcher = Batcher(model, self.config, self.metrics.batch)
             self.state = READY
-        self._batcher.replace(shown)
+        self._batcher.replace(model)
 
     def _stalled(self) -> float:
         return 0.0 if self._batcher is None else self._batcher.stalled()
@@ -85,7 +85,7 @@ class Service:
             logging.error("%s; it stands at %s", error, self._batcher.position() or "its end")
         raise bodies.busy(f"server: stuck: {error}")
 
-    def _warmed_up(self, predictor: Predictor) -> Shown:
+    def _warmed_up(self, predictor: Predictor) -> ServedModel:
         warm_up(predictor, self.config)
         reason = None
         if predictor.artifact.model.images is None:
@@ -96,9 +96,9 @@ class Service:
             except ValueError as error:  # its line may name folders of this machine
                 logging.warning("%s", error)
                 reason = "the image encoder cannot be had here; the server's log says why"
-        return Shown(predictor, reason)
+        return ServedModel(predictor, reason)
 
-    def shown(self) -> Shown:
+    def model(self) -> ServedModel:
         """What is served; also to requests that were there before the end was.
 
         Raises:
@@ -106,11 +106,11 @@ class Service:
         """
         if self._batcher is None:
             raise bodies.busy(f"server: {self.state}; try again")
-        return self._batcher.shown
+        return self._batcher.model
 
     async def answer(
         self, request: fastapi.Request, queries: Sequence[Query], kind: str
-    ) -> Found | None:
+    ) -> Results | None:
         """What is found for the queries of a request; None if who asked has gone.
 
         Raises:
@@ -128,28 +128,30 @@ class Service:
                 f"server: not answered within {self.config.timeout} seconds; try again"
             ) from None
         except ValueError as error:
-            folder = self._batcher.shown.artifact.folder
+            folder = self._batcher.model.artifact.folder
             line = f"queries: {error}".replace(f"{folder}", "model")
             raise Refused(422, _ITEM.sub(r"queries[\1]", line)) from None
 
-    async def prepare(self, shown: Shown, where: str, images: Sequence[str]) -> list[np.ndarray]:
+    async def prepare(
+        self, model: ServedModel, where: str, images: Sequence[str]
+    ) -> list[np.ndarray]:
         """Images of a query, decoded and made small.
 
         Raises:
             Refused: in one line, what is wrong with one.
         """
-        if images and shown.no_images is not None:
-            raise Refused(422, f"{where}: expected none, got {len(images)}; {shown.no_images}")
-        if len(images) > shown.images_per_query:
+        if images and model.no_images is not None:
+            raise Refused(422, f"{where}: expected none, got {len(images)}; {model.no_images}")
+        if len(images) > model.images_per_query:
             raise Refused(
-                422, f"{where}: expected at most {shown.images_per_query}, got {len(images)}"
+                422, f"{where}: expected at most {model.images_per_query}, got {len(images)}"
             )
         loop = asyncio.get_running_loop()
         prepared = []
         for number, image in enumerate(images):
             try:
                 prepared.append(
-                    await loop.run_in_executor(self._pool, self._prepare, shown.predictor, image)
+                    await loop.run_in_executor(self._pool, self._prepare, model.predictor, image)
                 )
             except ValueError as error:
                 raise Refused(422, f"{where}[{number}]: {error}") from None

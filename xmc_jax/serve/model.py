@@ -22,7 +22,7 @@ _LIMITS = (
 )
 
 
-class Shown:
+class ServedModel:
     """An artifact as answers show it.
 
     Args:
