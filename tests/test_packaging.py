@@ -71,7 +71,7 @@ PICTURES = (
     "vision/",
     "data/pictures.py",
     "data/synthetic.py",
-    "data/tables.py",
+    "data/record_parquet.py",
     "inference/outputs.py",
 )
 
