@@ -22,7 +22,7 @@ from xmc_jax.serve.config import ServeConfig
 from xmc_jax.types import Prompts
 
 CONFIG = ServeConfig(
-    port=0, max_batch=8, max_k=10, max_queries=4, max_exclude=5, max_only=20, max_text=200,
+    port=0, max_batch=8, max_k=10, max_queries=4, max_exclude=40, max_only=20, max_text=200,
     max_body=100_000, max_held=1_000_000, queue=64, show_documents=True,
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ def integers(seed, *shape):
         (7, 50, 5, 512, 32_768),  # everything smaller than a block
         (9, 101, 20, 4, 17),  # ragged blocks both ways
         (3, 40, 40, 2, 7),  # all rows, k larger than a block
+        (3, 64, 64, 2, 32),  # all rows of blocks without padding
         (1, 1, 1, 4, 4),
         (5, 64, 3, 5, 16),  # nothing to pad
         (9, 3001, 20, 4, 32_768),  # by maxima of groups, the last of which is ragged
@@ -74,7 +75,8 @@ def test_padding_is_never_returned_even_when_all_products_are_negative():
 )
 def test_eight_devices_equal_one(sizes):
     mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
-    for count, k in ((101, 20), (9, 9), (64, 5)):  # (9, 9): some devices hold padding alone
+    # (9, 9): some devices hold padding alone; (40, 40): none holds any.
+    for count, k in ((101, 20), (9, 9), (64, 5), (40, 40)):
         queries, database = integers(2, 11, 6), integers(3, count, 6)
         got = exact.search(queries, database, k, 4, 5, mesh)
         want = exact.search(queries, database, k)
@@ -86,12 +88,16 @@ def test_eight_devices_equal_one(sizes):
 
 
 def test_one_compilation_for_all_blocks_and_calls_and_no_implicit_transfer():
-    queries, database = integers(4, 23, 6), integers(5, 31, 6)
+    queries, database = integers(4, 23, 6), integers(5, 32, 6)
     before = exact.search_block._cache_size()
     with jax.transfer_guard("disallow"):
         exact.search(queries, database, 4, 8, 16)
         exact.search(queries[:3], database, 4, 8, 16)
     assert exact.search_block._cache_size() == before + 1
+    # Databases that lie alike share a program, also where all of their rows are wanted.
+    for count in (1, 20, 32):
+        exact.search(queries, database[:count], count, 8, 64)
+    assert exact.search_block._cache_size() == before + 2
 
 
 def test_tpus_may_approximate_and_others_find_all():
@@ -101,11 +107,11 @@ def test_tpus_may_approximate_and_others_find_all():
         np.testing.assert_array_equal(got, expected)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
     placed = exact.place(database, mesh)
-    fields = {"k": 4, "count": 700, "block": placed.block, "mesh": mesh}
+    fields = {"k": 4, "block": placed.block, "mesh": mesh}
 
     def lowered(recall_target):
         traced = exact.search_block.trace(
-            jnp.asarray(queries), placed.rows, **fields, recall_target=recall_target
+            jnp.asarray(queries), placed.rows, 700, **fields, recall_target=recall_target
         )
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 

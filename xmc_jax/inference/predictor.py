@@ -613,7 +613,7 @@ class _Rows:
             nothing = np.zeros((len(queries), count), np.float32)
             return nothing, nothing.astype(np.int32)
         placed, mesh = self._placed, self._placed.rows.sharding.mesh
-        searched, k = (min(n, placed.count) for n in (_rounded(k), k))
+        searched, k = exact.depth(placed, _rounded(k)), min(k, placed.count)
         found = []
         start = 0
         while start < len(queries):
@@ -626,15 +626,10 @@ class _Rows:
             if excluded is not None:
                 of_part = excluded.take(np.arange(start, start + len(part)))
                 without = exact.excluded_rows(of_part, size)
-            block, without = sharding.put_whole((block, without), mesh)
+            given = sharding.put_whole((block, without, np.int32(placed.count)), mesh)
+            block, without, count = given
             best = exact.search_block(
-                block,
-                placed.rows,
-                without,
-                k=searched,
-                count=placed.count,
-                block=placed.block,
-                mesh=mesh,
+                block, placed.rows, count, without, k=searched, block=placed.block, mesh=mesh
             )
             found.append([x[: len(part), :k] for x in jax.device_get(best)])
             start += size

@@ -185,6 +185,7 @@ def search(
     if bad:
         name, row = bad[0]
         raise ValueError(f"search: expected finite embeddings, got row {row} of {name} not so")
+    searched = depth(database, k)
 
     def block(start: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.zeros((query_block, width), np.float32)
@@ -194,18 +195,18 @@ def search(
         if excluded is not None:
             numbers = np.arange(start, start + len(part))
             without = excluded_rows(excluded.take(numbers), query_block)
-        rows, without = sharding.put_whole((rows, without), mesh)
+        rows, without, valid = sharding.put_whole((rows, without, np.int32(count)), mesh)
         best = search_block(
             rows,
             database.rows,
+            valid,
             without,
-            k=k,
-            count=count,
+            k=searched,
             block=database.block,
             mesh=mesh,
             recall_target=recall_target,
         )
-        return tuple(x[: len(part)] for x in jax.device_get(best))
+        return tuple(x[: len(part), :k] for x in jax.device_get(best))
 
     scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int32)
     starts = range(0, len(queries), query_block)
@@ -215,6 +216,14 @@ def search(
             for out, values in zip((scores, ids), best):
                 out[start : start + query_block] = values
     return scores, ids
+
+
+def depth(database: Database, k: int) -> int:
+    """How many rows `search_block` looks for where k are wanted, so that few programs differ.
+
+    Where all rows are wanted it looks for padding, too: databases that lie alike share a program.
+    """
+    return k if k < database.count else len(database.rows)
 
 
 def excluded_counts(most: int) -> list[int]:
@@ -262,14 +271,14 @@ def _first_not_finite(rows: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(finite, len(rows), number))
 
 
-@functools.partial(jax.jit, static_argnames=("k", "count", "block", "mesh", "recall_target"))
+@functools.partial(jax.jit, static_argnames=("k", "block", "mesh", "recall_target"))
 def search_block(
     queries,
     database,
+    count,
     excluded=None,
     *,
     k: int,
-    count: int,
     block: int,
     mesh: Mesh,
     recall_target: float = 1.0,
@@ -279,9 +288,9 @@ def search_block(
     Args:
         queries: f32[q, D].
         database: `Database.rows`.
+        count: i32[], rows past it are padding.
         excluded: i32[q, X] row numbers that each query must not find, -1 for none; or None.
-        k: see `search`.
-        count: rows past it are padding.
+        k: see `search`; padding counts.
         block: see `Database`.
         mesh: of the database.
         recall_target: see `search`.
@@ -291,7 +300,7 @@ def search_block(
     """
     axes = sharding.RULES["batch"]
 
-    def local(queries, rows, excluded):
+    def local(queries, rows, count, excluded):
         first, width = jax.lax.axis_index(axes) * len(rows), rows.shape[1]
 
         def search(part):
@@ -307,23 +316,26 @@ def search_block(
             found, columns = _best(scores, min(k, block), count - start, recall_target)
             return found, start + columns
 
-        parts = jnp.arange(len(rows) // block, dtype=jnp.int32), rows.reshape(-1, block, width)
-        return _merged(k, *(jnp.concatenate(list(x), axis=1) for x in jax.lax.map(search, parts)))
+        blocks = len(rows) // block
+        parts = jnp.arange(blocks, dtype=jnp.int32), rows.reshape(-1, block, width)
+        found = (jnp.concatenate(list(x), axis=1) for x in jax.lax.map(search, parts))
+        return _merged(k, blocks, *found)
 
     per_device = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec()),
+        in_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(None, axes),
     )
-    scores, ids = _merged(k, *per_device(queries, database, excluded))
+    shards = sharding.num_shards("batch", mesh)
+    scores, ids = _merged(k, shards, *per_device(queries, database, count, excluded))
     best = scores, jnp.where(scores > -jnp.inf, ids, -1)
     return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh))
 
 
-def _merged(k: int, scores: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The k best of blocks side by side; earlier blocks have lower ids, and so win ties."""
-    return _top(k, scores, ids) if scores.shape[1] > k else (scores, ids)
+def _merged(k: int, parts: int, scores: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The k best of sorted parts side by side; earlier parts have lower ids, and so win ties."""
+    return (scores, ids) if parts == 1 else _top(min(k, scores.shape[1]), scores, ids)
 
 
 def _best(

@@ -24,7 +24,8 @@ class ServeConfig:
         max_k: labels or documents per query.
         max_text: characters of a text.
         max_only: label ids that a query may be held to.
-        max_exclude: label ids that a query may exclude.
+        max_exclude: label ids that a query may exclude; who asks page after page excludes all
+            labels of the pages before.
         max_body: bytes of a request.
         max_held: bytes of all requests in progress; beyond it 503.
         max_image_bytes: bytes of an image's file.
@@ -51,7 +52,7 @@ class ServeConfig:
     max_k: int = 100
     max_text: int = 10_000
     max_only: int = 4_096
-    max_exclude: int = 256
+    max_exclude: int = 4_096
     max_body: int = 2**24
     max_held: int = 2**28
     max_image_bytes: int = 2**23
