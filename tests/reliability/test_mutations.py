@@ -492,9 +492,13 @@ def judge_ids(folder: pathlib.Path) -> str:
     return INVALID if not ids or any("\t" in uid or "\r" in uid for uid in ids) else VALID
 
 
+def without_nulls(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def judge_request(folder: pathlib.Path) -> str:
     try:
-        body = loads((folder / "request.json").read_bytes())
+        body = without_nulls(loads((folder / "request.json").read_bytes()))
         queries = body["queries"]
         if set(body) - {"queries", "k", "ranking"} or not 1 <= len(queries) <= 16:
             return INVALID
@@ -504,7 +508,7 @@ def judge_request(folder: pathlib.Path) -> str:
             return INVALID
         if body.get("ranking", "auto") not in ("auto", "plain", "augmented"):
             return INVALID
-        for query in queries:
+        for query in map(without_nulls, queries):
             if set(query) - {"text", "images", "only", "exclude"}:
                 return INVALID
             if type(query.get("text", "")) is not str:

@@ -352,9 +352,9 @@ class Predictor:
                     functools.partial(self._documents.search, embedded, depth, rows)
                     for depth in sorted(near)
                 ]
-            for number, compile in enumerate(programs):
+            for number, run in enumerate(programs):
                 progress(number, len(programs))
-                compile()
+                run()
             progress(len(programs), len(programs))
 
     def warm_up_pictures(self) -> None:
