@@ -111,6 +111,7 @@ def test_all_training_documents_take_what_some_chose(tuned, own_fields, topics, 
     content = json.loads((tuned / "tuned.json").read_text())
     whole = {"data": {"raw_dir": str(topics), "data_dir": fields["data"]["data_dir"]}}
     final = modes.override(own_fields, whole)
+    final = build.filled(final, build.modules(final))
     data, config = build.data(final), RunConfig.from_dict(final).eval.augmented
     assert data.manifest["validation"] is None and data.num_documents == 200
     read = tuned_file.read(tuned, final, data, config)

@@ -200,6 +200,22 @@ def test_lists_as_python_writes_them(tmp_path, cell, expected):
         assert record_cells.identifiers(cell, "|") == expected
 
 
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("<http://x/p1> <http://x/p2>", ["http://x/p1", "http://x/p2"]),
+        (" <http://x/p1>\n<urn:a|b>", ["http://x/p1", "urn:a|b"]),
+        ("<http://x/p1>|<http://x/p2>|http://x/p3", [f"http://x/p{i}" for i in (1, 2, 3)]),
+        (["<http://x/p1>", "p2"], ["http://x/p1", "p2"]),
+        ("<b>|<http://x/p 1>", ["<b>", "<http://x/p 1>"]),
+    ],
+)
+def test_iris_in_angle_brackets(cell, expected):
+    from xmc_jax.data import record_cells
+
+    assert record_cells.identifiers(cell, "|") == expected
+
+
 # One list of objects
 
 

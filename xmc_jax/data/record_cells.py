@@ -16,6 +16,8 @@ from typing import Any
 
 _LARGEST = 1 << 53  # whole numbers up to here are whole as floats, too
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_IRI = re.compile(r"<([A-Za-z][A-Za-z0-9+.-]*+:[^<>\s]*+)>")
+_IRIS = re.compile(rf"(?:{_IRI.pattern}\s*+)++")
 _BAD_IN_IDS = re.compile(r"[\t\r\n]")
 _ROUNDED = re.compile(r"-?\d(?:[.,]\d+)?[eE]\+\d+")
 _ID_KEYS = ("id", "uid", "uri", "name", "label")  # of an object in place of an id
@@ -68,7 +70,7 @@ def text(cell: Any) -> str:
 
 
 def identifier(cell: Any) -> str:
-    """An id: a text without blanks around it, in Unicode's form NFC, or a whole number's digits.
+    """An id as `normal` makes it of a text, or a whole number's digits.
 
     1, 1.0 and "1" are one id.
 
@@ -95,8 +97,13 @@ def identifier(cell: Any) -> str:
 
 
 def normal(uid: str) -> str:
-    """An id as it is compared: without blanks around it, and in Unicode's form NFC."""
+    """An id as it is compared: without blanks around it, and in Unicode's form NFC.
+
+    An IRI is the same with and without the angle brackets that N-Triples and Turtle have around it.
+    """
     uid = uid.strip()
+    if uid.startswith("<") and (iri := _IRI.fullmatch(uid)):
+        uid = iri[1]
     return uid if uid.isascii() else unicodedata.normalize("NFC", uid)
 
 
@@ -113,7 +120,8 @@ def identifiers(cell: Any, separator: str) -> list[str]:
     if kinds == {str}:  # as most are: at once, for speed
         found = list(map(str.strip, found))
         together = "".join(found)
-        if all(found) and together.isascii() and not _BAD_IN_IDS.search(together):
+        plain = together.isascii() and "<" not in together
+        if all(found) and plain and not _BAD_IN_IDS.search(together):
             return found
     return list(map(identifier, found))
 
@@ -197,6 +205,8 @@ def flag(cell: Any) -> bool:
 def listed(cell: Any, separator: str) -> list[Any]:
     """The elements of a cell: of a list, of a text in brackets, or of separated pieces of a text.
 
+    IRIs in angle brackets are apart without a separator.
+
     Args:
         cell: see above; nothing gives [], and a number itself.
         separator: of the pieces; "" if a text without brackets is one element.
@@ -211,6 +221,8 @@ def listed(cell: Any, separator: str) -> list[Any]:
     if not isinstance(cell, str):
         return [cell]
     whole = cell.strip()
+    if whole.startswith("<") and _IRIS.fullmatch(whole):
+        return _IRI.findall(whole)
     if not (whole.startswith("[") and whole.endswith("]")):
         pieces = cell.split(separator) if separator else [cell]
         return [piece for one in pieces if (piece := one.strip())]

@@ -21,7 +21,12 @@ from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
 from xmc_jax.types import Batch, Prompts, Tables, TrainState
 
-_NAMES = {"train": "training documents", "test": "test documents", "label": "labels"}
+_NAMES = {
+    "train": "training documents",
+    "test": "test documents",
+    "validation": "validation documents",
+    "label": "labels",
+}
 
 
 class Run(Program):
