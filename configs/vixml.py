@@ -80,6 +80,7 @@ BASE = {
         "pooling": config_dict.placeholder(str),  # None: as the backbone's folder says, or "mean"
         "dropout": config_dict.placeholder(float),  # None: the model's own, 0.1
         "compute_dtype": "float32",
+        "precision": config_dict.placeholder(str),  # None: "highest" for float32
         "frozen_dtype": "float32",
         "remat": "none",
         "init": "pretrained",

@@ -32,7 +32,6 @@ def run(name: str, parse: Callable[[], Parsed], act: Callable[[Parsed], None]) -
     Returns:
         The exit status: 0, 1 for bad data, 2 for bad flags, 130 if interrupted.
     """
-    without_native_log()
     try:
         parsed = parse()
     except ValueError as error:

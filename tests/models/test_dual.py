@@ -1,6 +1,7 @@
 """The dual encoder and the combiner without torch."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -165,3 +166,28 @@ def test_sum_combiner_adds_unit_text_free_vector_and_unit_centroid():
     out = SumCombiner().apply({}, 7 * pooled, free, centroid)
     expected = length_one(length_one(pooled) + free + length_one(centroid))
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"HIGHEST"}),
+        ({"precision": "high"}, {"HIGH"}),
+        ({"compute_dtype": "bfloat16"}, {"DEFAULT"}),
+    ],
+)
+def test_products_name_their_precision(fields, expected):
+    """Of the tower, of label prototypes, and of both backward passes."""
+    model = prime_model(**fields)
+    inputs = Inputs(jnp.ones((2, 3), jnp.int32), jnp.array([2, 3]))
+
+    def value(params):
+        pooled = model.apply({"params": params}, inputs, method="encode").pooled
+        arguments = pooled, jnp.arange(2), pooled
+        return model.apply({"params": params}, *arguments, method="prototype").sum()
+
+    program = jax.jit(jax.grad(value)).lower(jax.eval_shape(init, model)).as_text()
+    products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in products]
+    assert {match[1] if match else "DEFAULT" for match in found} == expected
+    assert len(products) > 3 * 6  # kernels of a layer, forwards and both ways backwards

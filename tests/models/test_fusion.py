@@ -94,11 +94,13 @@ def test_compose_by_a_loop(name, order, positions, images):
         assert at[row, :length].tolist() == (places if padded else list(range(length)))
 
 
-def test_without_prompts_and_images_nothing_is_done():
+def test_without_prompts_and_images_nothing_moves():
     inputs = items(images=False)
     for positions in fusion.POSITIONS:
         made = fusion.compose(inputs, fusion.NO_PROMPTS, positions=positions)
-        assert made.tokens is inputs.tokens and made.lengths is inputs.lengths
+        assert made.lengths is inputs.lengths
+        real = np.arange(T) < inputs.lengths[:, None]
+        np.testing.assert_array_equal(made.tokens, np.where(real, inputs.tokens, -1))
         assert made.positions is None and made.images is None
 
 

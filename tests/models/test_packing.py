@@ -1,6 +1,7 @@
 """Packed sequences: embeddings and gradients are those of padded ones, whatever the room."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from xmc_jax import sharding
-from xmc_jax.models import decoder_config, dual, packing
+from xmc_jax.models import decoder_config, dual, layers, packing
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.types import Inputs, Packing, Prompts, own_tokens
 
@@ -111,6 +112,25 @@ def test_as_with_padding(name, images, pooling, positions):
     expected = encode(model, weights, inputs)
     for shape in (room(model, inputs, spare=3), room(model, inputs, padded=True)):
         assert_alike(encode(model, weights, inputs.replace(packing=shape)), expected)
+
+
+def test_of_tables_only_that_of_tokens_has_rows_added_to_it_one_by_one():
+    """Of S positions each row would be added to by every sequence, which is slow on GPUs."""
+    model, inputs = tower("encoder", False), items(False)
+    inputs = inputs.replace(packing=room(model, inputs, spare=3))
+    program = encode.lower(model, params(model), inputs).as_text()
+    assert '"stablehlo.scatter"' in program
+    rows = r"tensor<[\dx]+xi32>, tensor<[\dx]+xf32>\)"  # their numbers, and what is added to each
+    added_to = re.findall(rf"\}}\) : \(tensor<([\dx]+)xf32>, {rows}", program)
+    assert added_to == [f"{ENCODER.vocab_size}x{ENCODER.hidden}"]
+
+
+def test_where_there_is_no_token_nothing_is_looked_up():
+    table, tokens = jnp.arange(1.0, 7).reshape(3, 2), jnp.array([[2, -1, 0, -1]])
+    rows, backward = jax.vjp(lambda table: layers.lookup(table, tokens), table)
+    np.testing.assert_array_equal(rows, [[[5, 6], [0, 0], [1, 2], [0, 0]]])
+    (gradient,) = backward(jnp.where(tokens[..., None] < 0, jnp.nan, 2.0) * jnp.ones(2))
+    np.testing.assert_array_equal(gradient, [[2, 2], [0, 0], [2, 2]])
 
 
 @pytest.mark.slow

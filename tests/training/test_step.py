@@ -52,6 +52,7 @@ def assert_close(ours, theirs, tolerance=1e-5, rtol=1e-4):
 def without_dropout(fields) -> dict:
     fields = copy.deepcopy(fields)
     fields["encoder"]["dropout"] = fields["prime"]["dropout"] = 0.0
+    fields["train"]["positives_per_document"] = 2
     return fields
 
 

@@ -283,7 +283,7 @@ class Bert(nn.Module):
         """Encodes texts; what stands past a text's length does not change its vectors.
 
         Args:
-            tokens: i32[n, S], right padded.
+            tokens: i32[n, S], right padded; -1 where there is no token.
             lengths: i32[n], in [1, S].
             deterministic: no dropout; otherwise the rng "dropout" is needed.
             hidden_states: return also the input of the first layer and the output of each.
@@ -316,7 +316,12 @@ class Bert(nn.Module):
         x = layers.lookup(words, tokens)
         x = x if images is None else place(x, *images)
         placed = table("position_embedding", c.max_positions, (None, "embed"))
-        x += placed[:S] if positions is None else placed[positions]
+        if positions is None:
+            x += placed[:S]
+        elif packed is None:
+            x += placed[positions]
+        else:
+            x += layers.of_positions(placed[:S], positions)
         if c.type_vocab:
             x += table("type_embedding", c.type_vocab, (None, "embed"))[0]
         x = layers.LayerNorm(c.eps, name="embedding_norm")(x).astype(self.dtype)

@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         """Encodes texts; what stands past a text's length does not change its vectors.
 
         Args:
-            tokens: i32[n, S], right padded.
+            tokens: i32[n, S], right padded; -1 where there is no token.
             lengths: i32[n], in [1, S]; vectors past it mean nothing. Attention is causal, so that
                 it need not be looked at.
             deterministic: no dropout; otherwise the rng "dropout" is needed.

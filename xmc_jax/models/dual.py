@@ -1,5 +1,6 @@
 """The Siamese encoder: one backbone for documents and labels, and the prototype path of labels."""
 
+import contextlib
 import dataclasses
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from xmc_jax.types import EncoderOutput, Inputs, Prompts, own_tokens
 
 POOLINGS = ("mean", "cls", "last", "max")
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "high", "highest")
 _FREE_VECTOR_INITS = {
     "xavier": nn.initializers.xavier_uniform(),
     "cluster_mean": nn.initializers.zeros,  # set once the labels are encoded
@@ -35,6 +37,9 @@ class EncoderConfig:
             the backbone says, see `hf_modules.read`, or "mean".
         dropout: fraction; replaces the model's own, None keeps them.
         compute_dtype: of activations and products.
+        precision: of products of float32, which GPUs would else take in TF32 and TPUs in bfloat16:
+            "highest", "high" or "default", as JAX calls them. None is "highest" where
+            `compute_dtype` is float32, and else the default.
         frozen_dtype: of the parameters that are not trained; those that are, are float32.
         remat: what of a layer is kept for the backward pass; see `layers.stack`.
         init: "pretrained", or "random" for a model with no weights to load.
@@ -47,6 +52,7 @@ class EncoderConfig:
     pooling: str | None = None
     dropout: float | None = None
     compute_dtype: str = "float32"
+    precision: str | None = None
     frozen_dtype: str = "float32"
     remat: str = "none"
     init: str = "pretrained"
@@ -55,6 +61,8 @@ class EncoderConfig:
     def __post_init__(self):
         _check_choice("encoder.pooling", self.pooling or POOLINGS[0], POOLINGS)
         _check_choice("encoder.compute_dtype", self.compute_dtype, DTYPES)
+        if self.precision is not None:
+            _check_choice("encoder.precision", self.precision, PRECISIONS)
         _check_choice("encoder.frozen_dtype", self.frozen_dtype, DTYPES)
         _check_choice("encoder.remat", self.remat, layers.REMAT)
         _check_choice("encoder.init", self.init, ("pretrained", "random"))
@@ -117,6 +125,7 @@ class DualEncoder(nn.Module):
         sizes: of the backbone, which is a decoder if they are.
         pooling: see `EncoderConfig`.
         compute_dtype: see `EncoderConfig`.
+        precision: see `EncoderConfig`.
         remat: see `EncoderConfig`.
         lora: see `EncoderConfig`.
         prompts: what stands around every text of a decoder.
@@ -130,6 +139,7 @@ class DualEncoder(nn.Module):
     sizes: Sizes
     pooling: str = "mean"
     compute_dtype: str = "float32"
+    precision: str | None = None
     remat: str = "none"
     lora: LoraConfig = NO_LORA
     prompts: Prompts = fusion.NO_PROMPTS
@@ -186,11 +196,23 @@ class DualEncoder(nn.Module):
             raise ValueError(
                 f"images: expected vectors {self.image_width} wide (0 is none), got {width}"
             )
-        if inputs.packing is not None:
-            pooled = self._packed(inputs, deterministic)
-            return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
+        encode = self._padded if inputs.packing is None else self._packed
+        with self._precisely():
+            pooled = encode(inputs, deterministic)
+        return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
+
+    def _precisely(self) -> contextlib.AbstractContextManager:
+        """Within it, products are traced with the model's precision."""
+        if self.precision is None and self.compute_dtype != "float32":
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.precision or "highest")
+
+    def _padded(self, inputs: Inputs, deterministic: bool) -> jax.Array:
+        """f32[n, D], pooled; every sequence has room for the longest."""
         sequence = fusion.compose(inputs, self.prompts, self.order, self.positions)
-        images = (self.projection(inputs.images), sequence.images) if width else None
+        images = None
+        if self.image_width:
+            images = (self.projection(inputs.images), sequence.images)
         lengths = sequence.lengths
         hidden = layers.wide(
             self.backbone(
@@ -198,16 +220,13 @@ class DualEncoder(nn.Module):
             )
         )
         if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        elif self.pooling == "last":
-            pooled = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        else:
-            real = (jnp.arange(hidden.shape[1]) < lengths[:, None])[..., None]
-            if self.pooling == "max":
-                pooled = jnp.where(real, hidden, -jnp.inf).max(1)
-            else:
-                pooled = jnp.where(real, hidden, 0).sum(1) / lengths[:, None]
-        return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
+            return hidden[:, 0]
+        if self.pooling == "last":
+            return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        real = (jnp.arange(hidden.shape[1]) < lengths[:, None])[..., None]
+        if self.pooling == "max":
+            return jnp.where(real, hidden, -jnp.inf).max(1)
+        return jnp.where(real, hidden, 0).sum(1) / lengths[:, None]
 
     def _packed(self, inputs: Inputs, deterministic: bool) -> jax.Array:
         """f32[n, D], pooled, of `Inputs.packing`. The prompt all begin with is encoded once."""
@@ -234,7 +253,7 @@ class DualEncoder(nn.Module):
         if self.image_width:
             images = (self.projection(inputs.images), sequence.images)
         hidden = self.backbone(
-            behind(head, packed.pack(sequence.tokens)),
+            behind(head, packed.pack(sequence.tokens, fill=-1)),
             None,
             deterministic,
             positions=behind(jnp.arange(len(head)), own + len(head)),
@@ -262,7 +281,8 @@ class DualEncoder(nn.Module):
             unit f32[n, D].
         """
         free = sharding.rows(self.free_vectors, free_vector_ids)
-        return self.combiner(pooled, free, centroids, deterministic)
+        with self._precisely():
+            return self.combiner(pooled, free, centroids, deterministic)
 
     def __call__(self, inputs: Inputs) -> EncoderOutput:
         """Touches every parameter; what `init_params` initialises through."""

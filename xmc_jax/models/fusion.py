@@ -51,7 +51,7 @@ class Sequence:
     """n composed items without gaps, right padded.
 
     Attributes:
-        tokens: i32[n, S]; 0 where an image stands.
+        tokens: i32[n, S]; -1 where an image stands, and past the end.
         lengths: i32[n].
         positions: i32[n, S] where the padding counts, else None: 0, 1, 2, ...
         images: i32[n, S], the number of the image that stands there or -1; None for text only.
@@ -79,17 +79,17 @@ def compose(
     Source: ViXML sec. 3.1, eq. 3, 4, supp. A.
     """
     K = 0 if inputs.images is None else inputs.images.shape[1]
-    if not K and prompts == NO_PROMPTS:
-        return Sequence(inputs.tokens, inputs.lengths)
     tokens = jnp.asarray(inputs.tokens)
     n, T = tokens.shape
+    if not K and prompts == NO_PROMPTS:
+        return Sequence(_cut(tokens, inputs.lengths), inputs.lengths)
 
     def prompt(ids: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         row = jnp.asarray(ids, tokens.dtype)
         return jnp.broadcast_to(row, (n, len(ids))), jnp.full(n, len(ids))
 
     count = inputs.image_count if K else jnp.zeros(n, jnp.int32)
-    text, images = (tokens, inputs.lengths), (jnp.zeros((n, K), tokens.dtype), count)
+    text, images = (tokens, inputs.lengths), (jnp.full((n, K), -1, tokens.dtype), count)
     first, second = (images, text) if order == "image_text" else (text, images)
     pieces = (prompt(prompts.head), first, prompt(prompts.middle), second, prompt(prompts.tail))
     laid_out = jnp.concatenate([piece for piece, _ in pieces], axis=1)
@@ -106,12 +106,18 @@ def compose(
         before += 0 if first is images else T + len(prompts.middle)
         numbers = source - before
         numbers = jnp.where((numbers >= 0) & (numbers < K), numbers, -1)
+    moved_up = jnp.take_along_axis(laid_out, jnp.minimum(source, S - 1), axis=1)
     return Sequence(
-        tokens=jnp.take_along_axis(laid_out, jnp.minimum(source, S - 1), axis=1),
+        tokens=_cut(moved_up, end),
         lengths=end,
         positions=source if positions == "padded" else None,
         images=numbers,
     )
+
+
+def _cut(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """-1 in the place of what stands past the end of each sequence."""
+    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
 
 
 def place(embeddings: jax.Array, images: jax.Array, numbers: jax.Array) -> jax.Array:

@@ -200,10 +200,22 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Embeddings of tokens: [V, D], i32[n, S] -> [n, S, D], split like a batch.
 
     The table is split by width over both axes that split parameters, so that a row is read where it
-    lies, and what moves is what was read.
+    lies, and what moves is what was read. Where a token is -1, nothing is read, the result is 0,
+    and nothing is added to the gradient: many additions to one row are slow on accelerators.
     """
-    x = table[sharding.constrain(tokens, "copy")]
+    ids = jnp.where(tokens < 0, len(table), tokens)
+    x = table.at[sharding.constrain(ids, "copy")].get(mode="fill", fill_value=0)
     return sharding.width_to_batch(sharding.constrain(x, "copy", None, "token_width"))
+
+
+def of_positions(table: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rows of a small table by a product: f[S, D], i32[n, m] in [0, S) -> f[n, m, D].
+
+    Values are those of `table[positions]`. Its gradient would add all n * m rows to S rows, one
+    after the other on accelerators; here it is a product, too.
+    """
+    chosen = jax.nn.one_hot(positions, len(table), dtype=table.dtype)
+    return jnp.matmul(chosen, table, precision="highest")
 
 
 def rotary_tables(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:

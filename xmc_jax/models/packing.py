@@ -51,9 +51,9 @@ class Packed:
     width: int = flax.struct.field(pytree_node=False)
     prefix: int = flax.struct.field(pytree_node=False)
 
-    def pack(self, x: jax.Array) -> jax.Array:
-        """[g * m, S] -> [g, t] of what stands there, for integers; 0 past the last token."""
-        return _take(x.reshape(self.order.shape[0], -1), self.source)
+    def pack(self, x: jax.Array, fill: int = 0) -> jax.Array:
+        """[g * m, S] -> [g, t] of what stands there, for integers; `fill` past the last token."""
+        return _take(x.reshape(self.order.shape[0], -1), self.source, fill)
 
     def apart(self, x: jax.Array) -> list[jax.Array]:
         """[g, t, ...] -> [g * count, width, ...] of each class.
@@ -294,6 +294,6 @@ def _moved_backward(indices: tuple[jax.Array, jax.Array], cotangent: jax.Array) 
 moved.defvjp(_moved_forward, _moved_backward)
 
 
-def _take(x: jax.Array, source: jax.Array) -> jax.Array:
+def _take(x: jax.Array, source: jax.Array, fill: int = 0) -> jax.Array:
     index = source.reshape(*source.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=fill)

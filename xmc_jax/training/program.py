@@ -95,6 +95,7 @@ class Program:
             sizes=self.sizes,
             pooling=config.encoder.pooling or hf_modules.read(self.source).pooling(),
             compute_dtype=config.encoder.compute_dtype,
+            precision=config.encoder.precision,
             remat=config.encoder.remat,
             lora=config.encoder.lora,
             prompts=prompts,
