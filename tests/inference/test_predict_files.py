@@ -322,7 +322,7 @@ def test_outputs_that_cannot_be(opened, records, tmp_path, target, message):
 
 def test_two_at_a_time_are_refused(opened, records, tmp_path):
     source = write(tmp_path / "in.jsonl", records)
-    refused = pytest.raises(ValueError, match="found one that writes the same output")
+    refused = pytest.raises(ValueError, match="expected no other process, found process")
     with outputs.begin(tmp_path / "out.jsonl", {}), refused:
         run(opened, source, tmp_path / "out.jsonl")
 

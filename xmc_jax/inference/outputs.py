@@ -8,10 +8,8 @@ What is written does not depend on where runs were killed.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -20,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from xmc_jax.files import atomic, locks
 from xmc_jax.inference.artifact import Labels
 from xmc_jax.inference.predictor import Ranking
 
@@ -81,13 +80,7 @@ class Making:
             "made_of": self._made_of,
             **dataclasses.asdict(done),
         }
-        path = _beside(self.path, "progress.json")
-        temporary = path.with_name(f"{path.name}.new")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            _to_disk(file)
-        os.replace(temporary, path)
-        _folder_to_disk(path.parent)
+        atomic.write(_beside(self.path, "progress.json"), json.dumps(content, indent=1) + "\n")
         self.done = done
 
     def finish(self, whole: pathlib.Path, done: Done) -> None:
@@ -97,8 +90,7 @@ class Making:
         self.complete = True
 
     def _name(self, whole: pathlib.Path) -> None:
-        os.replace(whole, self.path)
-        _folder_to_disk(self.path.parent)
+        atomic.move_file(whole, self.path)
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
@@ -121,7 +113,8 @@ def begin(
     if path.is_dir():
         raise ValueError(f"{path}: expected the name of a file, found a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(_beside(path, "lock")):
+    remedy = "wait for it, or choose another --output"
+    with locks.locked(_beside(path, "lock"), str(path), remove=True, remedy=remedy):
         making = _found(path, made_of, overwrite)
         if making is None:
             making = Making(path, made_of, Done(), complete=False)
@@ -199,40 +192,6 @@ def _beside(path: pathlib.Path, name: str) -> pathlib.Path:
 def _whole(partial: pathlib.Path) -> pathlib.Path:
     """The file that gets the output's name."""
     return partial / "whole" if ".parquet." in partial.name else partial
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a file that no other process holds; it is gone afterwards."""
-    while True:
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{path}: expected no other process, found one that writes the same output; "
-                    "wait for it, or choose another --output"
-                ) from None
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                continue  # the one who held it has removed it meanwhile
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _folder_to_disk(folder: pathlib.Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 # Formats
@@ -364,13 +323,13 @@ class LineSink:
 
     def sync(self) -> dict[str, int]:
         """See `Sink`."""
-        _to_disk(self._file)
+        atomic.to_disk(self._file)
         self._synced = time.monotonic()
         return {"bytes": self._file.tell()}
 
     def finish(self) -> pathlib.Path:
         """See `Sink`."""
-        _to_disk(self._file)
+        atomic.to_disk(self._file)
         self._file.close()
         return self._path
 
@@ -437,10 +396,8 @@ class ParquetSink:
         """See `Sink`."""
         if self._count:
             table = self._arrow.concat_tables([self._table(*held) for held in self._held])
-            with self._part(self._parts).open("wb") as file:
+            with atomic.replaced(self._part(self._parts)) as file:
                 self._arrow.parquet.write_table(table, file)
-                _to_disk(file)
-            _folder_to_disk(self._folder)
             self._parts += 1
             self._held, self._count = [], 0
         self._synced = time.monotonic()
@@ -450,21 +407,20 @@ class ParquetSink:
         """See `Sink`; row groups are the same whatever the parts are."""
         self.sync()
         arrow, whole = self._arrow, _whole(self._folder)
-        with whole.with_name("whole.new").open("wb") as file:
-            with arrow.parquet.ParquetWriter(file, self._schema) as writer:
-                left = self._schema.empty_table()
-                for number in range(self._parts):
-                    part = arrow.parquet.read_table(self._part(number))
-                    # A part that an earlier version wrote has no column `cut`.
-                    left = arrow.concat_tables([left, part], promote_options="default")
-                    while len(left) >= _GROUP:
-                        writer.write_table(left.slice(0, _GROUP).combine_chunks(), _GROUP)
-                        left = left.slice(_GROUP)
-                if len(left) or not self._parts:
-                    writer.write_table(left.combine_chunks(), _GROUP)
-            _to_disk(file)
-        os.replace(whole.with_name("whole.new"), whole)
-        _folder_to_disk(self._folder)
+        with (
+            atomic.replaced(whole) as file,
+            arrow.parquet.ParquetWriter(file, self._schema) as writer,
+        ):
+            left = self._schema.empty_table()
+            for number in range(self._parts):
+                part = arrow.parquet.read_table(self._part(number))
+                # A part that an earlier version wrote has no column `cut`.
+                left = arrow.concat_tables([left, part], promote_options="default")
+                while len(left) >= _GROUP:
+                    writer.write_table(left.slice(0, _GROUP).combine_chunks(), _GROUP)
+                    left = left.slice(_GROUP)
+            if len(left) or not self._parts:
+                writer.write_table(left.combine_chunks(), _GROUP)
         return whole
 
     def _part(self, number: int) -> pathlib.Path:
