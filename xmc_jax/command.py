@@ -1,10 +1,11 @@
-"""What commands share: flags by argparse, errors in one line, exit codes; memory and log lines."""
+"""What commands share: flags, errors in one line, exit codes, streams, log lines, memory."""
 
 import argparse
 import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -30,19 +31,65 @@ def run(name: str, parse: Callable[[], Parsed], act: Callable[[Parsed], None]) -
         act: does the work and prints what there is to say; a ValueError is bad data.
 
     Returns:
-        The exit status: 0, 1 for bad data, 2 for bad flags, 130 if interrupted.
+        The exit status: 0, 1 for bad data, 2 for bad flags, 130 if interrupted, 141 if nobody
+        reads standard output any longer.
     """
+    open_standard_streams()
     try:
         parsed = parse()
     except ValueError as error:
         return _said(name, error, 2)
     try:
         act(parsed)
-    except (ValueError, OSError) as error:
-        return _said(name, error, 1)
+    except OSError as error:
+        code, said = lost_output(error) or (1, error)
+    except ValueError as error:
+        code, said = 1, error
     except KeyboardInterrupt:
-        return _said(name, "interrupted; run the same command again", 130)
-    return 0
+        code, said = 130, "interrupted; run the same command again"
+    else:
+        code, said = lost_output() or (0, "")
+    return _said(name, said, code) if code else 0
+
+
+def open_standard_streams() -> tuple[str, ...]:
+    """Opens the null device in place of each standard stream that is closed, as by `<&-`.
+
+    Else the next file that is opened would get the stream's number, and what is printed would be
+    written there. To be called first.
+
+    Returns:
+        The names of those that were closed: "stdin", "stdout", "stderr".
+    """
+    closed = tuple(name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None)
+    for name in closed:  # ascending: each gets the lowest number that is free, its own
+        stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115, as long as us
+        os.set_inheritable(stream.fileno(), True)
+        setattr(sys, name, stream)
+    return closed
+
+
+def lost_output(error: OSError | None = None) -> tuple[int, str] | None:
+    """Exit status and error of a command whose standard output takes no more; else None.
+
+    What was printed is written out. If that fails, all that follows goes to the null device, so
+    that nothing more is said of it.
+
+    Args:
+        error: what ended the command.
+    """
+    try:
+        sys.stdout.flush()
+        found = error if isinstance(error, BrokenPipeError) else None
+    except OSError as refused:
+        found = refused
+    if found is None:
+        return None
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    code = 128 + signal.SIGPIPE if isinstance(found, BrokenPipeError) else 1
+    return code, f"standard output: {found.strerror}"
 
 
 def without_native_log() -> None:

@@ -36,7 +36,7 @@ import threading
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -108,7 +108,10 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "Of --mode=predict: ranked labels, .jsonl or .parquet, or - for JSONL."
 )
 _OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Of --mode=predict: replace an --output that was made of others."
+    "overwrite",
+    False,
+    "Of --mode=predict: replace an --output that was made of others. Of --mode=export: replace a "
+    "folder with changed labels or edited texts.",
 )
 _PREDICT = _settings("predict", PredictConfig)
 _LABELS = _settings("labels", LabelsConfig)
@@ -180,8 +183,12 @@ def _loaded(file: str, variant: str) -> ConfigDict:
     return get_config(variant) if variant else get_config()
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], closed: Collection[str] = ()) -> list[str]:
     """Flags of the command line.
+
+    Args:
+        argv: the command's name, then its flags.
+        closed: standard streams that are closed, see `command.open_standard_streams`.
 
     Raises:
         ValueError: one line on what is wrong: an unknown flag, variant or config field, with the
@@ -203,9 +210,11 @@ def parse(argv: list[str]) -> list[str]:
             f"--config: expected a config file, e.g. --config=configs/vixml.py{instead}"
         )
     if _MODE.value == "predict":
-        for flag in (_INPUT, _OUTPUT):
+        for flag, stream in ((_INPUT, "stdin"), (_OUTPUT, "stdout")):
             if not flag.value:
                 raise ValueError(f"--{flag.name}: expected a file, or -, got none")
+            if flag.value == "-" and stream in closed:
+                raise ValueError(f"--{flag.name}=-: expected an open {stream}, found it closed")
     for settings in (_PREDICT, _LABELS, _SERVE):
         settings()  # raises what does not fit
     return rest
@@ -327,11 +336,15 @@ def _main(argv: list[str]) -> None:
     try:
         _start()
         code = main(argv)
-    except (ValueError, FloatingPointError, OSError) as error:
-        code, said = _FAILED, str(error)
+    except OSError as error:
+        code, said = command.lost_output(error) or (_FAILED, str(error) or repr(error))
+    except (ValueError, FloatingPointError) as error:
+        code, said = _FAILED, str(error) or repr(error)
     except KeyboardInterrupt:
         code, said = _BY_SIGNAL + signal.SIGINT, "interrupted; run the same command again"
     else:
+        code, said = command.lost_output() or (code, "")
+    if not said:
         distributed.finish()
         sys.exit(code)
     print(f"error: {said}", file=sys.stderr)
@@ -341,10 +354,11 @@ def _main(argv: list[str]) -> None:
 
 def run() -> None:
     """The entry of the command."""
+    closed = command.open_standard_streams()
     command.keep_freed_memory()
     command.without_native_log()
     try:
-        arguments = parse(sys.argv)
+        arguments = parse(sys.argv, closed)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_USAGE)

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +49,7 @@ class Asked:
         artifact: an exported folder; None for the workdir's own.
         input: of the mode predict, see `inference.files.predict`.
         output: likewise.
-        overwrite: likewise.
+        overwrite: of the modes predict and export, see `export.replacing.replaced`.
         predict: likewise.
         labels: of the mode labels.
         serve: of the mode serve.
@@ -281,22 +279,18 @@ def _index(asked: Asked, run: Run, step: int, state: TrainState) -> None:
 
 def _export(asked: Asked, run: Run, step: int, state: TrainState) -> None:
     if run.config.export.format == "adapter":
-        folder = write.encoder(asked.fields, run, state, asked.workdir)
+        folder = write.encoder(asked.fields, run, state, asked.workdir, asked.overwrite)
     else:
-        folder = write.whole(asked.fields, run, step, state, asked.workdir)
+        folder = write.whole(asked.fields, run, step, state, asked.workdir, asked.overwrite)
     print(f"wrote {folder}")
 
 
 def _predict(asked: Asked) -> int:
     """Ranks labels for the documents of a file; what there is to say goes to standard error."""
     opened = _opened(asked)
-    try:
-        report = prediction_files.predict(
-            opened, asked.predict, asked.input, asked.output, asked.overwrite
-        )
-    except BrokenPipeError:  # who reads standard output has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BY_SIGNAL + signal.SIGPIPE
+    report = prediction_files.predict(
+        opened, asked.predict, asked.input, asked.output, asked.overwrite
+    )
     print(f"{asked.output}: {report}", file=sys.stderr)
     return 0
 

@@ -93,9 +93,9 @@ def test_what_a_manifest_says_of_a_changed_folder(tmp_path):
     (tmp_path / "part" / "a").write_text("1234")
     assert "expected 5 bytes, found 4" in manifests.damage(tmp_path, recorded)
     (tmp_path / "part" / "a").write_text("12354")
-    assert "SHA-256" in manifests.damage(tmp_path, recorded)
+    assert "expected sha256" in manifests.damage(tmp_path, recorded)
     (tmp_path / "part" / "a").unlink()
-    assert "found none" in manifests.damage(tmp_path, recorded)
+    assert "found no file" in manifests.damage(tmp_path, recorded)
 
 
 def test_differences_name_the_field_and_both_values():

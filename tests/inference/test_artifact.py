@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from xmc_jax.files import digests
 from xmc_jax.inference import artifact
 from xmc_jax.inference.predictor import Predictor
 
@@ -32,7 +33,7 @@ def change(folder: pathlib.Path, function, *names: str) -> None:
         content = folder / name
         manifest["files"][name] = {
             "bytes": content.stat().st_size,
-            "sha256": artifact.sha256(content),
+            "sha256": digests.sha256(content),
         }
     path.write_text(json.dumps(manifest))
 

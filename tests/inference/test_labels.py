@@ -1,9 +1,7 @@
 """Labels of an exported model added, changed and removed without training."""
 
 import copy
-import fcntl
 import functools
-import os
 import pathlib
 import shutil
 import subprocess
@@ -205,21 +203,31 @@ def test_killed_before_the_manifest_nothing_has_changed(folder, monkeypatch):
     assert len(parts) == 1 and len(artifact.open(folder).labels) == 39
 
 
-def test_changed_elsewhere_the_original_stays(folder, tmp_path):
-    before = contents(folder)
-    labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=tmp_path / "changed")
+def test_changed_elsewhere_the_original_stays_and_texts_for_people_go_along(folder, tmp_path):
+    (folder / "LICENSE.md").write_text("ours\n")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "first.html").write_text("of people\n")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    before, out = contents(folder), tmp_path / "changed"
+    labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=out)
     assert contents(folder) == before
-    assert len(artifact.open(tmp_path / "changed").labels) == 39
-    with pytest.raises(ValueError, match="expected no such folder"):
-        labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=tmp_path / "changed")
+    assert len(artifact.open(out).labels) == 39
+    for name in ("LICENSE.md", "DATA_CARD.md", "notes/first.html", ".gitattributes"):
+        assert (out / name).read_bytes() == before[name]
+    card = (out / "README.md").read_bytes()
+    assert card.startswith(before["README.md"].rstrip()) and b"1 removed; 39 now" in card
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "changed"}
+    with pytest.raises(ValueError, match="expected no such folder, found one"):
+        labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=out)
+    with pytest.raises(ValueError, match="expected no such folder, found a part of"):
+        labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=folder / "changed")
 
 
 def test_one_process_changes_a_folder_at_a_time(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="a process that changes it"):
+    with artifact.locked(folder), pytest.raises(ValueError, match="expected no other process, fo"):
         labels.change(folder, Changes(remove=["topic3"]), NEAREST)
-    os.close(descriptor)
+    labels.change(folder, Changes(remove=["topic3"]), NEAREST)
+    assert not (folder / ".lock").exists()
 
 
 def test_without_what_prototypes_are_made_of_it_says_so(fields, tmp_path):

@@ -11,6 +11,7 @@ from xmc_jax.models import hf
 from xmc_jax.retrieval import evaluate
 from xmc_jax.training.run import Run
 
+NAMES = ("README.md", "DATA_CARD.md", "LICENSE.md")
 _ROWS = {"plain": "labels by inner product", "augmented": "mixed with neighbouring documents"}
 
 _LICENSE_TEXT = """The files of this folder come under the licences of what they are made of:
@@ -26,18 +27,19 @@ Who ships this folder says here under which licence.
 
 
 def make(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> dict[str, str]:
-    """File name -> text.
+    """Name of a file, one of `NAMES`, to its text.
 
     Args:
         content: of artifact.json.
         fields: the config of the run.
         run: see `Run`.
     """
-    return {
-        "README.md": _model_card(content, fields, run),
-        "DATA_CARD.md": _data_card(content, fields, run),
-        "LICENSE.md": _LICENSE_TEXT.format(base=_base(run), dataset=content["dataset"]["name"]),
-    }
+    texts = (
+        _model_card(content, fields, run),
+        _data_card(content, fields, run),
+        _LICENSE_TEXT.format(base=_base(run), dataset=content["dataset"]["name"]),
+    )
+    return dict(zip(NAMES, texts, strict=True))
 
 
 def public(tree: Any) -> Any:

@@ -6,7 +6,6 @@ import importlib.metadata
 import pathlib
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from etils import epath
 
 from xmc_jax import build, sharding
 from xmc_jax.data import prompts, texts, tokenizer
-from xmc_jax.export import cards
+from xmc_jax.export import cards, replacing
 from xmc_jax.files.digests import sha256
 from xmc_jax.inference import artifact, thumbnails
 from xmc_jax.models import hf, hf_export
@@ -30,7 +29,11 @@ _VISION_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", hf.
 
 
 def encoder(
-    fields: Mapping[str, Any], run: Run, state: TrainState, workdir: epath.PathLike
+    fields: Mapping[str, Any],
+    run: Run,
+    state: TrainState,
+    workdir: epath.PathLike,
+    overwrite: bool = False,
 ) -> epath.Path:
     """Writes the encoder, or its adapters, its projection of images, and its tokenizer.
 
@@ -38,16 +41,54 @@ def encoder(
         fields: the config of the run.
         run: see `Run`.
         state: what to export.
-        workdir: gets `export/`, or `export-adapter/`, which is returned.
+        workdir: gets `export/`, or `export-adapter/`, which is returned; see `replacing.replaced`.
+        overwrite: likewise.
 
     Raises:
-        ValueError: adapters are asked for and there are none, or nothing to load them onto.
+        ValueError: adapters are asked for and there are none, or nothing to load them onto; or
+            work of people would be lost.
     """
+    is_adapter = run.config.export.format == "adapter"
+    target = epath.Path(workdir) / ("export-adapter" if is_adapter else "export")
+    with replacing.replaced(target, replacing.RECORD, overwrite) as folder:
+        _encoder(folder, fields, run, state)
+        replacing.record(folder)
+    return target
+
+
+def whole(
+    fields: Mapping[str, Any],
+    run: Run,
+    step: int,
+    state: TrainState,
+    workdir: epath.PathLike,
+    overwrite: bool = False,
+) -> epath.Path:
+    """Writes an artifact: see `inference.artifact`. It is evaluated as it is written.
+
+    Args:
+        fields: the config of the run.
+        run: see `Run`.
+        step: optimizer steps done.
+        state: what to export.
+        workdir: gets `export/`, which is returned; see `replacing.replaced`.
+        overwrite: likewise.
+
+    Raises:
+        ValueError: an image encoder that is to be carried and is not there; or work of people
+            would be lost.
+    """
+    target = epath.Path(workdir) / "export"
+    with replacing.replaced(target, artifact.MANIFEST, overwrite) as folder:
+        _encoder(folder, fields, run, state)
+        _fill(folder, fields, run, step, state)
+    return target
+
+
+def _encoder(folder: pathlib.Path, fields: Mapping[str, Any], run: Run, state: TrainState) -> None:
+    """Writes what `encoder` is for into a folder."""
     config, T = run.config, fields["data"]["max_length"]
     around = prompts.around_text(run.model.prompts, build.order(fields))
-    folder = epath.Path(workdir) / (
-        "export-adapter" if config.export.format == "adapter" else "export"
-    )
     common = {
         "lora": config.encoder.lora,
         "pooling": run.model.pooling,
@@ -80,39 +121,6 @@ def encoder(
         )
     else:
         tokenizer.export(source, folder, T)
-    return folder
-
-
-def whole(
-    fields: Mapping[str, Any], run: Run, step: int, state: TrainState, workdir: epath.PathLike
-) -> epath.Path:
-    """Writes an artifact: see `inference.artifact`. It is evaluated as it is written.
-
-    Args:
-        fields: the config of the run.
-        run: see `Run`.
-        step: optimizer steps done.
-        state: what to export.
-        workdir: gets `export/`, which is returned; replaced if it is there.
-
-    Raises:
-        ValueError: an image encoder that is to be carried and is not there.
-    """
-    target = epath.Path(workdir) / "export"
-    remote = "://" in str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target where that is local, so that it goes there in one move.
-    beside = None if remote else workdir
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as temporary:
-        local = pathlib.Path(str(encoder(fields, run, state, temporary)))
-        _fill(local, fields, run, step, state)
-        if target.exists():
-            target.rmtree()
-        if remote:
-            _copy(local, target)
-        else:
-            local.rename(target)
-    return target
 
 
 def _fill(
@@ -160,8 +168,10 @@ def _fill(
         )
     if config.thumbnails == "always" or (config.thumbnails == "auto" and data.images is not None):
         content["thumbnails"] = _thumbnails(folder / "thumbnails", fields, run)
-    for name, text in cards.make(content, fields, run).items():
+    texts_for_people = cards.make(content, fields, run)
+    for name, text in texts_for_people.items():
         (folder / name).write_text(text, encoding="utf-8")
+    content["cards"] = {name: sha256(folder / name) for name in texts_for_people}
     artifact.write_manifest(folder, content)
 
 
@@ -319,12 +329,3 @@ def _versions() -> dict[str, str]:
         if name != "scann" or scann.available():
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _copy(local: pathlib.Path, target: epath.Path) -> None:
-    """To a remote folder, the manifest last."""
-    paths = [path for path in local.rglob("*") if path.is_file()]
-    for path in sorted(paths, key=lambda path: path.name == artifact.MANIFEST):
-        place = target / path.relative_to(local).as_posix()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        epath.Path(path).copy(place, overwrite=True)

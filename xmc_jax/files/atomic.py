@@ -45,7 +45,8 @@ def replaced(path: epath.PathLike, durable: bool = True) -> Iterator[IO[bytes]]:
             file.flush()
             epath.Path(file.name).copy(target, overwrite=True)
         return
-    partial = pathlib.Path(target.parent, f".{target.name}.partial")
+    target = pathlib.Path(target).resolve()  # a link stays one
+    partial = target.with_name(f".{target.name}.partial")
     with locks.hold(partial) as file:
         try:
             file.truncate(0)  # what a killed writer left
@@ -86,7 +87,7 @@ def replaced_folder(path: epath.PathLike, marker: str | None = None) -> Iterator
             yield pathlib.Path(local)
             _upload(pathlib.Path(local), epath.Path(path), marker)
         return
-    target = pathlib.Path(path)
+    target = pathlib.Path(path).resolve()  # a link stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(target)
     partial = target.with_name(f".{target.name}.partial")

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -47,13 +48,17 @@ def difference(
 
 
 def names(folder: epath.PathLike) -> list[str]:
-    """The paths of all files below a folder, local or remote, within it; sorted."""
+    """The paths of all files below a folder, local or remote, within it; sorted.
+
+    Links to files count as files; links to folders, pipes and the like are left out.
+    """
+    if "://" not in str(folder):
+        paths = (pathlib.Path(parent, x) for parent, _, found in os.walk(folder) for x in found)
+        return sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
     found = []
     for path in epath.Path(folder).iterdir():
-        if path.is_dir():
-            found += [f"{path.name}/{name}" for name in names(path)]
-        else:
-            found.append(path.name)
+        below = names(path) if path.is_dir() else None
+        found += [path.name] if below is None else [f"{path.name}/{name}" for name in below]
     return sorted(found)
 
 
@@ -75,19 +80,22 @@ def files(folder: epath.PathLike, of: Iterable[str] | None = None) -> dict[str, 
         }
 
 
-def damage(folder: pathlib.Path, recorded: Mapping[str, Mapping[str, Any]]) -> str | None:
+def damage(
+    folder: pathlib.Path, recorded: Mapping[str, Mapping[str, Any]], hashed: bool = True
+) -> str | None:
     """What is wrong with the first file that is not as recorded; None if all are.
 
     Args:
         folder: local.
         recorded: what `files` gave.
+        hashed: whether to read the files; without, only their sizes are compared.
     """
     for name, facts in recorded.items():
         path = folder / name
-        if not path.is_file():
-            return f"{path}: expected a file of {facts['bytes']} bytes, found none"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{path}: expected {facts['bytes']} bytes, found {path.stat().st_size}"
-        if sha256(path) != facts["sha256"]:
-            return f"{path}: expected the SHA-256 {facts['sha256'][:12]}..., found another"
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size != facts.get("bytes"):
+            found = "no file" if size is None else size
+            return f"{path}: expected {facts.get('bytes')} bytes, found {found}"
+        if hashed and (digest := sha256(path)) != facts.get("sha256"):
+            return f"{path}: expected sha256 {facts.get('sha256')}, found {digest}"
     return None

@@ -14,12 +14,14 @@
     index/                   of ScaNN, over the labels
     thumbnails/              small pictures of labels and documents, see `inference.thumbnails`
     vision/                  the image encoder, where it is carried
-    README.md, DATA_CARD.md, LICENSE.md for people; not recorded, so that they can be added to
+    README.md, DATA_CARD.md, LICENSE.md for people, who can add to them: artifact.json has their
+                             digests as they were written, so that an edit is known
 
 `artifact.json` is written last and names the folders of the parts, so that a part can be replaced
 as a whole: the new one is written beside the old one, and the manifest decides.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,15 +31,15 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from xmc_jax.data import texts
 from xmc_jax.data.csr import Csr
-from xmc_jax.files import array_files
-from xmc_jax.files.digests import sha256
+from xmc_jax.files import array_files, atomic, digests, locks, manifests
 from xmc_jax.inference.thumbnails import KINDS, Thumbnails
 from xmc_jax.models import dual, hf
 from xmc_jax.retrieval.augmented import RETIRED, AugmentedConfig
@@ -46,11 +48,13 @@ from xmc_jax.types import ORDERS, Prompts
 FORMAT = 1
 """Version of the folder's layout."""
 MANIFEST = "artifact.json"
+_LOCK = ".lock"
 TEXTS = ("title", "title_content")
 """What an item's text may be made of."""
 PARTS = ("labels", "prototypes", "documents", "index", "thumbnails", "vision")
 """Folders of the artifact, or what their names begin with: `labels`, `labels-2`, ..."""
 
+_UNFINISHED = re.compile(r"(^|/)\.[^/]*\.(partial|old)(/|$)")  # what a killed command left
 _READ = (".bin", ".json", ".model", ".npy", ".safetensors", ".txt")  # suffixes of what is opened
 _MODEL_FILE = re.compile(
     rf"config\.json|model.*\.safetensors|{re.escape(hf.PROJECTION)}|tokenizer\.json"
@@ -380,20 +384,12 @@ def check_files(folder: pathlib.Path, files: Any, verify: bool) -> None:
     where = folder / MANIFEST
     if not isinstance(files, dict) or not all(isinstance(f, dict) for f in files.values()):
         raise ValueError(f"{where}: files: expected names with bytes and sha256, found others")
-    for name, recorded in files.items():
+    for name in files:
         _check_inside(where, name)
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != recorded.get("bytes"):
-            raise ValueError(
-                f"{path}: expected {recorded.get('bytes')} bytes, found "
-                f"{'no file' if found is None else found}; copy or export the folder again"
-            )
-        if verify and (digest := sha256(path)) != recorded.get("sha256"):
-            raise ValueError(
-                f"{path}: expected sha256 {recorded.get('sha256')}, found {digest}: a damaged "
-                "file, or one of another model; copy or export the folder again"
-            )
+    if found := manifests.damage(folder, files, verify):
+        raise ValueError(
+            f"{found}: a damaged file, or one of another model; copy or export the folder again"
+        )
 
 
 def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -406,17 +402,14 @@ def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
         folder: local.
         content: all but "format" and "files".
     """
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for name, path in _files(folder, content)
-    }
+    files = manifests.files(folder, [name for name, _ in _files(folder, content)])
     text = json.dumps({"format": FORMAT, **content, "files": files}, indent=1, allow_nan=False)
-    partial = folder / f".{MANIFEST}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MANIFEST)
+    atomic.write(folder / MANIFEST, text + "\n")
+
+
+def locked(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other commands from changing an artifact; see `locks.locked`."""
+    return locks.locked(folder / _LOCK, str(folder), remove=True)
 
 
 def folders(content: Mapping[str, Any]) -> set[str]:
@@ -434,14 +427,34 @@ def _files(folder: pathlib.Path, content: Mapping[str, Any]) -> Iterator[tuple[s
         content: of artifact.json.
     """
     used = folders(content)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        top = name.parts[0]
-        replaced = top.partition("-")[0] in PARTS and top not in used
-        hidden = any(part.startswith(".") for part in name.parts)
-        own = name.as_posix() == MANIFEST or path.suffix == ".md"
-        if path.is_file() and not (replaced or hidden or own):
-            yield name.as_posix(), path
+    for name in manifests.names(folder):
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        for_people = name == MANIFEST or name.endswith(".md")
+        if not (hidden or for_people or _is_replaced(name, used)):
+            yield name, folder / name
+
+
+def others(folder: epath.PathLike, content: Mapping[str, Any]) -> list[str]:
+    """The files that a manifest does not name: texts for people, and what people put beside them.
+
+    Args:
+        folder: local or remote.
+        content: of artifact.json, with "files".
+    """
+    used, recorded = folders(content), {MANIFEST, *content["files"]}
+    names = settled(manifests.names(folder))
+    return [name for name in names if not (name in recorded or _is_replaced(name, used))]
+
+
+def settled(names: Iterable[str]) -> list[str]:
+    """Names of files without those of commands that are under way or were killed."""
+    return [name for name in names if name != _LOCK and not _UNFINISHED.search(name)]
+
+
+def _is_replaced(name: str, used: set[str]) -> bool:
+    """Whether a file is of a part that has been replaced."""
+    top, _, rest = name.partition("/")
+    return rest != "" and top.partition("-")[0] in PARTS and top not in used
 
 
 def digest_of_model(files: Mapping[str, str]) -> str:
@@ -450,8 +463,7 @@ def digest_of_model(files: Mapping[str, str]) -> str:
     Args:
         files: name -> SHA-256 of the files of an encoder's folder.
     """
-    lines = (f"{name} {files[name]}\n" for name in sorted(files) if _MODEL_FILE.fullmatch(name))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return digests.combined({n: x for n, x in files.items() if _MODEL_FILE.fullmatch(n)})
 
 
 def parse(kind: type, tree: Any, where: str, partly: bool = False) -> Any:

@@ -6,14 +6,13 @@ own, see `retrieval.new_labels`. The folder is changed in one move: the new part
 the old ones, and artifact.json, written last, names them; killed before that, nothing has changed.
 """
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
+import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from flax.core import meta
 from xmc_jax import rng
 from xmc_jax.data import record_cells, texts
 from xmc_jax.data.csr import Csr
+from xmc_jax.files import atomic, json_files, locks
 from xmc_jax.inference import artifact
 from xmc_jax.inference.artifact import Artifact, Documents, Prototypes
 from xmc_jax.inference.tower import Item, Tower
@@ -32,6 +32,7 @@ from xmc_jax.models import dual, hf
 from xmc_jax.retrieval import new_labels, scann
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
 
+_CARD, _TITLE = "README.md", b"\n\n## Labels changed since training"
 _BLOCK = 4_096  # labels encoded at a time
 _ROWS = 65_536  # rows copied at a time
 _EXPECTED = {
@@ -129,17 +130,23 @@ def change(folder, changes: Changes, config: NewLabelsConfig, out=None) -> Chang
             artifact without what prototypes are made of; a picture that cannot be read.
     """
     folder = pathlib.Path(folder)
-    with _locked(folder):
-        opened = artifact.open(folder)
-        rows = _check(opened, changes)
-        if out is not None:
-            folder = _copied(opened, pathlib.Path(out))
-        try:
-            return _change(folder, opened, changes, rows, config)
-        except BaseException:
-            if out is not None:
-                shutil.rmtree(folder)
-            raise
+    if out is None:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: expected an exported model, found no folder")
+        with artifact.locked(folder):
+            opened = artifact.open(folder)
+            return _change(folder, opened, changes, _check(opened, changes), config)
+    out = pathlib.Path(out)
+    if out.exists() or out.resolve().is_relative_to(folder.resolve()):
+        found = "one" if out.exists() else f"a part of {folder}"
+        raise ValueError(f"{out}: expected no such folder, found {found}; choose another for --out")
+    opened = artifact.open(folder)
+    rows = _check(opened, changes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = locks.locked(out.with_name(f".{out.name}.lock"), str(out), remove=True)
+    with lock, atomic.replaced_folder(out) as copy:
+        _copy(opened, copy)
+        return _change(copy, opened, changes, rows, config)
 
 
 def _change(
@@ -149,6 +156,30 @@ def _change(
     rows: Mapping[str, int],
     config: NewLabelsConfig,
 ) -> Changed:
+    """Writes new parts beside the old ones, then the manifest; then the old parts go."""
+    try:
+        changed, content, note = _write_parts(folder, opened, changes, rows, config)
+        for name in artifact.folders(content) - artifact.folders(opened.manifest):
+            atomic.tree_to_disk(folder / name)
+        atomic.folder_to_disk(folder)
+        # The model card is on the disk before, and gets its name when the labels have changed.
+        with atomic.replaced(folder / _CARD) as card:
+            card.write(note)
+            atomic.to_disk(card)
+            artifact.write_manifest(folder, content)
+    finally:
+        _remove_unused(folder)
+    return changed
+
+
+def _write_parts(
+    folder: pathlib.Path,
+    opened: Artifact,
+    changes: Changes,
+    rows: Mapping[str, int],
+    config: NewLabelsConfig,
+) -> tuple[Changed, dict[str, Any], bytes]:
+    """What has changed, the content of the manifest that names the new parts, the model card."""
     gone = np.zeros(len(opened.labels), bool)
     gone[[rows[record_cells.normal(name)] for name in changes.remove]] = True
     kept, made_of = np.flatnonzero(~gone), opened.prototypes()
@@ -185,10 +216,9 @@ def _change(
         "new_labels": dataclasses.asdict(config),
     }
     content["changes"] = [*content.get("changes", []), entry]
-    _note(folder / "README.md", entry, len(table.ids))
-    artifact.write_manifest(folder, content)
-    _remove_replaced(folder, content)
-    return Changed(len(added), borrowing, len(updated), int(gone.sum()), len(table.ids), recall)
+    count = len(table.ids)
+    changed = Changed(len(added), borrowing, len(updated), int(gone.sum()), count, recall)
+    return changed, content, _noted(folder / _CARD, content, entry, count)
 
 
 def _check(opened: Artifact, changes: Changes) -> dict[str, int]:
@@ -394,37 +424,41 @@ def _next_number(folder: pathlib.Path) -> int:
     return 1 + max((int(n) for n in numbers if n.isdecimal()), default=1)
 
 
-def _remove_replaced(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
-    used = artifact.folders(content)
+def _remove_unused(folder: pathlib.Path) -> None:
+    """Removes the parts that artifact.json does not name: replaced ones, or unfinished ones."""
+    used = artifact.folders(json_files.read(folder / artifact.MANIFEST))
     for path in folder.iterdir():
-        if (
-            path.is_dir()
-            and path.name.partition("-")[0] in artifact.PARTS
-            and path.name not in used
-        ):
+        is_part = path.name.partition("-")[0] in artifact.PARTS and path.is_dir()
+        if is_part and path.name not in used:
             shutil.rmtree(path)
 
 
-def _note(card: pathlib.Path, entry: Mapping[str, Any], count: int) -> None:
-    """A line in the model card: what it says of metrics is of the labels before."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    title = "## Labels changed since training"
-    if title not in text:
-        text = f"{text.rstrip()}\n\n{title}\n\nThe metrics above are of the labels before.\n\n"
+def _noted(card: pathlib.Path, content: dict[str, Any], entry: Mapping[str, Any], n: int) -> bytes:
+    """The model card with one line more: what it says of metrics is of the labels before.
+
+    A card that nobody has edited is still known as such: its digest in the content follows.
+    """
+    text = card.read_bytes() if card.is_file() else b""
+    is_unedited = content.get("cards", {}).get(_CARD) == hashlib.sha256(text).hexdigest()
+    if _TITLE not in text:
+        text = text.rstrip() + _TITLE + b"\n\nThe metrics above are of the labels before.\n\n"
     line = ", ".join(f"{entry[what]:,} {what}" for what in ("added", "updated", "removed"))
-    partial = card.with_name(f".{card.name}.partial")
-    partial.write_text(f"{text}- {entry['at']}: {line}; {count:,} now\n", encoding="utf-8")
-    os.replace(partial, card)
+    text += f"- {entry['at']}: {line}; {n:,} now\n".encode()
+    if is_unedited:
+        content["cards"] = content["cards"] | {_CARD: hashlib.sha256(text).hexdigest()}
+    return text
 
 
-def _copied(opened: Artifact, out: pathlib.Path) -> pathlib.Path:
-    """The artifact's files under another name; what does not change is shared where that works."""
-    if out.exists():
-        raise ValueError(f"{out}: expected no such folder, found one; choose another for --out")
-    for name in [*opened.manifest["files"], artifact.MANIFEST]:
+def _copy(opened: Artifact, out: pathlib.Path) -> None:
+    """Copies an artifact with all that people put into it.
+
+    The files that its manifest names are shared where the file system can: nobody edits them.
+    """
+    recorded = opened.manifest["files"]
+    for name in [*recorded, artifact.MANIFEST, *artifact.others(opened.folder, opened.manifest)]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(opened.folder / name, out / name)
-    return out
+        take = _link if name in recorded else shutil.copy2
+        take(opened.folder / name, out / name)
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -432,22 +466,3 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """One process changes a folder at a time."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected an exported model, found no folder")
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ValueError(
-            f"{folder}: expected no other writer, found a process that changes it"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)

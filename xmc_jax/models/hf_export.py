@@ -5,7 +5,7 @@ files are `data.tokenizer.export`'s.
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import huggingface_hub
@@ -40,7 +40,7 @@ def merged(
     """Writes a folder that `transformers` and `SentenceTransformer(folder)` load.
 
     Args:
-        folder: created if need be, weights in it replaced; may be remote.
+        folder: empty, or made; may be remote.
         params: the subtree "backbone", unboxed, adapters included.
         sizes: of the model.
         lora: of the adapters.
@@ -49,7 +49,8 @@ def merged(
         prompts: see `hf_modules.write`.
         dtype: of the weights.
     """
-    folder = _emptied(folder)
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params, sep="/")
     stored = {}
     for path, shape in hf_names.shapes(sizes).items():
@@ -119,7 +120,8 @@ def adapter(
             f"export.format: expected 'merged' for training that began with the adapter "
             f"{source.name}, which is merged into the weights, got 'adapter'"
         )
-    folder = _emptied(folder)
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params, sep="/")
     prefix = "base_model.model." + _inner_prefix(source)
     tensors, modules = {}, set()
@@ -198,17 +200,3 @@ def _inner_prefix(source: hf.Source) -> str:
     # Where the text tower is in the model that transformers makes of the pretrained folder.
     kind = json_files.read(source.folder / "config.json").get("model_type")
     return "language_model." if kind == "gemma3" else ""
-
-
-def _emptied(folder: epath.PathLike) -> epath.Path:
-    """The folder, without the weights that an earlier export may have left there."""
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in list(_weights(folder)):
-        path.unlink()
-    return folder
-
-
-def _weights(folder: epath.Path) -> Iterator[epath.Path]:
-    for pattern in ("model*.safetensors", hf.INDEX, hf.PROJECTION, "config.json", "adapter_*"):
-        yield from folder.glob(pattern)
