@@ -87,7 +87,7 @@ def cut(path: pathlib.Path) -> None:
         (lambda f: cut(f / "labels/embeddings.npy"), "bytes, found"),
         (
             lambda f: (f / "tokenizer.json").unlink(),
-            "tokenizer.json: expected 466247 bytes, found no",
+            r"tokenizer.json: expected \d+ bytes, found no",
         ),
         (lambda f: shutil.rmtree(f / "documents"), "bytes, found no file"),
         (lambda f: (f / "artifact.json").unlink(), "expected an exported model with artifact.json"),
