@@ -64,7 +64,7 @@ def _check(target: epath.Path, overwrite: bool) -> None:
         raise ValueError(f"{target}: expected an exported folder or nothing, found a file")
     lost = _losses(target)
     if lost and overwrite:
-        logging.warning("%s: replaced, and with it %s", target, "; ".join(lost))
+        logging.warning("%s: will be replaced, and with it %s", target, "; ".join(lost))
     elif lost:
         raise ValueError(
             f"{target}: expected an exported folder as it was written, found {'; '.join(lost)}; "
