@@ -104,7 +104,7 @@ $(VENV)/.vision: $(VENV)/.quickstart
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.vision
-	$(INSTALL) --constraint requirements.txt --editable ".[dev,gcs,serve]"
+	$(INSTALL) --constraint requirements.txt --editable ".[dev,gcs,heif,serve]"
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.dev

@@ -45,6 +45,8 @@ EXTRAS = {
         "pyarrow>=18",
         "scikit-image>=0.25",  # the descriptor "hog-colour"
     ],
+    # HEIC pictures, with the extra `vision`.
+    "heif": ["pillow-heif>=1.1"],
     # --mode=serve, with the event loop and the parser that make uvicorn fast.
     "serve": [
         "fastapi>=0.115",
