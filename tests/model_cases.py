@@ -115,6 +115,22 @@ def _cls(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def _dense(folder: pathlib.Path) -> pathlib.Path:
+    """Narrower, as distiluse has it: [CLS], 8 numbers by tanh."""
+    modules(_bert(folder), {"pooling_mode": "cls"}, ("Dense", "Normalize"))
+    activation = "torch.nn.modules.activation.Tanh"
+    sizes = {"in_features": 16, "out_features": 8, "bias": True}
+    write(folder / "2_Dense" / "config.json", sizes | {"activation_function": activation})
+    rng = np.random.default_rng(0)
+    tensors = {"linear.weight": rng.standard_normal((8, 16)), "linear.bias": np.arange(8) / 10}
+    safetensors.numpy.save_file(
+        {name: tensor.astype(np.float32) for name, tensor in tensors.items()},
+        folder / "2_Dense" / "model.safetensors",
+        {"format": "pt"},
+    )
+    return folder
+
+
 def _prompts(folder: pathlib.Path) -> pathlib.Path:
     modules(_bert(folder), {"pooling_mode_mean_tokens": True})
     settings = {
@@ -196,6 +212,7 @@ _MADE = {
     "qwen3_seq_cls": lambda folder: _qwen3(folder, "model.{}".format, [("score.weight", (2, 16))]),
     "tied_lm_head_only": lambda folder: _qwen3(folder, _tied, tie_word_embeddings=True),
     "st_cls_pooling": _cls,
+    "st_dense": _dense,
     "st_prompts": _prompts,
     "st_0_Transformer": _old,
     "peft_adapter": _adapter,

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from xmc_jax import build, sharding
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.models import hf, hf_adapters, hf_modules, hf_names
+from xmc_jax.models import dual, hf, hf_adapters, hf_modules, hf_names
+from xmc_jax.models.pooled_dense import DenseConfig
 
 UNQUANTISED = "take the model that they were made from"
 
@@ -159,13 +160,34 @@ def test_pooling_of_a_folder(pooling, expected, tmp_path):
         assert hf_modules.read(hf.resolve(str(folder))).pooling() == expected
 
 
-def test_modules_that_are_not_computed(tmp_path):
-    folder = model_cases.make("bert", tmp_path)
-    model_cases.modules(folder, {"pooling_mode": "mean"}, ("Dense", "Normalize"))
+def test_a_layer_behind_the_pooling(tmp_path):
+    folder = model_cases.make("st_dense", tmp_path)
+    sizes, params = load(folder)
+    assert (sizes.width, sizes.dense) == (8, DenseConfig(8, "Tanh", True))
+    stored = safetensors.numpy.load_file(folder / "2_Dense" / "model.safetensors")
+    np.testing.assert_array_equal(params["dense"]["kernel"], stored["linear.weight"].T)
+    model = dual.DualEncoder(sizes, pooling="cls")
+    expected = jax.eval_shape(lambda: dual.nn.unbox(dual.init_params(model, 0)))["backbone"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, expected)
+    del stored["linear.bias"]
+    safetensors.numpy.save_file(stored, folder / "2_Dense" / "model.safetensors")
+    assert "expected {'linear.weight': (8, 16), 'linear.bias': (8,)}" in refusal(folder)
+    (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
+    assert "found pytorch_model.bin (pickles, which are never read); convert" in refusal(folder)
+
+
+@pytest.mark.parametrize("change", [{"activation_function": "my.Swish"}, {"use_residual": True}])
+def test_modules_that_are_not_computed(change, tmp_path):
+    folder = model_cases.make("st_dense", tmp_path)
+    path = folder / "2_Dense" / "config.json"
+    model_cases.write(path, json.loads(path.read_text()) | change)
     message = refusal(folder)
     assert (
         "found 2_Dense (Dense); --config.encoder.pooling=mean trains the backbone with" in message
     )
+    fields = config_of(folder, encoder={"pooling": "cls"})
+    (line,) = build.differences(fields, build.modules(fields))
+    assert line == f"encoder.pooling=cls, where {folder} has 2_Dense (Dense)"
     model_cases.write(folder / "modules.json", [{"path": "../x", "type": "Transformer"}])
     assert "expected a list of modules, each with a type and a path within" in refusal(folder)
 

@@ -38,7 +38,7 @@ def opened(folder):
     "name",
     [
         *("bert_gamma_beta", "colbert_linear", "st_cls_pooling", "st_0_Transformer"),
-        *("peft_adapter", "st_prompts", "vocab_txt_only"),
+        *("peft_adapter", "st_prompts", "st_dense", "vocab_txt_only"),
     ],
 )
 def test_a_folder_gives_the_embeddings_of_sentence_transformers(name, tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_decoder_gives_the_hidden_states_of_its_model_with_a_head(name, auto, 
     "name",
     [
         *("padding_side_left", "vocab_txt_only", "wordpiece_pre_tokenizer", "st_cls_pooling"),
-        *("st_prompts", "st_0_Transformer", "peft_adapter"),
+        *("st_prompts", "st_dense", "st_0_Transformer", "peft_adapter"),
     ],
 )
 def test_an_exported_folder_gives_our_embeddings(name, fields, tmp_path):

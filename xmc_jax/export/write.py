@@ -201,9 +201,13 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
     model = run.model
     return artifact.ModelInput(
         digest=artifact.digest_of_model(
-            {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
+            {
+                path.relative_to(folder).as_posix(): sha256(path)
+                for path in folder.rglob("*")
+                if path.is_file()
+            }
         ),
-        width=run.sizes.hidden,
+        width=run.sizes.width,
         max_length=fields["data"]["max_length"],
         special_tokens=run.data.special_tokens,
         prompts=model.prompts,

@@ -57,7 +57,7 @@ PARTS = ("labels", "prototypes", "documents", "index", "thumbnails", "vision")
 _UNFINISHED = re.compile(r"(^|/)\.[^/]*\.(partial|old)(/|$)")  # what a killed command left
 _READ = (".bin", ".json", ".model", ".npy", ".safetensors", ".txt")  # suffixes of what is opened
 _MODEL_FILE = re.compile(
-    rf"config\.json|model.*\.safetensors|{re.escape(hf.PROJECTION)}|tokenizer\.json"
+    rf"config\.json|(2_Dense/)?model.*\.safetensors|{re.escape(hf.PROJECTION)}|tokenizer\.json"
 )
 
 

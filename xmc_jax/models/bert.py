@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xmc_jax.models import fusion, layers
+from xmc_jax.models import fusion, layers, pooled_dense
 from xmc_jax.models.packing import Packed
+from xmc_jax.models.pooled_dense import DenseConfig
 from xmc_jax.sharding import Axis
 
 FAMILIES = ("bert", "distilbert")
@@ -42,6 +43,7 @@ class BertConfig:
         dropout: fraction, of the embeddings and of each sublayer's output.
         attention_dropout: fraction, of the attention probabilities.
         pad_id: the padding token; only for the exported config.json.
+        dense: the layer behind the pooling; None without.
     """
 
     family: str = "bert"
@@ -57,6 +59,7 @@ class BertConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     pad_id: int = 0
+    dense: DenseConfig | None = None
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -80,6 +83,11 @@ class BertConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"BertConfig.{name}: expected a fraction in [0, 1), got {value}")
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding: D, or the features of `dense`."""
+        return self.hidden if self.dense is None else self.dense.features
 
     def first(self, layers: int) -> "BertConfig":
         """The same with its first so many layers."""
@@ -279,6 +287,7 @@ class Bert(nn.Module):
         positions: jax.Array | None = None,
         images: tuple[jax.Array, jax.Array] | None = None,
         packed: Packed | None = None,
+        pooled: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Encodes texts; what stands past a text's length does not change its vectors.
 
@@ -292,13 +301,17 @@ class Bert(nn.Module):
                 packed; or None.
             packed: how the texts are packed, whose `lengths` are not looked at then: tokens and
                 positions are i32[g, t].
+            pooled: f32[n, D]: no texts are encoded, but these go through the layer `dense`.
 
         Returns:
-            dtype[n, S, D], or that and dtype[layers + 1, n, S, D]; packed, [g, t, D].
+            dtype[n, S, D], or that and dtype[layers + 1, n, S, D]; packed, [g, t, D]. Of `pooled`,
+            f32[n, width].
 
         Raises:
             ValueError: S is longer than the model's positions.
         """
+        if pooled is not None:
+            return pooled_dense.apply(self.config.dense, pooled, self.dtype)
         c, S = self.config, tokens.shape[1] if packed is None else packed.width
         if c.max_positions < S:
             raise ValueError(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xmc_jax.models import fusion, layers
+from xmc_jax.models import fusion, layers, pooled_dense
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
 from xmc_jax.models.packing import Packed
 from xmc_jax.sharding import Axis
@@ -132,6 +132,7 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         images: tuple[jax.Array, jax.Array] | None = None,
         packed: Packed | None = None,
+        pooled: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Encodes texts; what stands past a text's length does not change its vectors.
 
@@ -146,13 +147,17 @@ class Decoder(nn.Module):
             images: what stands in the place of some tokens, see `fusion.place`, where nothing is
                 packed; or None.
             packed: how the texts are packed: tokens and positions are i32[g, prefix + t].
+            pooled: f32[n, D]: no texts are encoded, but these go through the layer `dense`.
 
         Returns:
-            dtype[n, S, D], or that and dtype[layers + 1, n, S, D]; packed, [g, prefix + t, D].
+            dtype[n, S, D], or that and dtype[layers + 1, n, S, D]; packed, [g, prefix + t, D]. Of
+            `pooled`, f32[n, width].
 
         Raises:
             ValueError: S is longer than the model's positions.
         """
+        if pooled is not None:
+            return pooled_dense.apply(self.config.dense, pooled, self.dtype)
         del lengths
         c, S = self.config, tokens.shape[1]
         if packed is not None:

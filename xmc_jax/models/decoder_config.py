@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from xmc_jax.models import layers
+from xmc_jax.models.pooled_dense import DenseConfig
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3")
 ACTIVATIONS = {
@@ -82,6 +83,7 @@ class DecoderConfig:
         pad_id: likewise.
         bos_id: likewise.
         eos_id: likewise.
+        dense: the layer behind the pooling; None without.
     """
 
     family: str
@@ -112,6 +114,7 @@ class DecoderConfig:
     pad_id: int | None = None
     bos_id: int | None = None
     eos_id: int | tuple[int, ...] | None = None
+    dense: DenseConfig | None = None
 
     def __post_init__(self):
         positive = ("vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "ff")
@@ -137,6 +140,11 @@ class DecoderConfig:
                 raise ValueError(
                     f"DecoderConfig.{name}: expected {expected}, got {getattr(self, name)!r}"
                 )
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding: D, or the features of `dense`."""
+        return self.hidden if self.dense is None else self.dense.features
 
     def first(self, layers: int) -> "DecoderConfig":
         """The same with its first so many layers."""

@@ -181,7 +181,7 @@ class DualEncoder(nn.Module):
                 _FREE_VECTOR_INITS[p.free_vector_init], (None, "table_width")
             )
             self.free_vectors = self.param(
-                "free_vectors", init, (self.num_free_vectors, self.sizes.hidden)
+                "free_vectors", init, (self.num_free_vectors, self.sizes.width)
             )
 
     def encode(self, inputs: Inputs, deterministic: bool = True) -> EncoderOutput:
@@ -198,7 +198,7 @@ class DualEncoder(nn.Module):
             )
         encode = self._padded if inputs.packing is None else self._packed
         with self._precisely():
-            pooled = encode(inputs, deterministic)
+            pooled = self._behind(encode(inputs, deterministic))
         return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
 
     def _precisely(self) -> contextlib.AbstractContextManager:
@@ -227,6 +227,10 @@ class DualEncoder(nn.Module):
         if self.pooling == "max":
             return jnp.where(real, hidden, -jnp.inf).max(1)
         return jnp.where(real, hidden, 0).sum(1) / lengths[:, None]
+
+    def _behind(self, pooled: jax.Array) -> jax.Array:
+        """f32[n, D] -> f32[n, width], by the layer behind the pooling if the backbone has one."""
+        return pooled if self.sizes.dense is None else self.backbone(None, None, pooled=pooled)
 
     def _packed(self, inputs: Inputs, deterministic: bool) -> jax.Array:
         """f32[n, D], pooled, of `Inputs.packing`. The prompt all begin with is encoded once."""

@@ -20,9 +20,10 @@ from flax import traverse_util
 from xmc_jax import packaged
 from xmc_jax.files import json_files
 from xmc_jax.files.digests import sha256
-from xmc_jax.models import backbone, hf_adapters, hf_files, hf_names, vision
+from xmc_jax.models import backbone, hf_adapters, hf_files, hf_names, pooled_dense, vision
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.hf_files import INDEX, WEIGHTS
+from xmc_jax.models.pooled_dense import DenseConfig
 from xmc_jax.models.vision import VisionConfig
 
 PROJECTION = "image_projection.safetensors"
@@ -43,6 +44,7 @@ MODULES = "modules.json"
 _MODULE_FILES = (
     MODULES,
     "*/config.json",
+    "*_Dense/model.safetensors",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     hf_adapters.CONFIG,
@@ -222,6 +224,9 @@ def load_config(source: Source, layers: int | None = None) -> Sizes:
         sizes = backbone.from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{source.folder}: {error}") from error
+    module = dense_module(source, sizes.hidden)
+    if module is not None:
+        sizes = dataclasses.replace(sizes, dense=module[1])
     if layers is None:
         return sizes
     if not 1 <= layers <= sizes.layers:
@@ -229,6 +234,25 @@ def load_config(source: Source, layers: int | None = None) -> Sizes:
             f"encoder.layers: expected 1 to {sizes.layers}, as {source.name} has, got {layers}"
         )
     return sizes.first(layers)
+
+
+def dense_module(source: Source, width: int) -> tuple[pathlib.Path, DenseConfig] | None:
+    """The layer behind the pooling of a folder of sentence-transformers: its folder and its sizes.
+
+    Args:
+        source: see `resolve`.
+        width: D.
+
+    Returns:
+        None where there is no such layer, or one that is not computed here.
+    """
+    modules = modules_of(folder := source.first_with(MODULES))
+    kinds = [module.kind for module in modules]
+    if kinds[:3] != ["Transformer", "Pooling", "Dense"] or kinds[3:] not in ([], ["Normalize"]):
+        return None
+    path = folder / modules[2].path
+    config = pooled_dense.from_config(json_files.read(path / "config.json"), width)
+    return None if config is None else (path, config)
 
 
 def load_vision_config(source: Source) -> VisionConfig:
@@ -268,7 +292,7 @@ def load_params(
         ValueError: unreadable weights; or all tensors missing, not known or of another shape.
     """
     home = _homes(source, sizes)
-    flat = hf_names.shapes(sizes)
+    flat = dict(hf_names.shapes(sizes)) | _dense_shapes(sizes)
     if abstract is None:
         wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in flat.items()}
     else:
@@ -413,7 +437,30 @@ def _homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, _Stored]:
     return {
         name: _Stored(home[there], there, products.get(name.removesuffix(".weight")))
         for name, there in stored.items()
+    } | _dense_homes(source, sizes)
+
+
+def _dense_shapes(sizes: Sizes | VisionConfig) -> dict[str, tuple[int, ...]]:
+    if getattr(sizes, "dense", None) is None:
+        return {}
+    return pooled_dense.shapes(sizes.dense, sizes.hidden)
+
+
+def _dense_homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, _Stored]:
+    """Where the layer behind the pooling is; nothing where there is none."""
+    expected = {
+        hf_names.of_path(path, sizes)[0]: hf_names.stored_shape(path, shape, sizes)
+        for path, shape in _dense_shapes(sizes).items()
     }
+    if not expected:
+        return {}
+    folder, _ = dense_module(source, sizes.hidden)
+    (path,) = hf_files.weight_files(folder)
+    with hf_files.opened(path) as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if found != expected:
+        raise ValueError(f"{path}: expected {expected}, found {found}; download it again")
+    return {name: _Stored(path, name) for name in expected}
 
 
 @functools.lru_cache

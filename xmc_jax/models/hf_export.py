@@ -16,7 +16,7 @@ from etils import epath
 from flax import traverse_util
 
 from xmc_jax.files import json_files
-from xmc_jax.models import backbone, hf, hf_modules, hf_names
+from xmc_jax.models import backbone, hf, hf_modules, hf_names, pooled_dense
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA, LoraConfig
 
@@ -75,7 +75,7 @@ def merged(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         json_files.write(folder / hf.INDEX, index)
     json_files.write(folder / "config.json", backbone.to_hf(sizes) | {"dtype": dtype})
-    hf_modules.write(folder, sizes.hidden, pooling, max_length, prompts)
+    _write_modules(folder, flat, sizes, pooling, max_length, prompts)
 
 
 def adapter(
@@ -155,7 +155,7 @@ def adapter(
         "inference_mode": True,
     }
     json_files.write(folder / "adapter_config.json", config)
-    hf_modules.write(folder, sizes.hidden, pooling, max_length, prompts)
+    _write_modules(folder, flat, sizes, pooling, max_length, prompts)
 
 
 def projection(folder: epath.PathLike, params: dict[str, Any], encoder: Mapping[str, Any]) -> None:
@@ -194,6 +194,25 @@ def _merged(flat: dict[str, Any], path: str, layer: int, lora: LoraConfig) -> np
         product = one(f"{module}/lora_a") @ one(f"{module}/lora_b")
         return one(path) + np.float32(lora.scale) * product
     return one(path)
+
+
+def _write_modules(
+    folder: epath.Path,
+    flat: Mapping[str, Any],
+    sizes: Sizes,
+    pooling: str,
+    max_length: int,
+    prompts: tuple[str, str],
+) -> None:
+    dense = hf_modules.write(folder, sizes, pooling, max_length, prompts)
+    if dense is not None:
+        tensors = {}
+        for path in pooled_dense.shapes(sizes.dense, sizes.hidden):
+            value = np.asarray(jax.device_get(flat[path]), np.float32)
+            value = value.T if hf_names.is_transposed(path) else value
+            tensors[hf_names.of_path(path, sizes)[0]] = np.ascontiguousarray(value)
+        content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+        (dense / hf.WEIGHTS).write_bytes(content)
 
 
 def _inner_prefix(source: hf.Source) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from etils import epath
 
 from xmc_jax.files import json_files
-from xmc_jax.models import hf
+from xmc_jax.models import hf, pooled_dense
+from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.hf import Source
 
 POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
@@ -21,6 +22,7 @@ _DEFAULT = "mean"
 _SETTINGS = "config_sentence_transformers.json"
 # Modules that we compute; of a backbone whose output is normalised anyway, nothing is to be done.
 _KNOWN = ("Transformer", "Pooling", "Normalize")
+_DENSE = "2_Dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Modules:
         if problem := self.departs(prompt=prompt):
             raise ValueError(
                 f"{self.where}: expected modules Transformer, Pooling of one kind "
-                f"({', '.join(POOLINGS)}) and Normalize, found {problem}; "
+                f"({', '.join(POOLINGS)}), Dense and Normalize, found {problem}; "
                 f"--config.encoder.pooling={_DEFAULT} trains the backbone without"
             )
         return (*self.poolings, _DEFAULT)[0]
@@ -98,13 +100,14 @@ def read(source: Source) -> Modules:
     folder = source.first_with(hf.MODULES)
     poolings: tuple[str, ...] = ()
     include_prompt, others = True, []
+    dense = hf.load_config(source).dense if (folder / hf.MODULES).is_file() else None
     for module in hf.modules_of(folder):
         if module.kind == "Pooling":
             path = folder / module.path / "config.json"
             config = json_files.read(path)
             poolings = _poolings(path, config)
             include_prompt = config.get("include_prompt", True) is not False
-        elif module.kind not in _KNOWN:
+        elif module.kind not in _KNOWN and not (module.kind == "Dense" and dense):
             others.append(f"{module.path} ({module.kind})")
     path = source.first_with(_SETTINGS) / _SETTINGS
     settings = json_files.read(path, optional=True)
@@ -134,28 +137,34 @@ def _poolings(path: pathlib.Path, config: Mapping) -> tuple[str, ...]:
 
 def write(
     folder: epath.Path,
-    width: int,
+    sizes: Sizes,
     pooling: str,
     max_length: int,
     prompts: tuple[str, str] = ("", ""),
-) -> None:
+) -> epath.Path | None:
     """Makes a folder with a backbone one that `SentenceTransformer(folder)` opens.
 
     Args:
         folder: exists; may be remote.
-        width: D.
+        sizes: of the model.
         pooling: as trained.
         max_length: S, tokens of the longest sequence.
         prompts: before documents and before labels, where the tokenizer does not put them there.
             `SentenceTransformer.encode` and `encode_query` are then ours of documents,
             `encode_document` is ours of labels.
+
+    Returns:
+        The folder for the weights of the layer behind the pooling; None if the model has none.
     """
-    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if sizes.dense is not None:
+        kinds.append((_DENSE, "Dense"))
+    kinds.append((f"{len(kinds)}_Normalize", "Normalize"))
     document, label = prompts
     files = {
         "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
         "1_Pooling/config.json": {
-            "word_embedding_dimension": width,
+            "word_embedding_dimension": sizes.hidden,
             **{_FLAG + flag: name == pooling for name, flag in POOLINGS.items()},
         },
         hf.MODULES: [
@@ -168,7 +177,10 @@ def write(
             "similarity_fn_name": "cosine",
         },
     }
+    if sizes.dense is not None:
+        files[f"{_DENSE}/config.json"] = pooled_dense.to_config(sizes.dense, sizes.hidden)
     for path, _ in kinds:
         (folder / path).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         json_files.write(folder / name, content)
+    return None if sizes.dense is None else folder / _DENSE

@@ -20,7 +20,11 @@ from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA
 from xmc_jax.models.vision import VisionConfig
 
-NAMES = bert.HF_NAMES | decoder_config.HF_NAMES | vision.HF_NAMES
+NAMES = {
+    # The layer behind the pooling has a file of its own.
+    family: table | {"dense": "linear"}
+    for family, table in (bert.HF_NAMES | decoder_config.HF_NAMES | vision.HF_NAMES).items()
+}
 # Tensors that computing an embedding never needs, and that a user need not hear of: buffers within
 # the backbone; outside of it the pooler, the head of a language model and other modalities.
 _BUFFER = re.compile(r"embeddings\.(position_ids|mask_token)$|(.*\.)?rotary_emb\.inv_freq$")
@@ -108,7 +112,7 @@ def _prefix(names: Iterable[str], wanted: set[str]) -> str:
 
 @functools.lru_cache
 def shapes(sizes: Sizes | VisionConfig) -> Mapping[str, tuple[int, ...]]:
-    """Our path -> shape, of all parameters of a backbone or image encoder but adapters."""
+    """Our path -> shape, of a backbone or image encoder without adapters and without `dense`."""
     if isinstance(sizes, VisionConfig):
         module = vision.Vision(sizes)
         inputs = [jnp.zeros((1, sizes.image_size, sizes.image_size, 3))]

@@ -212,7 +212,7 @@ def on_host(program: Program, topology: Topology) -> dict[str, int]:
         topology: its devices.
     """
     config, shape, hosts = program.config, program.shape, topology.hosts
-    width, batch = program.sizes.hidden, _bytes(program.abstract_batch())
+    width, batch = program.sizes.width, _bytes(program.abstract_batch())
     stacked = max(jax.tree.leaves(jax.tree.map(_bytes, program.abstract_frozen)), default=0)
     state = _bytes(program.abstract)
     return {

@@ -73,7 +73,7 @@ def of(program: Program) -> list[Compilable]:
         ),
         one("encode", encoded / rows / epochs, program.encode, state.params, frozen, inputs),
     ]
-    width = program.sizes.hidden
+    width = program.sizes.width
     if prime:
         by_rows = sharding.named(("batch", None), (rows, width), mesh, "pooled")
         found.append(

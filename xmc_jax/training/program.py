@@ -238,7 +238,7 @@ class Program:
 
     def abstract_table(self, rows: int, dtype: str | None = None) -> jax.ShapeDtypeStruct:
         """A table [rows, D], split by width, in `tables.dtype` by default."""
-        shape = (rows, self.sizes.hidden)
+        shape = (rows, self.sizes.width)
         split = sharding.named((None, "table_width"), shape, self.mesh, "table")
         return jax.ShapeDtypeStruct(shape, dtype or self.config.tables.dtype, sharding=split)
 
