@@ -16,6 +16,7 @@ from etils import epath
 from xmc_jax import build, sharding
 from xmc_jax.data import prompts, texts, tokenizer
 from xmc_jax.export import cards, replacing
+from xmc_jax.files import array_files
 from xmc_jax.files.digests import sha256
 from xmc_jax.inference import artifact, thumbnails
 from xmc_jax.models import hf, hf_export
@@ -245,9 +246,9 @@ def _labels(folder: pathlib.Path, run: Run, state: TrainState) -> np.ndarray:
     """Writes the labels; returns their embeddings, memory-mapped."""
     folder.mkdir()
     run.embed_index_to(state, folder / "embeddings.npy")
-    np.save(folder / "frequency.npy", run.data.label_frequency.astype(np.int64))
+    array_files.save(folder / "frequency.npy", run.data.label_frequency.astype(np.int64))
     if run.prior is not None:
-        np.save(folder / "prior.npy", np.asarray(run.prior, np.float64))
+        array_files.save(folder / "prior.npy", np.asarray(run.prior, np.float64))
     texts.save(folder, "ids", run.data.uids("label"))
     texts.save(folder, "texts", run.data.texts("label"))
     return np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
@@ -256,21 +257,23 @@ def _labels(folder: pathlib.Path, run: Run, state: TrainState) -> np.ndarray:
 def _prototypes(folder: pathlib.Path, run: Run, state: TrainState) -> None:
     folder.mkdir()
     run.embed_to(state.params, "label", folder / "text.npy", pooled=True)
-    np.save(folder / "centroids.npy", np.float32(sharding.fetch(state.tables.centroids)))
+    array_files.save(folder / "centroids.npy", np.float32(sharding.fetch(state.tables.centroids)))
     free_vector_of = sharding.fetch(state.tables.free_vector_of)
-    np.save(folder / "free_vector_of.npy", free_vector_of.astype(np.int32))
+    array_files.save(folder / "free_vector_of.npy", free_vector_of.astype(np.int32))
     params = run.merged(state)
-    np.save(folder / "free_vectors.npy", np.float32(sharding.fetch(params["free_vectors"])))
+    array_files.save(
+        folder / "free_vectors.npy", np.float32(sharding.fetch(params["free_vectors"]))
+    )
     hf_export.tree(folder / "combiner.safetensors", params.get("combiner", {}))
 
 
 def _documents(folder: pathlib.Path, run: Run, state: TrainState) -> None:
     folder.mkdir()
     bank = sharding.fetch(state.tables.document_bank)
-    np.save(folder / "embeddings.npy", np.asarray(bank, np.float32))
+    array_files.save(folder / "embeddings.npy", np.asarray(bank, np.float32))
     positives = run.data.positives("train")
-    np.save(folder / "positives.indptr.npy", positives.indptr.astype(np.int64))
-    np.save(folder / "positives.indices.npy", positives.indices.astype(np.int32))
+    array_files.save(folder / "positives.indptr.npy", positives.indptr.astype(np.int64))
+    array_files.save(folder / "positives.indices.npy", positives.indices.astype(np.int32))
     texts.save(folder, "ids", run.data.uids("train"))
     texts.save(folder, "texts", run.data.texts("train"))
 

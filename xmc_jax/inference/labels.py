@@ -24,7 +24,7 @@ from flax.core import meta
 from xmc_jax import rng
 from xmc_jax.data import record_cells, texts
 from xmc_jax.data.csr import Csr
-from xmc_jax.files import atomic, json_files, locks
+from xmc_jax.files import array_files, atomic, json_files, locks
 from xmc_jax.inference import artifact
 from xmc_jax.inference.artifact import Artifact, Documents, Prototypes
 from xmc_jax.inference.tower import Item, Tower
@@ -377,10 +377,10 @@ def _index(
 
 def _write_labels(folder: pathlib.Path, table: _Table) -> None:
     folder.mkdir()
-    np.save(folder / "embeddings.npy", table.embeddings)
-    np.save(folder / "frequency.npy", table.frequency)
+    array_files.save(folder / "embeddings.npy", table.embeddings)
+    array_files.save(folder / "frequency.npy", table.frequency)
     if table.prior is not None:
-        np.save(folder / "prior.npy", table.prior)
+        array_files.save(folder / "prior.npy", table.prior)
     texts.save(folder, "ids", table.ids)
     texts.save(folder, "texts", table.texts)
 
@@ -388,7 +388,7 @@ def _write_labels(folder: pathlib.Path, table: _Table) -> None:
 def _write_prototypes(folder: pathlib.Path, table: _Table, before: Prototypes) -> None:
     folder.mkdir()
     for name in ("text", "centroids", "free_vector_of", "free_vectors"):
-        np.save(folder / f"{name}.npy", getattr(table, name))
+        array_files.save(folder / f"{name}.npy", getattr(table, name))
     _link(before.combiner, folder / before.combiner.name)
 
 
@@ -401,8 +401,8 @@ def _write_documents(
         if not path.name.startswith("positives."):
             _link(path, folder / path.name)
     positives = _renumbered(opened.documents, kept)
-    np.save(folder / "positives.indptr.npy", positives.indptr)
-    np.save(folder / "positives.indices.npy", positives.indices)
+    array_files.save(folder / "positives.indptr.npy", positives.indptr)
+    array_files.save(folder / "positives.indices.npy", positives.indices)
 
 
 def _renumbered(documents: Documents, kept: np.ndarray) -> Csr:

@@ -88,5 +88,5 @@ def save(folder: pathlib.Path, kind: str, images: Iterable[tuple[str, bytes]]) -
     order = sorted(range(len(ids)), key=ids.__getitem__)
     texts.save(folder, f"{kind}.ids", [ids[row] for row in order])
     spans = np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
-    np.save(folder / f"{kind}.spans.npy", spans[order])
+    array_files.save(folder / f"{kind}.spans.npy", spans[order])
     return len(ids)
