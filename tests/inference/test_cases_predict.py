@@ -50,6 +50,21 @@ def test_documents_of_each_case(name, expected):
     assert read(CASES / name) == expected
 
 
+def test_names_of_columns_may_have_capitals_and_what_is_not_read_is_known(tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text("ID;Title;Price\n7;gimp;3\n")
+    source = documents.Source(str(path), TEXTS)
+    assert [(one.id, one.query.text) for one in source.documents()] == [("7", "gimp")]
+    assert source.unread == ["Price"]
+
+
+def test_an_error_about_labels_names_their_flag(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("id;name\n1;tea\n")
+    with pytest.raises(ValueError, match=r"--labels\.columns=text=NAME"):
+        list(documents.labels(str(path), TEXTS))
+
+
 @pytest.mark.slow
 def test_every_case_is_predicted(predictor, tmp_path, monkeypatch):
     """From the file to the output; what cannot be ranked is told in its place."""

@@ -128,4 +128,4 @@ def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         encode.to_host(encoder()[0], encode.Items(Texts(9), 4, ONE, name="labels"))
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"encoding labels: {count} of 12 rows" for count in (4, 8)]
+    assert said == [f"encoding labels: {count} of 3 blocks" for count in (1, 2)]

@@ -20,7 +20,10 @@ FIELDS = {
     "split": ("split",),
     "images": ("images", "image"),
 }
-"""What records may say -> the columns that are taken for it unless others are named."""
+"""What records may say -> the columns that are taken for it unless others are named.
+
+Capitals in the names of columns do not count.
+"""
 
 _PEEKED = 100  # records that are looked at for a hint
 
@@ -222,7 +225,7 @@ def columns(table: Table, fields: Iterable[str], named: Mapping[str, Sequence[st
     for field in fields:
         names = asked.get(field, [])
         if not names and "" not in named.get(field, ()):
-            names = [name for name in FIELDS[field] if name in table.columns and name not in taken]
+            names = [name for name in usual(table, FIELDS[field]) if name not in taken]
         if len(names) > 1:
             remedy = f"--column {field}={names[-1]}"
             if field == "text":
@@ -234,6 +237,11 @@ def columns(table: Table, fields: Iterable[str], named: Mapping[str, Sequence[st
         if names:
             found[field] = names[0]
     return found
+
+
+def usual(table: Table, names: Sequence[str]) -> list[str]:
+    """The columns of a table that have one of these names, in any case, in the names' order."""
+    return [column for name in names for column in table.columns if column.strip().lower() == name]
 
 
 def missing(table: Table, field: str, names: Sequence[str], flag: str = "--column") -> ValueError:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from xmc_jax.data import record_cells, record_files, record_table
+from xmc_jax.data import record_cells, record_fields, record_files, record_table
 from xmc_jax.files import paths
 from xmc_jax.files.digests import sha256
 from xmc_jax.files.text_files import TextFile
@@ -82,9 +82,11 @@ class Source:
         numbered: whether a record without an id has its number as one; otherwise it is a problem.
         delimiter: see `record_files.open_table`.
         allow_paths: whether paths of images may lead out of the file's folder.
+        flag: what names columns, for errors.
 
     Attributes:
         name: what errors call it.
+        unread: columns of which nothing is taken.
         dialect: see `record_table.Table`.
         digest: SHA-256 of the file; None of a pipe.
         total: records, where that is known.
@@ -101,8 +103,10 @@ class Source:
         numbered: bool = True,
         delimiter: str = "",
         allow_paths: bool = False,
+        flag: str = "--predict.columns",
     ):
         self._model, self._numbered, self._allow_paths = model, numbered, allow_paths
+        self._flag = flag
         self._folder = pathlib.Path()
         self._lines: _Lines | None = None
         self._empty_only = False  # whether there was one
@@ -119,6 +123,8 @@ class Source:
         self.name, self.dialect = str(self._table.path), self._table.dialect
         self._columns = self._find(named(columns)) if self._table.columns else {}
         self._with_ids = self._columns.get("id") in self._table.columns
+        used = self._columns.values()
+        self.unread = [name for name in self._table.columns if name and name not in used]
 
     def documents(self, start: int = 0, digest: str | None = None) -> Iterator[Document]:
         """The documents from a number on, in order; of a pipe once.
@@ -178,18 +184,18 @@ class Source:
             names = asked.get(field)
             if names is None:
                 used = {name for given in asked.values() for name in given}
-                names = [name for name in usual if name in there and name not in used]
+                names = [n for n in record_fields.usual(self._table, usual) if n not in used]
                 if field == "text" and len(names) > 1:
                     raise ValueError(
                         f"{self.name}: expected a column text or title, found both; say which: "
-                        "--predict.columns=text=title, or text=title,content=text for both"
+                        f"{self._flag}=text=title, or text=title,content=text for both"
                     )
                 if not names and loose and field not in ("text", "content"):
                     names = usual  # perhaps of a later record
                 names = names[:1]
             elif missing := [name for name in names if name not in there and not loose]:
                 raise ValueError(
-                    f"{self.name}: expected a column {missing[0]}, as --predict.columns says, "
+                    f"{self.name}: expected a column {missing[0]}, as {self._flag} says, "
                     f"found {_some(there)}"
                 )
             if names:
@@ -197,7 +203,7 @@ class Source:
         if "text" not in found and not (self._model.images and "images" in found):
             raise ValueError(
                 f"{self.name}: expected a column text or title, found {_some(there)}; say which it "
-                "is: --predict.columns=text=NAME"
+                f"is: {self._flag}=text=NAME"
             )
         if self._model.text == "title":
             found.pop("content", None)
@@ -238,7 +244,8 @@ class Source:
         if not found["id"] and self._numbered:
             found["id"] = f"{_ROW}{number}" if self._with_ids else str(number)
         elif not found["id"]:
-            problem = problem or "expected an id, found none"
+            named = f"; {self._flag}=id=NAME names a column of ids"
+            problem = problem or f"expected an id, found none{'' if self._with_ids else named}"
         text = found["text"]
         if found["content"]:
             text = f"{text} {found['content']}".strip()
@@ -303,13 +310,11 @@ def labels(
     Raises:
         ValueError: see `Source`; a label that cannot be read, or no column of ids.
     """
-    source = Source(path, model, columns, numbered=False, allow_paths=allow_paths)
+    flag = "--labels.columns"
+    source = Source(path, model, columns, numbered=False, allow_paths=allow_paths, flag=flag)
     for document in source.documents():
         if document.problem is not None:
-            raise ValueError(
-                f"{document.at}: {document.problem}; columns of other names are said by "
-                "--labels.columns=id=NAME"
-            )
+            raise ValueError(f"{document.at}: {document.problem}")
         yield Label(document.query.text, document.query.images, document.id)
 
 

@@ -116,6 +116,8 @@ def predict(
     )
     if read.dialect:
         logging.info("%s: %s", read.name, read.dialect)
+    if read.unread:
+        logging.info("%s: not read: %s", read.name, ", ".join(read.unread)[:200])
     if target == outputs.STDOUT:
         return _run(load(), read, config, outputs.PipeSink(sys.stdout.buffer, opened.labels), None)
     path = pathlib.Path(target)

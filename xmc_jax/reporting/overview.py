@@ -26,6 +26,7 @@ _TILES = (
 )
 _PREFIXES = {"plain": "eval/", "augmented": "eval_augmented/"}
 # Names of training records that have plots of their own, or say nothing beside these.
+_FEW = 30  # test documents, below which a standard error says nothing
 _PLOTTED = ("loss", "violators", "grad_norm", "skipped")
 _SIMILARITIES = {
     "similarity_positive": ("positive", "right"),
@@ -123,8 +124,8 @@ def training(run: Run, data: Store) -> Element:
     """Curves over epochs, from the records."""
     when = epochs(run, data)
     lead = (
-        f"{when.total:,} epochs of {when.steps:,} steps, {run.config['train']['batch_size']:,} "
-        "documents a step."
+        f"{when.total:,} epochs of {when.steps:,} steps, "
+        f"{min(run.config['train']['batch_size'], data.num_documents):,} documents a step."
     )
     figures = [
         _curves(run, when, "Loss", [("train/loss", "loss", "trained")]),
@@ -331,6 +332,8 @@ def _standard_error(rows: Sequence[_Row], documents: int) -> str:
     found = [row.metrics["P@1"] for row in rows if "P@1" in row.metrics]
     if not found:
         return ""
+    if documents < _FEW:
+        return f"Too few test documents ({documents:,}) to tell one model from another."
     error = math.sqrt(max(p * (1 - p) for p in found) / documents)
     return (
         f"With {documents:,} test documents one standard error of P@1 is up to "

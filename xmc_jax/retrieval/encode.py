@@ -233,14 +233,14 @@ def _blocks(
     """`encode` of one block of ids after another, the next one under way when one is given."""
     size, mesh, pending = items.batch_size, items.mesh, None
     mine = sharding.local_rows(size, mesh)
-    with report.Progress(f"encoding {items.name}", ids.size, "row") as progress:
+    with report.Progress(f"encoding {items.name}", len(ids), "block") as progress:
         for block, room in zip(ids, rooms):
             rows = block[mine].astype(np.int32)
             inputs, rows = sharding.put_batch((items.split.inputs(rows), rows), size, mesh)
             encoded = encode(inputs.replace(packing=room), rows)
             if pending is not None:
                 yield pending.block_until_ready()
-                progress.update(size)
+                progress.update(1)
             pending = encoded
         yield pending
 
