@@ -45,6 +45,7 @@ def test_an_image_encoder_in_a_folder_is_carried(tmp_path):
             images=images,
             train=types.SimpleNamespace(per_item=2),
             special_tokens=True,
+            prompts=("", ""),
             manifest={"text": "title"},
         ),
         config=types.SimpleNamespace(export=types.SimpleNamespace(vision="named")),
@@ -55,7 +56,7 @@ def test_an_image_encoder_in_a_folder_is_carried(tmp_path):
             order="image_text",
             positions="contiguous",
         ),
-        sizes=types.SimpleNamespace(hidden=32),
+        sizes=types.SimpleNamespace(width=32),
     )
     fields = {"data": {"max_length": 16, "images": {"layout": "pad", "dtype": "float32"}}}
     found = write._model(folder, fields, run).images

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import http.client
 import json
+import re
 import select
 import socket
 import sys
@@ -203,6 +204,7 @@ def test_info(served):
 # What is refused
 
 TEXT = {"text": "word"}
+QUERIES = {"queries": [TEXT]}
 
 
 @pytest.mark.parametrize(
@@ -321,25 +323,30 @@ def test_a_thread_that_hangs_is_told_to_who_asks_for_health(served, monkeypatch,
     config = dataclasses.replace(served.service.config, stuck_after=0.3, timeout=20)
     monkeypatch.setattr(served.service, "config", config)
     monkeypatch.setattr(served.predictor, "embed_measured", lambda *a: gate.wait(60) and embed(*a))
+    stuck = re.compile(
+        r"server: stuck: the ranking thread has not finished a batch for \d+ seconds"
+    )
 
-    def asked(path):
-        started = time.monotonic()
-        status, _, body = served.ask("GET", path)
-        assert time.monotonic() - started < 0.25
-        return status, json.loads(body)
+    def health():
+        return {served.ask("GET", path)[::2] for path in ("/healthz", "/readyz")}
 
-    assert asked("/healthz") == asked("/readyz") == (200, {"status": "ready"})
+    assert health() == {(200, b'{"status":"ready"}')}
     with ThreadPoolExecutor(1) as pool:
         started = time.monotonic()
         first = pool.submit(served.post, "/v1/predict", {"queries": [TEXT]})
-        processes.until(lambda: asked("/healthz")[0] == 503)
-        assert 0.3 < time.monotonic() - started < 1
-        said = "server: stuck: the ranking thread has not finished a batch for 0 seconds"
-        assert asked("/healthz") == asked("/readyz") == (503, {"error": said})
-        assert served.post("/v1/predict", {"queries": [TEXT]}) == (503, {"error": said})
+        processes.until(lambda: served.ask("GET", "/healthz")[0] == 503)
+        assert 0.3 < time.monotonic() - started < 5
+        for status, body in [*health(), served.ask("POST", "/v1/predict", QUERIES)[::2]]:
+            assert status == 503 and stuck.fullmatch(json.loads(body)["error"])
+        seconds = []
+        for _ in range(10):  # the shortest, since others may use the machine
+            started = time.monotonic()
+            served.ask("GET", "/healthz")
+            seconds.append(time.monotonic() - started)
+        assert min(seconds) < 0.25
         gate.set()
         assert first.result()[0] == 200
-    assert asked("/healthz") == asked("/readyz") == (200, {"status": "ready"})
+    assert health() == {(200, b'{"status":"ready"}')}
     (line,) = [record.getMessage() for record in caplog.records if "stands at" in record.message]
     assert "it stands at wait (" in line and "\n" not in line
 
