@@ -12,6 +12,7 @@ import numpy as np
 import processes
 import pytest
 import safetensors
+from PIL import Image
 
 from configs import vixml
 from xmc_jax import build, workdirs
@@ -238,7 +239,12 @@ def test_an_image_folder_that_was_made_otherwise_is_refused(with_images, program
         images = with_images["data"]["images"] | fields
         return build.data(changed(with_images, data={"images": images}))
 
-    for field, value, made in (("per_item", 3, "2"), ("encoder", "some/encoder", "hog-colour")):
+    for field, value, made in (
+        ("per_item", 3, "2"),
+        ("encoder", "some/encoder", "hog-colour"),
+        ("layout", "pad", "stretch"),
+        ("revision", "2", "1"),
+    ):
         with pytest.raises(
             ValueError, match=rf"data\.images\.{field} = {value}, found .* with {made}; set that"
         ) as refused:
@@ -247,6 +253,25 @@ def test_an_image_folder_that_was_made_otherwise_is_refused(with_images, program
     fewer = ask(per_item=1).test.inputs(np.arange(40)).image_count
     expected = program.data.test.inputs(np.arange(40)).image_count
     np.testing.assert_array_equal(fewer, np.minimum(expected, 1))
+
+
+def test_a_run_sees_that_pictures_have_changed(with_images, raw, tmp_path):
+    """Where they were named, and where the config leaves that to the folder."""
+    (tmp_path / "train").mkdir()
+    uids = build.data(text_only(with_images)).uids("train")
+    for number in range(20):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "train" / f"{uids[number]}.png")
+    for split in ("test", "label"):
+        (tmp_path / split).mkdir()
+    images = with_images["data"]["images"] | {"name": "other", "source": str(tmp_path)}
+    asked = changed(with_images, data={"images": images})
+    before = build.data(asked).images.digest
+    assert build.data(asked).images.digest == before
+    path = tmp_path / "train" / f"{uids[7]}.png"
+    Image.new("RGB", (32, 32), (0, 255, 0)).save(path)
+    os.utime(path, ns=(1, 1))
+    after = build.data(changed(with_images, data={"images": images | {"source": None}})).images
+    assert after.digest != before and after.manifest["images"]["train"] == 20
 
 
 def test_other_images_under_a_run_are_refused(with_images, program, with_random_images, tmp_path):

@@ -118,7 +118,7 @@ def _data(fields: Mapping[str, Any]) -> store.Store:
     )
     if section["images"]["name"] is None:
         return opened
-    return opened.with_images(_images(section, raw), section["images"]["per_item"])
+    return opened.with_images(_images(section, raw, opened), section["images"]["per_item"])
 
 
 def _dataset(section: Mapping[str, Any]) -> str:
@@ -162,30 +162,36 @@ def _of_records(section: Mapping[str, Any]) -> pathlib.Path:
     return folder
 
 
-def _images(section: Mapping[str, Any], raw: pathlib.Path | None) -> image_folders.ImageStore:
-    """The image folder of a dataset, made if it is not there."""
-    from xmc_jax.vision import embed  # what it imports is an extra
-
-    asked, config = section["images"], _images_config(section, raw)
-    if not (config.folder / "manifest.json").is_file():
-        uids = embed.read_uids(config.dataset, raw, section["encoding"])
-        try:
-            embed.make(config, uids)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; to train on text alone, add the option text_only"
-            ) from error
-    opened = image_folders.open(config.folder)
-    for field, found, fits in (
-        ("encoder", opened.encoder, opened.encoder == config.encoder),
-        ("per_item", k := opened.manifest["source"]["per_item"], k >= config.per_item),
-    ):
-        if not fits:
-            raise ValueError(
-                f"{config.folder}: expected data.images.{field} = {asked[field]}, found one made "
-                f"with {found}; set that, or another --config.data.images.name"
-            )
-    return opened
+def _images(
+    section: Mapping[str, Any], raw: pathlib.Path | None, dataset: store.Store
+) -> image_folders.ImageStore:
+    """The image folder of a dataset, made if it is not there, or if its images have changed."""
+    asked, name = section["images"], _dataset(section)
+    folder = image_folders.path(section["data_dir"], name, asked["name"])
+    if finished := (folder / "manifest.json").is_file():
+        opened = image_folders.open(folder)
+        fields = ("encoder", "revision", "per_item", "layout", "dtype")
+        image_folders.check_settings(opened, {field: asked[field] for field in fields})
+    try:
+        from xmc_jax.vision import embed  # what it imports is an extra
+    except ImportError as error:
+        if not finished:
+            raise
+        logging.warning("%s: whether its images have changed cannot be known: %s", folder, error)
+        return opened
+    config = _images_config(section, raw)
+    if finished:
+        config = embed.as_made(config)
+        if not asked["source"] and (source := image_folders.read_origin(folder).get("source")):
+            config = dataclasses.replace(config, source=source)
+        if embed.is_current(config, dataset.raw_uids()):
+            return image_folders.open(folder)
+    try:
+        return image_folders.open(
+            embed.make(config, embed.read_uids(name, raw, section["encoding"]))
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; to train on text alone, add the option text_only") from error
 
 
 def _image_source(section: Mapping[str, Any], raw: pathlib.Path | None) -> pathlib.Path:

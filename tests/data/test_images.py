@@ -1,23 +1,24 @@
 """Image folders: what is written, read, refused, and imported from published files."""
 
+import errno
 import io
 import json
 import os
 import pathlib
 import pickle
 import resource
+import shutil
 import struct
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 
 import numpy as np
 import pytest
+import write_faults
 
 from benchmarks import image_gather
 from xmc_jax.data import image_import, image_maps, images
 from xmc_jax.data.store import SPLITS
+from xmc_jax.files import atomic
 
 ROOT = pathlib.Path(__file__).parents[2]
 WIDTH = 6
@@ -42,8 +43,8 @@ def writer(folder, **changes) -> images.Writer:
     return images.Writer(folder, **fields | changes)
 
 
-def write(folder, items) -> pathlib.Path:
-    with writer(folder) as opened:
+def write(folder, items, **changes) -> pathlib.Path:
+    with writer(folder, **changes) as opened:
         for split in SPLITS:
             for item, vectors in enumerate(items[split]):
                 opened.append(split, item, vectors)
@@ -192,11 +193,11 @@ def test_a_finished_folder_is_left_as_it_is(folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dataset": "Other"}, "dataset: expected Other, found Toy"),
-        ({"width": 7}, "E: expected 7, found 6"),
-        ({"encoder": ENCODER | {"digest": "d"}}, r"encoder\.digest: expected d, found abc"),
-        ({"counts": COUNTS | {"test": 6}}, r"counts\.test: expected 6, found 5"),
-        ({"source": {"limit": 3}}, r"source\.limit: expected 3, found None"),
+        ({"dataset": "Other"}, "dataset: 'Toy' there, 'Other' here"),
+        ({"width": 7}, "E: 6 there, 7 here"),
+        ({"encoder": ENCODER | {"digest": "d"}}, r"encoder\.digest: 'abc' there, 'd' here"),
+        ({"counts": COUNTS | {"test": 6}}, r"counts\.test: 5 there, 6 here"),
+        ({"source": {"limit": 3}}, r"source\.limit: None there, 3 here"),
     ],
 )
 def test_other_inputs_are_refused_until_overwrite(tmp_path, finished, change, message):
@@ -208,7 +209,7 @@ def test_other_inputs_are_refused_until_overwrite(tmp_path, finished, change, me
         with writer(place) as opened:
             opened.append("train", 0, items["train"][0])
             opened.commit()
-    with pytest.raises(ValueError, match=rf"{message}; .*--name.*--overwrite"):
+    with pytest.raises(ValueError, match=rf"{message}.*--name.*--overwrite"):
         writer(place, **change)
     with writer(place, overwrite=True, **change) as opened:
         assert not any(opened.done.values())
@@ -218,7 +219,7 @@ def test_inputs_with_something_missing_are_other_inputs(tmp_path):
     place = tmp_path / "images-x"
     files = {"a.parquet": 1, "b.parquet": 2}
     writer(place, source={"files": files}).close()
-    with pytest.raises(ValueError, match=r"source\.files\.b\.parquet: expected None, found 2; "):
+    with pytest.raises(ValueError, match=r"source\.files\.b\.parquet: 2 there, None here"):
         writer(place, source={"files": {"a.parquet": 1}})
     writer(place, source={"files": files}).close()
 
@@ -257,13 +258,48 @@ def test_overwrite_goes_on_with_what_is_of_use(folder, tmp_path):
     (folder / "label.rows.npy").write_bytes(straight["label.rows.npy"][:-1] + b"\xff")
     with writer(folder) as opened:
         assert opened.finished  # contents are looked at only with overwrite
-    with writer(folder, overwrite=True) as opened:
+    assert contents(write(folder, items, overwrite=True)) == straight
+
+
+def test_a_folder_stays_until_the_new_one_is_whole(folder):
+    before, items = contents(folder), make_items(1)
+    with writer(folder) as opened:
+        opened.renew()
         assert not opened.finished and not any(opened.done.values())
-    assert contents(write(folder, items)) == straight
+        opened.append("train", 0, items["train"][0])
+        opened.commit()
+    assert contents(folder) == before
+    with writer(folder) as opened:
+        opened.renew()
+        assert opened.done["train"] == 1
+        for split in SPLITS:
+            for item in range(opened.done[split], COUNTS[split]):
+                opened.append(split, item, items[split][item])
+        opened.finish()
+    assert contents(folder) == contents(write(folder.with_name("images-other"), items))
+    assert not images._partial(folder).exists()
+
+
+def test_what_else_is_in_a_folder_is_not_removed(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected an image folder with a manifest\.json"):
+        writer(folder)
+    assert (folder / "notes.txt").exists()
+
+
+def test_an_unfinished_folder_of_an_earlier_version_is_replaced(folder):
+    """They were written in place."""
+    straight = contents(folder)
+    (folder / "manifest.json").rename(folder / "progress.json")
+    assert contents(write(folder, make_items())) == straight
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with writer(tmp_path / "images-x"), pytest.raises(ValueError, match="that is writing it"):
+    with (
+        writer(tmp_path / "images-x"),
+        pytest.raises(ValueError, match="expected no other process, found process"),
+    ):
         writer(tmp_path / "images-x")
     writer(tmp_path / "images-x").close()
 
@@ -315,117 +351,65 @@ def test_progress_that_does_not_fit_its_files_is_refused(tmp_path):
     with writer(place) as opened:
         opened.append("train", 0, np.ones((3, WIDTH)))
         opened.commit()
-    with (place / "train.rows.npy").open("r+b") as file:
+    partial = images._partial(place)
+    with (partial / "train.rows.npy").open("r+b") as file:
         file.truncate(150)
     with pytest.raises(ValueError, match=r"rows\.npy: bytes: expected at least 164 .* found 150"):
         writer(place)
     for damaged in ("{", '{"done": {"train": {}}}', "[]", '{"done": {"train": {"items": "x"}}}'):
-        (place / "progress.json").write_text(damaged)
+        (partial / "progress.json").write_text(damaged)
         with pytest.raises(ValueError, match="found a damaged file; begin anew with --overwrite"):
             writer(place)
     writer(place, overwrite=True).close()
 
 
-DRIVER = """
-    import os, random, signal, sys
-    from tests.data import test_images as t
-    from xmc_jax.data import images
-    import pathlib
+@pytest.mark.parametrize("kind", [*write_faults.KINDS, "full disk in a file"])
+def test_a_kill_and_a_full_disk_at_each_write(tmp_path, monkeypatch, kind):
+    """What was made durable is gone on from, whatever lies behind it; the bytes are the same."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and no moment of its own
+    items, place = make_items(), tmp_path / "a" / "images-x"
+    straight = contents(write(tmp_path / "straight", items))
 
-    os.fsync = lambda descriptor: None  # slow, and a kill loses nothing that was written
-    items, target = t.make_items(), pathlib.Path(sys.argv[1])
-    straight = t.contents(t.write(target / "straight" / "images-x", items))
-
-    def child(folder, fatal, report=None):
-        '''Writes with commits in between; dies before the operation numbered `fatal`.'''
-        seen = 0
-        def fragile(function):
-            def wrapped(*arguments, **named):
-                nonlocal seen
-                seen += 1
-                if seen == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **named)
-            return wrapped
-        os.fsync, os.replace = fragile(os.fsync), fragile(os.replace)
-        pathlib.Path.unlink = fragile(pathlib.Path.unlink)
-        images._open_cut = fragile(images._open_cut)
-        with t.writer(folder) as opened:
-            for split in t.SPLITS:
+    def act() -> None:
+        with writer(place) as opened:
+            for split in SPLITS:
                 for item in range(opened.done[split], len(items[split])):
                     opened.append(split, item, items[split][item])
                     if item % 12 == 5:
                         opened.commit()
-                    if report:
-                        os.write(report, b".")
             opened.finish()
 
-    def run(folder, fatal, patience=None):
-        '''True when the child lived to the end.'''
-        read, write = os.pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                child(folder, fatal, write if patience else None)
-                os._exit(0)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr, flush=True)
-                os._exit(1)
-        os.close(write)
-        if patience:
-            for _ in range(patience):
-                os.read(read, 1)
-            os.kill(pid, signal.SIGKILL)
-        os.close(read)
-        _, status = os.waitpid(pid, 0)
-        assert status in (0, signal.SIGKILL), status
-        return status == 0
+    flushes = []
+    whole = atomic.to_disk
 
-    def tear(folder):
-        '''What a kill in the middle of a write leaves.'''
-        if folder.is_dir() and not (folder / "manifest.json").exists():
-            for split in t.SPLITS:
-                for part, torn in (("rows", bytes(7)), ("indptr", b"abc")):
-                    file = folder / f"{split}.{part}.npy"
-                    if file.exists():
-                        with file.open("ab") as opened:
-                            opened.write(torn)
+    def fragile(file) -> None:
+        flushes.append(1)
+        if len(flushes) == fatal:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(file)
 
-    points = 0
-    while True:  # one kill, at every point there is
-        points += 1
-        folder = target / f"point{points}" / "images-x"
-        if run(folder, points):
-            break
-        tear(folder)
-        assert run(folder, None) and t.contents(folder) == straight, points
-    folder = target / "chain" / "images-x"
-    kills = 0
-    while not run(folder, kills + 1):  # killed again and again
-        kills += 1
-        tear(folder)
-    assert t.contents(folder) == straight
-    folder, generator = target / "any" / "images-x", random.Random(0)
-    for _ in range(6):  # killed from outside
-        run(folder, None, patience=generator.randrange(1, 20))
-    assert run(folder, None) and t.contents(folder) == straight
-    print(points, kills)
-"""
-
-
-@pytest.mark.slow
-def test_the_same_bytes_whenever_it_is_killed(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    points, kills = map(int, done.stdout.split())
-    assert points > 40 and kills > 5
+    monkeypatch.setattr(atomic, "to_disk", fragile)
+    fatal = 0
+    writes = write_faults.count(place.parent, act)
+    writes = len(flushes) if kind == "full disk in a file" else writes
+    assert contents(place) == straight and writes > 20
+    for number in range(writes):
+        shutil.rmtree(place.parent)
+        flushes.clear()
+        if kind in write_faults.KINDS:
+            with write_faults.at(place.parent, number, kind):
+                act()
+        else:
+            fatal = number + 1
+            with pytest.raises(OSError, match="No space left"):
+                act()
+            fatal = 0
+        for file in images._partial(place).glob("*.npy"):
+            with file.open("ab") as torn:
+                torn.write(b"torn")
+        act()
+        assert contents(place) == straight, number
+        assert sorted(path.name for path in place.parent.iterdir()) == [place.name]
 
 
 SMALL = image_gather.Settings(rows=300, width=8, batch=4, batches=3)
@@ -802,10 +786,30 @@ def test_the_published_layout(published, tmp_path):
     imported(*arguments)
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     add_tag(place, "minus")
-    with pytest.raises(ValueError, match=r"encoder\.name: expected minus, found siglip2"):
+    with pytest.raises(
+        ValueError, match=r"encoder\.name: 'siglip2' there, 'minus' here; .* and 4 more"
+    ):
         imported(*arguments, encoder="minus")
     imported(*arguments, encoder="minus", overwrite=True)
     assert images.open(folder).encoder == "minus"
+
+
+def test_published_embeddings_are_compared_by_contents(published, tmp_path, monkeypatch, caplog):
+    place, items = published
+    folder = imported(place, tmp_path / "data", items)
+    file = place / "trn_embs_imgs_3_4_siglip2.npy"
+    before = file.read_bytes()
+    os.utime(file, ns=(1, 1))
+    assert image_import.is_current(images.open(folder), place)
+    with monkeypatch.context() as patched:
+        patched.setattr(image_import, "sha256", lambda _: pytest.fail("read again"))
+        assert image_import.is_current(images.open(folder), place)
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"trn_embs\S*: expected .*sha256 .* found .*--overwrite"):
+        image_import.is_current(images.open(folder), place)
+    file.unlink()
+    assert image_import.is_current(images.open(folder), place)
+    assert "are not in" in caplog.text and str(place) in caplog.text
 
 
 def test_which_encoders_a_folder_has_published_embeddings_of(published, tmp_path):

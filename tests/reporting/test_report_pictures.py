@@ -122,11 +122,3 @@ def test_a_page_has_them(finished, source, data, parsed):
 
 def test_no_source_needs_no_reason(data):
     assert pictures.thumbnails(None, data, [("test", 2)]) == ({}, "")
-
-
-def test_first_images_of_a_few_items(source, data):
-    opened_source = source.open("test", data.uids("test"))
-    found = list(opened_source.first_of(np.array([0, 2, 44, 49])))
-    assert [item for item, _ in found] == [2, 44, 49]
-    expected = [image for item, _, image in opened_source.read(1) if item in (2, 44, 49)]
-    assert [image for _, image in found] == expected

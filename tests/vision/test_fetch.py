@@ -884,7 +884,7 @@ def test_two_processes_do_not_share_a_folder(server, tmp_path, capsys):
     running = start(listed, tmp_path / "out", "--timeout", "30", "--deadline", "60")
     server.wait_for(1)
     assert fetch.main(command(listed, tmp_path / "out")[3:]) == 1
-    assert "another process" in capsys.readouterr().err
+    assert "expected no other process, found process" in capsys.readouterr().err
     server.gate.set()
     assert running.wait(20) == 0
 

@@ -16,6 +16,7 @@ import pytest
 
 from xmc_jax.data import image_import, record_parquet
 from xmc_jax.data import images as image_folders
+from xmc_jax.data.images import STAMP
 from xmc_jax.vision import sources
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -234,10 +235,21 @@ def test_images_of_each_kind(tmp_path, kind):
     assert len(source) == len(UIDS) and source.items_with_images >= len(IMAGES)
     for limit in (1, 2, 3, 20):
         for item in range(len(UIDS) + 1):
-            assert list(source.read(limit, item)) == first(limit, item), (limit, item)
+            rest = np.arange(item, len(UIDS))
+            assert list(source.read(limit, rest)) == first(limit, item), (limit, item)
+        some = np.array([0, 3, 4])
+        taken = [found for found in first(limit) if found[0] in some]
+        assert list(source.read(limit, some)) == taken
     assert list(source.read(0)) == []
-    again = sources.open(place, "test", UIDS)
-    assert json.loads(json.dumps(again.identity)) == source.identity
+    stamps = source.stamps()
+    assert stamps.shape == (len(UIDS), STAMP) and stamps.any(1).tolist() == [
+        bool(count) for count in source.listed.counts()
+    ]
+    np.testing.assert_array_equal(stamps, sources.open(place, "test", UIDS).stamps())
+    for path in place.rglob("*") if place.is_dir() else [place]:
+        os.utime(path, ns=(1, 1))
+    changed = (sources.open(place, "test", UIDS).stamps() != stamps).any(1)
+    np.testing.assert_array_equal(changed, stamps.any(1))
 
 
 def test_an_unfinished_fetch_is_refused(tmp_path):
@@ -327,7 +339,7 @@ def test_indexed_rows(tmp_path):
     np.save(tmp_path / "tst_img_index.npy", np.array([2, -1, 0, 2], np.int32))
     source = sources.open(tmp_path, "test", list("abcd"))
     assert list(source.read(3)) == [(0, 0, b"p2"), (2, 0, b"p0"), (3, 0, b"p2")]
-    assert list(source.read(3, 2)) == [(2, 0, b"p0"), (3, 0, b"p2")]
+    assert list(source.read(3, np.arange(2, 4))) == [(2, 0, b"p0"), (3, 0, b"p2")]
     with pytest.raises(ValueError, match="expected 3 items, as the split has, got 4"):
         sources.open(tmp_path, "test", list("abc"))
     np.save(tmp_path / "tst_img_index.npy", np.array([3], np.int32))
@@ -340,7 +352,9 @@ def test_files_by_index(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
     source = sources.open(tmp_path, "label", ["b", "c", "d"], by="index")
     assert list(source.read(9)) == [(0, 0, b"0.png"), (2, 0, b"2_0.png"), (2, 1, b"2_1.png")]
-    assert list(sources.open(tmp_path, "label", ["b", "007"]).read(9, 1)) == [(1, 0, b"007.png")]
+    assert list(sources.open(tmp_path, "label", ["b", "007"]).read(9, np.array([1]))) == [
+        (1, 0, b"007.png")
+    ]
 
 
 def test_items_of_the_same_uid_have_the_same_images(tmp_path):
@@ -362,7 +376,9 @@ def test_a_table_in_any_order(tmp_path, monkeypatch, seed):
     by_uid = {uid: [rows()[i][1] for i in order if rows()[i][0] == uid] for uid in UIDS}
     expected = [(i, k, d) for i, uid in enumerate(UIDS) for k, d in enumerate(by_uid[uid])]
     assert list(source.read(99)) == expected
-    assert list(source.read(99, 3)) == [found for found in expected if found[0] >= 3]
+    assert list(source.read(99, np.arange(3, len(UIDS)))) == [
+        found for found in expected if found[0] >= 3
+    ]
 
 
 def test_why_an_image_is_not_there(tmp_path):

@@ -3,10 +3,12 @@
 import hashlib
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
+from absl import logging
 
 from xmc_jax.data import image_maps, images
 from xmc_jax.data.known import KNOWN
@@ -125,6 +127,7 @@ def import_published(
         "digest": hashlib.sha256("".join(digests[n] for n in vectors).encode()).hexdigest(),
     }
     source = {"uids": images.digests(uids), "per_item": per_item, "published": digests}
+    origin = _origin(pathlib.Path(embeddings), digests)
     with images.Writer(folder, items, widths[0], dataset, identity, source, overwrite) as writer:
         total, done = sum(items.values()), sum(writer.done.values())
         with tqdm.tqdm(
@@ -135,7 +138,46 @@ def import_published(
                     block = maps[split].take(np.arange(start, min(start + _BLOCK, items[split])))
                     writer.extend(split, start, block.counts(), rows[split][block.indices])
                     bar.update(block.rows)
-        return writer.finish()
+        return writer.finish(origin)
+
+
+def is_current(opened: images.ImageStore, embeddings) -> bool:
+    """Whether published embeddings are those that a folder was made of.
+
+    Files of the same sizes and times are not read. Files that are not there any more are no change.
+
+    Args:
+        opened: the folder.
+        embeddings: see `import_published`.
+
+    Raises:
+        ValueError: a file has changed; names it and both digests.
+    """
+    folder, recorded = pathlib.Path(embeddings), opened.manifest["source"]["published"]
+    before = images.read_origin(opened.folder).get("files", {})
+    now = {name: images.stamp_of(folder / name) for name in recorded}
+    if None in now.values():
+        logging.warning(
+            "%s: the embeddings that it was made of are not in %s any more; whether they have "
+            "changed cannot be known",
+            opened.folder,
+            folder,
+        )
+        return True
+    for name, digest in recorded.items():
+        if now[name] != before.get(name) and (found := sha256(folder / name)) != digest:
+            raise ValueError(
+                f"{folder / name}: expected the embeddings that {opened.folder} was made of "
+                f"(sha256 {digest:.12}...), found others (sha256 {found:.12}...); {images.REMEDY}"
+            )
+    if now != before:
+        images.write_origin(opened.folder, _origin(folder, recorded))
+    return True
+
+
+def _origin(folder: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
+    files = {name: images.stamp_of(folder / name) for name in names}
+    return {"source": str(folder.expanduser().absolute()), "files": files}
 
 
 def _find(folder: pathlib.Path, encoder: str) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:

@@ -1,22 +1,33 @@
 """Image folders: the images of every item as frozen vectors, `<data_dir>/<dataset>/images-<name>/`.
 
 They depend on neither tokenizer nor text length, and so are no part of a dataset folder. Files:
-`{train,test,label}.rows.npy` f16[images, E] in item order; `.indptr.npy` i64[n + 1], the range of
-each item's rows, empty for one without images; and `manifest.json`, written last. All arrays are
-memory-mapped; nothing here ever makes an array over all items and images.
+
+    {train,test,label}.rows.npy      f16[images, E], in item order
+    {train,test,label}.indptr.npy    i64[n + 1], the range of each item's rows, empty without images
+    {train,test,label}.contents.npy  u8[n, 32], a digest of the files of each item's images
+    manifest.json                    what all that was made from, and the digests of the files
+
+and beside them, of this machine and no part of the vectors' identity,
+
+    {train,test,label}.stamps.npy    u8[n, 16], of names, sizes and times of each item's files
+    origin.json                      where the images were
+
+so that images which changed later are known without reading those that did not. Folders of
+published embeddings, and those of earlier versions, have neither contents nor stamps. All arrays
+are memory-mapped; nothing here ever makes an array over all items and images.
 
 `python -m xmc_jax.vision.embed` makes such a folder of pictures or of published embeddings.
 """
 
 import contextlib
-import fcntl
+import errno
 import hashlib
-import io
 import json
-import os
 import pathlib
+import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,17 +35,25 @@ import numpy as np
 from xmc_jax.data import store
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.store import SPLITS
-from xmc_jax.files import array_files
+from xmc_jax.files import array_files, atomic, json_files, locks, manifests
 from xmc_jax.files.digests import sha256
 
 FORMAT = 1
 """Version of the folder's layout."""
+CONTENT, STAMP = 32, 16
+"""Bytes of an item's digest of contents, and of its stamp."""
+REMEDY = (
+    "choose another folder (--name, --config.data.images.name), or make this one anew with python "
+    "-m xmc_jax.vision.embed --overwrite"
+)
 
-_HEADER = 128  # bytes before an array; NumPy leaves room in them for any number of rows
 _COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 5.0
-_PROGRESS = "progress.json"
+_MANIFEST, _PROGRESS, _ORIGIN = "manifest.json", "progress.json", "origin.json"
+_UNFINISHED = r"(train|test|label)\.(rows|indptr)\.npy|\.?progress\.json.*|failures\.jsonl"
 _FACTS = ("bytes", "sha256", "dtype", "shape")  # of each file
+_SHOWN = 4  # fields that differ
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def path(data_dir, dataset: str, name: str) -> pathlib.Path:
@@ -62,11 +81,12 @@ def open(folder, expect: Mapping[str, int] | None = None, verify: bool = False) 
     """
     folder = pathlib.Path(folder)
     try:
-        content = (folder / "manifest.json").read_bytes()
+        content = (folder / _MANIFEST).read_bytes()
         manifest = json.loads(content)
         recorded = _recorded(manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        state = "an unfinished one" if (folder / _PROGRESS).is_file() else "none that can be read"
+        begun = any((place / _PROGRESS).is_file() for place in (folder, _partial(folder)))
+        state = "an unfinished one" if begun else "none that can be read"
         raise ValueError(
             f"{folder}: expected an image folder with a manifest.json, found {state}; make one "
             "with python -m xmc_jax.vision.embed, which also finishes what was begun"
@@ -89,8 +109,8 @@ def open(folder, expect: Mapping[str, int] | None = None, verify: bool = False) 
         arrays[name] = array
     splits = {}
     for split in SPLITS:
-        rows, indptr = (arrays[name] for name in _names(split))
-        file = folder / _names(split)[1]
+        rows, indptr = arrays[f"{split}.rows.npy"], arrays[f"{split}.indptr.npy"]
+        file = folder / f"{split}.indptr.npy"
         _compare(f"{file}: items", manifest["counts"][split], len(indptr) - 1)
         _compare(
             f"{file}: first and last offset", (0, len(rows)), (int(indptr[0]), int(indptr[-1]))
@@ -106,22 +126,113 @@ def open(folder, expect: Mapping[str, int] | None = None, verify: bool = False) 
     return ImageStore(folder, manifest, hashlib.sha256(content).hexdigest(), **splits)
 
 
+def check_settings(opened: ImageStore, settings: Mapping[str, Any]) -> None:
+    """Compares what a folder was made with and what a config asks for.
+
+    Args:
+        opened: the folder.
+        settings: "encoder", "revision", "per_item", "layout" and "dtype", as `data.images` of a
+            config has them. A revision of None is any, and so is what a folder does not record.
+
+    Raises:
+        ValueError: one of them differs; names both values.
+    """
+    manifest, origin = opened.manifest, read_origin(opened.folder)
+    source, encoder = manifest["source"], manifest["encoder"]
+    recorded = {"encoder": encoder["name"], "revision": encoder.get("revision")}
+    recorded |= source.get("processing", {})
+    for field, asked in settings.items():
+        found = source["per_item"] if field == "per_item" else recorded.get(field, asked)
+        fits = found >= asked if field == "per_item" else found == asked
+        if field == "revision":
+            fits = asked in (None, found, origin.get("revision")) or "published" in source
+        if not fits:
+            raise ValueError(
+                f"{opened.folder}: expected data.images.{field} = {asked}, found one made with "
+                f"{found}; set that, or {REMEDY}"
+            )
+
+
+def read_origin(folder: pathlib.Path) -> dict[str, Any]:
+    """Where the images of a folder were; {} where it does not say.
+
+    Returns:
+        "source", the path; "revision" of the encoder as it was asked for; and "files", a mapping
+        from the path of each file that was compared as a whole to `stamp_of` it.
+    """
+    return json_files.read(folder / _ORIGIN, optional=True)
+
+
+def read_contents(opened: ImageStore, split: str) -> np.ndarray | None:
+    """u8[n, 32], the digests of a split's items; None of a folder that has none."""
+    name = f"{split}.contents.npy"
+    return array_files.mapped(opened.folder / name) if name in opened.manifest["files"] else None
+
+
+def read_stamps(opened: ImageStore, split: str) -> np.ndarray:
+    """u8[n, 16], the stamps of a split's items; zeros, which no item has, where they are lost."""
+    with contextlib.suppress(ValueError):
+        stamps = array_files.mapped(opened.folder / f"{split}.stamps.npy")
+        if stamps.dtype == np.uint8 and stamps.shape == (len(getattr(opened, split)), STAMP):
+            return stamps
+    return np.zeros((len(getattr(opened, split)), STAMP), np.uint8)
+
+
+def write_origin(
+    folder: pathlib.Path, origin: Mapping[str, Any], stamps: Mapping[str, np.ndarray] = {}
+) -> None:
+    """Writes where the images are now, whose contents are known to be the same.
+
+    A folder that may not be written to stays as it is: the images are compared anew each time.
+
+    Args:
+        folder: see `path`.
+        origin: see `read_origin`.
+        stamps: split -> u8[n, 16].
+    """
+    try:
+        for split, rows in stamps.items():
+            with atomic.replaced(folder / f"{split}.stamps.npy") as file:
+                file.write(array_files.header(rows.dtype, rows.shape))
+                file.write(np.ascontiguousarray(rows).data)
+        atomic.write(folder / _ORIGIN, json.dumps(origin, indent=1) + "\n")
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+
+
+def stamp_of(path: pathlib.Path) -> list[int] | None:
+    """Size in bytes and time of change in nanoseconds of a file; None if there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
+
+
 class Writer:
     """Writes an image folder item by item; after a kill, another one goes on where it was.
 
-    Vectors and offsets are appended to the folder's own files. Every few seconds those are made
-    durable, and then `progress.json` says how much of them counts; what lies behind, whole or torn,
-    is cut by the next writer. So the finished folder is the same, byte for byte, however often the
-    work was interrupted. With the manifest already there, nothing is left to append.
+    Vectors and offsets are appended to files in `partial`, a folder beside the target. Every few
+    seconds they are made durable, and then `progress.json` says how much of them counts; what lies
+    behind, whole or torn, is cut by the next writer. Finished, `partial` takes the target's place
+    in one move. So the finished folder is the same, byte for byte, however often the work was
+    interrupted, and a folder that is made anew is there until the new one is.
 
     Args:
-        folder: see `path`; made if it is not there.
+        folder: see `path`.
         counts: "train", "test", "label" -> number of items.
         width: E.
         dataset: its name.
         encoder: what made the vectors: "name", "revision" (or None) and "digest".
-        source: whatever else the vectors follow from, as JSON: processing, files, images per item.
-        overwrite: discard what the folder holds if it is of other inputs or damaged.
+        source: whatever else the vectors follow from, as JSON: processing, images per item.
+        overwrite: make anew what is there if it is of other inputs or damaged.
+        compared: whether items come with digests of their contents, and stamps.
+
+    Attributes:
+        folder: see `path`.
+        partial: where files go that shall be in the folder.
+        finished: whether the folder is there; then there is nothing to append.
 
     Raises:
         ValueError: the folder was begun from or made of something else, is damaged, or another
@@ -137,6 +248,7 @@ class Writer:
         encoder: Mapping[str, Any],
         source: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        compared: bool = False,
     ):
         if sorted(counts) != sorted(SPLITS) or set(encoder) != {"name", "revision", "digest"}:
             raise ValueError(
@@ -144,6 +256,8 @@ class Writer:
                 f"revision and digest, got {sorted(counts)} and {sorted(encoder)}"
             )
         self.folder = pathlib.Path(folder)
+        self.partial = _partial(self.folder)
+        self.finished = False
         self._inputs = {
             "format": FORMAT,
             "dataset": dataset,
@@ -151,21 +265,20 @@ class Writer:
             "counts": {split: int(counts[split]) for split in SPLITS},
             "source": json.loads(json.dumps(source or {})),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._files: dict[str, Any] = {}
-        self._lock = self.folder.with_name(f".{self.folder.name}.lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ValueError(
-                f"{self.folder}: expected no other writer, found a process that is writing it"
-            ) from error
-        try:
-            self._begin(overwrite)
-        except BaseException:
-            self.close()
-            raise
+        self._overwrite = overwrite
+        self._compared = compared
+        self._files: dict[str, dict[str, Any]] = {}
+        self._items = self._rows = self._with_image = dict.fromkeys(SPLITS, 0)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            lock = self.folder.with_name(f".{self.folder.name}.lock")
+            stack.enter_context(locks.locked(lock, str(self.folder), remove=True))
+            stack.callback(self._close_files)
+            if self.folder.exists() and self._is_whole():
+                self.finished, self._items = True, dict(self._inputs["counts"])
+            else:
+                self._resume()
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "Writer":
         return self
@@ -178,10 +291,10 @@ class Writer:
         """Split -> how many of its items are there; the next one to append."""
         return dict(self._items)
 
-    @property
-    def finished(self) -> bool:
-        """Whether the folder has its manifest."""
-        return (self.folder / "manifest.json").is_file()
+    def renew(self) -> None:
+        """Begins to make a finished folder anew, or goes on with it; it stays until `finish`."""
+        self.finished = False
+        self._resume()
 
     def append(self, split: str, item: int, vectors: np.ndarray) -> None:
         """Adds the next item of a split.
@@ -196,7 +309,15 @@ class Writer:
         """
         self.extend(split, item, [len(vectors)], vectors)
 
-    def extend(self, split: str, item: int, counts: Sequence[int], vectors: np.ndarray) -> None:
+    def extend(
+        self,
+        split: str,
+        item: int,
+        counts: Sequence[int],
+        vectors: np.ndarray,
+        contents: np.ndarray | None = None,
+        stamps: np.ndarray | None = None,
+    ) -> None:
         """Adds the next items of a split: `append` for many.
 
         Args:
@@ -204,6 +325,8 @@ class Writer:
             item: the first one's number, `done[split]`.
             counts: i[n], images of each.
             vectors: f[sum(counts), E], their images in order.
+            contents: u8[n, 32], if items are `compared`.
+            stamps: u8[n, 16], likewise.
 
         Raises:
             ValueError: as `append`.
@@ -216,14 +339,15 @@ class Writer:
             found = f"{item} and {len(counts) - 1} after it" if len(counts) > 1 else item
             raise ValueError(f"{self.folder}: {split}: expected item {due} of {end}, got {found}")
         half = self._half(split, item, counts, np.asarray(vectors))
-        ends = self._rows[split] + np.cumsum(counts)
-        rows, indptr = self._files[split]
-        rows.write(half.data)
-        indptr.write(ends.astype("<i8").data)
+        ends = (self._rows[split] + np.cumsum(counts)).astype("<i8")
+        parts = {"rows": half, "indptr": ends}
+        parts |= {"contents": contents, "stamps": stamps} if self._compared else {}
+        for part, rows in parts.items():
+            self._files[split][part].write(np.ascontiguousarray(rows).data)
+            self._pending += rows.nbytes
         self._items[split] += len(counts)
         self._rows[split] += len(half)
         self._with_image[split] += int((counts > 0).sum())
-        self._pending += half.nbytes + ends.nbytes
         if self._pending > _COMMIT_BYTES or time.monotonic() > self._committed + _COMMIT_SECONDS:
             self.commit()
 
@@ -231,9 +355,9 @@ class Writer:
         """Makes all that was appended durable; happens by itself every few seconds."""
         if self.finished:
             return
-        for file in (file for pair in self._files.values() for file in pair):
-            file.flush()
-            os.fsync(file.fileno())
+        for files in self._files.values():
+            for file in files.values():
+                atomic.to_disk(file)
         done = {
             split: {
                 "items": self._items[split],
@@ -245,8 +369,11 @@ class Writer:
         self._write_json(_PROGRESS, self._inputs | {"done": done})
         self._pending, self._committed = 0, time.monotonic()
 
-    def finish(self) -> pathlib.Path:
-        """Completes the folder; its manifest comes last.
+    def finish(self, origin: Mapping[str, Any] | None = None) -> pathlib.Path:
+        """Completes the folder and gives it its place.
+
+        Args:
+            origin: see `read_origin`.
 
         Returns:
             The folder, for `open`.
@@ -261,91 +388,128 @@ class Writer:
                 f"{self.folder}: expected {self._inputs['counts']} items, got {self._items} so far"
             )
         self.commit()
-        files = {}
+        recorded = {}
         for split in SPLITS:
-            shapes = ((self._rows[split], self._width), (self._items[split] + 1,))
-            for name, file, dtype, shape in zip(
-                _names(split), self._files[split], ("<f2", "<i8"), shapes
-            ):
+            for part, (dtype, shape) in self._parts(split).items():
+                file, name = self._files[split][part], f"{split}.{part}.npy"
                 file.seek(0)
-                file.write(_header(dtype, shape))
-                file.flush()
-                os.fsync(file.fileno())
-                found = self.folder / name
-                files[name] = {
-                    "bytes": found.stat().st_size,
-                    "sha256": sha256(found),
-                    "dtype": str(np.dtype(dtype)),
-                    "shape": list(shape),
-                }
+                file.write(array_files.header(dtype, shape))
+                atomic.to_disk(file)
+                if part == "stamps":
+                    continue
+                path = self.partial / name
+                facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                recorded[name] = facts | {"dtype": str(dtype), "shape": list(shape)}
         counts = self._inputs["counts"]
         shares = {s: round(self._with_image[s] / max(counts[s], 1), 6) for s in SPLITS}
-        facts = {"images": self._rows, "with_image": shares, "files": files}
-        self._write_json("manifest.json", self._inputs | facts)
+        if origin is not None:
+            self._write_json(_ORIGIN, origin)
+        facts = {"images": self._rows, "with_image": shares, "files": recorded}
+        self._write_json(_MANIFEST, self._inputs | facts)
+        self._close_files()
+        atomic.move_folder(self.partial, self.folder)
         (self.folder / _PROGRESS).unlink()
+        self.finished = True
         return self.folder
 
     def close(self) -> None:
         """Lets go of the folder; what was appended since the last commit is lost."""
-        with contextlib.ExitStack() as stack:  # goes through all, even where one's disk is full
-            stack.callback(self._lock.close)
-            for file in (file for pair in self._files.values() for file in pair):
-                stack.callback(file.close)
-        self._files = {}
+        if self.finished:  # what a killed writer left
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._stack.close()
 
     @property
     def _width(self) -> int:
         return self._inputs["encoder"]["E"]
 
-    def _begin(self, overwrite: bool) -> None:
-        """Finds out how far the work has come; discards it where that is no use and allowed."""
-        try:
-            self._resume(verify=overwrite)
-        except ValueError:
-            if not overwrite:
-                raise
-            # The manifest first: half a folder must not look like a whole one.
-            for name in ("manifest.json", _PROGRESS, *(n for s in SPLITS for n in _names(s))):
-                (self.folder / name).unlink(missing_ok=True)
-            self._resume(verify=False)
+    def _parts(self, split: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Names of a split's arrays -> dtype and shape, as far as they are."""
+        items = self._items[split]
+        parts = {
+            "rows": (np.dtype("<f2"), (self._rows[split], self._width)),
+            "indptr": (np.dtype("<i8"), (items + 1,)),
+        }
+        if self._compared:
+            parts |= {
+                "contents": (np.dtype("u1"), (items, CONTENT)),
+                "stamps": (np.dtype("u1"), (items, STAMP)),
+            }
+        return parts
 
-    def _resume(self, verify: bool) -> None:
+    def _close_files(self) -> None:
+        with contextlib.ExitStack() as stack:  # goes through all, even where one's disk is full
+            for files in self._files.values():
+                for file in files.values():
+                    stack.callback(file.close)
+        self._files = {}
+
+    def _is_whole(self) -> bool:
+        """Whether the folder is there and of these inputs, or else may be made anew."""
+        try:
+            manifest = open(self.folder, verify=self._overwrite).manifest
+            # Earlier versions recorded names of images, which are compared by contents now.
+            source = {k: v for k, v in manifest["source"].items() if k != "images"}
+            where = f"{self.folder}/{_MANIFEST}"
+            _check_same(where, self._inputs, manifest | {"source": source})
+        except ValueError:
+            begun = not (self.folder / _MANIFEST).exists() and self._holds_nothing_else()
+            if self._overwrite or begun:
+                return False
+            raise
+        (self.folder / _PROGRESS).unlink(missing_ok=True)  # killed before it was removed
+        return True
+
+    def _holds_nothing_else(self) -> bool:
+        """Whether the folder holds no file but what earlier versions left unfinished there."""
+        names = [path.name for path in self.folder.iterdir()]
+        return all(re.fullmatch(_UNFINISHED, name) for name in names)
+
+    def _resume(self) -> None:
         """Cuts what lies behind the work that is done, and opens the files."""
-        manifest, progress = self.folder / "manifest.json", self.folder / _PROGRESS
-        if manifest.is_file():
-            _check_same(str(manifest), self._inputs, open(self.folder, verify=verify).manifest)
-            progress.unlink(missing_ok=True)  # killed between the two
-            self._items = dict(self._inputs["counts"])
-            return
+        progress = self.partial / _PROGRESS
         done = {split: {"items": 0, "images": 0, "with_image": 0} for split in SPLITS}
-        if progress.is_file():
-            try:
-                recorded = json.loads(progress.read_bytes())
-                done = {
-                    s: {field: int(recorded["done"][s][field]) for field in done[s]} for s in done
-                }
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{progress}: expected the progress of a writer, found a damaged file; begin "
-                    "anew with --overwrite"
-                ) from error
-            _check_same(str(progress), self._inputs, recorded)
+        try:
+            recorded = self._recorded_progress(progress)
+        except ValueError:
+            if not self._overwrite:
+                raise
+            recorded = None
+        if recorded is None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
         self._items, self._rows, self._with_image = (
-            {split: done[split][field] for split in SPLITS}
+            {split: (recorded or done)[split][field] for split in SPLITS}
             for field in ("items", "images", "with_image")
         )
-        if not progress.is_file():
+        if recorded is None:
             self.commit()  # from now on the files belong to these inputs
         for split in SPLITS:
-            sizes = (2 * self._width * self._rows[split], 8 * (self._items[split] + 1))
-            opened = []
-            for name, size, dtype, shape in zip(
-                _names(split), sizes, ("<f2", "<i8"), ((0, self._width), (0,))
-            ):
-                file = _open_cut(self.folder / name, size, dtype, shape, self._items[split] == 0)
-                opened.append(file)
-                self._files[split] = opened
+            self._files[split] = {}
+            is_new = self._items[split] == 0
+            for part, (dtype, shape) in self._parts(split).items():
+                file = _open_cut(self.partial / f"{split}.{part}.npy", dtype, shape, is_new)
+                self._files[split][part] = file
         self._pending, self._committed = 0, time.monotonic()
+
+    def _recorded_progress(self, progress: pathlib.Path) -> dict[str, dict[str, int]] | None:
+        """What a writer before has made durable; None if there was none.
+
+        Raises:
+            ValueError: it was one of other inputs, or the files are damaged.
+        """
+        if not progress.is_file():
+            return None
+        try:
+            recorded = json.loads(progress.read_bytes())
+            fields = ("items", "images", "with_image")
+            done = {s: {field: int(recorded["done"][s][field]) for field in fields} for s in SPLITS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{progress}: expected the progress of a writer, found a damaged file; begin "
+                "anew with --overwrite"
+            ) from error
+        _check_same(str(progress), self._inputs, recorded)
+        return done
 
     def _half(self, split: str, item: int, counts: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """f16[m, E] after checking shape and range."""
@@ -371,17 +535,11 @@ class Writer:
         return half
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        partial = self.folder / f".{name}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / name)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the rename itself
-        finally:
-            os.close(descriptor)
+        atomic.write(self.partial / name, json.dumps(content, indent=1) + "\n")
+
+
+def _partial(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def digests(uids: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -405,10 +563,12 @@ def report(folder) -> str:
 
 def _recorded(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """File -> what the manifest says of it; KeyError or TypeError where it lacks a field."""
+    files = manifest["files"]
     recorded = {
-        name: {field: manifest["files"][name][field] for field in _FACTS}
+        name: {field: files[name][field] for field in _FACTS}
         for split in SPLITS
-        for name in _names(split)
+        for name in (f"{split}.{part}.npy" for part in ("rows", "indptr", "contents"))
+        if name in files or not name.endswith("contents.npy")
     }
     encoder = manifest["encoder"]
     kinds = [(manifest["dataset"], str), (encoder["name"], str), (encoder["E"], int)]
@@ -423,55 +583,33 @@ def _recorded(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return recorded
 
 
-def _names(split: str) -> tuple[str, str]:
-    return f"{split}.rows.npy", f"{split}.indptr.npy"
-
-
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    file = io.BytesIO()
-    facts = {"descr": dtype, "fortran_order": False, "shape": tuple(int(n) for n in shape)}
-    np.lib.format.write_array_header_1_0(file, facts)
-    if len(file.getvalue()) != _HEADER:
-        raise ValueError(f"images: expected a header of {_HEADER} bytes for {facts}")
-    return file.getvalue()
-
-
-def _open_cut(file: pathlib.Path, size: int, dtype: str, shape: tuple[int, ...], new: bool):
-    """Opens an array file for appending behind its first `size` bytes; a new one is emptied."""
+def _open_cut(file: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...], new: bool):
+    """Opens an array file for appending behind the rows that it is said to have; or a new one."""
+    begin = array_files.header(dtype, shape)
+    size = len(begin) + int(np.prod(shape)) * dtype.itemsize
     found = file.stat().st_size if file.is_file() else 0
-    if not new and found < _HEADER + size:
+    if not new and found < size:
         raise ValueError(
-            f"{file}: bytes: expected at least {_HEADER + size} by {_PROGRESS}, found {found}; "
-            "begin anew with --overwrite"
+            f"{file}: bytes: expected at least {size} by {_PROGRESS}, found {found}; begin anew "
+            "with --overwrite"
         )
     opened = file.open("w+b" if new else "r+b", buffering=1 << 20)
     if new:
-        opened.write(_header(dtype, shape))
-        if dtype == "<i8":
-            opened.write(bytes(8))
+        opened.write(begin + bytes(size - len(begin)))  # the first offset
     else:
-        opened.truncate(_HEADER + size)
-        opened.seek(_HEADER + size)
+        opened.truncate(size)
+        opened.seek(size)
     return opened
 
 
 def _check_same(where: str, inputs: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    expected, found = dict(_leaves(inputs)), dict(_leaves({k: recorded.get(k) for k in inputs}))
-    for field in expected | found:
-        _compare(f"{where}: {field}", expected.get(field), found.get(field))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    differ = manifests.difference({name: recorded.get(name) for name in inputs}, inputs)
+    if differ:
+        more = [f"and {len(differ) - _SHOWN} more"] if len(differ) > _SHOWN else []
+        listed = "; ".join([*differ[:_SHOWN], *more])
+        raise ValueError(f"{where}: made from other inputs ({listed}); {REMEDY}")
 
 
 def _compare(what: str, expected: Any, found: Any) -> None:
     if expected != found:
-        raise ValueError(
-            f"{what}: expected {expected}, found {found}; choose another folder (--out, --name), "
-            "or make this one anew with --overwrite"
-        )
+        raise ValueError(f"{what}: expected {expected}, found {found}; {REMEDY}")

@@ -230,6 +230,17 @@ class Store:
             if file in self.manifest["files"]
         }
 
+    def raw_uids(self) -> dict[str, list[str]]:
+        """The identifiers of the items of the raw files' splits, but of a test split left out."""
+        rows = self.raw_rows()
+        uids = {split: self.uids(split) for split in self.splits if split not in rows}
+        if rows:
+            uids["train"] = [""] * sum(map(len, rows.values()))
+            for split, places in rows.items():
+                for place, uid in zip(places.tolist(), self.uids(split)):
+                    uids["train"][place] = uid
+        return uids
+
     def largest_token(self) -> tuple[int, str]:
         """The largest token id in the texts, padding included, and its split; reads all tokens."""
         return max((int(getattr(self, s).tokens.max(initial=0)), s) for s in self.splits)

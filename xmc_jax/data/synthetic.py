@@ -20,9 +20,7 @@ import functools
 import gzip
 import json
 import math
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +30,7 @@ import tqdm
 
 from xmc_jax import command
 from xmc_jax.data import pictures
+from xmc_jax.files import atomic, locks
 
 FORMAT = 1
 """Version of the items: the same config gives the same items for as long as it stays the same."""
@@ -419,25 +418,29 @@ def generate(config: SyntheticConfig, folder: str | pathlib.Path) -> dict[str, A
     folder = pathlib.Path(folder)
     asked = {"format": FORMAT, **dataclasses.asdict(config)}
     asked["test_documents"] = config.count("test")
-    if folder.exists():
-        found = _stats(folder)
-        if found.get("synthetic") != asked:
-            raise ValueError(
-                f"{folder}: expected to be free, or made with {asked}, found "
-                f"{found.get('synthetic', 'something else')}; choose another folder or delete it"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    with locks.locked(lock, str(folder), wait=True, remove=True):
+        if folder.exists():
+            found = _stats(folder)
+            if found.get("synthetic") != asked:
+                there = found.get("synthetic", "something else")
+                raise ValueError(
+                    f"{folder}: expected to be free, or made with {asked}, found {there}; choose "
+                    "another folder or delete it"
+                )
+            return found
+        shop = Shop(config)
+        with atomic.replaced_folder(folder) as partial:
+            with _gzip(partial / "groups.tsv.gz") as groups:
+                stats = {split: _write(shop, split, partial, groups) for split in SPLITS}
+            for split in ("train", "test"):
+                (partial / f"filter_labels_{split}.txt").write_bytes(b"")
+            found = {"name": folder.name, "synthetic": asked, **stats}
+            found["P@1 of oracles"] = oracles(shop)
+            (partial / "stats.json").write_text(
+                json.dumps(found, indent=1) + "\n", encoding="utf-8"
             )
-        return found
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    partial.mkdir(parents=True)
-    shop = Shop(config)
-    with _gzip(partial / "groups.tsv.gz") as groups:
-        stats = {split: _write(shop, split, partial, groups) for split in SPLITS}
-    for split in ("train", "test"):
-        (partial / f"filter_labels_{split}.txt").write_bytes(b"")
-    found = {"name": folder.name, "synthetic": asked, **stats, "P@1 of oracles": oracles(shop)}
-    (partial / "stats.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder)
     return found
 
 

@@ -35,7 +35,7 @@ def save(path: pathlib.Path, array: np.ndarray) -> None:
     """
     array = np.ascontiguousarray(array).reshape(array.shape)
     with path.open("wb") as file:
-        file.write(_header(array.dtype, array.shape))
+        file.write(header(array.dtype, array.shape))
         file.write(array.data if array.size else b"")
 
 
@@ -60,10 +60,10 @@ def appended(
             file.write(np.ascontiguousarray(rows, dtype).reshape(-1, columns))
             count += len(rows)
 
-        file.write(_header(np.dtype(dtype), (0, columns)))
+        file.write(header(np.dtype(dtype), (0, columns)))
         yield append
         file.seek(0)
-        file.write(_header(np.dtype(dtype), (count, columns)))
+        file.write(header(np.dtype(dtype), (count, columns)))
 
 
 def create(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
@@ -74,7 +74,7 @@ def create(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.memma
     Raises:
         OSError: the disk is too small.
     """
-    file.write(_header(np.dtype(dtype), shape))
+    file.write(header(np.dtype(dtype), shape))
     file.flush()
     begin, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
     if size and hasattr(os, "posix_fallocate"):
@@ -82,7 +82,7 @@ def create(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.memma
     return np.memmap(file, dtype, "r+", begin, shape)
 
 
-def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+def header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The bytes before an array's values; as many for any number of rows."""
     file = io.BytesIO()
     facts = {"descr": dtype.str, "fortran_order": False, "shape": shape}

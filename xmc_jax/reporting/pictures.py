@@ -69,17 +69,15 @@ def thumbnails(
 def _of_split(source: Any, data: Store, split: str, items: np.ndarray) -> dict[Item, str]:
     from xmc_jax.vision import images  # what it imports is an extra
 
-    name, uids, rows, places = split, data.uids(split), items, data.raw_rows()
-    if split in places:
-        # Documents of several splits are those of the raw training file.
-        name, rows, uids = "train", places[split][items], [""] * sum(map(len, places.values()))
-        for part, numbers in places.items():
-            for number, uid in zip(numbers.tolist(), data.uids(part)):
-                uids[number] = uid
+    name, rows, raw_rows = split, items, data.raw_rows()
+    if split in raw_rows:
+        # Held-out documents are some of the raw training documents.
+        name, rows = "train", raw_rows[split][items]
+    uids = data.raw_uids()[name]
     opened = source.open(name, uids)
     item_of = dict(zip(rows.tolist(), items.tolist()))
     found = {}
-    for row, image in opened.first_of(np.sort(rows)):
+    for row, _, image in opened.read(1, np.sort(rows)):
         if isinstance(image, bytes):
             picture = _decoded(images, image)
             if picture is not None:

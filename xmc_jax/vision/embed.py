@@ -9,7 +9,7 @@ arrays
     failures.jsonl    split, item, uid, k and reason of each image that could not be read
 
 Restartable: killed at any moment, the same command goes on where it was, and the result is the same
-byte for byte. A folder made from the same inputs is left as it is.
+byte for byte. A finished folder is left as it is while the images are the same; see `changes`.
 """
 
 import collections
@@ -30,15 +30,19 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 
 from xmc_jax import command
 from xmc_jax.data import bundled, image_import, raw_folder, record_files
 from xmc_jax.data import images as image_folders
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
-from xmc_jax.vision import descriptor, download, encoders, fetch, images, sources
+from xmc_jax.files import atomic, json_files
+from xmc_jax.files.digests import sha256
+from xmc_jax.vision import changes, descriptor, download, encoders, fetch, images, sources
+from xmc_jax.vision.changes import Changes
 from xmc_jax.vision.encoders import Encoder
-from xmc_jax.vision.sources import Source
+from xmc_jax.vision.sources import Place, Source
 
 BUNDLED = "bundled"
 """What --raw calls the raw files that come with the package."""
@@ -46,7 +50,6 @@ BUNDLED = "bundled"
 ENCODER = "google/siglip2-so400m-patch14-384"
 """What encodes, unless told otherwise; and what published embeddings stand for."""
 
-FAILURES = "failures.jsonl"
 _THREADS = 32  # that decode, at most; Pillow lets go of the interpreter meanwhile
 _SMALL_PIXELS = 1 << 22  # images up to here are decoded side by side, larger ones singly
 _AHEAD_BATCHES = 2  # images read before they are due
@@ -153,22 +156,7 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
             uids,
             config.overwrite,
         )
-    where = dict.fromkeys(SPLITS, source)
-    for splits, table in _url_tables(source):
-        fetched = config.fetched if len(splits) > 1 else config.fetched / splits[0]
-        where |= dict.fromkeys(splits, _fetch(config, fetched, *table))
-    encoder = encoders.build(
-        config.encoder,
-        config.batch_size,
-        config.revision,
-        config.processor,
-        config.layout,
-        config.dtype,
-    )
-    opened = {
-        split: sources.Place(where[split], config.by, config.allow_paths).open(split, uids[split])
-        for split in SPLITS
-    }
+    opened = {split: place.open(split, uids[split]) for split, place in _places(config).items()}
     if not any(found.items_with_images for found in opened.values()):
         first = next((uid for split in SPLITS for uid in uids[split]), None)
         remedy = "files named by an item's number in its split need --by=index"
@@ -179,10 +167,17 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
             f"{source}: expected images of items such as {first!r}, found none of any item; "
             f"{remedy}"
         )
+    encoder = encoders.build(
+        config.encoder,
+        config.batch_size,
+        config.revision,
+        config.processor,
+        config.layout,
+        config.dtype,
+    )
     counts = {split: len(found) for split, found in opened.items()}
     inputs = {
         "uids": image_folders.digests(uids),
-        "images": {split: found.identity for split, found in opened.items()},
         "per_item": config.per_item,
         "alpha": config.alpha,
         "processing": encoder.processing,
@@ -195,10 +190,54 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
         encoder.identity,
         inputs,
         config.overwrite,
+        compared=True,
     ) as writer:
-        if not writer.finished:
-            _embed(writer, encoder, opened, uids, config)
-        return writer.finish()
+        kept = None
+        while not writer.finished or (kept := _changes(config, opened)) is not None:
+            if writer.finished:
+                writer.renew()
+            begun = any(writer.done.values())
+            _embed(writer, encoder, opened, uids, config, kept)
+            writer.finish(_origin(config))
+            if not begun:  # what is there is as it was a moment ago
+                break
+        return config.folder
+
+
+def as_made(config: ImagesConfig) -> ImagesConfig:
+    """The config with what a finished folder was made with, of options that `data.images` lacks."""
+    return dataclasses.replace(
+        config, **image_folders.read_origin(config.folder).get("options", {})
+    )
+
+
+def is_current(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a finished folder has the images that its source has; encodes and downloads nothing.
+
+    Images that are not there any more, or that a folder has no digests of, are no change; a warning
+    says so.
+
+    Args:
+        config: see `ImagesConfig`.
+        uids: identifiers of the items of the splits that are to be compared.
+
+    Raises:
+        ValueError: the folder is damaged, or its images are others, of another source.
+    """
+    source = pathlib.Path(config.source).expanduser()
+    opened = image_folders.open(config.folder)
+    if "published" in opened.manifest["source"]:
+        return image_import.is_current(opened, source)
+    places = _places(config, fetch_missing=False)
+    if not all(place.path.exists() for place in places.values()):
+        logging.warning(
+            "%s: the images that it was made from are not there any more (%s); whether they have "
+            "changed cannot be known",
+            config.folder,
+            source,
+        )
+        return True
+    return _changes(config, {s: places[s].open(s, uids[s]) for s in uids}) is None
 
 
 def read_uids(
@@ -218,8 +257,13 @@ def read_uids(
         ValueError: a file is missing, bad, or does not fit what is published.
     """
     folder = bundled.path(dataset) if raw is None else pathlib.Path(raw)
-    found = raw_folder.read(raw_folder.find(folder), dataset, encoding)
-    return {split: found.splits[split].uids for split in SPLITS}
+    files = raw_folder.find(folder)
+    for role in ("validation", "train filter"):  # of the training documents, all
+        files.pop(role, None)
+    uids: dict[str, list[str]] = {split: [] for split in SPLITS}
+    keep = lambda split, items: uids[split].extend(items.uids)  # noqa: E731
+    raw_folder.read(files, dataset, encoding, keep=keep)
+    return uids
 
 
 def report(config: ImagesConfig) -> str:
@@ -229,7 +273,7 @@ def report(config: ImagesConfig) -> str:
         if (fetched / "report.json").is_file():
             result = json.loads((fetched / "report.json").read_bytes())
             lines.append(fetch.summary(fetched, result))
-    failures = config.folder / FAILURES
+    failures = config.folder / changes.FAILURES
     if failures.is_file():
         with failures.open("rb") as file:
             count = sum(1 for _ in file)
@@ -251,6 +295,29 @@ def _embed_and_check(asked: tuple[ImagesConfig, str, str]) -> None:
 
 
 # What lies where
+
+
+def _places(config: ImagesConfig, fetch_missing: bool = True) -> dict[str, Place]:
+    """Where the images of each split are; those that are named by URLs are fetched before.
+
+    Raises:
+        ValueError: other URLs were fetched before.
+    """
+    source = pathlib.Path(config.source).expanduser()
+    where = dict.fromkeys(SPLITS, source)
+    for splits, table in _url_tables(source):
+        fetched = config.fetched if len(splits) > 1 else config.fetched / splits[0]
+        recorded = json_files.read(fetched / "inputs.json", optional=True).get("urls")
+        if recorded not in (None, here := sha256(table[0])):
+            raise ValueError(
+                f"{table[0]}: expected the URLs that {fetched} was fetched from (sha256 "
+                f"{recorded:.12}...), found others (sha256 {here:.12}...); remove that folder, or "
+                "choose another name (--name, --config.data.images.name)"
+            )
+        if fetch_missing:
+            _fetch(config, fetched, *table)
+        where |= dict.fromkeys(splits, fetched)
+    return {split: Place(path, config.by, config.allow_paths) for split, path in where.items()}
 
 
 def _url_tables(
@@ -309,6 +376,28 @@ def _fetch(
     return out
 
 
+def _origin(config: ImagesConfig) -> dict[str, Any]:
+    """Where the images are; see `image_folders.read_origin`."""
+    options = {name: getattr(config, name) for name in ("alpha", "by", "allow_paths")}
+    if config.processor is not None:
+        options["processor"] = str(pathlib.Path(config.processor).expanduser().absolute())
+    return {
+        "source": str(pathlib.Path(config.source).expanduser().absolute()),
+        "revision": config.revision,
+        "options": options,
+    }
+
+
+def _changes(config: ImagesConfig, opened: Mapping[str, Source]) -> Changes | None:
+    return changes.find(
+        image_folders.open(config.folder),
+        opened,
+        config.per_item,
+        _origin(config),
+        config.overwrite,
+    )
+
+
 # From files to vectors: read here, decoded in threads, encoded a batch behind, written in order
 
 
@@ -319,18 +408,25 @@ class _Batch:
     Attributes:
         first: number of the first item.
         counts: images of each item that could be read.
+        contents: digests of each item's images, see `changes.of_item`.
         prepared: those images.
         failures: item, k and reason of the others.
     """
 
     first: int
     counts: list[int] = dataclasses.field(default_factory=list)
+    contents: list[np.ndarray] = dataclasses.field(default_factory=list)
     prepared: list[np.ndarray] = dataclasses.field(default_factory=list)
     failures: list[tuple[int, int, str]] = dataclasses.field(default_factory=list)
 
     @property
     def end(self) -> int:
         return self.first + len(self.counts)
+
+    def add_empty(self, count: int) -> None:
+        """Adds items without images."""
+        self.counts += [0] * count
+        self.contents += [changes.of_item([])] * count
 
 
 def _embed(
@@ -339,67 +435,101 @@ def _embed(
     opened: Mapping[str, Source],
     uids: Mapping[str, Sequence[str]],
     config: ImagesConfig,
+    kept: Changes | None,
 ) -> None:
-    """Appends all items that are missing."""
+    """Appends all items that are missing, with the vectors of those that have not changed."""
     done = writer.done
     total = sum(len(found) for found in opened.values())
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     prepare = _preparation(encoder, config.alpha)
     try:
         with (
-            _Failures(writer.folder / FAILURES, done) as failures,
+            _Failures(writer.partial / changes.FAILURES, done) as failures,
             _Progress(total, sum(done.values())) as progress,
         ):
-
-            def write(split: str, batch: _Batch, vectors: Any) -> None:
-                failures.add(split, uids[split], batch.failures)  # before they count as done
-                if vectors is None:
-                    rows = np.empty((0, encoder.width), np.float32)
-                else:
-                    rows = jax.device_get(vectors)[: len(batch.prepared)]
-                writer.extend(split, batch.first, batch.counts, rows)
-                progress.add(len(batch.counts), len(batch.prepared))
-
             for split, found in opened.items():
+                stamps = found.stamps() if kept is None else kept.stamps[split]
+                items = np.arange(len(found))
+                if kept is not None:
+                    items = np.flatnonzero(~kept.kept[split])
+                items = items[items >= done[split]]
+
+                def write(split: str, stamps: np.ndarray, batch: _Batch, vectors: Any) -> None:
+                    rows = np.empty((0, encoder.width), np.float32)
+                    if vectors is not None:
+                        rows = jax.device_get(vectors)[: len(batch.prepared)]
+                    count = len(batch.prepared)
+                    if kept is not None:
+                        rows = _with_kept(kept, split, batch, rows)
+                    failures.add(split, uids[split], batch.failures)  # before they count as done
+                    part = stamps[batch.first : batch.end]
+                    contents = np.stack(batch.contents)
+                    writer.extend(split, batch.first, batch.counts, rows, contents, part)
+                    progress.add(len(batch.counts), count)
+
                 pending = None
-                read = found.read(config.per_item, done[split])
+                read = found.read(config.per_item, items)
                 ready = _in_threads(read, prepare, pool, _AHEAD_BATCHES * config.batch_size)
                 for batch in _batches(ready, done[split], len(found), config.batch_size):
                     vectors = encoder.embed(batch.prepared) if batch.prepared else None
                     if pending is not None:
-                        write(split, *pending)
+                        write(split, stamps, *pending)
                     pending = batch, vectors
                 if pending is not None:
-                    write(split, *pending)
+                    write(split, stamps, *pending)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _preparation(encoder: Encoder, alpha: str) -> Callable[[bytes | str], np.ndarray | str]:
+def _with_kept(kept: Changes, split: str, batch: _Batch, rows: np.ndarray) -> np.ndarray:
+    """f[m, E], the vectors of a batch with those of its items that stay, which it gets, too."""
+    stays = kept.kept[split][batch.first : batch.end]
+    before = getattr(kept.opened, split)
+    bounds = before.indptr[batch.first : batch.end + 1]
+    contents = image_folders.read_contents(kept.opened, split)
+    counts = np.where(stays, np.diff(bounds), batch.counts)
+    merged = np.empty((counts.sum(), before.rows.shape[1]), np.float32)
+    there = np.repeat(stays, np.diff(bounds))
+    merged[np.repeat(stays, counts)] = before.rows[bounds[0] : bounds[-1]][there]
+    merged[np.repeat(~stays, counts)] = rows
+    batch.counts = counts.tolist()
+    for place in np.flatnonzero(stays).tolist():
+        item = batch.first + place
+        batch.contents[place] = contents[item]
+        batch.failures += [(item, *why) for why in kept.failures.get((split, item), ())]
+    batch.failures.sort()
+    return merged
+
+
+_Prepared = tuple[bytes, np.ndarray | str]  # digest of an image; what encoders take, or a reason
+
+
+def _preparation(encoder: Encoder, alpha: str) -> Callable[[bytes | str], _Prepared]:
     """What threads do with an image: decode and prepare it, or say why not; bounded in memory."""
     small, alone = images.Limits(max_pixels=_SMALL_PIXELS), threading.Lock()
 
-    def prepare(data: bytes | str) -> np.ndarray | str:
+    def prepare(data: bytes | str) -> _Prepared:
+        digest = changes.of_image(data)
         if isinstance(data, str):
-            return data
+            return digest, data
         try:
             try:
-                return encoder.prepare(images.decode(data, small, alpha))
+                return digest, encoder.prepare(images.decode(data, small, alpha))
             except images.TooLarge:
                 with alone:
-                    return encoder.prepare(images.decode(data, alpha=alpha))
+                    return digest, encoder.prepare(images.decode(data, alpha=alpha))
         except ValueError as error:
-            return str(error).removeprefix("image: ")
+            return digest, str(error).removeprefix("image: ")
 
     return prepare
 
 
 def _in_threads(
     found: Iterable[tuple[int, int, bytes | str]],
-    prepare: Callable[[bytes | str], np.ndarray | str],
+    prepare: Callable[[bytes | str], _Prepared],
     pool: ThreadPoolExecutor,
     ahead: int,
-) -> Iterator[tuple[int, int, np.ndarray | str]]:
+) -> Iterator[tuple[int, int, _Prepared]]:
     """Images prepared, in the order they come in; at most `ahead` are read before they are due."""
     waiting: collections.deque = collections.deque()
     held = 0
@@ -415,7 +545,7 @@ def _in_threads(
 
 
 def _batches(
-    ready: Iterable[tuple[int, int, np.ndarray | str]], first: int, end: int, size: int
+    ready: Iterable[tuple[int, int, _Prepared]], first: int, end: int, size: int
 ) -> Iterator[_Batch]:
     """Batches of whole items, from the first item to the end.
 
@@ -426,19 +556,20 @@ def _batches(
     grouped = itertools.groupby(ready, key=operator.itemgetter(0))
     for item, group in itertools.chain(grouped, [(end, ())]):
         group = list(group)
-        good = [image for _, _, image in group if not isinstance(image, str)]
+        good = [image for *_, (_, image) in group if not isinstance(image, str)]
         while item - batch.first >= _BATCH_ITEMS:
-            batch.counts += [0] * (_BATCH_ITEMS - len(batch.counts))
+            batch.add_empty(_BATCH_ITEMS - len(batch.counts))
             yield batch
             batch = _Batch(batch.end)
-        batch.counts += [0] * (item - batch.end)
+        batch.add_empty(item - batch.end)
         if len(batch.prepared) + len(good) > size:
             yield batch
             batch = _Batch(item)
         if item < end:
             batch.counts.append(len(good))
+            batch.contents.append(changes.of_item([digest for *_, (digest, _) in group]))
             batch.prepared += good
-            batch.failures += [(i, k, why) for i, k, why in group if isinstance(why, str)]
+            batch.failures += [(i, k, why) for i, k, (_, why) in group if isinstance(why, str)]
     if batch.counts:
         yield batch
 
@@ -478,8 +609,7 @@ class _Failures:
         for item, k, reason in failures:
             line = {"split": split, "item": item, "uid": uids[item], "k": k, "reason": reason}
             self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        atomic.to_disk(self._file)
 
 
 class _Progress:

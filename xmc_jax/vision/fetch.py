@@ -19,7 +19,6 @@ import array
 import asyncio
 import collections
 import dataclasses
-import fcntl
 import hashlib
 import ipaddress
 import json
@@ -38,7 +37,7 @@ import tqdm
 
 from xmc_jax import command
 from xmc_jax.data import record_cells, record_files
-from xmc_jax.files import json_files
+from xmc_jax.files import atomic, json_files, locks
 from xmc_jax.vision import images, shards
 from xmc_jax.vision.download import Downloader, Failure, Limits
 
@@ -108,23 +107,20 @@ def fetch(config: FetchConfig) -> dict[str, Any]:
         The report: report.json, parsed.
 
     Raises:
-        ValueError: a bad list of URLs, or a folder made from another one or with other limits.
-        OSError: a file that cannot be read or written, another process at work in the folder.
+        ValueError: a bad list of URLs, a folder made from another one or with other limits, or
+            another process at work in the folder.
+        OSError: a file that cannot be read or written.
     """
     inputs = _inputs(config)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"{out}: another process is fetching into it") from None
+    with locks.locked(out / ".lock", str(out), remove=True):
         _check_same(out, inputs, config)
         if (out / "report.json").exists():
             if not config.retry_failed:
                 return json.loads((out / "report.json").read_text())
             (out / "report.json").unlink()
-        shards.write_text(out / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        atomic.write(out / "inputs.json", json.dumps(inputs, indent=1) + "\n")
         partial = out / ".partial"
         for folder in (partial, out / "images"):
             folder.mkdir(exist_ok=True)
@@ -139,7 +135,7 @@ def fetch(config: FetchConfig) -> dict[str, Any]:
                 raise _first(group) from None
         result = _report(config, out, inputs)
         shutil.rmtree(partial)
-        shards.write_text(out / "report.json", json.dumps(result, indent=1) + "\n")
+        atomic.write(out / "report.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -309,8 +305,7 @@ async def _fetch(config: FetchConfig, out: pathlib.Path, bar: tqdm.tqdm) -> None
                     if row not in partial.done:
                         group.create_task(one(partial, row, image.url))
             async with writing:  # one at a time, for the memory it takes
-                unfinished = partial_path.with_suffix(".parquet")
-                await asyncio.to_thread(shards.write, path, unfinished, rows, partial)
+                await asyncio.to_thread(shards.write, path, rows, partial)
         partial_path.unlink()
         open_shards.release()
 
@@ -389,8 +384,7 @@ class _Check:
 def _report(config: FetchConfig, out: pathlib.Path, inputs: dict[str, Any]) -> dict[str, Any]:
     """Writes failures.jsonl; both it and the report are made from the list and the shards alone."""
     outcomes, hosts = collections.Counter(), collections.Counter()
-    unfinished = out / ".partial" / "failures.jsonl"
-    with open(unfinished, "w", encoding="utf-8") as failures:
+    with atomic.replaced(out / "failures.jsonl") as failures:
         for number, rows in enumerate(_blocks(config)):
             path = _shard(out, number)
             keys, errors = shards.read(path)
@@ -402,8 +396,7 @@ def _report(config: FetchConfig, out: pathlib.Path, inputs: dict[str, Any]) -> d
                 hosts[_host(image.url), kind] += 1
                 if error:
                     line = image._asdict() | {"outcome": kind, "reason": reason}
-                    failures.write(json.dumps(line) + "\n")
-    shards.settle(unfinished, out / "failures.jsonl")
+                    failures.write(json.dumps(line).encode() + b"\n")
     totals = collections.Counter()
     for (host, _), count in hosts.items():
         totals[host] += count

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
+from xmc_jax.files import atomic
+
 SCHEMA = pa.schema(
     [("id", pa.string()), ("k", pa.int32()), ("bytes", pa.binary()), ("error", pa.string())]
 )
@@ -106,7 +108,7 @@ class Partial:
                     if data.is_valid:
                         self.add(row, "", data.as_py())
                     row += 1
-            os.fsync(self._file.fileno())
+            atomic.to_disk(self._file)
         self.done.clear()
         self._shard.unlink()
 
@@ -129,13 +131,11 @@ class Partial:
         return end
 
 
-def write(
-    path: pathlib.Path, unfinished: pathlib.Path, rows: list[Image], partial: Partial
-) -> None:
-    """Writes a shard as `unfinished`; it gets its path when it is whole and on the disk."""
+def write(path: pathlib.Path, rows: list[Image], partial: Partial) -> None:
+    """Writes a shard, which is at `path` when it is whole and on the disk."""
     options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
     with (
-        open(unfinished, "wb") as file,
+        atomic.replaced(path) as file,
         pa.parquet.ParquetWriter(file, SCHEMA, write_statistics=False, **options) as writer,
     ):
         group, size = [], 0
@@ -149,26 +149,3 @@ def write(
                 ]
                 writer.write_table(pa.table(columns, schema=SCHEMA))
                 group, size = [], 0
-    settle(unfinished, path)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file, which appears when it is whole and on the disk."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    settle(unfinished, path)
-
-
-def settle(unfinished: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a finished file its name, and the disk both."""
-    _sync(unfinished)
-    os.replace(unfinished, path)
-    _sync(path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ any item on. Nothing is downloaded here: URLs go through `vision.fetch` first.
 import base64
 import binascii
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -22,11 +21,11 @@ import numpy as np
 
 from xmc_jax.data import image_maps, record_cells, record_files
 from xmc_jax.data.csr import Csr
+from xmc_jax.data.images import STAMP
 from xmc_jax.data.record_parquet import ParquetRows, ParquetTable
 from xmc_jax.data.record_table import Table
 from xmc_jax.data.record_text import TextCells
 from xmc_jax.files import paths
-from xmc_jax.files.digests import sha256
 
 MAX_BYTES = 32 << 20
 """Bytes of an image's file, unless told otherwise."""
@@ -42,7 +41,7 @@ _URLS = ("url", "urls")
 _NUMBERED = re.compile(r"(.+)_(\d{1,9})")
 _DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
 _SCAN_BYTES = 4 << 20
-_Read = Callable[[str], bytes | str]  # the file of a path in a table, or why there is none
+_PEEKED = 16  # cells
 MAX_RECORD = 256 << 20  # bytes of a record of a text table, which may hold images
 
 
@@ -51,14 +50,13 @@ class Source:
     """The images of one split's items.
 
     Attributes:
-        identity: what the images follow from, as JSON, to tell another source from this one: kind,
-            and names and sizes of files.
         listed: records of each of the n items, in order; most records are one image.
+        files: that hold the images, or say whose they are; none for a folder of image files.
     """
 
-    identity: Mapping[str, Any]
     listed: Csr
     _records: "_Records"
+    files: Sequence[pathlib.Path] = ()
 
     def __len__(self) -> int:
         return self.listed.rows
@@ -68,18 +66,20 @@ class Source:
         """Items that have a record; whether its image can be read is another matter."""
         return int((self.listed.counts() > 0).sum())
 
-    def read(self, limit: int, first: int = 0) -> Iterator[tuple[int, int, bytes | str]]:
+    def read(
+        self, limit: int, items: np.ndarray | None = None
+    ) -> Iterator[tuple[int, int, bytes | str]]:
         """Reads images in item order.
 
         Args:
             limit: K; of each item the first K images listed, those that cannot be read included.
-            first: the item to begin with; what follows does not depend on it.
+            items: i[m], ascending, which; None for all. An item's images do not depend on it.
 
         Yields:
             Item; number k of the image among the item's; and the bytes of its file or, as a str,
             the reason why there are none. Nothing for an item without images.
         """
-        items = np.arange(first, len(self))
+        items = np.arange(len(self)) if items is None else items
         starts, ends = self.listed.indptr[items], self.listed.indptr[items + 1]
         counts = np.minimum(ends - starts, limit)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -96,20 +96,26 @@ class Source:
                     yield item, k, image
                     k += 1
 
-    def first_of(self, items: np.ndarray) -> Iterator[tuple[int, bytes | str]]:
-        """The first image of each of a few items, wherever they are.
+    def stamps(self) -> np.ndarray:
+        """u8[n, 16], of names, sizes and times of the files that hold an item's images.
 
-        Args:
-            items: i[n], ascending; those without a record are left out.
-
-        Yields:
-            Item; and bytes or a reason, as `read` does.
+        While an item's stamp stays the same, so do its images; none is read for it. An item without
+        images has zeros.
         """
-        starts, ends = self.listed.indptr[items], self.listed.indptr[items + 1]
-        there = starts < ends
-        fetched = self._records.fetch(self.listed.indices[starts[there]])
-        for item, images in zip(items[there].tolist(), fetched):
-            yield from ((item, image) for image in images[:1])
+        base = b"".join(map(_stamp, self.files))
+        with_images = self.listed.counts() > 0
+        stamps = np.zeros((len(self), STAMP), np.uint8)
+        numbers, place = np.unique(self.listed.indices, return_inverse=True)
+        outside = self._records.stamps(numbers)
+        if outside is None:
+            stamps[with_images] = np.frombuffer(_short_digest(base), np.uint8)
+            return stamps
+        of_record, bounds = list(outside), self.listed.indptr.tolist()
+        for item in np.flatnonzero(with_images).tolist():
+            rows = place[bounds[item] : bounds[item + 1]].tolist()
+            digest = _short_digest(base + b"".join(of_record[row] for row in rows))
+            stamps[item] = np.frombuffer(digest, np.uint8)
+        return stamps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +142,12 @@ class _Records(Protocol):
 
     def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
         """The images of the records i[n], in that order: bytes, or a reason why not."""
+
+    def stamps(self, numbers: np.ndarray) -> Iterator[bytes] | None:
+        """Names, sizes and times of image files of the records i[n]; None if there are none.
+
+        Files that hold many records are not among them: see `Source.files`.
+        """
 
 
 def open(
@@ -311,6 +323,9 @@ class _FileRecords:
             name = self.names[number]
             yield [_read_file(self.folder / name, name, self.max_bytes)]
 
+    def stamps(self, numbers: np.ndarray) -> Iterator[bytes]:
+        return (_stamp(self.folder / self.names[number]) for number in numbers.tolist())
+
 
 def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -> Source:
     numbers, of_item = _owners(uids if by == "uid" else list(map(str, range(len(uids)))))
@@ -335,10 +350,8 @@ def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -
                 found.append((numbers[numbered[1]], int(numbered[2]), entry.name))
     found.sort()
     names = [name for _, _, name in found]
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-    identity = {"kind": "files", "files": len(names), "digest": digest}
     owner = np.array([owner for owner, _, _ in found], np.int64)
-    return Source(identity, _grouped(owner, of_item), _FileRecords(folder, names, max_bytes))
+    return Source(_grouped(owner, of_item), _FileRecords(folder, names, max_bytes))
 
 
 def _rank(name: str) -> int:
@@ -347,13 +360,48 @@ def _rank(name: str) -> int:
     return int(digits[1]) if digits else -1
 
 
-def _read_named(folder: pathlib.Path, name: str, max_bytes: int, allow: bool) -> bytes | str:
-    """The file that a table names, or why there is none."""
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """Image files that a table names, from its folder on.
+
+    Attributes:
+        folder: the table's.
+        max_bytes: see `open`.
+        allow_paths: see `open`.
+    """
+
+    folder: pathlib.Path
+    max_bytes: int
+    allow_paths: bool
+
+    def read(self, name: str) -> bytes | str:
+        """The bytes of a file, or why there are none."""
+        try:
+            path = paths.within(self.folder, name, self.allow_paths)
+        except ValueError as error:
+            return str(error)
+        return _read_file(path, name, self.max_bytes)
+
+    def stamp(self, name: str) -> bytes:
+        """Its name, size and time."""
+        try:
+            path = paths.within(self.folder, name, self.allow_paths)
+        except ValueError:
+            path = pathlib.Path()  # whatever it is, it is not read
+        return name.encode("utf-8", "surrogatepass") + _stamp(path)
+
+
+def _stamp(path: pathlib.Path) -> bytes:
+    """Name, size and time of a file."""
     try:
-        path = paths.within(folder, name, allow)
-    except ValueError as error:
-        return str(error)
-    return _read_file(path, name, max_bytes)
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return os.fsencode(path.name) + b"\0"
+    return os.fsencode(path.name) + b"\0%d\0%d\0" % (facts.st_size, facts.st_mtime_ns)
+
+
+def _short_digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=STAMP).digest()
 
 
 def _read_file(path: pathlib.Path, name: str, max_bytes: int) -> bytes | str:
@@ -397,6 +445,9 @@ class _TextRecords:
                 file.seek(start)
                 yield self.parse(file.read(end - start))
 
+    def stamps(self, numbers: np.ndarray) -> None:
+        return None
+
 
 def _lines(path: pathlib.Path, uids: Sequence[str], max_bytes: int) -> Source:
     """ViXML's base64 lines with their map. Source: ViXML reference, download_amazon_imgs.py."""
@@ -406,17 +457,12 @@ def _lines(path: pathlib.Path, uids: Sequence[str], max_bytes: int) -> Source:
     offsets = _line_offsets(path)
     listed = image_maps.read(map_path, len(offsets) - 1)
     _check_items(map_path, listed, uids)
-    identity = {
-        "kind": "base64 lines",
-        "files": {path.name: path.stat().st_size},
-        "map": sha256(map_path),
-    }
 
     def parse(line: bytes) -> list[bytes | str]:
         return [_decode(line, max_bytes)]
 
     max_line = 4 * max_bytes // 3 + 1024
-    return Source(identity, listed, _TextRecords(path, offsets, max_line, parse))
+    return Source(listed, _TextRecords(path, offsets, max_line, parse), (path, map_path))
 
 
 def _line_offsets(path: pathlib.Path) -> np.ndarray:
@@ -460,7 +506,7 @@ def _table(
     Of those that `vision.fetch` has made, rows with an error have no image and are left out.
     """
     where = files[0]
-    read = functools.partial(_read_named, where.parent, max_bytes=max_bytes, allow=allow_paths)
+    named = _Named(where.parent, max_bytes, allow_paths)
     parts = [record_files.open_table(path, limit=MAX_RECORD) for path in files]
     records: Any
     if isinstance(parts[0], ParquetTable):
@@ -476,19 +522,14 @@ def _table(
         if fetched:
             errors = (cell for part in parts for cell in part.cells("error"))
             owner[np.fromiter((cell is not None for cell in errors), bool, len(owner))] = -1
-        records = _TableRecords(ParquetRows(parts, column), column, read, max_bytes)
+        records = _TableRecords(ParquetRows(parts, column), column, named)
     else:
         (part,) = parts
         key, column = _columns(where, dict.fromkeys(part.columns, ""))
         cells = TextCells(part, column)
         owner, of_item = _match(((part, *found) for found in cells.keys(key)), key, uids)
-        records = _TableRecords(cells, column, read, max_bytes)
-    identity = {
-        "kind": "table",
-        "files": {path.name: path.stat().st_size for path in files},
-        "columns": [key, column],
-    }
-    return Source(identity, _grouped(owner, of_item), records)
+        records = _TableRecords(cells, column, named)
+    return Source(_grouped(owner, of_item), records, files)
 
 
 def _indexed(
@@ -503,16 +544,9 @@ def _indexed(
     _, column = _columns(table_path, table.types | {"uid": "string"})
     listed = image_maps.read(index_path, table.num_rows)
     _check_items(index_path, listed, uids)
-    identity = {
-        "kind": "indexed table",
-        "files": {table_path.name: table_path.stat().st_size},
-        "index": sha256(index_path),
-        "columns": [column],
-    }
     rows = ParquetRows([table], column)
-    read = functools.partial(_read_named, table_path.parent, max_bytes=max_bytes, allow=allow_paths)
-    records = _TableRecords(rows, column, read, max_bytes)
-    return Source(identity, listed, records)
+    named = _Named(table_path.parent, max_bytes, allow_paths)
+    return Source(listed, _TableRecords(rows, column, named), (table_path, index_path))
 
 
 def _check_items(path: pathlib.Path, listed: Csr, uids: Sequence[str]) -> None:
@@ -540,26 +574,38 @@ def _columns(path: pathlib.Path, columns: Mapping[str, str]) -> tuple[str, str]:
     return key, image
 
 
-def _images(cell: Any, column: str, read: _Read, max_bytes: int) -> list[bytes | str]:
-    """The images of a cell, or reasons."""
+def _images(
+    cell: Any, column: str, read: Callable[[str], bytes | str], max_bytes: int
+) -> list[bytes | str]:
+    """The images of a cell, or reasons.
+
+    Args:
+        cell: of a table.
+        column: its column's name.
+        read: the file of a path.
+        max_bytes: see `open`.
+    """
     images = []
     for one in cell if isinstance(cell, list) else [cell]:
         kind = column
         if isinstance(one, dict):  # Hugging Face's Image
             kind = column if one.get("bytes") else "path"
             one = one.get("bytes") or one.get("path")
-        if one is not None and one != "":
-            images.append(_image(one, kind, read, max_bytes))
+        if isinstance(one, str) and one and kind == "path":
+            images.append(read(one))
+        elif one is not None and one != "":
+            images.append(_held(one, kind, max_bytes))
     return images
 
 
-def _image(cell: Any, column: str, read: _Read, max_bytes: int) -> bytes | str:
+def _held(cell: Any, column: str, max_bytes: int) -> bytes | str:
+    """An image that a cell holds itself, or a reason."""
     if isinstance(cell, bytes) and column != "path":
         if len(cell) > max_bytes:
             return _too_large(len(cell), max_bytes)
         return _decode(cell, max_bytes) if column == "base64" else cell or "no bytes"
     if isinstance(cell, str):
-        return read(cell) if column == "path" else _decode(cell, max_bytes)
+        return _decode(cell, max_bytes)
     return f"a cell of type {type(cell).__name__} in column {column}"
 
 
@@ -567,9 +613,27 @@ def _image(cell: Any, column: str, read: _Read, max_bytes: int) -> bytes | str:
 class _TableRecords:
     cells: ParquetRows | TextCells
     column: str
-    read: _Read
-    max_bytes: int
+    named: _Named
 
     def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
         for cell in self.cells.fetch(numbers):
-            yield _images(cell, self.column, self.read, self.max_bytes)
+            yield _images(cell, self.column, self.named.read, self.named.max_bytes)
+
+    def stamps(self, numbers: np.ndarray) -> Iterator[bytes] | None:
+        # A column `image` may have paths, too; where the first few cells have none, no other is
+        # looked at: they would all be read.
+        seen = {"path": len(numbers), "image": _PEEKED}.get(self.column, 0)
+        if not any(self._stamps(numbers[:seen])):
+            return None
+        return self._stamps(numbers)
+
+    def _stamps(self, numbers: np.ndarray) -> Iterator[bytes]:
+        for cell in self.cells.fetch(numbers):
+            found: list[bytes] = []
+
+            def note(name: str, found: list[bytes] = found) -> str:
+                found.append(self.named.stamp(name))
+                return ""
+
+            _images(cell, self.column, note, self.named.max_bytes)
+            yield b"".join(found)
