@@ -372,7 +372,7 @@ def test_the_published_avif_and_its_orientation():
 def test_heic_and_avif_are_named_where_they_cannot_be_read(monkeypatch):
     data = heic(picture(9, 9))
     monkeypatch.setattr(images.importlib.util, "find_spec", lambda _: None)
-    assert "found a HEIC; pip install pillow-heif" in refused(data)
+    assert "found a HEIC; pip install 'xmc_jax[heif]'" in refused(data)
     monkeypatch.setattr(images.features, "check", lambda _: False)
     assert "found an AVIF; install Pillow 11.3" in refused(encoded(picture(9, 9), "AVIF"))
 

@@ -120,7 +120,8 @@ def decode(data: bytes, limits: Limits = Limits(), alpha: str = "white") -> Imag
     elif brand in _HEIC:
         if importlib.util.find_spec(_PLUGIN) is None:
             raise ValueError(
-                "image: expected a format that Pillow reads, found a HEIC; pip install pillow-heif"
+                "image: expected a format that Pillow reads, found a HEIC; pip install "
+                "'xmc_jax[heif]'"
             )
     else:
         return decode_here(data, limits, alpha)
