@@ -120,6 +120,15 @@ def test_every_format_gives_the_same(opened, records, expected, tmp_path, name):
     assert left == sorted([name, "out.jsonl", "out.jsonl.progress.json"])
 
 
+def test_an_input_that_is_mended_after_an_error_is_no_other_run(opened, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": 1.5}\n')
+    with pytest.raises(ValueError, match=r"in\.jsonl:1"):
+        run(opened, source, target)
+    source.write_text('{"text": "a"}\n')
+    assert run(opened, source, target).done.documents == 1
+
+
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_batches_do_not_matter(opened, records, expected, tmp_path, size):
     some = records if size > 1 else records[:12]

@@ -168,3 +168,10 @@ def test_labels_that_a_step_has_no_memory_for_are_refused_at_the_start(fields, m
     with pytest.raises(ValueError, match=r"got 40: .* --config\.train\.labels=sampled$") as error:
         build.run(against_all)
     assert "\n" not in str(error.value)
+
+
+def test_more_steps_than_are_counted_are_refused_at_the_start(fields):
+    endless = copy.deepcopy(fields)
+    endless["train"]["epochs"] = 10**9
+    with pytest.raises(ValueError, match=r"train\.epochs: expected at most .* got 1,000,000,000"):
+        build.run(endless)

@@ -128,7 +128,8 @@ def _found(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> M
     recorded = _read(progress)
     same = recorded is not None and recorded["made_of"] == made_of
     if not same:
-        if overwrite:
+        nothing = recorded is not None and not recorded["documents"] and not path.exists()
+        if overwrite or nothing:
             return None
         if recorded is not None:
             then = recorded["made_of"]

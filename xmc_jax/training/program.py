@@ -24,6 +24,8 @@ from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
 from xmc_jax.types import Batch, DataShape, Inputs, Packing, Prompts, Tables, TrainState
 
+_MAX_STEPS = 2**31 - 1  # `TrainState.step` is an int32
+
 
 class Program:
     """The functions of a run over data of some shape.
@@ -67,6 +69,12 @@ class Program:
         train = config.train
         self.config, self.shape = config, shape
         self.steps_per_epoch = -(-shape.documents // train.batch_size)
+        if train.epochs * self.steps_per_epoch > _MAX_STEPS:
+            raise ValueError(
+                f"train.epochs: expected at most {_MAX_STEPS // self.steps_per_epoch:,} epochs of "
+                f"{self.steps_per_epoch:,} steps, since steps are counted as int32, got "
+                f"{train.epochs:,}"
+            )
         if train.labels == "all" and config.tables.centroids == "ema":
             raise ValueError(
                 "tables.centroids: expected 'stale' or 'exact' with train.labels='all', where no "
