@@ -1045,6 +1045,7 @@ def test_a_folder_of_an_earlier_version_is_taken(own, tmp_path):
             del part[name]
     (out / "report.json").write_text(json.dumps(report))
     made = json.loads((out / "records.json").read_text())
+    made["format"] = 1
     for name in ("validation", "delimiter", "label_columns", "row_per_pair"):
         del made[name]
     made["files"] |= manifests.files(out, ["report.json"])

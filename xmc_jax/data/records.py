@@ -30,8 +30,8 @@ from xmc_jax.data.record_table import Table
 from xmc_jax.files import atomic, json_files, locks, manifests
 from xmc_jax.files.digests import sha256
 
-FORMAT = 1
-"""Version of what a raw folder says of the same records."""
+FORMAT = 2
+"""Version of what a raw folder says of the same records; those of earlier ones are taken."""
 
 # What folders of earlier versions, which do not say it, were made with.
 _BEFORE = {"delimiter": "", "label_columns": [], "row_per_pair": False, "validation": []}
@@ -435,6 +435,8 @@ def _check_same(folder: pathlib.Path, inputs: Mapping[str, Any], found: _Files) 
     opened = found.opened
     # The fields of a drawn split count where one was drawn, folders of images where there are any.
     now = {name: value for name, value in inputs.items() if recorded.get(name) is not None}
+    if recorded.get("format") in range(1, FORMAT):
+        del now["format"]
     now["images_from"] = {
         split: folder_of and _folder_of(opened[split] or opened["train"])
         for split, folder_of in begun.items()
