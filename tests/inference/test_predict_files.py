@@ -398,10 +398,10 @@ outputs._GROUP = 8
 COUNT = 22
 
 def make(path, size=5):
-    with outputs.begin(path, {"of": "these"}) as making:
-        if making.complete:
+    with outputs.begin(path, {"of": "these"}) as output:
+        if output.complete:
             return
-        sink, done = outputs.sink(making, labels), making.done
+        sink, done = outputs.sink(output, labels), output.done
         while done.documents < COUNT:
             ids = range(COUNT)[done.documents:][:size]
             generator = [np.random.default_rng(i) for i in ids]
@@ -411,8 +411,8 @@ def make(path, size=5):
             sink.add([str(i) for i in ids], ranking, {})
             done = dataclasses.replace(done, documents=done.documents + len(ids))
             if sink.due():
-                making.commit(dataclasses.replace(done, written=sink.sync()))
-        making.finish(sink.finish(), done)
+                output.commit(dataclasses.replace(done, written=sink.sync()))
+        output.finish(sink.finish(), done)
 
 def child(path, at, size):
     # Dies before the at-th call that changes the disk, or has it written.
@@ -476,7 +476,7 @@ from xmc_jax import main
 from xmc_jax.inference import outputs
 
 outputs._SECONDS = outputs._PART_SECONDS = 0
-commit, left = outputs.Making.commit, int(os.environ["COMMITS"])
+commit, left = outputs.Output.commit, int(os.environ["COMMITS"])
 
 def counted(self, *arguments):
     global left
@@ -485,7 +485,7 @@ def counted(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     commit(self, *arguments)
 
-outputs.Making.commit = counted
+outputs.Output.commit = counted
 main.run()
 """
 

@@ -25,7 +25,7 @@ from xmc_jax.inference import documents, outputs
 from xmc_jax.inference.artifact import Artifact
 from xmc_jax.inference.config import PredictConfig
 from xmc_jax.inference.documents import Document, Source
-from xmc_jax.inference.outputs import Done, Making, Sink
+from xmc_jax.inference.outputs import Output, Progress, Sink
 from xmc_jax.inference.predictor import Predictor, Ranking
 from xmc_jax.inference.tower import Tower
 from xmc_jax.retrieval import scann
@@ -47,7 +47,7 @@ class Report:
         complete: whether all was there before.
     """
 
-    done: Done
+    done: Progress
     before: int
     seconds: float
     complete: bool = False
@@ -134,12 +134,12 @@ def predict(
         "columns": sorted(config.columns),
         **({"delimiter": config.delimiter} if config.delimiter else {}),
     }
-    with outputs.begin(path, made_of, overwrite) as making:
-        if making.complete:
-            read.check_ends(making.done.documents, making.done.digest)
-            return Report(making.done, making.done.documents, 0.0, complete=True)
-        sink = outputs.sink(making, opened.labels)
-        return _run(load(), read, config, sink, making)
+    with outputs.begin(path, made_of, overwrite) as output:
+        if output.complete:
+            read.check_ends(output.done.documents, output.done.digest)
+            return Report(output.done, output.done.documents, 0.0, complete=True)
+        sink = outputs.sink(output, opened.labels)
+        return _run(load(), read, config, sink, output)
 
 
 def _run(
@@ -147,10 +147,10 @@ def _run(
     source: Source,
     config: PredictConfig,
     sink: Sink,
-    making: Making | None,
+    output: Output | None,
 ) -> Report:
-    before = Done() if making is None else making.done
-    behind = _Behind(sink, making, before)
+    before = Progress() if output is None else output.done
+    behind = _Behind(sink, output, before)
     batches = source.batches(config.batch_size, before.documents, before.digest)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -210,8 +210,8 @@ class _Behind:
             never comes between the two.
     """
 
-    def __init__(self, sink: Sink, making: Making | None, done: Done):
-        self._sink, self._making, self.done = sink, making, done
+    def __init__(self, sink: Sink, output: Output | None, done: Progress):
+        self._sink, self._output, self.done = sink, output, done
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None
 
@@ -237,8 +237,8 @@ class _Behind:
         self._thread.shutdown()
         if self._writing is not None:
             self._writing.result()
-        if self._making is not None:
-            self._making.finish(self._sink.finish(), self.done)
+        if self._output is not None:
+            self._output.finish(self._sink.finish(), self.done)
 
     def _write(self, batch, ranking, problems) -> None:
         self._sink.add([document.id for document in batch], ranking, problems)
@@ -253,8 +253,8 @@ class _Behind:
             self._commit()
 
     def _commit(self) -> None:
-        if self._making is not None:
-            self._making.commit(dataclasses.replace(self.done, written=self._sink.sync()))
+        if self._output is not None:
+            self._output.commit(dataclasses.replace(self.done, written=self._sink.sync()))
 
 
 def _ahead(items: Iterable[T]) -> Iterator[T]:

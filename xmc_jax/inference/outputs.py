@@ -35,7 +35,7 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
+class Progress:
     """What is on the disk.
 
     Attributes:
@@ -53,16 +53,18 @@ class Done:
     written: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-class Making:
+class Output:
     """An output that is being made, or is there.
 
     Attributes:
         path: the output.
-        done: see `Done`.
+        done: see `Progress`.
         complete: whether it is there already, made of the same.
     """
 
-    def __init__(self, path: pathlib.Path, made_of: Mapping[str, Any], done: Done, complete: bool):
+    def __init__(
+        self, path: pathlib.Path, made_of: Mapping[str, Any], done: Progress, complete: bool
+    ):
         self.path, self.done, self.complete = path, done, complete
         self._made_of = made_of
 
@@ -71,7 +73,7 @@ class Making:
         """The file, or of Parquet the folder, that holds what is there so far."""
         return _beside(self.path, "partial")
 
-    def commit(self, done: Done, size: int | None = None) -> None:
+    def commit(self, done: Progress, size: int | None = None) -> None:
         """Records what is on the disk; with the size of the whole file, that it is whole."""
         content = {
             "format": _FORMAT,
@@ -83,7 +85,7 @@ class Making:
         atomic.write(_beside(self.path, "progress.json"), json.dumps(content, indent=1) + "\n")
         self.done = done
 
-    def finish(self, whole: pathlib.Path, done: Done) -> None:
+    def finish(self, whole: pathlib.Path, done: Progress) -> None:
         """Gives the whole file, which is on the disk, its name."""
         self.commit(done, whole.stat().st_size)
         self._name(whole)
@@ -97,7 +99,7 @@ class Making:
 @contextlib.contextmanager
 def begin(
     path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool = False
-) -> Iterator[Making]:
+) -> Iterator[Output]:
     """Begins an output or goes on with it; no other process does meanwhile.
 
     Args:
@@ -115,14 +117,14 @@ def begin(
     path.parent.mkdir(parents=True, exist_ok=True)
     remedy = "wait for it, or choose another --output"
     with locks.locked(_beside(path, "lock"), str(path), remove=True, remedy=remedy):
-        making = _found(path, made_of, overwrite)
-        if making is None:
-            making = Making(path, made_of, Done(), complete=False)
-            making.commit(Done())  # before there is anything that it would have to count
-        yield making
+        output = _resumed(path, made_of, overwrite)
+        if output is None:
+            output = Output(path, made_of, Progress(), complete=False)
+            output.commit(Progress())  # before there is anything that it would have to count
+        yield output
 
 
-def _found(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> Making | None:
+def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> Output | None:
     """What is there to go on with, or is complete; None for nothing."""
     progress = _beside(path, "progress.json")
     recorded = _read(progress)
@@ -146,19 +148,19 @@ def _found(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> M
                     "another file; choose another --output, or replace it with --overwrite"
                 )
         return None
-    fields = {field.name for field in dataclasses.fields(Done)}
-    done = Done(**{name: value for name, value in recorded.items() if name in fields})
-    making = Making(path, made_of, done, complete=recorded["complete"])
-    if not making.complete:
+    fields = {field.name for field in dataclasses.fields(Progress)}
+    done = Progress(**{name: value for name, value in recorded.items() if name in fields})
+    output = Output(path, made_of, done, complete=recorded["complete"])
+    if not output.complete:
         if path.exists() and not overwrite:
             raise ValueError(
                 f"{path}: expected nothing, since it is only half made ({done.documents:,} "
                 "documents), found a file; go on and replace it with --overwrite"
             )
-        return making
-    whole = _whole(making.partial)
+        return output
+    whole = _whole(output.partial)
     if whole.is_file():  # killed before it had its name
-        making._name(whole)
+        output._name(whole)
     elif not path.exists() or overwrite:
         return None
     if path.stat().st_size != recorded["bytes"]:
@@ -166,8 +168,8 @@ def _found(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> M
             f"{path}: expected {recorded['bytes']} bytes, as {progress.name} says, found "
             f"{path.stat().st_size}; make it anew with --overwrite"
         )
-    shutil.rmtree(making.partial, ignore_errors=True)
-    return making
+    shutil.rmtree(output.partial, ignore_errors=True)
+    return output
 
 
 def _read(progress: pathlib.Path) -> dict[str, Any] | None:
@@ -220,18 +222,18 @@ class Sink(Protocol):
         """Has all of it on the disk, as the file that is returned."""
 
 
-def sink(making: Making, labels: Labels) -> Sink:
+def sink(output: Output, labels: Labels) -> Sink:
     """What writes an output.
 
     Args:
-        making: see `begin`.
+        output: see `begin`.
         labels: what rows are of.
 
     Raises:
         ValueError: what was written before is not there, or pyarrow is missing.
     """
-    kind = ParquetSink if making.path.suffix == ".parquet" else LineSink
-    return kind(making.partial, labels, making.done.written)
+    kind = ParquetSink if output.path.suffix == ".parquet" else LineSink
+    return kind(output.partial, labels, output.done.written)
 
 
 class Lines:
