@@ -158,8 +158,6 @@ def test_imports(file):
     assert violations(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
 
 
-# Folders whose writers do not use `files/` throughout yet.
-ELSEWHERE = ("data/", "vision/")
 # What only `files/` does, so that every file appears whole; see its module `atomic`.
 OF_FILES = {"os": ("fsync", "fdatasync", "rename", "renames", "replace"), "fcntl": ("flock",)}
 
@@ -176,7 +174,7 @@ def direct_writes(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", [x for x in FILES if not x.startswith(("files/", *ELSEWHERE))])
+@pytest.mark.parametrize("file", [x for x in FILES if not x.startswith("files/")])
 def test_files_are_written_in_one_way(file):
     assert direct_writes((PACKAGE / file).read_text(encoding="utf-8")) == []
 

@@ -24,6 +24,7 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from xmc_jax import checkpoint, report, sharding, workdirs
+from xmc_jax.export import replacing
 from xmc_jax.models import bert, hf_export
 from xmc_jax.reporting import files
 from xmc_jax.retrieval import encode, evaluate
@@ -256,12 +257,30 @@ def test_results_arrive_whole(workdir):
         path: jnp.full(shape, 0.5, jnp.float32)
         for path, shape in hf_export.hf_names.shapes(sizes).items()
     }
-    for _ in range(2):  # the second one first removes what it finds
+    for _ in range(2):
         hf_export.merged(workdir / "export", params, sizes, pooling="mean", max_length=8)
     names = {path.name for path in (workdir / "export").iterdir()}
     assert names >= {"model.safetensors", "config.json", "modules.json", "1_Pooling"}
     content = hf_export.safetensors.numpy.load((workdir / "export/model.safetensors").read_bytes())
     assert all((tensor == 0.5).all() for tensor in content.values())
+
+
+def test_an_export_is_replaced_and_is_one_when_all_of_it_is_there(workdir, server):
+    target = workdir / "export"
+    for number in range(2):
+        with replacing.replaced(target, replacing.RECORD, overwrite=False) as folder:
+            (folder / f"model-{number}.safetensors").write_text(str(number))
+            (folder / "1_Pooling").mkdir()
+            (folder / "1_Pooling" / "config.json").write_text("{}")
+            replacing.record(folder)
+        written = [name.partition("/export/")[2] for name in server.written if "/export/" in name]
+        assert written[-1] == replacing.RECORD
+        names = ["1_Pooling/config.json", replacing.RECORD, f"model-{number}.safetensors"]
+        assert objects(server, workdir) == [f"export/{name}" for name in names]
+    (target / "LICENSE.md").write_text("of people")
+    refused = pytest.raises(ValueError, match=r"files of other origin: LICENSE\.md; move")
+    with refused, replacing.replaced(target, replacing.RECORD, overwrite=False):
+        pass
 
 
 def test_an_index_is_saved_and_loaded(workdir, server):
