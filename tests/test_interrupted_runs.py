@@ -87,6 +87,7 @@ CASES = [
 ]
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(("kind", "resumes", "step"), CASES)
 def test_training(training, tmp_path, kind, resumes, step):
     workdir = tmp_path / "run"

@@ -1,6 +1,7 @@
 """Raw folder to dataset folder: contents, repetition, interruption, checks, the command."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import gzip
 import json
@@ -126,7 +127,8 @@ def test_a_kill_and_a_full_disk_at_each_write(config, raw_folder, monkeypatch, k
 
 def test_two_at_once_make_it_once(config, monkeypatch):
     loaded, made = tokenizers.load(config.tokenizer), []
-    monkeypatch.setattr(tokenizers, "load", lambda *_: loaded)
+    # Each has its own, as two processes have: a tokenizer keeps where it cuts texts.
+    monkeypatch.setattr(tokenizers, "load", lambda *_: copy.deepcopy(loaded))
     write = prepare._write
     monkeypatch.setattr(prepare, "_write", lambda *all: (made.append(1), write(*all)))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
