@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 
-NEAR = 1e-5
-"""Scores as near as this may change places: embeddings are float32."""
-
 
 def plain(
     document: np.ndarray, labels: np.ndarray, allowed: Collection[int]
@@ -69,13 +66,16 @@ def augmented(
     return follow | {i: (1, s) for i, s in score.items()}
 
 
-def check(ranked: Sequence[int], key: Mapping[int, tuple[int, float]], k: int) -> None:
+def check(
+    ranked: Sequence[int], key: Mapping[int, tuple[int, float]], k: int, near: float = 1e-5
+) -> None:
     """A list holds the k best labels by a key, each once, in their order.
 
     Args:
         ranked: labels, best first.
         key: see `plain` and `augmented`.
         k: how many were asked for.
+        near: scores as near as this may change places: embeddings are float32.
     """
     assert len(ranked) == len(set(ranked)) == min(k, len(key)), (ranked, key)
     assert set(ranked) <= set(key)
@@ -83,7 +83,7 @@ def check(ranked: Sequence[int], key: Mapping[int, tuple[int, float]], k: int) -
     left = [value for label, value in key.items() if label not in set(ranked)]
     for worse, better in zip([*found[1:], *([max(left)] if left and found else [])], found):
         assert worse[0] <= better[0]
-        assert worse[0] < better[0] or worse[1] <= better[1] + NEAR, (ranked, key)
+        assert worse[0] < better[0] or worse[1] <= better[1] + near, (ranked, key)
 
 
 def metrics(

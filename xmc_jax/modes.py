@@ -396,4 +396,8 @@ def _show(
     if evaluation.index:
         print()
         print(evaluate.format_index(evaluation.index))
+    cut = {split: count for split, count in prepare.cut_texts(data.folder).items() if count}
+    if cut:
+        counts = ", ".join(f"{count:,} {split}" for split, count in cut.items())
+        print(f"\ntexts of more than {data.max_length} tokens, which were cut: {counts}")
     print(f"\nstep {step}; the same in {workdir / 'metrics.json'}")

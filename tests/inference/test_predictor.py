@@ -203,6 +203,7 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_ranked(predictor, queries
     bad = {
         1: (Query("x", only=["nowhere"]), "only: label 'nowhere': expected one of the 40 labels"),
         3: (Query("x", exclude=["topic1", "nor"]), "exclude: label 'nor': expected one of the 40"),
+        2: (Query(" \n"), "expected a text or a picture, got neither"),
         4: (Query("x", images=[b"x"]), "expected no pictures, since the model was trained without"),
         5: (Query("a <beyond> b"), "expected token ids below 30522, the rows of the model's table"),
     }
@@ -245,6 +246,10 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_ranked(predictor, queries
         ),
         (lambda p: p.embed(["x", None]), r"documents\[1\]: expected a text or a Query, got None"),
         (lambda p: p.predict(["\ud800"]), "item 0: expected a text in Unicode, got half of a"),
+        *(
+            (call, "item 1: expected a text or a picture, got neither")
+            for call in (lambda p: p.predict(["x", " "]), lambda p: p.embed(["x", ""]))
+        ),
         (lambda p: p.predict(Query(None)), "item 0: expected a text, got None"),
         (lambda p: p.predict(Query("x", images=b"x")), "images: expected a list of image files"),
         (lambda p: p.predict(Query("x", only="topic1")), "only: expected a list of label ids, got"),

@@ -152,9 +152,14 @@ def _tokenizer(config: PrepareConfig) -> tuple[Any, dict[str, Any]]:
     return tokenizer, tokenizers.identity(tokenizer, config.special_tokens)
 
 
+def cut_texts(folder: pathlib.Path) -> dict[str, int]:
+    """Split -> how many texts were cut at max_length; empty for folders of earlier versions."""
+    return json_files.read(folder / _CUT, optional=True)
+
+
 def report(folder: pathlib.Path) -> str:
     """A few lines on a dataset folder: counts, labels per document, token lengths, cut texts."""
-    manifest, cut = store.open(folder).manifest, json_files.read(folder / _CUT, optional=True)
+    manifest, cut = store.open(folder).manifest, cut_texts(folder)
     lines = [f"{manifest['dataset']} in {folder}"]
     for split, counts in manifest["report"].items():
         if split in cut:

@@ -190,7 +190,7 @@ class Predictor:
         queries, k = _queries(documents), _count(k)
         self._mix(ranking)
         with self._lock:
-            embedded = self._tower.encode_measured(queries, rows=rows, problems=problems)
+            embedded = self._encoded(queries, rows, problems)
             found = self.rank_embedded(embedded.vectors, queries, k, ranking, rows, problems)
         return Ranking(*found, embedded.cut)
 
@@ -206,7 +206,26 @@ class Predictor:
         """Unit embeddings of documents, and which texts were cut; `rows` as of `rank`."""
         queries = _queries(documents)
         with self._lock:
-            return self._tower.encode_measured(queries, rows=rows)
+            return self._encoded(queries, rows)
+
+    def _encoded(
+        self,
+        queries: Sequence[Query],
+        rows: tuple[int, ...],
+        problems: dict[int, str] | None = None,
+    ) -> Encoded:
+        """See `Tower.encode_measured`; a query with neither text nor picture is a problem."""
+        blank = {
+            number: "expected a text or a picture, got neither"
+            for number, query in enumerate(queries)
+            if isinstance(query.text, str) and not query.text.strip() and query.images in ((), [])
+        }
+        if problems is None and blank:
+            raise ValueError(f"item {min(blank)}: {blank[min(blank)]}")
+        embedded = self._tower.encode_measured(queries, rows=rows, problems=problems)
+        for number, problem in blank.items():
+            problems.setdefault(number, problem)
+        return embedded
 
     def rank_embedded(
         self,
@@ -440,7 +459,14 @@ class Predictor:
             else:
                 of_whole = tuple(x[whole] for x in near)
                 scores, columns = augmented.rank(
-                    nearest, of_whole, self._positives, mix, k, excluded, self._prior
+                    nearest,
+                    of_whole,
+                    self._positives,
+                    mix,
+                    k,
+                    excluded,
+                    self._prior,
+                    self._label_counts,
                 )
             out_scores[whole] = scores
             out_rows[whole] = np.where(columns < 0, -1, self.labels[columns])
@@ -460,7 +486,7 @@ class Predictor:
         rows: tuple[int, ...],
         excluded: Csr,
         mixed: bool,
-    ) -> augmented.Found:
+    ) -> augmented.Nearest:
         """The nearest columns of `labels` that may be predicted.
 
         Args:
@@ -485,7 +511,7 @@ class Predictor:
         depth: int,
         k: int,
         mix: augmented.AugmentedConfig | None,
-        near: augmented.Found | None,
+        near: augmented.Nearest | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """f32[k] and i32[k], the ranking of a document among a few columns of `labels`, i[m].
 
@@ -506,7 +532,15 @@ class Predictor:
             positives = self._positives.take(near[1]).select(columns)
             documents = near[0][None], np.arange(len(near[1]), dtype=np.int32)[None]
             some = None if prior is None else prior[columns]
-            (scores,), (places,) = augmented.rank(nearest, documents, positives, mix, k, None, some)
+            (scores,), (places,) = augmented.rank(
+                nearest,
+                documents,
+                positives,
+                mix,
+                k,
+                prior=some,
+                label_counts=self._label_counts[near[1]],
+            )
         return scores, np.where(places < 0, -1, columns[places]).astype(np.int32)
 
     @functools.cached_property
@@ -538,6 +572,11 @@ class Predictor:
         columns = np.flatnonzero(self._prior)
         embeddings = self.artifact.labels.embeddings[self.labels[columns]]
         return columns, _Rows(embeddings, self._tower.mesh)
+
+    @functools.cached_property
+    def _label_counts(self) -> np.ndarray:
+        """i64[N], labels of each training document, whether they are ranked or not."""
+        return self.artifact.documents.positives.counts()
 
     @functools.cached_property
     def _positives(self) -> Csr:
@@ -602,7 +641,7 @@ class _Rows:
 
     def search(
         self, queries: np.ndarray, k: int, rows: tuple[int, ...], excluded: Csr | None = None
-    ) -> augmented.Found:
+    ) -> augmented.Nearest:
         """The best min(k, rows there are) of each query, see `exact.search`.
 
         Queries go in blocks of the sizes of `rows`. As many are searched for as any such k needs,

@@ -18,7 +18,7 @@ import numpy as np
 
 from xmc_jax.data.csr import Csr
 
-Found = tuple[np.ndarray, np.ndarray]
+Nearest = tuple[np.ndarray, np.ndarray]
 """f32[M, K] inner products, best first, and i32[M, K] ids; -inf and -1 where there are no more."""
 
 RETIRED = ("filter_first",)
@@ -95,13 +95,14 @@ def depths(config: AugmentedConfig, k: int) -> tuple[int, int]:
 
 
 def rank(
-    labels: Found,
-    documents: Found,
+    labels: Nearest,
+    documents: Nearest,
     positives: Csr,
     config: AugmentedConfig,
     k: int,
     excluded: Csr | None = None,
     prior: np.ndarray | None = None,
+    label_counts: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best labels by `(w sum_labels p_l e_l + (1 - w) sum_documents p_d Y_d) * prior^g`.
 
@@ -119,6 +120,8 @@ def rank(
         k: labels to return.
         excluded: [M, L], labels that may not be predicted; None for none.
         prior: f[L], finite, at least 0; None for 1 throughout.
+        label_counts: i[N], labels of each train document, those that are not ranked included; by
+            default those of `positives`.
 
     Returns:
         f32[M, k] scores, descending, and i32[M, k] label ids; ties go to the lower id, rows with
@@ -154,13 +157,14 @@ def rank(
             config.mode,
             None if excluded is None else excluded.take(rows),
             prior,
+            label_counts,
         )
         key = some.keys(config)
         row, place, column = best(key, k)
         scores[rows[row], place] = np.maximum(key[row, column], 0)
         ids[rows[row], place] = some.labels[row, column]
 
-    blocks = [np.arange(count)[i : i + _BLOCK] for i in range(0, count, _BLOCK)]
+    blocks = [np.arange(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK)]
     if len(blocks) > 1:
         with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(fill, blocks))
@@ -182,6 +186,7 @@ class Candidates:
         mode: see `AugmentedConfig`.
         excluded: [m, L], or None.
         prior: see `rank`.
+        label_counts: see `rank`.
 
     Attributes:
         labels: i32[m, C], -1 past a document's last label.
@@ -189,12 +194,13 @@ class Candidates:
 
     def __init__(
         self,
-        labels: Found,
-        documents: Found,
+        labels: Nearest,
+        documents: Nearest,
         positives: Csr,
         mode: str,
         excluded: Csr | None = None,
         prior: np.ndarray | None = None,
+        label_counts: np.ndarray | None = None,
     ):
         num_labels = positives.columns
         (self._label_scores, label_ids), (self._document_scores, document_ids) = (
@@ -206,6 +212,8 @@ class Candidates:
         passed = positives.take(document_ids[row, item])
         self._passed_to = np.zeros(document_ids.shape)  # labels of each document
         self._passed_to[row, item] = passed.counts()
+        if label_counts is not None:
+            self._passed_to[row, item] = label_counts[document_ids[row, item]]
         row, item = (np.repeat(x, passed.counts()) for x in (row, item))
         kept = np.ones(len(row), bool)
         if excluded is not None:
@@ -247,7 +255,7 @@ class Candidates:
             self._prior = np.ones(self._shape)
             self._prior.flat[cells] = prior[of_label]
         self._kept: dict[str, tuple[Any, Any]] = {}
-        self._rooms = np.empty((2, *self._shape))  # new arrays would cost as much as sums
+        self._buffers = np.empty((2, *self._shape))  # new arrays would cost as much as sums
 
     def keys(self, config: AugmentedConfig) -> np.ndarray:
         """f64[m, C] that sorts the labels of each document, the best highest.
@@ -301,9 +309,9 @@ class Candidates:
             scale = np.exp(tops - np.where(np.isfinite(top), top, 0))
             totals = (totals * scale).sum(axis=0)
         scale = scale * np.array(weights)[:, None] / np.where(totals > 0, totals, 1)
-        for side, factor, out in zip(sides, scale, self._rooms):
+        for side, factor, out in zip(sides, scale, self._buffers):
             np.multiply(side[0], factor[:, None], out=out)
-        return np.add(*self._rooms, out=self._rooms[0])
+        return np.add(*self._buffers, out=self._buffers[0])
 
     def _order(self, *limits: int) -> tuple[np.ndarray, np.ndarray]:
         """bool[m, C], what is mixed, and f64[m, C], keys of the others."""

@@ -77,7 +77,8 @@ class Evaluation:
 
     Attributes:
         metrics: row -> metric -> fraction.
-        scores: row -> f32[M, k], descending, -inf where there is no prediction.
+        scores: row -> f32[M, k], descending, -inf where there is no prediction; no more columns
+            than labels, unless a cut-off of the metrics is larger.
         ids: row -> i32[M, k], label ids, -1 where there is no prediction.
         index: recall and speeds of each ScaNN index used, on at most 1,000 test documents spread
             over the split; see `scann.compare`. Empty with exact search.
@@ -124,7 +125,8 @@ def evaluate(
         )
     excluded = Csr.of_pairs(store.filter("test"), store.num_test, store.num_labels)
     search = _Search(test, config, mesh)
-    depth, of_documents = augmented.depths(mix, config.k) if mix else (config.k, 0)
+    k = max(min(config.k, store.num_labels), *config.ks)
+    depth, of_documents = augmented.depths(mix, k) if mix else (k, 0)
     nearest = search.labels(labels, depth, excluded)
     if mix is not None:
         to_mix = nearest
@@ -133,10 +135,10 @@ def evaluate(
         documents = search("documents", train, of_documents)
     found, measured = {}, None
     if distributed.is_first():
-        found["plain"] = first(*nearest, config.k)
+        found["plain"] = first(*nearest, k)
         if mix is not None:
             found["augmented"] = augmented.rank(
-                to_mix, documents, store.positives("train"), mix, config.k, excluded, prior
+                to_mix, documents, store.positives("train"), mix, k, excluded, prior
             )
         truth = store.positives("test")
         measured = {
@@ -223,7 +225,7 @@ def retrieve(
     excluded: Csr,
     mesh: Mesh | None = None,
     prior: np.ndarray | None = None,
-) -> tuple[augmented.Found, augmented.Found]:
+) -> tuple[augmented.Nearest, augmented.Nearest]:
     """The labels and the train documents nearest to each of some documents, to be mixed.
 
     Args:

@@ -21,7 +21,7 @@ from xmc_jax import distributed
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval import augmented, evaluate, exact
-from xmc_jax.retrieval.augmented import AugmentedConfig, Candidates, Found
+from xmc_jax.retrieval.augmented import AugmentedConfig, Candidates, Nearest
 from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.metrics import NAMES, Truth
 
@@ -225,8 +225,8 @@ def tune(
 
 
 def choose(
-    labels: Found,
-    documents: Found,
+    labels: Nearest,
+    documents: Nearest,
     positives: Csr,
     truth: Csr,
     excluded: Csr,
@@ -415,8 +415,8 @@ class _Pool:
 
     def __init__(
         self,
-        labels: Found,
-        documents: Found,
+        labels: Nearest,
+        documents: Nearest,
         positives: Csr,
         truth: Csr,
         excluded: Csr,
