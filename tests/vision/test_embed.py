@@ -550,6 +550,13 @@ def test_what_cannot_be_encoded_is_said_before_anything_is_written(tmp_path, con
     strangers = {split: [f"x{uid}" for uid in uids] for split, uids in UIDS.items()}
     assert "expected images of items such as 'xa0', found none" in refused(strangers)
     assert "expected a file or folder of images, found none" in refused(source=tmp_path / "no")
+    nested = tmp_path / "nested"
+    (nested / "x" / "y").mkdir(parents=True)
+    assert refused(source=nested).endswith("need --by=index")
+    (nested / "x" / "y" / "a1.png").write_bytes(picture(0))
+    assert "files such as 'x/y/a1.png', where <id>.png, <id>_1.png" in refused(source=nested)
+    (nested / "t.csv").write_text("uid,file\na1,x/y/a1.png\n")
+    assert "t.csv: expected a column uid, id, index and one of" in refused(source=nested)
     assert "expected a multiple of the 8 devices, got 12" in refused(batch_size=12)
     other = shutil.copytree(tower, tmp_path / "other")
     (other / encoders.PROCESSOR).unlink()

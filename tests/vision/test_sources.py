@@ -357,6 +357,64 @@ def test_files_by_index(tmp_path):
     ]
 
 
+def entries_that_are_no_images(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "a.png").write_bytes(b"a")
+    (folder / "b").mkdir()
+    (folder / "b" / "1.png").write_bytes(b"b")
+    (folder / "b" / "small").mkdir()
+    os.mkfifo(folder / "other.png")
+    (folder / "loop").symlink_to("loop")
+    (folder / "e\u0301").symlink_to("nowhere")
+    (folder / ".hidden").write_bytes(b"")
+    return folder
+
+
+def splits_in_capitals(folder: pathlib.Path) -> pathlib.Path:
+    for split in ("Train", "TEST", "Labels"):
+        (folder / split).mkdir()
+    (folder / "TEST" / "a.PNG").write_bytes(b"a")
+    (folder / "TEST" / "b_1.JPeG").write_bytes(b"b")
+    return folder
+
+
+def pictures_beside_a_table_of_items(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "products.csv").write_bytes(b"id,title\na,tea\n")
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "a.png"}\n')
+    (folder / "a.png").write_bytes(b"a")
+    (folder / "b.png").write_bytes(b"b")
+    return folder
+
+
+def a_table_of_images_beside_another(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "products.csv").write_bytes(b"id,title\na,tea\n")
+    (folder / "Pictures.CSV").write_bytes(f"id,base64\na,{text(b'a')}\nb,{text(b'b')}\n".encode())
+    return folder
+
+
+def paths_of_other_systems(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "1.png").write_bytes(b"a")
+    (folder / "e\u0301.png").write_bytes(b"b")
+    lines = ['{"uid": "a", "path": " sub\\\\1.png "}', '{"uid": "b", "path": "\u00e9.png"}']
+    (folder / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        entries_that_are_no_images,
+        splits_in_capitals,
+        pictures_beside_a_table_of_items,
+        a_table_of_images_beside_another,
+        paths_of_other_systems,
+    ],
+)
+def test_folders_as_people_have_them(tmp_path, make):
+    found = list(sources.open(make(tmp_path), "test", ["a", "b", "c"]).read(2))
+    assert found == [(0, 0, b"a"), (1, 0, b"b")]
+
+
 def test_items_of_the_same_uid_have_the_same_images(tmp_path):
     source = sources.open(table_jsonl(tmp_path), "train", ["b", "zz", "b", "nobody"])
     assert list(source.read(1)) == [(0, 0, b"b0"), (1, 0, b"z0"), (2, 0, b"b0")]
@@ -462,7 +520,7 @@ def write(path: pathlib.Path, content: bytes) -> pathlib.Path:
     "make, message",
     [
         (lambda p: p / "none", "expected a file or folder of images, found none"),
-        (lambda p: write(p / "x.zip", b""), r"expected a name ending in \.jsonl"),
+        (lambda p: write(p / "x.zip", b""), "found another file; unpack archives"),
         (lambda p: write(p / "x.parquet", b"PAR1"), "expected a Parquet file, found a damaged one"),
         (
             lambda p: write(p / "x.jsonl", b""),
@@ -503,7 +561,7 @@ def write(path: pathlib.Path, content: bytes) -> pathlib.Path:
             "expected one .bin of test, found test_imgs_1_3.bin, test_imgs_2_3.bin",
         ),
         (lambda p: [write(p / n, b"") for n in ("a.csv", "b.csv")] and p, "found a.csv, b.csv"),
-        (lambda p: [write(p / n, b"") for n in ("a.csv", "b.parquet")] and p, "one table of test"),
+        (lambda p: [write(p / n, b"") for n in ("a.csv", "b.parquet")] and p, "a damaged one"),
         (lambda p: write(p / "train.csv", b"").parent, "one table of test, .* found train.csv"),
         (lambda p: (p / "train").mkdir() or p, "expected a folder test, as another split has"),
     ],

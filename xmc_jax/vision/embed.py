@@ -160,6 +160,12 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
     if not any(found.items_with_images for found in opened.values()):
         first = next((uid for split in SPLITS for uid in uids[split]), None)
         remedy = "files named by an item's number in its split need --by=index"
+        if example := next(_files_below(source), None):
+            remedy = (
+                f"there are files such as {example!r:.100}, where <id>.png, <id>_1.png or "
+                f"<id>/1.png are looked for; {remedy}"
+            )
+        remedy = sources.without_images(source) or remedy
         if published:
             there = (f"{name} with {k} images per item" for name, k in sorted(published.items()))
             remedy = f"the embeddings there are of {', '.join(there)}"
@@ -209,6 +215,15 @@ def as_made(config: ImagesConfig) -> ImagesConfig:
     return dataclasses.replace(
         config, **image_folders.read_origin(config.folder).get("options", {})
     )
+
+
+def _files_below(folder: pathlib.Path) -> Iterator[str]:
+    """The paths of files below a folder, without hidden ones and tables."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if not name.startswith(".") and not name.lower().endswith(record_files.IN_FOLDERS):
+                yield os.path.relpath(os.path.join(parent, name), folder)
 
 
 def is_current(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> bool:

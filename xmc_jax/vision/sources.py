@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -191,8 +192,14 @@ def open(
             f"{path}: expected split train, test or label by uid or index, got {split!r} by {by!r}"
         )
     if path.is_file():
-        if path.suffix == ".bin":
+        if path.suffix.lower() == ".bin":
             return _lines(path, uids, max_bytes)
+        if not path.name.lower().endswith(record_files.SUFFIXES):
+            raise ValueError(
+                f"{path}: expected a folder of images, a table of them ("
+                f"{', '.join(record_files.IN_FOLDERS)}), or a .bin of ViXML, found another file; "
+                "unpack archives, and name the folder of a picture"
+            )
         return _table([path], uids, max_bytes, allow_paths)
     if not path.is_dir():
         raise ValueError(f"{path}: expected a file or folder of images, found none")
@@ -205,7 +212,9 @@ def open(
             )
         path = path / "images"
     with os.scandir(path) as entries:
-        files = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
+        there = [entry for entry in entries if not entry.name.startswith(".")]
+        folders = sorted(entry.name for entry in there if _is(entry.is_dir))
+        files = sorted(entry.name for entry in there if _is(entry.is_file))
     indices = [f"{prefix}_img_index.npy" for prefix in _PREFIXES[split]]
     index = next((name for name in indices if name in files), None)
     if index and "images.parquet" in files:
@@ -219,14 +228,55 @@ def open(
             )
         return _lines(path / binaries[0], uids, max_bytes)
     found = [name for name in files if name.lower().endswith(record_files.IN_FOLDERS)]
+    if not fetched and len(there) > 1:  # others may be tables of items, beside their pictures
+        useful = [name for name in found if _may_have_images(path / name)]
+        found = useful if useful or len(found) < len(there) else found
     if found:
         return _table(_of_split(path, found, split), uids, max_bytes, allow_paths, fetched)
-    for prefix in _PREFIXES[split]:
-        if (path / prefix).is_dir():
-            return _files(path / prefix, uids, by, max_bytes)
-    if any((path / prefix).is_dir() for prefixes in _PREFIXES.values() for prefix in prefixes):
-        raise ValueError(f"{path}: expected a folder {split}, as another split has one, found none")
+    of_splits = {name: _split_of(name) for name in folders}
+    if split in of_splits.values():
+        (name, *_) = (name for name, owner in of_splits.items() if owner == split)
+        return _files(path / name, uids, by, max_bytes)
+    if any(of_splits.values()):
+        raise ValueError(
+            f"{path}: expected a folder {split}, as another split has one, found none; make an "
+            "empty one if it has no images"
+        )
     return _files(path, uids, by, max_bytes)
+
+
+def without_images(folder: pathlib.Path) -> str | None:
+    """Why the first of a folder's tables that have no images is none of images; None without."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for name in names:
+        path = folder / name
+        if name.lower().endswith(record_files.IN_FOLDERS) and not _may_have_images(path):
+            try:
+                _columns(path, dict.fromkeys(record_files.open_table(path).columns, ""))
+            except ValueError as error:
+                return str(error)
+    return None
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry of a folder is of a kind; one that leads nowhere is of none."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a folder is named for, in capitals or not."""
+    lower = name.lower()
+    return next((split for split, prefixes in _PREFIXES.items() if lower in prefixes), None)
+
+
+def _may_have_images(path: pathlib.Path) -> bool:
+    """Whether a table has a column of images, or of their URLs."""
+    table = record_files.open_table(path, limit=MAX_RECORD)
+    columns = dict.fromkeys(table.columns, "") | dict(table.types)
+    return _image_column(columns) is not None or any(name in columns for name in _URLS)
 
 
 def table_of_split(files: Sequence[pathlib.Path], split: str) -> pathlib.Path | None:
@@ -242,7 +292,7 @@ def _owners_of(names: Iterable[str]) -> dict[str, str]:
         name: owner
         for name in names
         for owner, prefixes in _PREFIXES.items()
-        if re.match(rf"({'|'.join(prefixes)})(?![A-Za-z0-9])", name)
+        if re.match(rf"({'|'.join(prefixes)})(?![A-Za-z0-9])", name, re.IGNORECASE)
     }
 
 
@@ -332,14 +382,15 @@ def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -
     found = []  # (number of the owner, k, name)
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is(entry.is_dir):
                 owner = numbers.get(record_cells.normal(entry.name))
                 if owner is not None:
-                    found += [
-                        (owner, _rank(name), f"{entry.name}/{name}")
-                        for name in os.listdir(entry.path)
-                        if not name.startswith(".")
-                    ]
+                    with os.scandir(entry.path) as inner:
+                        found += [
+                            (owner, _rank(one.name), f"{entry.name}/{one.name}")
+                            for one in inner
+                            if not one.name.startswith(".") and not _is(one.is_dir)
+                        ]
                 continue
             name = record_cells.normal(entry.name)
             stem = record_cells.normal(pathlib.PurePath(name).stem)
@@ -377,18 +428,33 @@ class _Named:
     def read(self, name: str) -> bytes | str:
         """The bytes of a file, or why there are none."""
         try:
-            path = paths.within(self.folder, name, self.allow_paths)
+            return _read_file(self._path(name), name, self.max_bytes)
         except ValueError as error:
             return str(error)
-        return _read_file(path, name, self.max_bytes)
 
     def stamp(self, name: str) -> bytes:
         """Its name, size and time."""
         try:
-            path = paths.within(self.folder, name, self.allow_paths)
+            path = self._path(name)
         except ValueError:
             path = pathlib.Path()  # whatever it is, it is not read
         return name.encode("utf-8", "surrogatepass") + _stamp(path)
+
+    def _path(self, name: str) -> pathlib.Path:
+        """The file of a name, which another system may have written in another way.
+
+        Names may be surrounded by blanks, have the other Unicode form (macOS), or backslashes.
+        """
+        path = paths.within(self.folder, name, self.allow_paths)
+        if os.path.lexists(path):
+            return path
+        bare = name.strip()
+        others = (bare, *(unicodedata.normalize(form, bare) for form in ("NFC", "NFD")))
+        for other in (*others, bare.replace("\\", "/")):
+            found = paths.within(self.folder, other, self.allow_paths)
+            if os.path.lexists(found):
+                return found
+        return path
 
 
 def _stamp(path: pathlib.Path) -> bytes:
@@ -556,11 +622,7 @@ def _check_items(path: pathlib.Path, listed: Csr, uids: Sequence[str]) -> None:
 
 def _columns(path: pathlib.Path, columns: Mapping[str, str]) -> tuple[str, str]:
     """The columns of keys and of images, of those there are (name -> type or "")."""
-    key = next((name for name in _KEYS if name in columns), None)
-    binary = [name for name, kind in columns.items() if kind.endswith("binary")]
-    image = next((name for name in _COLUMNS if name in columns), None)
-    if image is None and len(binary) == 1:
-        image = binary[0]
+    key, image = next((name for name in _KEYS if name in columns), None), _image_column(columns)
     if image is None and any(name in columns for name in _URLS):
         raise ValueError(
             f"{path}: expected images, found their URLs; download them first with python -m "
@@ -572,6 +634,13 @@ def _columns(path: pathlib.Path, columns: Mapping[str, str]) -> tuple[str, str]:
             f"{', '.join(columns) or 'none'}"
         )
     return key, image
+
+
+def _image_column(columns: Mapping[str, str]) -> str | None:
+    """The column of images: of the known names, or the only one of bytes."""
+    binary = [name for name, kind in columns.items() if kind.endswith("binary")]
+    named = next((name for name in _COLUMNS if name in columns), None)
+    return binary[0] if named is None and len(binary) == 1 else named
 
 
 def _images(
