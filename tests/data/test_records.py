@@ -773,7 +773,7 @@ def test_a_column_says_the_split(own, tmp_path):
         "train.csv:3: column split: expected train or validation, since files of their own have "
         "the others, found 'test'; --column split= leaves the column out"
     ) in refused(folder)
-    found = records.check(RecordsConfig(folder, columns=("split=",)))
+    found, _ = records.check(RecordsConfig(folder, columns=("split=",)))
     assert (found["train"]["documents"], found["test"]["documents"]) == (6, 1)
 
 
@@ -927,7 +927,7 @@ def test_report(tmp_path, capsys):
         "train.jsonl",
     ]
     said = capsys.readouterr().out
-    report = records.check(RecordsConfig(tmp_path))
+    report, _ = records.check(RecordsConfig(tmp_path))
     none = {"with_image": 0, "images": 0, "images_missing": 0}
     assert report["train"] == {
         "documents": 4,
@@ -1208,6 +1208,32 @@ def test_errors_of_the_command_are_one_line(own, capsys, tmp_path):
     )
     assert prepare.main([f"--records={folder}/train.jsonl", "--check"]) == 1
     assert "expected labels, a file label.* or labels.*" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "documents, flags, message",
+    [
+        (1, (), "expected documents of two groups at least, to train on and to test with, found 1"),
+        (0, ("--unknown_labels=add",), "expected training documents with labels, found none"),
+        (0, (), "expected training documents with labels, found none among 3 documents of 3"),
+        (9, ("--validation_fraction=0.99",), "validation_fraction: expected to leave documents to"),
+        (9, ("--dataset=LF-AmazonTitles-131K",), "expected the published counts {'labels': 131073"),
+        (9, (), ""),
+    ],
+)
+def test_a_check_refuses_what_preparing_refuses(tmp_path, capsys, documents, flags, message):
+    write(tmp_path / "labels.jsonl", LABELS)
+    if flags == ("--unknown_labels=add",):
+        (tmp_path / "labels.jsonl").unlink()
+    rows = [{"text": f"word {i}", "labels": ["a"]} for i in range(documents)]
+    write(tmp_path / "train.jsonl", rows or [{"text": f"{i}", "labels": []} for i in range(3)])
+    given = [f"--records={tmp_path}", "--dataset=X", *flags]
+    assert prepare.main([*given, "--check"]) == (1 if message else 0)
+    checked = capsys.readouterr()
+    assert "pairs of a document and a label" in checked.out  # the report, whatever is wrong
+    assert message in checked.err and checked.err.count("\n") == (1 if message else 0)
+    assert prepare.main([*given, f"--out={tmp_path}/out"]) == (1 if message else 0)
+    assert message.partition(":")[0] in capsys.readouterr().err
 
 
 def test_parquet_without_pyarrow_names_what_to_install(own, monkeypatch):

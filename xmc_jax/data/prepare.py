@@ -23,6 +23,7 @@ from xmc_jax import command, packaged
 from xmc_jax.data import bundled, known, raw_folder, record_report, record_scan, records, store
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.raw import Items
+from xmc_jax.data.record_scan import Scan
 from xmc_jax.files import array_files, atomic, json_files, locks, manifests
 
 _CHECKED = 1 << 20  # characters of texts that are tokenised at a time when records are checked
@@ -177,14 +178,20 @@ def _act(config: PrepareConfig, own: records.RecordsConfig | None, only_check: b
     if own is not None:
         print(f"{records.describe(own)}\n", flush=True)
         if only_check:
-            print(record_report.text(_check(own, config)))
+            found, refusal = _check(own, config)
+            print(record_report.text(found), flush=True)
+            if refusal is not None:
+                raise ValueError(refusal)
             return
         print(f"{record_report.text(records.convert(own, pathlib.Path(config.raw))[0])}\n")
     print(report(prepare(config)))
 
 
-def _check(own: records.RecordsConfig, config: PrepareConfig) -> dict[str, Any]:
-    """The report on records, with the texts that would be cut; nothing is written."""
+def _check(own: records.RecordsConfig, config: PrepareConfig) -> tuple[dict[str, Any], str | None]:
+    """The report on records, with the texts that would be cut; nothing is written.
+
+    Also why `prepare` would refuse them; None if it would not.
+    """
     tokenizer, kind = _tokenizer(config)[0], config.text or known.text(config.dataset)
     waiting: dict[str, list[str]] = {"document": [], "label": []}
     size, cut = dict.fromkeys(waiting, 0), dict.fromkeys(waiting, 0)
@@ -204,11 +211,33 @@ def _check(own: records.RecordsConfig, config: PrepareConfig) -> dict[str, Any]:
         if size[of] > _CHECKED:
             count(of)
 
-    found = records.check(own, keep)
+    found, scan = records.check(own, keep)
     for of in waiting:
         count(of)
-    name = config.short_name
-    return found | {"cut": cut | {"max_length": config.max_length, "tokenizer": name}}
+    found |= {"cut": cut | {"max_length": config.max_length, "tokenizer": config.short_name}}
+    return found, scan.refusal or _refusal(own, config, found, scan)
+
+
+def _refusal(
+    own: records.RecordsConfig, config: PrepareConfig, report: Mapping[str, Any], scan: Scan
+) -> str | None:
+    """Why the dataset of these records could not be prepared; None if it could."""
+    validation = report.get("validation", {"documents": 0, "pairs": 0})
+    train = report["train"]["documents"] + validation["documents"]
+    pairs = report["train"]["pairs"] + validation["pairs"]
+    counts = {"labels": report["label"]["labels"], "train": train}
+    try:
+        if config.validation_fraction:
+            if validation["documents"]:
+                raise raw_folder.already_named(own.records)
+            sources = np.unique(scan.groups[scan.of("train")], return_inverse=True)[1]
+            raw_folder.draw(sources, config.validation_fraction, config.seed)
+        else:
+            counts["test"] = report["test"]["documents"]
+        raw_folder.check_published(config.dataset, counts, pairs)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _parse(

@@ -82,13 +82,18 @@ def find(folder: pathlib.Path, train_only: bool = False) -> dict[str, pathlib.Pa
         files["groups"] = groups[0]
     if validation := _existing(folder, _VALIDATION):
         if train_only:
-            raise ValueError(
-                f"validation_fraction: expected 0, since {validation[0]} names the validation "
-                "documents, got another; --mode=tune uses the named ones"
-            )
+            raise already_named(validation[0])
         files["validation"] = validation[0]
         files["train filter"] = _first(folder, _FILTER["train"], remedy)
     return files
+
+
+def already_named(where: str | pathlib.Path) -> ValueError:
+    """The refusal to draw validation documents where `where` names some."""
+    return ValueError(
+        f"validation_fraction: expected 0, since {where} names the validation documents, got "
+        "another; --mode=tune uses the named ones"
+    )
 
 
 def names_validation(folder: pathlib.Path) -> bool:
@@ -132,7 +137,7 @@ def read(
     label = items.of("label")
     _check_uids(files["label"], label.uids)
     counts = {"labels": len(label)}
-    _check_published(dataset, counts)
+    check_published(dataset, counts)
     held_out = _held_out(files, encoding, groups, validation_fraction, seed)
     positives, merged, rows = {}, {}, {}
     for split in ("train", "test"):
@@ -143,7 +148,7 @@ def read(
             )
             counts[split] = read_positives.rows
             pairs = len(read_positives.indices) if split == "train" else None
-            _check_published(dataset, counts, pairs)
+            check_published(dataset, counts, pairs)
             positives[split] = read_positives.deduplicated()
             merged[split] = len(read_positives.indices) - len(positives[split].indices)
     train_rows = rows["train"]
@@ -268,13 +273,27 @@ def _held_out(
     # Whole sources are drawn, and so all documents have to be known before the first is handed on.
     uids = [uid for block in raw.blocks(files["train"], encoding) for uid in block.uids]
     sources = np.arange(len(uids)) if groups is None else _sources(files, "train", groups, uids)
+    return _HeldOut("test", drawn=draw(sources, fraction, seed))
+
+
+def draw(sources: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool[n], which documents of a training file are held out; see `holdout.choose`.
+
+    Args:
+        sources: i[n], the source of each document.
+        fraction: share of the documents that is held out, at least.
+        seed: of the choice.
+
+    Raises:
+        ValueError: no document is left to train on.
+    """
     drawn = holdout.choose(sources, fraction, seed)
     if drawn.all():
         raise ValueError(
             f"validation_fraction: expected to leave documents to train on, got {fraction} of "
-            f"{len(uids)} documents from {len(np.unique(sources))} sources"
+            f"{len(sources)} documents from {len(np.unique(sources))} sources"
         )
-    return _HeldOut("test", drawn=drawn)
+    return drawn
 
 
 def _check_held_out(
@@ -382,7 +401,7 @@ def _check_matrix(
         raise ValueError(f"{path}: expected positive values, found {positives.values.min():g}")
 
 
-def _check_published(dataset: str, counts: Mapping[str, int], pairs: int | None = None) -> None:
+def check_published(dataset: str, counts: Mapping[str, int], pairs: int | None = None) -> None:
     """Raises ValueError if counts differ from what is published about a known name.
 
     Args:

@@ -139,8 +139,6 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
     unknown = report["unknown_labels"]
     done = {"add": "made labels of, their ids being their texts", "drop": "left out"}
     remarks = []
-    if report.get("refusal"):
-        remarks.append(f"not enough to prepare: {report['refusal']}")
     for name in report.get("test_files_without_labels", ()):
         remarks.append(
             f"{name} has no labels: it is not used for evaluation; python -m xmc_jax.main "
@@ -217,10 +215,13 @@ def _images(images: np.ndarray, missing: np.ndarray) -> dict[str, int]:
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
     """Mean and percentiles, and counts of 0, 1, 2, 3-4, 5-8, ...: by powers of two."""
+    percentiles = (50, 90, 99, 100)
+    if not len(values):
+        return {"mean": 0.0, **{f"p{p}": 0 for p in percentiles}, "counts": [0]}
     slots = np.ceil(np.log2(np.maximum(values, 1))).astype(int) + (values > 0)
     return {
         "mean": round(float(values.mean()), 2),
-        **{f"p{p}": int(np.percentile(values, p)) for p in (50, 90, 99, 100)},
+        **{f"p{p}": int(np.percentile(values, p)) for p in percentiles},
         "counts": np.bincount(slots).tolist(),
     }
 
@@ -232,7 +233,7 @@ def _bars(said: str, histogram: Mapping[str, Any]) -> list[str]:
     for slot, count in enumerate(counts):
         first, last = (slot, slot) if slot < 2 else ((1 << slot - 2) + 1, 1 << slot - 1)
         span = f"{first:,}" if first == last else f"{first:,}-{last:,}"
-        bar = "#" * -(-_BAR * count // max(counts))
+        bar = "#" * -(-_BAR * count // max(*counts, 1))
         if count or any(counts[:slot]):
             lines.append(f"{span:>15} {count:>12,} {bar}".rstrip())
     return lines

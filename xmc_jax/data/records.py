@@ -172,18 +172,22 @@ def describe(config: RecordsConfig) -> str:
     return "\n".join(lines)
 
 
-def check(config: RecordsConfig, keep: Keep | None = None) -> dict[str, Any]:
-    """Reads all records and writes nothing; returns the report.
+def check(config: RecordsConfig, keep: Keep | None = None) -> tuple[dict[str, Any], Scan]:
+    """Reads all records and writes nothing.
 
     Args:
         config: see `RecordsConfig`.
         keep: is given every item; None if nobody wants them.
 
+    Returns:
+        The report, and the records' facts. Their `refusal` says why `convert` would refuse them.
+
     Raises:
         ValueError: bad records.
     """
     found = _open(config)
-    return _report(config, found, _scan(config, found, keep or (lambda *item: None)))
+    scan = _scan(config, found, keep or (lambda *item: None))
+    return _report(config, found, scan), scan
 
 
 @dataclasses.dataclass(frozen=True)
