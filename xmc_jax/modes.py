@@ -304,11 +304,17 @@ def _labels(asked: Asked) -> int:
             "--labels.remove, got none"
         )
     read = {
-        name: list(documents.labels(path, opened.model, config.columns, config.allow_paths))
+        name: list(
+            documents.labels(
+                path, opened.model, config.columns, config.delimiter, config.allow_paths
+            )
+        )
         for name, path in (("add", config.add), ("update", config.update))
         if path
     }
-    changes = labels.Changes(**read, remove=list(documents.ids_of(config.remove) or ()))
+    lines = documents.ids_of(config.remove) or {}
+    places = {uid: f"{config.remove}:{line}" for uid, line in lines.items()}
+    changes = labels.Changes(**read, remove=list(lines), remove_at=places)
     how = {} if config.how == "auto" else {"how": config.how}
     found = labels.change(opened.folder, changes, NewLabelsConfig(**how), config.out or None)
     recall = "" if found.recall is None else f"; the index finds {found.recall:.2%}"

@@ -50,19 +50,30 @@ def test_documents_of_each_case(name, expected):
     assert read(CASES / name) == expected
 
 
-def test_names_of_columns_may_have_capitals_and_what_is_not_read_is_known(tmp_path):
+def test_names_of_columns_may_have_capitals_and_what_is_not_read_is_logged(tmp_path, caplog):
+    caplog.set_level("INFO", logger="absl")
     path = tmp_path / "new.csv"
     path.write_text("ID;Title;Price\n7;gimp;3\n")
     source = documents.Source(str(path), TEXTS)
     assert [(one.id, one.query.text) for one in source.documents()] == [("7", "gimp")]
-    assert source.unread == ["Price"]
+    assert "new.csv: separated by semicolons" in caplog.text
+    assert "new.csv: not read: Price" in caplog.text
 
 
-def test_an_error_about_labels_names_their_flag(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"--labels\.columns=text=NAME"),
+        ({"columns": ["only=name"]}, r"--labels\.columns: expected .* id, text, content, images,"),
+        ({"delimiter": "tabs"}, r"--labels\.delimiter: expected one character, or tab"),
+        ({"columns": ["text=name"]}, r"labels\.csv:3: expected a text or a picture"),
+    ],
+)
+def test_an_error_about_labels_names_their_flag_or_line(tmp_path, options, message):
     path = tmp_path / "labels.csv"
-    path.write_text("id;name\n1;tea\n")
-    with pytest.raises(ValueError, match=r"--labels\.columns=text=NAME"):
-        list(documents.labels(str(path), TEXTS))
+    path.write_text("id~name\n1~tea\n2~\n")
+    with pytest.raises(ValueError, match=message):
+        list(documents.labels(str(path), TEXTS, **{"delimiter": "~"} | options))
 
 
 @pytest.mark.slow

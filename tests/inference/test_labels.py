@@ -176,7 +176,7 @@ def test_the_index_is_of_the_labels_there_are(folder):
         (Changes(remove=["topic1", "topic1"]), "once, got it again"),
         (Changes(add=[Label("x")]), "without"),
         (Changes(remove=[f"topic{i}" for i in range(40)]), "labels to be left"),
-        (Changes(add=[Label("x", [b"GIF89a"], "new")]), "expected no pictures"),
+        (Changes(add=[Label("x", [b"GIF89a"], "new", "a.csv:2")]), "a.csv:2: expected no pictures"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(folder, changes, message):
@@ -283,13 +283,17 @@ def test_the_command(folder, tmp_path):
     [
         ((), "expected a file of labels"),
         (("--labels.add={file}",), "new.jsonl:1: expected an id, found none"),
+        (("--labels.add={folder}/twice.csv",), "twice.csv:3: add: label 'x': expected each"),
         (("--labels.how=best",), "labels.how: expected one of"),
         (("--labels.remove={folder}/none.txt",), "none.txt"),
+        (("--labels.remove={folder}/gone.txt",), "gone.txt:2: remove: label 'other': expected an"),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(folder, tmp_path, arguments, message):
     file = tmp_path / "new.jsonl"
     file.write_text('{"text": "some words"}\n')
+    (tmp_path / "twice.csv").write_text("id,text\nx,some words\nx,others\n")
+    (tmp_path / "gone.txt").write_text("topic3\nother\n")
     given = [argument.format(file=file, folder=tmp_path) for argument in arguments]
     done = command(f"--artifact={folder}", *given)
     assert done.returncode in (1, 2) and message in done.stderr

@@ -131,7 +131,7 @@ def open_stream(name: str, lines: Iterator[tuple[int, bytes]]) -> Table:
     return record_text.JsonStream(name, lines)
 
 
-def delimiter(written: str) -> str:
+def delimiter(written: str, flag: str = "delimiter") -> str:
     """The character that a flag names as what separates cells: itself, or "tab"; "" for none.
 
     Raises:
@@ -139,5 +139,5 @@ def delimiter(written: str) -> str:
     """
     found = {"tab": "\t", "\\t": "\t"}.get(written, written)
     if len(found) > 1 or found in ('"', "\r", "\n"):
-        raise ValueError(f"delimiter: expected one character, or tab, got {written!r}")
+        raise ValueError(f"{flag}: expected one character, or tab, got {written!r}")
     return found

@@ -70,6 +70,7 @@ class LabelsConfig:
         how: prototypes of new labels: "text", "nearest", or "auto", the default of
             `new_labels.NewLabelsConfig`.
         columns: as of --predict.columns; fields are id, text, content, images.
+        delimiter: as of --predict.delimiter.
         allow_paths: as of --predict.allow_paths.
     """
 
@@ -79,6 +80,7 @@ class LabelsConfig:
     out: str = ""
     how: str = "auto"
     columns: tuple[str, ...] = ()
+    delimiter: str = ""
     allow_paths: bool = False
 
     def __post_init__(self):

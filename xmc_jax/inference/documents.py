@@ -82,12 +82,11 @@ class Source:
         numbered: whether a record without an id has its number as one; otherwise it is a problem.
         delimiter: see `record_files.open_table`.
         allow_paths: whether paths of images may lead out of the file's folder.
-        flag: what names columns, for errors.
+        section: of the flags that say all this, "predict" or "labels"; for errors.
+        fields: those of `FIELDS` that are read.
 
     Attributes:
         name: what errors call it.
-        unread: columns of which nothing is taken.
-        dialect: see `record_table.Table`.
         digest: SHA-256 of the file; None of a pipe.
         total: records, where that is known.
 
@@ -103,10 +102,11 @@ class Source:
         numbered: bool = True,
         delimiter: str = "",
         allow_paths: bool = False,
-        flag: str = "--predict.columns",
+        section: str = "predict",
+        fields: Sequence[str] = tuple(FIELDS),
     ):
         self._model, self._numbered, self._allow_paths = model, numbered, allow_paths
-        self._flag = flag
+        self._flag, self._fields = f"--{section}.columns", fields
         self._folder = pathlib.Path()
         self._lines: _Lines | None = None
         self._empty_only = False  # whether there was one
@@ -117,14 +117,21 @@ class Source:
         else:
             where = pathlib.Path(path)
             self._folder = where.parent
-            self._table = record_files.open_table(where, record_files.delimiter(delimiter))
+            self._table = record_files.open_table(
+                where, record_files.delimiter(delimiter, f"--{section}.delimiter")
+            )
             self.digest = sha256(where)
             self.total = self._table.count()
-        self.name, self.dialect = str(self._table.path), self._table.dialect
-        self._columns = self._find(named(columns)) if self._table.columns else {}
+        self.name = str(self._table.path)
+        given = named(columns, self._flag, fields)
+        self._columns = self._find(given) if self._table.columns else {}
         self._with_ids = self._columns.get("id") in self._table.columns
         used = self._columns.values()
-        self.unread = [name for name in self._table.columns if name and name not in used]
+        unread = [name for name in self._table.columns if name and name not in used]
+        if self._table.dialect:
+            logging.info("%s: %s", self.name, self._table.dialect)
+        if unread:
+            logging.info("%s: not read: %s", self.name, _some(unread))
 
     def documents(self, start: int = 0, digest: str | None = None) -> Iterator[Document]:
         """The documents from a number on, in order; of a pipe once.
@@ -180,7 +187,8 @@ class Source:
         """Field -> column."""
         there, found = self._table.columns, {}
         loose = self._table.loose
-        for field, usual in FIELDS.items():
+        for field in self._fields:
+            usual = FIELDS[field]
             names = asked.get(field)
             if names is None:
                 used = {name for given in asked.values() for name in given}
@@ -275,11 +283,13 @@ class Source:
         return uid
 
 
-def named(columns: Sequence[str]) -> dict[str, list[str]]:
+def named(columns: Sequence[str], flag: str, fields: Sequence[str]) -> dict[str, list[str]]:
     """Field -> the column that is to be taken for it, none where it is to be left out.
 
     Args:
         columns: "field=column" or "field=".
+        flag: that has them, for errors.
+        fields: those that there are.
 
     Raises:
         ValueError: something else.
@@ -287,17 +297,21 @@ def named(columns: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for column in columns:
         field, equals, name = column.partition("=")
-        if not equals or field not in FIELDS or field in found:
+        if not equals or field not in fields or field in found:
             raise ValueError(
-                f"predict.columns: expected FIELD=NAME, FIELD one of {', '.join(FIELDS)}, each "
-                f"once, got {column!r}"
+                f"{flag}: expected FIELD=NAME, FIELD one of {', '.join(fields)}, each once, got "
+                f"{column!r}"
             )
         found[field] = [name] if name else []
     return found
 
 
 def labels(
-    path: str, model: ModelInput, columns: Sequence[str] = (), allow_paths: bool = False
+    path: str,
+    model: ModelInput,
+    columns: Sequence[str] = (),
+    delimiter: str = "",
+    allow_paths: bool = False,
 ) -> Iterator[Label]:
     """Labels of a file: records as of documents, each with an id.
 
@@ -305,17 +319,18 @@ def labels(
         path: see `Source`.
         model: see `Source`.
         columns: see `Source`.
+        delimiter: see `Source`.
         allow_paths: see `Source`.
 
     Raises:
         ValueError: see `Source`; a label that cannot be read, or no column of ids.
     """
-    flag = "--labels.columns"
-    source = Source(path, model, columns, numbered=False, allow_paths=allow_paths, flag=flag)
+    fields = ("id", "text", "content", "images")
+    source = Source(path, model, columns, False, delimiter, allow_paths, "labels", fields)
     for document in source.documents():
         if document.problem is not None:
             raise ValueError(f"{document.at}: {document.problem}")
-        yield Label(document.query.text, document.query.images, document.id)
+        yield Label(document.query.text, document.query.images, document.id, document.at)
 
 
 def ids_of(path: str) -> dict[str, int] | None:

@@ -19,7 +19,6 @@ from typing import TypeVar
 
 import numpy as np
 import tqdm
-from absl import logging
 
 from xmc_jax.inference import documents, outputs
 from xmc_jax.inference.artifact import Artifact
@@ -114,10 +113,6 @@ def predict(
         delimiter=config.delimiter,
         allow_paths=config.allow_paths,
     )
-    if read.dialect:
-        logging.info("%s: %s", read.name, read.dialect)
-    if read.unread:
-        logging.info("%s: not read: %s", read.name, ", ".join(read.unread)[:200])
     if target == outputs.STDOUT:
         return _run(load(), read, config, outputs.PipeSink(sys.stdout.buffer, opened.labels), None)
     path = pathlib.Path(target)

@@ -48,9 +48,11 @@ class Label(Item):
 
     Attributes:
         id: its identifier.
+        at: where it was read, for errors; "" if it was not read from a file.
     """
 
     id: str = ""
+    at: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +63,13 @@ class Changes:
         add: labels with new identifiers.
         update: labels with identifiers that are there, in other words or pictures.
         remove: identifiers that are there.
+        remove_at: identifier -> where it was read, likewise.
     """
 
     add: Sequence[Label] = ()
     update: Sequence[Label] = ()
     remove: Sequence[str] = ()
+    remove_at: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,21 +235,22 @@ def _check(opened: Artifact, changes: Changes) -> dict[str, int]:
             "export with --config.export.prototypes=True"
         )
     seen: set[str] = set()
-    for what, names, there in (
-        ("add", [label.id for label in changes.add], False),
-        ("update", [label.id for label in changes.update], True),
-        ("remove", changes.remove, True),
+    for what, named, there in (
+        ("add", [(label.id, label.at) for label in changes.add], False),
+        ("update", [(label.id, label.at) for label in changes.update], True),
+        ("remove", [(name, changes.remove_at.get(name, "")) for name in changes.remove], True),
     ):
-        for name in map(record_cells.normal, names):
+        for written, at in named:
+            name, where = record_cells.normal(written), f"{at}: {what}" if at else what
             if not name:
-                raise ValueError(f"{what}: expected labels with an id, got one without")
+                raise ValueError(f"{where}: expected labels with an id, got one without")
             if name in seen:
-                raise ValueError(f"{what}: label {name!r}: expected each label once, got it again")
+                raise ValueError(f"{where}: label {name!r}: expected each label once, got it again")
             seen.add(name)
             if (name in rows) is not there:
                 expected, remedy = _EXPECTED[there]
                 raise ValueError(
-                    f"{what}: label {name!r}: expected an id that {expected} {opened.folder}; "
+                    f"{where}: label {name!r}: expected an id that {expected} {opened.folder}; "
                     f"{remedy}"
                 )
     if len(rows) + len(changes.add) == len(changes.remove):
@@ -297,11 +302,20 @@ def _kept(opened: Artifact, made_of: Prototypes | None, kept: np.ndarray, more: 
 
 
 def _encode(tower: Tower, labels: Sequence[Label]) -> np.ndarray:
-    """f32[n, D], pooled."""
-    blocks = range(0, len(labels), _BLOCK)
-    return np.concatenate(
-        [tower.encode(labels[i : i + _BLOCK], pooled=True, kind="label") for i in blocks]
-    )
+    """f32[n, D], pooled.
+
+    Raises:
+        ValueError: a label that cannot be encoded; names its place, or its identifier.
+    """
+    found = []
+    for start in range(0, len(labels), _BLOCK):
+        block, problems = labels[start : start + _BLOCK], {}
+        found.append(tower.encode(block, pooled=True, problems=problems, kind="label"))
+        if problems:
+            number = min(problems)
+            where = block[number].at or f"label {block[number].id!r}"
+            raise ValueError(f"{where}: {problems[number]}")
+    return np.concatenate(found)
 
 
 def _embed(
