@@ -185,7 +185,7 @@ def test_raw_texts_with_label_matrices(config, raw_folder, tmp_path):
     expected = store.open(prepare.prepare(config))
     folder = tmp_path / "texts"
     (folder / "raw_data").mkdir(parents=True)
-    names = {"trn": "train", "tst": "test", "lbl": "label"}
+    names = {"trn": "train", "tst": "TEST", "lbl": "label"}  # capitals do not count
     for short, long in names.items():
         items = raw.read_items(raw_folder / f"{short}.json.gz")
         lines = [f"{uid}->{title}\n" for uid, title in zip(items.uids, items.titles)]
@@ -194,7 +194,7 @@ def test_raw_texts_with_label_matrices(config, raw_folder, tmp_path):
             rows = np.split(items.positives.indices, items.positives.indptr[1:-1])
             lines = [f"{len(rows)} 9"] + [" ".join(f"{label}:1.0" for label in row) for row in rows]
             (folder / f"{short}_X_Y.txt").write_text("\n".join(lines) + "\n")
-    (folder / "tst_filter_labels.txt").write_text("1 4")
+    (folder / "tst_filter_labels.TXT").write_text("1 4")
     found = store.open(
         prepare.prepare(dataclasses.replace(config, raw=folder, data_dir=tmp_path / "two"))
     )

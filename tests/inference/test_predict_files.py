@@ -144,18 +144,19 @@ def read_parquet(path: pathlib.Path) -> list[dict]:
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def test_parquet_says_what_lines_say(opened, records, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["out.parquet", "OUT.PARQUET"])
+def test_parquet_says_what_lines_say(opened, records, expected, tmp_path, monkeypatch, name):
     monkeypatch.setattr(outputs, "_GROUP", 64)
-    run(opened, write(tmp_path / "in.jsonl", records), tmp_path / "out.parquet")
+    run(opened, write(tmp_path / "in.jsonl", records), tmp_path / name)
     lines = [json.loads(line) for line in expected.splitlines()]
-    found = read_parquet(tmp_path / "out.parquet")
+    found = read_parquet(tmp_path / name)
     for row in found:
         for label in row["labels"]:
             label["score"] = float(str(np.float32(label["score"])))
     assert found == [line | {"cut": False, "error": None} for line in lines]
     import pyarrow.parquet
 
-    metadata = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet").metadata
+    metadata = pyarrow.parquet.ParquetFile(tmp_path / name).metadata
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     assert sizes == [64, 64, 64, 8]
 

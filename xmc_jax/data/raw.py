@@ -96,7 +96,7 @@ def blocks(path, encoding: str = "utf-8", num_labels: int | None = None) -> Iter
     path = pathlib.Path(path)
     if encoding not in ("utf-8", "latin-1"):
         raise ValueError(f"{path}: expected encoding utf-8 or latin-1, got {encoding!r}")
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz")
     if name.endswith((".json", ".jsonl")):
         yield from _json_blocks(path, encoding, num_labels)
     elif name.endswith(".txt"):
@@ -131,7 +131,7 @@ def read_label_matrix(path) -> Csr:
         ValueError: names file, line, what was expected and what was found.
     """
     path = pathlib.Path(path)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _read_npz(path)
     lines = _lines(path)
     _, first = next(lines, (1, b""))

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -74,7 +75,7 @@ def find(folder: pathlib.Path, train_only: bool = False) -> dict[str, pathlib.Pa
     splits = ("train",) if train_only else ("train", "test")
     files = {split: _first(folder, _ITEMS[split]) for split in (*splits, "label")}
     for split in splits:
-        if ".json" not in files[split].suffixes:  # those hold their labels themselves
+        if ".json" not in files[split].name.lower():  # those hold their labels themselves
             files[f"{split} labels"] = _first(folder, _MATRIX[split])
     remedy = "; make an empty one if the dataset has no pairs to filter"
     files["filter"] = _first(folder, _FILTER[splits[-1]], remedy)
@@ -361,8 +362,14 @@ def _sources(
 
 
 def _existing(folder: pathlib.Path, names: tuple[str, ...]) -> list[pathlib.Path]:
-    paths = (folder / (name + suffix) for name in names for suffix in ("", ".gz"))
-    return [path for path in paths if path.is_file()]
+    """The files of these names, in the order of the names; capitals do not count."""
+    there: dict[str, pathlib.Path] = {}
+    for part in ("", *{name.rpartition("/")[0] for name in names if "/" in name}):
+        listed = sorted(os.listdir(folder / part), reverse=True) if (folder / part).is_dir() else ()
+        for name in listed:  # of two that differ in capitals the one with small letters is first
+            there.setdefault(os.path.join(part, name).lower(), folder / part / name)
+    paths = (there.get(name.lower() + suffix) for name in names for suffix in ("", ".gz"))
+    return [path for path in paths if path is not None and path.is_file()]
 
 
 def _first(folder: pathlib.Path, names: tuple[str, ...], remedy: str = "") -> pathlib.Path:

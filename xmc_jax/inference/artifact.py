@@ -361,7 +361,7 @@ def open(folder, verify: bool = True) -> Artifact:
             f"{index.count}; build it again"
         )
     for name, path in _files(folder, manifest):
-        if name not in files and path.suffix in _READ:
+        if name not in files and path.suffix.lower() in _READ:
             raise ValueError(
                 f"{path}: expected only files that {MANIFEST} names, found another; remove it, or "
                 "copy or export the folder again"

@@ -23,7 +23,7 @@ from xmc_jax.inference.artifact import Labels
 from xmc_jax.inference.predictor import Ranking
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-"""Of the files that can be written."""
+"""Of the files that can be written; capitals do not count."""
 STDOUT = "-"
 
 _FORMAT = 1
@@ -110,7 +110,7 @@ def begin(
     Raises:
         ValueError: another process is at it, or something else is there.
     """
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise ValueError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}, or -")
     if path.is_dir():
         raise ValueError(f"{path}: expected the name of a file, found a folder")
@@ -194,7 +194,7 @@ def _beside(path: pathlib.Path, name: str) -> pathlib.Path:
 
 def _whole(partial: pathlib.Path) -> pathlib.Path:
     """The file that gets the output's name."""
-    return partial / "whole" if ".parquet." in partial.name else partial
+    return partial / "whole" if ".parquet." in partial.name.lower() else partial
 
 
 # Formats
@@ -232,7 +232,7 @@ def sink(output: Output, labels: Labels) -> Sink:
     Raises:
         ValueError: what was written before is not there, or pyarrow is missing.
     """
-    kind = ParquetSink if output.path.suffix == ".parquet" else LineSink
+    kind = ParquetSink if output.path.suffix.lower() == ".parquet" else LineSink
     return kind(output.partial, labels, output.done.written)
 
 

@@ -220,7 +220,7 @@ def open(
     if index and "images.parquet" in files:
         return _indexed(path / "images.parquet", path / index, uids, max_bytes, allow_paths)
     names = "|".join(_PREFIXES[split])
-    binaries = [name for name in files if re.fullmatch(rf"({names})_imgs_\d+_\d+\.bin", name)]
+    binaries = [name for name in files if re.fullmatch(rf"({names})_imgs_\d+_\d+\.bin", name, re.I)]
     if binaries:
         if len(binaries) > 1:
             raise ValueError(
