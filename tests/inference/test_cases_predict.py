@@ -11,6 +11,7 @@ import pytest
 
 from xmc_jax.inference import documents, files
 from xmc_jax.inference.config import PredictConfig
+from xmc_jax.inference.predictor import Predictor
 
 CASES = pathlib.Path(__file__).parents[1] / "cases" / "predict"
 TEXTS = types.SimpleNamespace(text="title", images=None)
@@ -125,6 +126,17 @@ def test_ids_are_compared_without_blanks_and_in_one_form(tmp_path):
     assert (document.query.only, document.query.exclude) == (("caf\u00e9",), ("b", "c"))
     (tmp_path / "only.txt").write_text(" caf\u0065\u0301\u00a0\n\nb\n")
     assert documents.ids_of(str(tmp_path / "only.txt")) == {"caf\u00e9": 1, "b": 3}
+
+
+def test_an_unknown_id_that_is_several_or_a_part_is_explained():
+    ids = ["1", "2", "a|b", "tea"]
+    predictor = Predictor.__new__(Predictor)
+    predictor.__dict__["_row_of"] = {name: row for row, name in enumerate(ids)}
+    assert "'|' separates 2 ids of labels here" in predictor.hint("1|2")
+    assert "',' separates 3 ids of labels here" in predictor.hint("1, 2,tea")
+    assert """give it as an element of a list, ['a|b']""" in predictor.hint("b")
+    assert "a spreadsheet has rounded this number" in predictor.hint("1.2E+15")
+    assert predictor.hint("1|3") == predictor.hint("none") == ""
 
 
 # Bounds

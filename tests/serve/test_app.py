@@ -96,6 +96,16 @@ def test_only_and_exclude(served, titles):
     )
 
 
+@pytest.mark.parametrize(
+    "written", ["topic1|topic2", "['topic1', 'topic2']", [{"id": "topic1"}, " topic2"]]
+)
+def test_ids_are_written_as_in_files_of_documents(served, written):
+    asked = [TEXT | {"only": written}, TEXT | {"only": ["topic1", "topic2"]}]
+    _, answer = served.post("/v1/predict", {"queries": asked})
+    first, second = listed(answer)
+    assert first == second and len(first) == 2
+
+
 def test_neighbours_are_the_predictor_s(served, titles):
     status, answer = served.post("/v1/neighbours", {"queries": [{"text": titles[3]}], "k": 4})
     assert status == 200
@@ -241,6 +251,20 @@ QUERIES = {"queries": [TEXT]}
         ({"queries": [TEXT], "ranking": "best"}, 422, "ranking: expected 'auto', 'plain' or"),
         ({"queries": [TEXT | {"only": ["x"]}]}, 422, "queries[0].only[0]: expected the id of a"),
         ({"queries": [TEXT | {"exclude": ["x"]}]}, 422, "queries[0].exclude[0]: expected the id"),
+        ({"queries": [TEXT | {"only": [True]}]}, 422, "queries[0].only[0]: expected an id, a text"),
+        (b'{"queries": [{"text": "a", "only": NaN}]}', 422, "queries[0].only[0]: expected an id"),
+        ({"queries": [TEXT | {"exclude": "a|" * 101}]}, 422, "queries[0].exclude: expected a list"),
+        (
+            {"queries": [TEXT | {"exclude": [2]}]},
+            422,
+            "queries[0].exclude[0]: expected the id of a label, got '2'",
+        ),
+        (
+            {"queries": [TEXT | {"exclude": ["topic1, topic2"]}]},
+            422,
+            "queries[0].exclude[0]: expected the id of a label, got 'topic1, topic2'; ',' "
+            "separates 2 ids of labels here: give them as a list of ids, or as a text in which",
+        ),
         (
             {"queries": [TEXT | {"exclude": ["topic1"] * 41}]},
             422,

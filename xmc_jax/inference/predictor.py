@@ -323,9 +323,27 @@ class Predictor:
         if row is None:
             raise ValueError(
                 f"label {name!r:.60}: expected one of the {len(self._row_of)} labels of "
-                f"{self.artifact.folder}, found no such id"
+                f"{self.artifact.folder}, found no such id{self.hint(name)}"
             )
         return row
+
+    def hint(self, name: Any) -> str:
+        """What may be wrong with an unknown id, as the end of an error; "" if nothing is seen."""
+        if not isinstance(name, str):
+            return ""
+        for separator in "|,; ":
+            pieces = [piece for one in name.split(separator) if (piece := one.strip())]
+            if len(pieces) > 1 and all(record_cells.normal(x) in self._row_of for x in pieces):
+                return (
+                    f"; {separator!r} separates {len(pieces)} ids of labels here: give them as a "
+                    "list of ids, or as a text in which '|' separates them"
+                )
+        if whole := self._id_with.get(record_cells.normal(name)):
+            return (
+                f"; the id {whole!r:.60} has the separator '|': give it as an element of a list, "
+                f"{[whole]!r:.70}"
+            )
+        return record_cells.hint(name)
 
     def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
         """See `Tower.prepare`; several threads may."""
@@ -549,6 +567,15 @@ class Predictor:
             return self._of._row_of
         ids = map(record_cells.normal, self.artifact.labels.ids)
         return {name: row for row, name in enumerate(ids)}
+
+    @functools.cached_property
+    def _id_with(self) -> dict[str, str]:
+        """Piece -> the first label's id with it, of ids that the separator of ids is part of."""
+        found: dict[str, str] = {}
+        for name in self._row_of:
+            for piece in name.split("|") if "|" in name else ():
+                found.setdefault(piece.strip(), name)
+        return found
 
     @functools.cached_property
     def _rows(self) -> "_Rows":

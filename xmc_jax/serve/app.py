@@ -82,7 +82,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
                         raise Refused(
                             422,
                             f"{where}.{field}[{place}]: expected the id of a label, got "
-                            f"{name[:60]!r}",
+                            f"{name[:60]!r}{model.predictor.hint(name)}",
                         )
             images = await service.prepare(model, f"{where}.images", item.images)
             if not (images or item.text.strip()):

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from xmc_jax.data import record_cells
 from xmc_jax.serve.config import ServeConfig
+
+_SEPARATOR = "|"  # of ids in a text, as in files of documents
 
 
 class _Strict(BaseModel):
@@ -39,12 +42,25 @@ class _Given(_Strict):
 
 def requests(config: ServeConfig) -> Requests:
     """The classes, with the limits of a config."""
-    Id = Annotated[str, Field(max_length=config.max_text)]
+    Id = Annotated[
+        str,
+        Field(max_length=config.max_text),
+        BeforeValidator(record_cells.identifier, json_schema_input_type=str | float | dict),
+    ]
     Text = Annotated[str, Field(max_length=config.max_text)]
     count = Field(10, ge=1, le=config.max_k, description="How many of each query; at most so many.")
 
     def several(kind: Any, most: int | None = None) -> Any:
         return Annotated[list[kind], Field(max_length=most, fail_fast=True)]
+
+    def listed(cell: Any) -> list[Any]:
+        if isinstance(cell, str) and len(cell) > config.max_text:
+            raise ValueError(f"expected a list of ids, got a text of {len(cell)} characters")
+        return [cell] if record_cells.is_null(cell) else record_cells.listed(cell, _SEPARATOR)
+
+    def ids(most: int) -> Any:
+        taken = list[Id] | str | float | dict
+        return Annotated[several(Id, most), BeforeValidator(listed, json_schema_input_type=taken)]
 
     class Item(_Given):
         text: Text | None = ""
@@ -54,11 +70,13 @@ def requests(config: ServeConfig) -> Requests:
         )
 
     class Query(Item):
-        only: several(Id, config.max_only) | None = Field(
-            None, description="Ids of the labels that may be ranked; all if left out."
+        only: ids(config.max_only) | None = Field(
+            None,
+            description="Ids of the labels that may be ranked; all if left out. Written as in a "
+            "file of documents: a list, or a text in which | separates ids; numbers are ids, too.",
         )
-        exclude: several(Id, config.max_exclude) | None = Field(
-            [], description="Ids of labels that may not be ranked."
+        exclude: ids(config.max_exclude) | None = Field(
+            [], description="Ids of labels that may not be ranked, likewise."
         )
 
     class Predict(_Given):
@@ -189,6 +207,8 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
     if kind == "json_invalid":
         said = " ".join(str(error.get("ctx", {}).get("error", "another")).split())
         return 400, f"body: expected JSON, got: {said}"
+    if kind == "value_error":
+        return 422, f"{where}: {error['ctx']['error']}"
     if kind in _EXPECTED:
         return 422, f"{where}: {_EXPECTED[kind]}"
     said = "an object" if kind in _OBJECTS else " ".join(error["msg"].split())
