@@ -68,7 +68,7 @@ def terminated_after(monkeypatch):
     def arrange(*steps: int) -> None:
         remaining, at = list(steps), loop._Signals.at
 
-        def signalled(self, step: int) -> int | None:
+        def signalled(self, step: int) -> loop.Interrupted | None:
             if remaining and step == remaining[0]:
                 remaining.pop(0)
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -1,5 +1,6 @@
 """Several real processes over 127.0.0.1: values, order, one end for all; one process for free."""
 
+import signal
 import socket
 
 import processes
@@ -30,7 +31,7 @@ def make():
     return own
 
 out["made"] = distributed.first_then_others("folder", make)
-out["stop"] = distributed.stop_requested(1)
+out["stop"] = distributed.stop_requested()
 out["decided"], decision = [], distributed.Decision("save")
 for step in range(1, 17):
     distributed.barrier("step")  # as collectives do, keeps the processes together
@@ -98,7 +99,7 @@ def test_one_process_needs_nobody():
     assert distributed.gather("a", {"b": (1, 2)}) == [{"b": [1, 2]}]
     assert distributed.broadcast("a", 3) == 3
     assert distributed.first_then_others("a", lambda: 4) == 4
-    assert not distributed.stop_requested(1)
+    assert not distributed.stop_requested()
     assert [distributed.Decision("a").after(1, wanted) for wanted in (False, True)] == [False, True]
     distributed.agree("a", "b")
     distributed.barrier("a")
@@ -228,18 +229,23 @@ def test_another_number_of_processes_is_an_error(counts):
 
 
 STOPS = """
-import os, signal, time
-step = 0
-while not distributed.stop_requested(step):
-    step += 1
-    if step == 3 and jax.process_index() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    distributed.barrier("step")  # as collectives do, keeps the processes together
-print(json.dumps(step))
+import os, signal
+from xmc_jax import stopping
+batch = 0
+try:
+    with stopping.Signals():
+        while True:
+            batch += 1
+            if batch == 3 and jax.process_index() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            distributed.barrier("batch")  # as collectives do, keeps the processes together
+            stopping.check()
+except stopping.Stopped as stopped:
+    print(json.dumps([batch, stopped.signum]))
 """
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_stops_all_after_the_same_step():
+def test_sigterm_to_one_stops_all_after_the_same_batch():
     first, second = processes.script(2, STOPS, timeout=60)
-    assert first.json() == second.json() > 3
+    assert first.json() == second.json() >= [3, signal.SIGTERM]

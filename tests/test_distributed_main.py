@@ -1,6 +1,7 @@
 """The command in several real processes: who prints, what must be the same, how it ends."""
 
 import copy
+import signal
 
 import processes
 import pytest
@@ -70,6 +71,19 @@ def test_an_error_of_one_ends_all_with_its_line(config, tmp_path):
     assert first.stderr.splitlines()[-1].startswith("error: ended with process 1 (")
     assert first.stderr.splitlines()[-1].endswith("): data: this copy is damaged")
     assert first.seconds - second.seconds < 5
+
+
+@pytest.mark.reliability
+def test_sigterm_ends_all_between_two_batches(config, tmp_path):
+    """While the first tables are encoded, before there is a step to agree after."""
+    words = processes.commanded(2, config, f"--workdir={tmp_path / 'run'}")
+    where = "xmc_jax.training.run:Run.initial_state"
+    words[1] = processes.struck(words[1], "SIGTERM", where, 1)
+    with processes.started(2, words) as group:
+        done = group.wait(100)
+    for one in done:
+        assert one.returncode == 128 + signal.SIGTERM, one.stderr[-2000:]
+        assert "SIGTERM: nothing is saved before the first step" in one.stderr
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def training(fields, tmp_path_factory) -> types.SimpleNamespace:
         # So that the number of writes does not depend on how fast the machine is.
         patch.setattr(report, "_FLUSH_SECONDS", math.inf)
         with pytest.MonkeyPatch.context() as stopped:
-            told = {5: signal.SIGTERM}
+            told = {5: loop.Interrupted(signal.SIGTERM, 5)}
             stopped.setattr(loop._Signals, "at", lambda self, step: told.get(step))
             train(folder / "before", half, code=128 + signal.SIGTERM)
         train(folder / "straight")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from xmc_jax import build, checkpoint, workdirs
+from xmc_jax.retrieval import encode
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -77,6 +78,37 @@ def test_signals(program, straight, tmp_path, terminated_after, stops):
     step, restored = loop.restore(program, tmp_path)
     assert step == STEPS
     assert_identical(restored, straight[0].state)
+
+
+@pytest.mark.slow
+def test_signals_within_encoding(program, straight, tmp_path, monkeypatch):
+    """After the batch under way no other is encoded, and no step is lost."""
+    blocks = encode._blocks
+    for items, time, saved in (
+        ("training documents", 1, "nothing is saved before the first step"),  # first tables
+        ("test documents", 1, "nothing is saved before the first step"),  # zero-shot
+        ("test documents", 2, "saved at step 5"),
+        ("training documents", 1, "saved at step 15"),  # the last boundary
+        ("training documents", 1, "saved at step 15"),  # again, in a run that went on from there
+    ):
+        begun, after = [], []
+
+        def signalled(encoder, what, *arguments, items=items, time=time, begun=begun, after=after):
+            begun.append(what.name)
+            for block in blocks(encoder, what, *arguments):
+                if begun.count(items) == time:
+                    after.append(block)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield block
+
+        with monkeypatch.context() as patch:
+            patch.setattr(encode, "_blocks", signalled)
+            with pytest.raises(loop.Interrupted, match=f"SIGTERM: {saved}"):
+                loop.train(program, tmp_path)
+        assert len(after) == 1
+    trained = loop.train(program, tmp_path)
+    assert_identical(trained.state, straight[0].state)
+    assert records(tmp_path) == straight[1]
 
 
 @pytest.mark.slow

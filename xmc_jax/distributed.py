@@ -41,6 +41,7 @@ _GRACE = 3
 _STEPS_AHEAD = 4
 _COUNT, _PEERS = "xmc_jax/count", "xmc_jax/peers"  # keys of the store
 _calls = itertools.count()  # keys of the store are written once, so each call has a number
+_requests = itertools.count(1)  # calls of `stop_requested`
 
 
 def initialize(
@@ -203,15 +204,13 @@ def first_then_others(name: str, function: Callable[[], Result]) -> Result:
     return result
 
 
-def stop_requested(step: int) -> bool:
-    """Whether a process got SIGTERM and all are to save after this step; the same on all processes.
+def stop_requested() -> bool:
+    """Whether a process got SIGTERM and all are to stop; True at the same call on all processes.
 
-    Always False with one process, where a signal handler is all it takes.
-
-    Args:
-        step: optimizer steps done, the same everywhere; to be asked after each.
+    Every process calls it equally often; it is True once. Always False with one process, where a
+    signal handler is all it takes.
     """
-    return not _alone() and multihost_utils.reached_preemption_sync_point(step)
+    return not _alone() and multihost_utils.reached_preemption_sync_point(next(_requests))
 
 
 class Decision:

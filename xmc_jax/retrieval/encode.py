@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from xmc_jax import distributed, report, sharding
+from xmc_jax import distributed, report, sharding, stopping
 from xmc_jax.data import packing
 from xmc_jax.data.store import Split
 from xmc_jax.files import array_files, atomic
@@ -235,6 +235,7 @@ def _blocks(
     mine = sharding.local_rows(size, mesh)
     with report.Progress(f"encoding {items.name}", len(ids), "block") as progress:
         for block, room in zip(ids, rooms):
+            stopping.check()
             rows = block[mine].astype(np.int32)
             inputs, rows = sharding.put_batch((items.split.inputs(rows), rows), size, mesh)
             encoded = encode(inputs.replace(packing=room), rows)

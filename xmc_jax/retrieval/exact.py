@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xmc_jax import sharding
+from xmc_jax import sharding, stopping
 from xmc_jax.data.csr import Csr
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would else multiply in bfloat16 or TF32
@@ -188,6 +188,7 @@ def search(
     searched = depth(database, k)
 
     def block(start: int) -> tuple[np.ndarray, np.ndarray]:
+        stopping.check()
         rows = np.zeros((query_block, width), np.float32)
         part = queries[start : start + query_block]
         rows[: len(part)] = part

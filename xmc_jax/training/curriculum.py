@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from xmc_jax import rng, sharding
+from xmc_jax import rng, sharding, stopping
 
 ITERATIONS = 20  # of 2-means, at each level, at most
 TOLERANCE = 1e-4  # pyxclib's; see `balanced_kmeans`
@@ -208,6 +208,7 @@ def balanced_kmeans(
     slots = np.asarray(rows, np.int32)[None]
     draws = jax.device_get(jax.random.uniform(key, (leaves,)))
     for clusters in (1 << level for level in range(leaves.bit_length() - 1)):
+        stopping.check()
         # Draw i: the seed of node i, the root being 1.
         slots = split(
             embeddings,
@@ -218,7 +219,7 @@ def balanced_kmeans(
             tolerance=tolerance,
             block=block,
             mesh=mesh,
-        )
+        ).block_until_ready()
     sizes = leaf_sizes(num_points, leaves)
     leaf = np.repeat(np.arange(leaves, dtype=np.int32), sizes)
     column = np.arange(num_points) - np.repeat(np.cumsum(sizes) - sizes, sizes)

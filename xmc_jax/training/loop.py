@@ -1,10 +1,11 @@
 """The loop: restore or build, then epochs of steps, boundary, save, evaluation."""
 
 import collections
+import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xmc_jax import checkpoint, command, distributed, report
+from xmc_jax import checkpoint, command, distributed, report, stopping
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
@@ -28,10 +29,18 @@ _PREFIX = {"zero-shot": "eval_zero_shot/", "plain": "eval/", "augmented": "eval_
 
 
 class Interrupted(Exception):
-    """A signal ended the run; its checkpoint is written. `signum` is the signal's number."""
+    """A signal ended the run, which is saved.
+
+    Args:
+        signum: the signal's number.
+        step: of the newest checkpoint; 0 before there is one.
+    """
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"{signal.Signals(signum).name}: saved at step {step}; rerun to go on")
+        saved = f"saved at step {step}; rerun to go on"
+        if not step:
+            saved = "nothing is saved before the first step; rerun to begin again"
+        super().__init__(f"{signal.Signals(signum).name}: {saved}")
         self.signum = signum
 
 
@@ -69,12 +78,17 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
         OSError: a checkpoint could not be written.
         FloatingPointError: numbers of a step are not finite; see `TrainConfig.non_finite`. What is
             saved is of before.
-        Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint.
+        Interrupted: on SIGTERM or SIGINT, after the step under way and a checkpoint, or after the
+            batch under way of what is encoded, searched or clustered.
     """
     config = run.config.train
-    with report.Clock() as clock, Watchdog(clock, config.stuck_after, workdir):
-        with checkpoint.Checkpoints(workdir, config.keep) as checkpoints, _Signals() as signals:
-            with clock.within("start"):
+    with (
+        report.Clock() as clock,
+        Watchdog(clock, config.stuck_after, workdir),
+        _Signals() as signals,
+    ):
+        with checkpoint.Checkpoints(workdir, config.keep) as checkpoints:
+            with clock.within("start"), _interruptible(0):
                 step = checkpoints.latest()
                 if step is None:
                     state, history, step = run.initial_state(), None, 0
@@ -96,26 +110,28 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                     if at_end and _is_due(config, epoch) and checkpoints.precision(step) is None:
                         evaluation = _evaluate(run, state, step, reporter, checkpoints)
                         if stop := signals.at(step):
-                            raise Interrupted(stop, step)
+                            raise stop
                     if epoch == config.epochs:
                         break
                     state, step = _steps(
                         run, state, epoch, step, reporter, checkpoints, signals, timer
                     )
-                    state = _boundary(run, state, epoch, step, reporter)
+                    state = _boundary(run, state, epoch, step, reporter, checkpoints)
                     epoch += 1
                     with clock.within("save"):
                         checkpoints.save(step, state, _history(reporter, config))
                     timer.restart()
                     if stop := signals.at(step):
-                        raise Interrupted(stop, step)
+                        raise stop
                 zero_shot = reporter.latest(_PREFIX["zero-shot"])
             with clock.within("save"):
                 checkpoints.wait()
         if evaluation is None:
             logging.info("%s: the run is complete; evaluating it again", workdir)
-            with clock.within("eval"):
+            with clock.within("eval"), _interruptible(step):
                 evaluation = run.evaluate(state)
+        if stop := signals.at(step):
+            raise stop
         return Trained(step, state, evaluation, zero_shot, clock.seconds())
 
 
@@ -225,7 +241,7 @@ def _steps(
                     checkpoints.save(step, state, _history(reporter, config))
                 timer.restart()
             if stop:
-                raise Interrupted(stop, step)
+                raise stop
         report_done(0)
     return state, step
 
@@ -266,13 +282,24 @@ def _not_applied(
 
 
 def _boundary(
-    run: Run, state: TrainState, epoch: int, step: int, reporter: report.Reporter
+    run: Run,
+    state: TrainState,
+    epoch: int,
+    step: int,
+    reporter: report.Reporter,
+    checkpoints: checkpoint.Checkpoints,
 ) -> TrainState:
-    """The state after the boundary that follows an epoch's steps."""
+    """The state after the boundary that follows an epoch's steps; saves that before if stopped."""
     clock = reporter.clock
     before = clock.seconds()["boundary"]  # compilation, in the first ones, is another phase
-    with clock.within("boundary"):
-        state = jax.block_until_ready(run.boundary(state, epoch))
+    try:
+        with clock.within("boundary"):
+            state = jax.block_until_ready(run.boundary(state, epoch))
+    except stopping.Stopped as stopped:
+        if checkpoints.latest() != step:  # else the run went on from here
+            with clock.within("save"):
+                checkpoints.save(step, state, _history(reporter, run.config.train))
+        raise Interrupted(stopped.signum, step) from None
     reporter.record(step, {"time/boundary": clock.seconds()["boundary"] - before})
     if not _is_due(run.config.train, epoch + 1):
         _record_shares(step, reporter)
@@ -295,7 +322,7 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluates a state that is saved, and adds the result to its checkpoint."""
     clock, started = reporter.clock, time.perf_counter()
-    with clock.within("eval"):
+    with clock.within("eval"), _interruptible(step):
         evaluation = run.evaluate(state)
     record = {"time/eval": time.perf_counter() - started}
     for row, metrics in evaluation.metrics.items():
@@ -312,7 +339,7 @@ def _evaluate(
 def _evaluate_zero_shot(
     run: Run, state: TrainState, reporter: report.Reporter, workdir: epath.PathLike
 ) -> None:
-    with reporter.clock.within("eval"):
+    with reporter.clock.within("eval"), _interruptible(0):
         found = run.evaluate_zero_shot(state)
     if distributed.is_first():
         with reporter.clock.within("save"):
@@ -377,29 +404,19 @@ class _SaveTimer:
         return self._decision.after(step, late)
 
 
-class _Signals:
-    """Within it, SIGTERM and SIGINT are noted; a second one acts as usual.
+@contextlib.contextmanager
+def _interruptible(step: int) -> Iterator[None]:
+    """Within it, work that a signal stops ends the run, whose newest checkpoint is of this step."""
+    try:
+        yield
+    except stopping.Stopped as stopped:
+        raise Interrupted(stopped.signum, step) from None
 
-    With several processes JAX notes SIGTERM, and they agree on the step after which they stop.
-    """
 
-    def __init__(self):
-        self._number: int | None = None
-        alone = jax.process_count() == 1
-        self._noted = (signal.SIGTERM, signal.SIGINT) if alone else ()
+class _Signals(stopping.Signals):
+    """Signals that end the run; see `stopping.Signals`."""
 
-    def at(self, step: int) -> int | None:
-        """The number of the signal to stop for after this step, the same in all processes."""
-        return signal.SIGTERM if distributed.stop_requested(step) else self._number
-
-    def __enter__(self) -> "_Signals":
-        self._previous = {number: signal.signal(number, self._note) for number in self._noted}
-        return self
-
-    def _note(self, number: int, _) -> None:
-        self._number = number
-        self.__exit__()
-
-    def __exit__(self, *exc_info) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
+    def at(self, step: int) -> Interrupted | None:
+        """What ends the run after this step, which is saved or about to be; None to go on."""
+        number = self.requested()
+        return Interrupted(number, step) if number else None
