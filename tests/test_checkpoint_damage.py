@@ -355,6 +355,29 @@ def can_filter() -> bool:
     return not subprocess.run(words, capture_output=True, cwd=ROOT / "tests").returncode
 
 
+def test_a_step_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
+    """As of a run that goes on from just before a boundary, where its only checkpoint is."""
+
+    def fail(folder, step):
+        raise OSError(28, "No space left on device", str(folder))
+
+    damage.save(tmp_path, 1)
+    with monkeypatch.context() as full:
+        full.setattr(proof, "write", fail)
+        with pytest.raises(OSError, match=r"/1: could not be written: .*No space left"):
+            damage.save(tmp_path, 1)
+    assert damage.newest(tmp_path, read_only=False) == 1
+    # Killed after the new one was committed and before the old one was removed.
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints / "1", checkpoints / ".1.old")
+    assert damage.newest(tmp_path, read_only=False) == 1
+    assert [path.name for path in checkpoints.iterdir()] == ["1"]
+    (checkpoints / "1").rename(checkpoints / ".1.old")
+    (checkpoints / "1").mkdir()
+    (checkpoints / "1" / "half").write_text("written")
+    assert damage.newest(tmp_path, read_only=False) == 1
+
+
 def test_a_failed_write_ends_a_with_block(tmp_path, monkeypatch):
     """As of a loop that has nothing more to do: leaving it says so."""
 

@@ -7,6 +7,7 @@ digests of its files, see `proof`.
 
 import contextlib
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class Checkpoints:
         self._found: dict[int, proof.Finding] = {}
         self._precision: dict[int, float | None] = {}  # P@1 by step, as far as it is known
         self._pending: int | None = None  # the step that is being written
+        if not read_only and distributed.is_first():
+            _recover(self._folder)
         self._listed = distributed.broadcast("checkpoints", workdirs.steps(workdir))
         if not read_only:
             self._clear(workdirs.strays(workdir))
@@ -134,8 +137,9 @@ class Checkpoints:
         """Starts writing the state; returns once it is copied off the devices.
 
         Args:
-            step: optimizer steps done. A checkpoint of this step that is there already is replaced:
-                it is one that a signal asked for just before an epoch boundary.
+            step: optimizer steps done. A checkpoint of this step that exists already is replaced:
+                a signal asked for it just before an epoch boundary. In a local workdir it is set
+                aside, and removed when the new one is whole.
             state: pytree of arrays.
             history: what `report.Reporter.history` gave; stored as JSON.
 
@@ -148,6 +152,8 @@ class Checkpoints:
         self._precision[step] = None
         with self._writing(step):
             if step in self._manager.all_steps():
+                if distributed.is_first() and not atomic.is_remote(self._folder):
+                    atomic.set_aside(pathlib.Path(self._folder / str(step)))
                 self._manager.delete(step)
             self._manager.save(
                 step,
@@ -267,6 +273,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if step is not None and distributed.is_first():
                 proof.seal(self._folder / str(step))
+                _drop_set_aside(self._folder / str(step))
         self._pending = None
 
     def close(self) -> None:
@@ -363,6 +370,32 @@ class Checkpoints:
                 f"checkpoint {self._folder}/{step}: could not be written: {_one_line(error)}; "
                 "those before it are kept: run the same command again to go on from the newest"
             ) from error
+
+
+def _recover(folder: epath.Path) -> None:
+    """Gives a checkpoint its name back that was to be replaced by one that is not there or whole.
+
+    Args:
+        folder: of all checkpoints.
+    """
+    if atomic.is_remote(folder):
+        return
+    for old in pathlib.Path(folder).glob(".*.old"):
+        step = old.name.removeprefix(".").removesuffix(".old")
+        if not step.isdecimal():
+            continue
+        target = folder / step
+        if target.exists() and proof.examine(target, int(step)).kind == "damaged":
+            _move_away(target)
+        if target.exists():
+            _drop_set_aside(target)
+        else:
+            atomic.recover_folder(pathlib.Path(target))
+
+
+def _drop_set_aside(folder: epath.Path) -> None:
+    if not atomic.is_remote(folder):
+        shutil.rmtree(atomic.set_aside_path(pathlib.Path(folder)), ignore_errors=True)
 
 
 def _move_away(folder: epath.Path) -> None:

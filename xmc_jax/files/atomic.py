@@ -130,7 +130,7 @@ def move_folder(source: pathlib.Path, target: pathlib.Path) -> None:
         source: a folder, already on the disk.
         target: its new path; a folder there is removed.
     """
-    old = _old(target)
+    old = set_aside_path(target)
     if not target.exists():
         os.replace(source, target)
     elif _exchanged(source, target):
@@ -143,15 +143,23 @@ def move_folder(source: pathlib.Path, target: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def set_aside(target: pathlib.Path) -> None:
+    """Renames a folder to `set_aside_path`, to make room for a new one; see `recover_folder`."""
+    old = set_aside_path(target)
+    shutil.rmtree(old, ignore_errors=True)
+    move_file(target, old)
+
+
 def recover_folder(target: pathlib.Path) -> None:
-    """Gives a folder its name back that a kill within `move_folder` has left without one."""
-    old = _old(target)
+    """Gives a folder its name back that `set_aside`, or a kill in `move_folder`, has taken."""
+    old = set_aside_path(target)
     if old.exists() and not target.exists():
         os.replace(old, target)
         folder_to_disk(target.parent)
 
 
-def _old(target: pathlib.Path) -> pathlib.Path:
+def set_aside_path(target: pathlib.Path) -> pathlib.Path:
+    """The name of a folder that waits until a new one has taken its place."""
     return target.with_name(f".{target.name}.old")
 
 
