@@ -173,7 +173,7 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
     lines = "".join(json.dumps(document) + "\n" for document in tests)
     (tmp_path / "new.jsonl").write_text(lines)
     done = command(
-        *("--mode=predict", f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"),
+        *("--mode=predict", f"--workdir={folder / 'run'}"),  # the run's own config
         *(f"--input={tmp_path / 'new.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"),
         "--predict.k=3",
     )
@@ -201,6 +201,8 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
     ("arguments", "said", "code"),
     [
         ((), "--config: expected a config file", 2),
+        (("--mode=report",), "or --workdir=FOLDER of a run", 2),
+        (("--mode=report", "--config.eval.k=3"), "--config.eval.k: expected --config=FILE", 2),
         (("--config=configs/vixml.py:tyni",), "did you mean 'tiny'", 2),
         (("--config=configs/vixml.py:minilm_l3/debian_3",), "did you mean 'debian_3k'", 2),
         (

@@ -19,6 +19,9 @@ Modes:
     plan      say what the run needs on --topology, and whether it fits; exit code 1 if not.
     serve     answer queries over HTTP from --artifact, what export wrote, with --serve.*; needs no
               --config.
+
+The modes evaluate, tune, embed, index, export, predict, labels, report and serve take the config of
+the run in --workdir if --config is not given.
 """
 
 import dataclasses
@@ -79,7 +82,11 @@ def _settings(section: str, kind: type) -> Callable[[], Any]:
     return make
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, with :variant; modes that read a run take the config of --workdir if not given.",
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives, runs/<config.name> if not given; run again to go on."
 )
@@ -142,6 +149,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
 _OF_ARTIFACT = ("predict", "labels", "serve")  # modes that need no config, but an exported model
+_OF_RUN = (*_OF_ARTIFACT, "evaluate", "tune", "embed", "index", "export", "report")
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
 
 
@@ -151,14 +159,14 @@ def main(argv: list[str]) -> int:
     # Imported here, so that a mistyped flag is answered at once.
     from xmc_jax import distributed, modes
 
-    fields = None if _CONFIG.value is None else _CONFIG.value.to_dict()
+    fields = _fields()
     workdir = _WORKDIR.value or ("" if fields is None else f"runs/{fields['name']}")
     asked = modes.Asked(
         fields=fields,
         workdir=epath.Path(workdir),
         step=_STEP.value,
         topology=_TOPOLOGY.value,
-        recipe=None if fields is None else _recipe(),
+        recipe=None if _CONFIG.value is None else _recipe(),
         artifact=_ARTIFACT.value,
         input=_INPUT.value,
         output=_OUTPUT.value,
@@ -170,6 +178,17 @@ def main(argv: list[str]) -> int:
     distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
     distributed.agree("config", fields)
     return modes.run(_MODE.value, asked)
+
+
+def _fields() -> dict[str, Any] | None:
+    """The config of --config, else of the run in --workdir; None with --artifact alone."""
+    from xmc_jax import workdirs
+
+    if _CONFIG.value is not None:
+        return _CONFIG.value.to_dict()
+    if _ARTIFACT.value and _MODE.value in _OF_ARTIFACT:
+        return None
+    return workdirs.read_fields(_WORKDIR.value)
 
 
 def _recipe() -> dict[str, Any]:
@@ -203,9 +222,11 @@ def parse(argv: list[str], closed: Collection[str] = ()) -> list[str]:
         raise ValueError(_explain(argv, error)) from error
     if len(rest) > 1:
         raise ValueError(f"command line: expected flags alone, got {rest[1]!r}")
-    of_artifact = _MODE.value in _OF_ARTIFACT
-    if config is None and not (of_artifact and _ARTIFACT.value):
-        instead = ", or --artifact=FOLDER, an exported model" if of_artifact else ""
+    of_artifact, of_run = _MODE.value in _OF_ARTIFACT, _MODE.value in _OF_RUN
+    named = (of_artifact and _ARTIFACT.value) or (of_run and _WORKDIR.value)
+    if config is None and not named:
+        instead = ", or --workdir=FOLDER of a run" if of_run else ""
+        instead += ", or --artifact=FOLDER, an exported model" if of_artifact else ""
         raise ValueError(
             f"--config: expected a config file, e.g. --config=configs/vixml.py{instead}"
         )
@@ -224,6 +245,8 @@ def _explain(argv: list[str], error: Exception) -> str:
     """One line for what absl and ml_collections say in several, or in a traceback."""
     overrides = [match[1] for a in argv if (match := re.match(r"--config\.([\w.]+)", a))]
     file = next((match for a in argv if (match := re.match(r"--config=([^:]+):?(.*)", a))), None)
+    if overrides and not file:
+        return f"--config.{overrides[0]}: expected --config=FILE, which has this field, got none"
     if overrides and file and os.path.exists(file[1]):
         # The flags hold no config after a failure; this one is only read for its fields.
         known = list(_paths(_loaded(file[1], file[2])))

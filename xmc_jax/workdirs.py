@@ -186,3 +186,20 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path}: expected the config of a run, found no such file")
     return json_files.read(path)
+
+
+def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
+    """The config a workdir was made with, as a config file gives it: sequences are tuples.
+
+    Raises:
+        ValueError: see `read_config`.
+    """
+    config = read_config(workdir)
+    config.pop("provenance", None)
+    return _with_tuples(config)
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tuples(inner) for name, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
