@@ -30,6 +30,7 @@ from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.types import TrainState
+from xmc_jax.wording import counted
 
 _ROWS = {"plain": "trained", "augmented": "trained + augmented"}
 _OF_FOLDER = (("encoder", "pooling"), ("fusion", "prefix"), ("fusion", "label_prefix"))
@@ -319,9 +320,9 @@ def _labels(asked: Asked) -> int:
     found = labels.change(opened.folder, changes, NewLabelsConfig(**how), config.out or None)
     recall = "" if found.recall is None else f"; the index finds {found.recall:.2%}"
     print(
-        f"{config.out or opened.folder}: {found.added:,} labels added, {found.borrowing:,} of them "
-        f"like trained ones, {found.updated:,} updated, {found.removed:,} removed; "
-        f"{found.labels:,} now{recall}"
+        f"{config.out or opened.folder}: {counted(found.added, 'label')} added, "
+        f"{found.borrowing:,} of them like trained ones, {found.updated:,} updated, "
+        f"{found.removed:,} removed; {found.labels:,} now{recall}"
     )
     return 0
 
@@ -405,5 +406,5 @@ def _show(
     cut = {split: count for split, count in prepare.cut_texts(data.folder).items() if count}
     if cut:
         counts = ", ".join(f"{count:,} {split}" for split, count in cut.items())
-        print(f"\ntexts of more than {data.max_length} tokens, which were cut: {counts}")
+        print(f"\ntexts of more than {counted(data.max_length, 'token')}, which were cut: {counts}")
     print(f"\nstep {step}; the same in {workdir / 'metrics.json'}")

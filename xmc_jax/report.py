@@ -23,6 +23,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from xmc_jax.files import atomic
+from xmc_jax.wording import counted
 
 _FLUSH_SECONDS = 10  # between two writes of metrics.jsonl, which is written whole
 _PROGRESS_SECONDS = 20  # between two lines on the same progress in a log
@@ -157,7 +158,7 @@ class Progress:
         if self._in_log and now - self._said >= _PROGRESS_SECONDS:
             self._said = now
             logging.info(
-                "%s: %s of %s %ss", self._what, f"{self._done:,}", f"{self._total:,}", self._unit
+                "%s: %s of %s", self._what, f"{self._done:,}", counted(self._total, self._unit)
             )
 
     def __enter__(self) -> "Progress":

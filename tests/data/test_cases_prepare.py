@@ -23,9 +23,9 @@ CASES = pathlib.Path(__file__).parents[1] / "cases" / "records"
         (
             "c17_duplab",
             {"test_fraction": 0.5},
-            "1 labels are in a document that has them already: counted once",
+            "1 label repeats one of the same document: counted once",
         ),
-        ("c60_duplab", {}, "24 labels are in a document that has them already: counted once"),
+        ("c60_duplab", {}, "24 labels repeat one of the same document: counted once"),
         (
             "c28_testnolabels",
             {},

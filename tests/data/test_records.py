@@ -593,7 +593,7 @@ def test_numbered_files_are_one(own, tmp_path):
     write(folder / "train-10-of-3.csv", [DOCUMENTS[0], *DOCUMENTS[3:]])
     assert refused(folder) == (
         "train-10-of-3.csv:2: expected ids that differ, found that of "
-        "train-0-of-3.csv:2; 1 documents have an id of others; --row_per_pair makes one document "
+        "train-0-of-3.csv:2; 1 document has an id of others; --row_per_pair makes one document "
         "of rows of one id that follow each other"
     )
 
@@ -975,12 +975,12 @@ def test_report(tmp_path, capsys):
         "pairs",
         "groups: 4, the largest of 4 documents",
         "texts of more than 8 tokens of minilm-l6-packaged (--max_length), which are cut: 1 "
-        "documents, 0 labels",
-        "! 1 labels are in a document that has them already: counted once",
-        "! 1 test documents have a text that training has, too",
-        "! 1 test documents have a text that differs from one of training in capitals or blanks "
+        "document, 0 labels",
+        "! 1 label repeats one of the same document: counted once",
+        "! 1 test document has a text that training has, too",
+        "! 1 test document has a text that differs from one of training in capitals or blanks "
         "alone",
-        "! 1 image files are not there",
+        "! 1 image file is not there",
         "words per document: mean 3.0, median 3, at most 9",
         "              0            2 ####################",
         "            3-4            4 ########################################",

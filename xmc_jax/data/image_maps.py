@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from xmc_jax.data.csr import Csr
+from xmc_jax.wording import counted
 
 _BYTES_PER_ITEM = 1024  # far more than the rows of one item take
 _DEPTH = 8  # of marks on the stack; an array in an array takes five
@@ -98,7 +99,7 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
             if len(shape) != 1 or not 0 <= shape[0] <= size:
                 raise ValueError(f"objects of shape {shape} in {size} bytes")
             if size > (1 << 20) + _BYTES_PER_ITEM * shape[0]:
-                raise ValueError(f"{size} bytes for {shape[0]} items")
+                raise ValueError(f"{size} bytes for {counted(shape[0], 'item')}")
             return _flatten(_run(data, start, shape[0]), size)
 
 

@@ -25,6 +25,7 @@ from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.raw import Items
 from xmc_jax.data.record_scan import Scan
 from xmc_jax.files import array_files, atomic, json_files, locks, manifests
+from xmc_jax.wording import counted
 
 _CHECKED = 1 << 20  # characters of texts that are tokenised at a time when records are checked
 _CUT = "texts_cut.json"  # split -> texts that were cut at max_length
@@ -131,7 +132,8 @@ def prepare(config: PrepareConfig) -> pathlib.Path:
         (ids,) = tokenizers.encode(tokenizer, [prompt], config.special_tokens)
         if prompt and len(ids) >= config.max_length:
             raise ValueError(
-                f"max_length: expected more than the {len(ids)} tokens that the prompt {prompt!r} "
+                f"max_length: expected more than the {counted(len(ids), 'token')} that the prompt "
+                f"{prompt!r} "
                 f"takes, special ones included, got {config.max_length}; set data.max_length"
             )
     inputs = _inputs(config, raw_folder.digests(files), identity)

@@ -9,6 +9,7 @@ import numpy as np
 
 from xmc_jax.data import record_cells, record_files
 from xmc_jax.data.store import Store
+from xmc_jax.wording import counted
 
 FREQUENCY = "frequency"
 """The prior that needs no file."""
@@ -49,8 +50,8 @@ def read(source: str, store: Store) -> np.ndarray:
     missing = np.flatnonzero(np.isnan(prior))
     if len(missing):
         raise ValueError(
-            f"{path}: expected a number for each of {len(labels):,} labels, found none for "
-            f"{len(missing):,}, the first {labels[missing[0]]!r}; 1 leaves a score as it is"
+            f"{path}: expected a number for each of {counted(len(labels), 'label')}, found none "
+            f"for {len(missing):,}, the first {labels[missing[0]]!r}; 1 leaves a score as it is"
         )
     return prior
 

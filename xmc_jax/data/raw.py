@@ -19,6 +19,7 @@ import numpy as np
 from xmc_jax.data.csr import Csr, concatenated
 from xmc_jax.files import text_files
 from xmc_jax.files.text_files import TextFile
+from xmc_jax.wording import counted
 
 # Possessive quantifiers: no backtracking, so that no line takes more than linear time.
 _ENTRY = rb"\d++:[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d++)?+"
@@ -154,7 +155,8 @@ def read_label_matrix(path) -> Csr:
         if len(counts) == rows:
             if line.strip():
                 raise ValueError(
-                    f"{path}:{number}: expected {rows} rows as in the header, found one more"
+                    f"{path}:{number}: expected {counted(rows, 'row')} as in the header, found one "
+                    "more"
                 )
             continue
         if not _ROW.fullmatch(line):
@@ -168,7 +170,9 @@ def read_label_matrix(path) -> Csr:
             blocks.append(_numbers(pending))
             pending = []
     if len(counts) != rows:
-        raise ValueError(f"{path}: expected {rows} rows as in the header, found {len(counts)}")
+        raise ValueError(
+            f"{path}: expected {counted(rows, 'row')} as in the header, found {len(counts)}"
+        )
     entries = np.concatenate(blocks + [_numbers(pending)]).reshape(-1, 2)
     indptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     with np.errstate(over="ignore"):  # an overflow is an infinity, refused below
@@ -418,7 +422,7 @@ def _read_npz(path: pathlib.Path) -> Csr:
     if not (indptr[-1] == len(indices) == len(data)):
         raise ValueError(
             f"{path}: expected {indptr[-1]} entries as in indptr, "
-            f"found {len(indices)} indices and {len(data)} values"
+            f"found {counted(len(indices), 'index', 'indices')} and {counted(len(data), 'value')}"
         )
     with np.errstate(over="ignore"):
         values = data.astype(np.float32)

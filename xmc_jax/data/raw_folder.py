@@ -13,6 +13,7 @@ from xmc_jax.data.csr import Csr, concatenated
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
 from xmc_jax.files.digests import sha256
+from xmc_jax.wording import counted
 
 # Names in use, in the order they are looked for: the repository's, then those of the archives of
 # MM-AmazonTitles-300K and Renee, and of DeepXML. Each may end in .gz.
@@ -292,7 +293,7 @@ def draw(sources: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     if drawn.all():
         raise ValueError(
             f"validation_fraction: expected to leave documents to train on, got {fraction} of "
-            f"{len(sources)} documents from {len(np.unique(sources))} sources"
+            f"{counted(len(sources), 'document')} from {counted(len(np.unique(sources)), 'source')}"
         )
     return drawn
 
@@ -310,7 +311,8 @@ def _check_held_out(
     found = len(rows.get("validation", ()))
     if found != named:
         raise ValueError(
-            f"{path}: expected uids of {named} documents of {files['train'].name}, found {found} "
+            f"{path}: expected uids of {counted(named, 'document')} of {files['train'].name}, "
+            f"found {found} "
             "with these"
         )
     for split, what in (("train", "training"), ("validation", "validation")):
@@ -400,9 +402,9 @@ def _check_matrix(
     path = files[f"{split} labels"]
     if (positives.rows, positives.columns) != (rows, columns):
         raise ValueError(
-            f"{path}: expected {rows} rows, the lines of {files[split].name}, and {columns} "
-            f"columns, the lines of {files['label'].name}, found {positives.rows} and "
-            f"{positives.columns}"
+            f"{path}: expected {counted(rows, 'row')}, the lines of {files[split].name}, and "
+            f"{counted(columns, 'column')}, the lines of {files['label'].name}, found "
+            f"{positives.rows} and {positives.columns}"
         )
     if positives.values.min(initial=1) <= 0:
         raise ValueError(f"{path}: expected positive values, found {positives.values.min():g}")

@@ -16,6 +16,7 @@ import numpy as np
 from xmc_jax.data import record_table
 from xmc_jax.data.record_table import Table
 from xmc_jax.files import text_files
+from xmc_jax.wording import counted
 
 _BATCH_BYTES = 4 << 20  # of the rows that are decoded at a time
 _FIRST_ROWS = 256
@@ -59,7 +60,8 @@ class ParquetTable(Table):
         size, held = path.stat().st_size, sum(group.total_byte_size for group in groups)
         if self.num_rows > _ROWS_PER_BYTE * size or held > text_files.most_bytes(path):
             raise ValueError(
-                f"{path}: expected what {size} bytes may hold, found {self.num_rows} rows of "
+                f"{path}: expected what {size} bytes may hold, found "
+                f"{counted(self.num_rows, 'row')} of "
                 f"{held} bytes: a file made to be slow"
             )
 
@@ -229,7 +231,8 @@ class _Cursor:
             self._batch = next(self._batches, None)
             if self._batch is None:
                 raise ValueError(
-                    f"{self._tables[table].path}: expected {starts[-1]} rows, found {self._start}"
+                    f"{self._tables[table].path}: expected {counted(starts[-1], 'row')}, found "
+                    f"{self._start}"
                 )
         return self._batch[row - self._start].as_py()
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from xmc_jax.data.record_scan import Scan
+from xmc_jax.wording import counted
 
 _BAR = 40  # characters of the longest bar
 _DOCUMENTS = ("train", "test", "validation")  # the last one where there are any
@@ -116,13 +117,15 @@ def text(report: Mapping[str, Any]) -> str:
     groups = report["groups"]
     total = sum(report[split]["documents"] for split in splits if split != "label")
     if groups["count"] < total:
-        lines.append(f"groups: {groups['count']:,}, the largest of {groups['largest']:,} documents")
+        largest = counted(groups["largest"], "document")
+        lines.append(f"groups: {groups['count']:,}, the largest of {largest}")
     if report["test"].get("drawn"):
         lines.append("the test documents were drawn: --test_fraction, --split_seed")
     if cut := report.get("cut"):
         lines.append(
             f"texts of more than {cut['max_length']} tokens of {cut['tokenizer']} (--max_length), "
-            f"which are cut: {cut['document']:,} documents, {cut['label']:,} labels"
+            f"which are cut: {counted(cut['document'], 'document')}, "
+            f"{counted(cut['label'], 'label')}"
         )
     lines += [f"! {remark}" for remark in _remarks(report)]
     for key, said in (
@@ -149,7 +152,8 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
         remarks.append("the labels have ids alone: their ids are taken for their texts")
     if unknown["ids"]:
         remarks.append(
-            f"{unknown['ids']:,} unknown labels, in {unknown['pairs']:,} pairs: "
+            f"{counted(unknown['ids'], 'unknown label')}, in "
+            f"{counted(unknown['pairs'], 'pair')}: "
             f"{done[unknown['treated']]}"
         )
     if joined := unknown.get("joined"):
@@ -159,14 +163,17 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
             f"--separator={joined['separator']!r}"
         )
     if unknown["filter_pairs"]:
-        remarks.append(f"{unknown['filter_pairs']:,} unknown labels in filters: left out")
+        remarks.append(f"{counted(unknown['filter_pairs'], 'unknown label')} in filters: left out")
     repeated = sum(report[s].get("repeated_labels", 0) for s in _DOCUMENTS if s in report)
     if repeated:
-        remarks.append(f"{repeated:,} labels are in a document that has them already: counted once")
+        remarks.append(
+            f"{counted(repeated, 'label repeats', 'labels repeat')} one of the same document: "
+            "counted once"
+        )
     if report["test"]["positives_filtered"]:
         remarks.append(
-            f"{report['test']['positives_filtered']:,} labels of test documents taken out, since "
-            "they may not be predicted"
+            f"{counted(report['test']['positives_filtered'], 'label')} of test documents taken "
+            "out, since they may not be predicted"
         )
     for split, key in (("test", "across_the_split"), ("validation", "across_validation")):
         across = report.get(key, {})
@@ -176,10 +183,12 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
             ("groups", "a group that training has, too"),
         ):
             if across.get(shared):
-                remarks.append(f"{across[shared]:,} {split} documents have {said}")
+                documents = f"{split} document"
+                documents = counted(across[shared], f"{documents} has", f"{documents}s have")
+                remarks.append(f"{documents} {said}")
     missing = sum(report[s]["images_missing"] for s in (*_DOCUMENTS, "label") if s in report)
     if missing:
-        remarks.append(f"{missing:,} image files are not there")
+        remarks.append(f"{counted(missing, 'image file is', 'image files are')} not there")
     return remarks
 
 

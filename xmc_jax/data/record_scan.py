@@ -11,6 +11,7 @@ import tqdm
 from xmc_jax.data import holdout, record_cells
 from xmc_jax.data.record_facts import SPLITS, Documents, Items, Labels
 from xmc_jax.data.record_fields import Opened, Record
+from xmc_jax.wording import counted
 
 Keep = Callable[[str, dict[str, Any], list[str]], None]
 """Is given "label" or "document", an object of a raw file, and the images, of each item."""
@@ -117,7 +118,8 @@ def read(
         bool(opened["label"]) and all("text" not in one.columns for one in opened["label"]),
         None,
     )
-    dropped = f"; {scanning.unknown_pairs} labels were unknown" if scanning.unknown_pairs else ""
+    unknown = counted(scanning.unknown_pairs, "label was", "labels were")
+    dropped = f"; {unknown} unknown" if scanning.unknown_pairs else ""
     return dataclasses.replace(scan, refusal=_refusal(scan, opened, paths, dropped))
 
 
@@ -138,8 +140,9 @@ def _refusal(
             continue
         kind = "documents with labels" if chosen.any() else "documents"
         return (
-            f"{paths}: expected {adjective} {kind}, found none among {len(documents)} documents of "
-            f"{len(np.unique(scan.groups))} groups{dropped}"
+            f"{paths}: expected {adjective} {kind}, found none among "
+            f"{counted(len(documents), 'document')} of "
+            f"{counted(len(np.unique(scan.groups)), 'group')}{dropped}"
         )
     return None
 
@@ -316,7 +319,8 @@ def _check_ids(documents: Documents) -> None:
     if len(again):
         raise ValueError(
             f"{documents.at(again[0])}: expected ids that differ, found that of "
-            f"{documents.at(first[again[0]])}; {len(again)} documents have an id of others; "
+            f"{documents.at(first[again[0]])}; "
+            f"{counted(len(again), 'document has', 'documents have')} an id of others; "
             "--row_per_pair makes one document of rows of one id that follow each other"
         )
 

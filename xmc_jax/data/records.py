@@ -29,6 +29,7 @@ from xmc_jax.data.record_scan import Keep, Scan
 from xmc_jax.data.record_table import Table
 from xmc_jax.files import atomic, json_files, locks, manifests
 from xmc_jax.files.digests import sha256
+from xmc_jax.wording import counted
 
 FORMAT = 2
 """Version of what a raw folder says of the same records; those of earlier ones are taken."""
@@ -162,7 +163,7 @@ def describe(config: RecordsConfig) -> str:
                 for field, column in one.columns.items()
             )
             if one.label_columns:
-                taken += f", labels in {len(one.label_columns)} columns"
+                taken += f", labels in {counted(len(one.label_columns), 'column')}"
             used = {*one.columns.values(), *one.label_columns}
             rest = [column for column in one.table.columns if column and column not in used]
             ignored = f"; not read: {', '.join(rest)[:200]}" if rest else ""

@@ -10,6 +10,7 @@ from xmc_jax.data import bundled
 from xmc_jax.models import hf
 from xmc_jax.retrieval import evaluate
 from xmc_jax.training.run import Run
+from xmc_jax.wording import counted
 
 NAMES = ("README.md", "DATA_CARD.md", "LICENSE.md")
 _ROWS = {"plain": "labels by inner product", "augmented": "mixed with neighbouring documents"}
@@ -84,14 +85,16 @@ def _model_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run)
         for kind, found in content["metrics"].items()
     ]
     images = model["images"]
-    takes = "texts" if images is None else f"texts and up to {images['per_item']} pictures"
+    takes = (
+        "texts" if images is None else f"texts and up to {counted(images['per_item'], 'picture')}"
+    )
     lines = [
         *front,
         f"# {content['name']}",
         "",
-        f"Ranks the {content['labels']['count']:,} labels of {dataset} for documents of {takes}. "
-        f"One Siamese tower of {base}, trained with xmc_jax "
-        f"{content['versions']['xmc_jax']} ({content['step']:,} steps); exported "
+        f"Ranks the {counted(content['labels']['count'], 'label')} of {dataset} for "
+        f"documents of {takes}. One Siamese tower of {base}, trained with xmc_jax "
+        f"{content['versions']['xmc_jax']} ({counted(content['step'], 'step')}); exported "
         f"{content['created']}.",
         "",
         "## Use",
@@ -109,7 +112,7 @@ def _model_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run)
         "",
         "## How good it is",
         "",
-        f"On the {run.data.num_test:,} test documents of {dataset}, percent:",
+        f"On the {counted(run.data.num_test, 'test document')} of {dataset}, percent:",
         "",
         "| | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -119,8 +122,9 @@ def _model_card(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run)
         index = content["index"]
         lines += [
             "",
-            f"The ScaNN index finds {100 * index['recall']:.2f} % of the {index['k']} labels that "
-            f"exact search finds, on {index['queries']:,} test documents.",
+            f"The ScaNN index finds {100 * index['recall']:.2f} % of the "
+            f"{counted(index['k'], 'label')} that exact search finds, on "
+            f"{counted(index['queries'], 'test document')}.",
         ]
     lines += ["", "## What it takes", ""]
     lines += [f"- texts of at most {model['max_length']} tokens; more is cut"]

@@ -44,6 +44,7 @@ from xmc_jax.inference.thumbnails import KINDS, Thumbnails
 from xmc_jax.models import dual, hf
 from xmc_jax.retrieval.augmented import RETIRED, AugmentedConfig
 from xmc_jax.types import ORDERS, Prompts
+from xmc_jax.wording import counted
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -357,7 +358,8 @@ def open(folder, verify: bool = True) -> Artifact:
     index = sections["index"]
     if index is not None and index.count != len(labels):
         raise ValueError(
-            f"{folder / index.folder}: expected an index of the {len(labels)} labels, found one of "
+            f"{folder / index.folder}: expected an index of the {counted(len(labels), 'label')}, "
+            "found one of "
             f"{index.count}; build it again"
         )
     for name, path in _files(folder, manifest):
@@ -562,8 +564,8 @@ def _thumbnails(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, 
         opened[kind] = found = Thumbnails(folder / section["folder"], kind)
         if len(found) != counts[kind]:
             raise ValueError(
-                f"{folder / section['folder']}: expected {counts[kind]} pictures of {kind}, found "
-                f"{len(found)}; copy or export the folder again"
+                f"{folder / section['folder']}: expected {counted(counts[kind], 'picture')} of "
+                f"{kind}, found {len(found)}; copy or export the folder again"
             )
     return opened
 
@@ -571,7 +573,7 @@ def _thumbnails(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, 
 def _texts(folder: pathlib.Path, name: str, count: int) -> texts.Texts:
     opened = texts.open(folder, name)
     if len(opened) != count:
-        raise ValueError(f"{folder / name}: expected {count} texts, found {len(opened)}")
+        raise ValueError(f"{folder / name}: expected {counted(count, 'text')}, found {len(opened)}")
     return opened
 
 

@@ -31,6 +31,7 @@ from xmc_jax.files.text_files import TextFile
 from xmc_jax.inference.artifact import ModelInput
 from xmc_jax.inference.labels import Label
 from xmc_jax.inference.predictor import Query
+from xmc_jax.wording import counted
 
 MAX_IMAGE = 32 << 20
 """Most bytes of a picture's file."""
@@ -179,7 +180,8 @@ class Source:
 
     def _other(self, count: int) -> ValueError:
         return ValueError(
-            f"{self.name}: expected the {count:,} records that are done already, found others; "
+            f"{self.name}: expected the {counted(count, 'record')} that are done already, found "
+            "others; "
             "give the same again, or begin anew with --overwrite"
         )
 

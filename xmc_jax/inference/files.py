@@ -28,6 +28,7 @@ from xmc_jax.inference.outputs import Output, Progress, Sink
 from xmc_jax.inference.predictor import Predictor, Ranking
 from xmc_jax.inference.tower import Tower
 from xmc_jax.retrieval import scann
+from xmc_jax.wording import counted
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Report:
 
     def __str__(self) -> str:
         done = self.done
-        said = [f"{done.documents:,} documents"]
+        said = [f"{counted(done.documents, 'document')}"]
         if self.complete:
             return f"is complete: {said[0]}"
         if self.before:

@@ -24,6 +24,7 @@ from xmc_jax.inference.artifact import Artifact
 from xmc_jax.inference.tower import ROWS, Encoded, Item, Tower
 from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import first
+from xmc_jax.wording import counted
 
 _CHECKED = 65_536  # rows looked at at a time
 _STEP = 256  # searches are for so many, or a multiple, so that few are compiled
@@ -322,7 +323,7 @@ class Predictor:
         row = self._row_of.get(record_cells.normal(name)) if isinstance(name, str) else None
         if row is None:
             raise ValueError(
-                f"label {name!r:.60}: expected one of the {len(self._row_of)} labels of "
+                f"label {name!r:.60}: expected one of the {counted(len(self._row_of), 'label')} of "
                 f"{self.artifact.folder}, found no such id{self.hint(name)}"
             )
         return row

@@ -12,6 +12,7 @@ import numpy as np
 
 from xmc_jax.data import texts
 from xmc_jax.files import array_files
+from xmc_jax.wording import counted
 
 KINDS = ("labels", "documents")
 TYPE = "image/webp"
@@ -43,7 +44,7 @@ class Thumbnails:
             and (spans[:, 0] <= spans[:, 1]).all()
         ):
             raise ValueError(
-                f"{folder}: expected places of {shape[0]} pictures of {kind} in "
+                f"{folder}: expected places of {counted(shape[0], 'picture')} of {kind} in "
                 f"{len(self._images)} bytes, found others; copy or export the folder again"
             )
 

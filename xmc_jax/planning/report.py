@@ -10,6 +10,7 @@ from xmc_jax.planning.plan import Plan
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
 from xmc_jax.types import DataShape
+from xmc_jax.wording import counted
 
 
 def make(fields: Mapping[str, Any], name: str) -> tuple[str, bool]:
@@ -24,7 +25,7 @@ def make(fields: Mapping[str, Any], name: str) -> tuple[str, bool]:
     """
     found = topology.find(name)
     config = RunConfig.from_dict(fields)
-    data, counted = shape.of(fields)
+    data, origin = shape.of(fields)
     prompts, tokenised = shape.prompts(fields)
 
     def build(config: RunConfig) -> Program:
@@ -32,8 +33,8 @@ def make(fields: Mapping[str, Any], name: str) -> tuple[str, bool]:
 
     program = build(config)
     made = planning.make(program, found)
-    said = f"{tokenised}, {len(prompts.head + prompts.middle + prompts.tail)} tokens"
-    blocks = [_heading(fields, program, made), _data(data, counted, said), *tables(made)]
+    said = f"{tokenised}, {counted(len(prompts.head + prompts.middle + prompts.tail), 'token')}"
+    blocks = [_heading(fields, program, made), _data(data, origin, said), *tables(made)]
     blocks.append(_verdict(made))
     if not made.fits:
         change, tried = planning.cheapest_change(build, config, found, made)
@@ -92,11 +93,12 @@ def _heading(fields: Mapping[str, Any], program: Program, plan: Plan) -> str:
     config, found = program.config, plan.topology
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{fields['encoder']['backbone']} on {found.name}: {len(found.devices)} devices of "
-        f"{_gib(found.memory)} GiB, hosts: {found.hosts}, mesh {mesh}",
-        f"B = {config.train.batch_size:,} in {config.train.n_chunks} chunks, remat "
-        f"{config.encoder.remat}, tables {config.tables.dtype}, {plan.steps:,} steps an epoch, "
-        f"{plan.epochs} epochs",
+        f"{fields['encoder']['backbone']} on {found.name}: "
+        f"{counted(len(found.devices), 'device')} of {_gib(found.memory)} GiB, hosts: "
+        f"{found.hosts}, mesh {mesh}",
+        f"B = {config.train.batch_size:,} in {counted(config.train.n_chunks, 'chunk')}, remat "
+        f"{config.encoder.remat}, tables {config.tables.dtype}, "
+        f"{counted(plan.steps, 'step')} an epoch, {counted(plan.epochs, 'epoch')}",
     ]
     if not found.exact:
         lines.append(
@@ -106,12 +108,12 @@ def _heading(fields: Mapping[str, Any], program: Program, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _data(data: DataShape, counted: str, prompts: str) -> str:
-    images = f", {data.images_per_item} images of {data.image_width}" if data.image_width else ""
-    return (
-        f"{data.documents:,} documents, {data.labels:,} labels, {data.pairs:,} pairs, "
-        f"{data.length} tokens{images}; {counted}\nprompts {prompts}"
-    )
+def _data(data: DataShape, origin: str, prompts: str) -> str:
+    counts = {"document": data.documents, "label": data.labels, "pair": data.pairs}
+    said = [counted(count, noun) for noun, count in (counts | {"token": data.length}).items()]
+    if data.image_width:
+        said.append(f"{counted(data.images_per_item, 'image')} of {data.image_width}")
+    return f"{', '.join(said)}; {origin}\nprompts {prompts}"
 
 
 def _verdict(plan: Plan) -> str:

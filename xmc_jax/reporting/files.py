@@ -20,6 +20,7 @@ from etils import epath
 from xmc_jax import workdirs
 from xmc_jax.files import atomic, json_files
 from xmc_jax.retrieval.evaluate import Evaluation
+from xmc_jax.wording import counted
 
 _FACTS = "run.json"
 _PACKAGES = ("xmc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scann")
@@ -201,7 +202,8 @@ def _places(archive: zipfile.ZipFile, documents: np.ndarray) -> tuple[np.ndarray
         held = np.lib.format.read_array(file, allow_pickle=False)
     places = np.searchsorted(held, documents)
     if not np.array_equal(held[np.minimum(places, len(held) - 1)], documents):
-        raise ValueError(f"it holds {len(held)} documents, and not all {len(documents)} asked for")
+        said = counted(len(held), "document")
+        raise ValueError(f"it holds {said}, and not all {len(documents)} asked for")
     return places, len(held)
 
 
@@ -216,7 +218,7 @@ def _rows(
         if found != dtype or by_column or len(shape) != 2:
             raise ValueError(f"{name} holds {found}{list(shape)}")
         if shape[0] != count:
-            raise ValueError(f"{name} has {shape[0]} documents, not {count}")
+            raise ValueError(f"{name} has {counted(shape[0], 'document')}, not {count}")
         size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
         if archive.getinfo(name).file_size != size:
             raise ValueError(f"{name} says it has shape {list(shape)}, and has another size")

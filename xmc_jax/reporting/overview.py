@@ -18,6 +18,7 @@ from xmc_jax.reporting.files import Run
 from xmc_jax.reporting.markup import element, quoted
 from xmc_jax.reporting.parts import KINDS, NAMES, SHORT, number, percent
 from xmc_jax.retrieval import evaluate
+from xmc_jax.wording import counted
 
 _TILES = (
     ("P@1", "first predictions that are right"),
@@ -87,16 +88,20 @@ def dataset(data: Store) -> Element:
     return element(
         "p",
         {"class": "facts"},
-        element("b", None, f"{data.num_documents:,}"),
-        " training documents with ",
+        *_bold(data.num_documents, "training document"),
+        " with ",
         element("b", None, f"{len(positives.indices) / max(data.num_documents, 1):.1f}"),
         " labels on average, ",
-        element("b", None, f"{data.num_labels:,}"),
-        " labels, ",
-        element("b", None, f"{data.num_test:,}"),
-        " test documents",
+        *_bold(data.num_labels, "label"),
+        ", ",
+        *_bold(data.num_test, "test document"),
         " (held-out training documents)" if data.manifest["validation"] is not None else "",
     )
+
+
+def _bold(count: int, noun: str) -> tuple[Element, str]:
+    digits, _, nouns = counted(count, noun).partition(" ")
+    return element("b", None, digits), f" {nouns}"
 
 
 def headline(run: Run, data: Store) -> list[Element]:
@@ -123,9 +128,10 @@ def headline(run: Run, data: Store) -> list[Element]:
 def training(run: Run, data: Store) -> Element:
     """Curves over epochs, from the records."""
     when = epochs(run, data)
+    batch = min(run.config["train"]["batch_size"], data.num_documents)
     lead = (
-        f"{when.total:,} epochs of {when.steps:,} steps, "
-        f"{min(run.config['train']['batch_size'], data.num_documents):,} documents a step."
+        f"{counted(when.total, 'epoch')} of {counted(when.steps, 'step')}, "
+        f"{counted(batch, 'document')} a step."
     )
     figures = [
         _curves(run, when, "Loss", [("train/loss", "loss", "trained")]),
@@ -336,7 +342,7 @@ def _standard_error(rows: Sequence[_Row], documents: int) -> str:
         return f"Too few test documents ({documents:,}) to tell one model from another."
     error = math.sqrt(max(p * (1 - p) for p in found) / documents)
     return (
-        f"With {documents:,} test documents one standard error of P@1 is up to "
+        f"With {counted(documents, 'test document')} one standard error of P@1 is up to "
         f"{100 * error:.2f} points."
     )
 
@@ -381,11 +387,11 @@ def _curves(
     written = percent if percent_of else number
     series = [_series(found, when, name, kind, written) for found, name, kind in curves]
     values = np.concatenate([one.y for one in series])
-    said = f"{title} over {when.total} epochs: " + "; ".join(
+    said = f"{title} over {counted(when.total, 'epoch')}: " + "; ".join(
         f"{one.name} from {written(one.y[0])} to {written(one.y[-1])}" for one in series
     )
     size = max(found.records for found, *_ in curves)
-    notes = [note, f"means of {size} records" if size > 1 else ""]
+    notes = [note, f"means of {counted(size, 'record')}" if size > 1 else ""]
     return parts.figure(
         title,
         ", ".join(filter(None, notes)),
@@ -411,7 +417,7 @@ def _metric_curves(run: Run, when: Epochs, metric: str) -> Element | None:
         series.append(dataclasses.replace(one, level=True))
     if not series:
         return None
-    said = f"{metric} over {when.total} epochs: " + "; ".join(
+    said = f"{metric} over {counted(when.total, 'epoch')}: " + "; ".join(
         f"{one.name} {percent(one.y[-1])} at epoch {number(one.x[-1], 3)}" for one in series
     )
     values = np.concatenate([one.y for one in series])
@@ -438,7 +444,7 @@ def _training_tables(run: Run, when: Epochs) -> Iterator[Element]:
                 )
                 for i, step in enumerate(steps)
             ),
-            f"Training, means of {next(iter(columns.values())).records} records",
+            f"Training, means of {counted(next(iter(columns.values())).records, 'record')}",
             texts=0,
         )
     evaluated = {

@@ -14,6 +14,7 @@ from xmc_jax.reporting.charts import Ridge, Series, axis
 from xmc_jax.reporting.files import Ranking
 from xmc_jax.reporting.markup import element
 from xmc_jax.reporting.parts import KINDS, NAMES, SHORT, number, percent
+from xmc_jax.wording import counted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,8 +43,8 @@ class Predictions:
         if len(self.documents) == self.data.num_test:
             return ""
         return (
-            f"From {len(self.documents):,} of the {self.data.num_test:,} test documents, evenly "
-            "spread over the set. "
+            f"From {len(self.documents):,} of the {counted(self.data.num_test, 'test document')}, "
+            "evenly spread over the set. "
         )
 
 
@@ -152,8 +153,8 @@ def scores(seen: Predictions) -> Element:
         if not groups:
             continue
         tips = [
-            f"score {number(low)} to {number(high)}: {percent(p)} of {n:,} documents, interval "
-            f"{percent(a)} to {percent(b)}"
+            f"score {number(low)} to {number(high)}: {percent(p)} of {counted(n, 'document')}, "
+            f"interval {percent(a)} to {percent(b)}"
             for low, high, p, n, (a, b) in zip(
                 groups.low, groups.high, groups.precision, groups.documents, groups.interval.T
             )
@@ -163,8 +164,9 @@ def scores(seen: Predictions) -> Element:
         figures.append(
             parts.figure(
                 f"P@1 by score, {NAMES[row]}",
-                f"{len(groups.score)} groups of about {groups.documents[0]:,} documents by the "
-                f"score of their first prediction, with 95{charts.PERCENT} intervals",
+                f"{counted(len(groups.score), 'group')} of about "
+                f"{counted(groups.documents[0], 'document')} by the score of their first "
+                f"prediction, with 95{charts.PERCENT} intervals",
                 charts.lines(
                     said,
                     [one],
@@ -313,7 +315,7 @@ def _change(found: Change, name: str, count: int) -> Element:
             steps,
             (found.difference / max(count, 1)).tolist(),
             kinds,
-            [f"{step}: {n:,} documents" for step, n in zip(steps, found.difference)],
+            [f"{step}: {counted(n, 'document')}" for step, n in zip(steps, found.difference)],
             "more or fewer than before",
             lambda share: percent(share, 0) if share > 0.005 else "",
         ),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xmc_jax.data.csr import Csr
+from xmc_jax.wording import counted
 
 Nearest = tuple[np.ndarray, np.ndarray]
 """f32[M, K] inner products, best first, and i32[M, K] ids; -inf and -1 where there are no more."""
@@ -144,7 +145,8 @@ def rank(
         raise ValueError(f"augmented: expected the prior {config.prior!r}, got none")
     if prior is not None and prior.shape != (positives.columns,):
         raise ValueError(
-            f"augmented: expected a prior of {positives.columns} labels, got shape {prior.shape}"
+            f"augmented: expected a prior of {counted(positives.columns, 'label')}, got shape "
+            f"{prior.shape}"
         )
     count = len(labels[1])
     scores = np.full((count, k), -np.inf, np.float32)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from xmc_jax.wording import counted
+
 NAMES = ("P", "nDCG", "PSP", "PSnDCG", "R", "Hit", "MAP", "MRR")
 KS = (1, 3, 5, 10, 100)
 
@@ -97,12 +99,14 @@ class Truth:
         """
         if indices.ndim != 2 or len(self._indptr) != len(indices) + 1:
             raise ValueError(
-                f"metrics: expected predictions [M, K] of the {len(self._indptr) - 1} documents of "
+                "metrics: expected predictions [M, K] of the "
+                f"{counted(len(self._indptr) - 1, 'document')} of "
                 f"the ground truth, got shape {indices.shape}"
             )
         if not ks or min(ks) < 1 or max(ks) > indices.shape[1]:
             raise ValueError(
-                f"metrics: expected ks within the {indices.shape[1]} predictions per document, got "
+                "metrics: expected ks within the "
+                f"{counted(indices.shape[1], 'prediction')} per document, got "
                 f"{ks}; pad predictions with -1 or ask for fewer"
             )
         self._check_range("predictions", indices, -1)

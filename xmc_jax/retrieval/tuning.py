@@ -24,6 +24,7 @@ from xmc_jax.retrieval import augmented, evaluate, exact
 from xmc_jax.retrieval.augmented import AugmentedConfig, Candidates, Nearest
 from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.metrics import NAMES, Truth
+from xmc_jax.wording import counted
 
 FIELDS = (
     *("mode", "labels", "documents", "temperature", "label_weight", "separate_softmax"),
@@ -218,8 +219,10 @@ def tune(
         prior,
     )
     logging.info(
-        "%d settings on %d documents in %.1f s",
-        *(choice.settings, choice.documents, time.perf_counter() - started),
+        "%s on %s in %.1f s",
+        counted(choice.settings, "setting"),
+        counted(choice.documents, "document"),
+        time.perf_counter() - started,
     )
     return choice
 
@@ -352,8 +355,8 @@ def report(choice: Choice, tune: TuneConfig) -> str:
     }
     rows["its standard error"] = choice.standard_errors["difference"]
     lines = [
-        f"{choice.documents:,} validation documents of {choice.sources:,} sources, "
-        f"{choice.settings:,} settings",
+        f"{counted(choice.documents, 'validation document')} of "
+        f"{counted(choice.sources, 'source')}, {counted(choice.settings, 'setting')}",
         "",
         evaluate.format_table(rows, columns),
         "",

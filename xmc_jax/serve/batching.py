@@ -22,6 +22,7 @@ from absl import logging
 from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.serve.config import ServeConfig
 from xmc_jax.serve.model import NEIGHBOURS, ServedModel
+from xmc_jax.wording import counted
 
 _WAITED = 0.25  # of the time that a batch took, at most, for a fuller one
 
@@ -219,10 +220,10 @@ def warm_up(predictor: Predictor, config: ServeConfig) -> None:
         nonlocal logged
         now = time.monotonic()
         if done == total:
-            logging.info("warmed up: %d programs in %.0f s", total, now - started)
+            logging.info("warmed up: %s in %.0f s", counted(total, "program"), now - started)
         elif now - logged >= _EVERY:
             logged = now
-            logging.info("warming up: %d of %d programs", done, total)
+            logging.info("warming up: %d of %s", done, counted(total, "program"))
 
     predictor.warm_up(config.max_k, config.rows, config.max_exclude, config.max_k, progress)
 

@@ -23,6 +23,7 @@ from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
 from xmc_jax.types import Batch, DataShape, Inputs, Packing, Prompts, Tables, TrainState
+from xmc_jax.wording import counted
 
 _MAX_STEPS = 2**31 - 1  # `TrainState.step` is an int32
 
@@ -72,7 +73,7 @@ class Program:
         if train.epochs * self.steps_per_epoch > _MAX_STEPS:
             raise ValueError(
                 f"train.epochs: expected at most {_MAX_STEPS // self.steps_per_epoch:,} epochs of "
-                f"{self.steps_per_epoch:,} steps, since steps are counted as int32, got "
+                f"{counted(self.steps_per_epoch, 'step')}, since steps are counted as int32, got "
                 f"{train.epochs:,}"
             )
         if train.labels == "all" and config.tables.centroids == "ema":

@@ -20,6 +20,7 @@ from xmc_jax.training import curriculum, memory, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
 from xmc_jax.types import Batch, Prompts, Tables, TrainState
+from xmc_jax.wording import counted
 
 _NAMES = {
     "train": "training documents",
@@ -62,9 +63,8 @@ class Run(Program):
         train = config.train
         if train.batch_size != wanted:
             logging.info(
-                "train.batch_size: %d training documents are fewer than %d: each step has all of "
-                "them",
-                data.num_documents,
+                "train.batch_size: %s fewer than %d: each step has all of them",
+                counted(data.num_documents, "training document is", "training documents are"),
                 wanted,
             )
         self.sampler = batches.Sampler(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from xmc_jax import sharding
 from xmc_jax.training import curriculum
 from xmc_jax.types import Tables
+from xmc_jax.wording import counted
 
 PAIRS = 16384  # of a document and a label, that are added to the centroids at a time
 _IN_FLIGHT = 32  # blocks of pairs on the devices, or on their way
@@ -251,7 +252,8 @@ def num_free_vectors(num_labels: int, shared: int, private: int) -> int:
     """
     clustered = num_labels - private
     if not 0 <= private <= num_labels:
-        raise ValueError(f"prime.private_vectors: expected 0 to {num_labels} labels, got {private}")
+        most = counted(num_labels, "label")
+        raise ValueError(f"prime.private_vectors: expected 0 to {most}, got {private}")
     if shared < 1:
         raise ValueError(f"prime.free_vectors: expected at least 1, got {shared}")
     if shared >= clustered:

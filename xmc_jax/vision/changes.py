@@ -20,6 +20,7 @@ from absl import logging
 
 from xmc_jax.data import images
 from xmc_jax.vision.sources import Source
+from xmc_jax.wording import counted
 
 FAILURES = "failures.jsonl"
 """Of an image folder: a line for each image that could not be read."""
@@ -87,9 +88,9 @@ def find(
         touched, gone = touched + len(items) - int(lost.sum()), gone + int(lost.sum())
     if gone:
         logging.warning(
-            "%s: the images of %d items are not there any more; their vectors are kept",
+            "%s: the images of %s are not there any more; their vectors are kept",
             opened.folder,
-            gone,
+            counted(gone, "item"),
         )
     before, changed = images.read_origin(opened.folder), sum(int((~k).sum()) for k in kept.values())
     if not changed:
@@ -99,9 +100,10 @@ def find(
     if before.get("source") != origin["source"] and not overwrite:
         raise ValueError(
             f"{opened.folder}: expected the images of {before.get('source')}, found others of "
-            f"{changed} items in {origin['source']}; name that source, or {images.REMEDY}"
+            f"{counted(changed, 'item')} in {origin['source']}; name that source, or "
+            f"{images.REMEDY}"
         )
-    logging.info("%s: the images of %d items have changed", opened.folder, changed)
+    logging.info("%s: the images of %s have changed", opened.folder, counted(changed, "item"))
     return Changes(opened, kept, stamps, _read_failures(opened.folder / FAILURES))
 
 

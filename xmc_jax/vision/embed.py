@@ -43,6 +43,7 @@ from xmc_jax.vision import changes, descriptor, download, encoders, fetch, image
 from xmc_jax.vision.changes import Changes
 from xmc_jax.vision.encoders import Encoder
 from xmc_jax.vision.sources import Place, Source
+from xmc_jax.wording import counted
 
 BUNDLED = "bundled"
 """What --raw calls the raw files that come with the package."""
@@ -292,7 +293,8 @@ def report(config: ImagesConfig) -> str:
     if failures.is_file():
         with failures.open("rb") as file:
             count = sum(1 for _ in file)
-        lines.append(f"  could not be read  {count:,} images" + (f": {failures}" if count else ""))
+        where = f": {failures}" if count else ""
+        lines.append(f"  could not be read  {counted(count, 'image')}{where}")
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ from xmc_jax.data import record_cells, record_files
 from xmc_jax.files import atomic, json_files, locks
 from xmc_jax.vision import images, shards
 from xmc_jax.vision.download import Downloader, Failure, Limits
+from xmc_jax.wording import counted
 
 FORMAT = 1
 _USER_AGENT = "xmc_jax.vision.fetch"
@@ -141,7 +142,8 @@ def fetch(config: FetchConfig) -> dict[str, Any]:
 
 def summary(out: str | pathlib.Path, result: dict[str, Any]) -> str:
     """A few lines on a report: how many images there are, how many URLs failed and of what."""
-    lines = [f"{out}: {result['outcomes'].get('ok', 0):,} images of {result['images']:,} URLs"]
+    fetched = counted(result["outcomes"].get("ok", 0), "image")
+    lines = [f"{out}: {fetched} of {counted(result['images'], 'URL')}"]
     failed = {kind: count for kind, count in result["outcomes"].items() if kind != "ok"}
     if failed:
         lines.append("  failed  " + "  ".join(f"{k} {v:,}" for k, v in failed.items()))

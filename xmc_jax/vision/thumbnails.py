@@ -9,6 +9,7 @@ from absl import logging
 
 from xmc_jax.vision import images
 from xmc_jax.vision.sources import Source
+from xmc_jax.wording import counted
 
 SIDE = 96
 """Pixels of the longer side, at most; larger than pictures are shown, for dense screens."""
@@ -46,7 +47,7 @@ def make(source: Source, uids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
             yield from finished(_AHEAD)
         yield from finished(0)
     if failed:
-        logging.warning("thumbnails: %d images cannot be read; their items have none", failed)
+        logging.warning("thumbnails: none of %s, which cannot be read", counted(failed, "image"))
 
 
 def _make(image: bytes | str) -> bytes:

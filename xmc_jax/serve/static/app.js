@@ -59,8 +59,8 @@ async function begin() {
   say("");
   $("name").textContent = info.name;
   document.title = `${info.name} · label ranking`;
-  const documents = info.documents ? `, trained on ${number.format(info.documents)} documents` : "";
-  $("about").textContent = `Ranks the ${number.format(info.labels)} labels of ${info.dataset}${documents}.`;
+  const documents = info.documents ? `, trained on ${count(info.documents, "document")}` : "";
+  $("about").textContent = `Ranks the ${count(info.labels, "label")} of ${info.dataset}${documents}.`;
   $("images").hidden = !info.images.possible;
   if (info.images.possible) {
     $("files").multiple = info.images.per_query > 1;
@@ -220,7 +220,7 @@ function inWords(line) {
 }
 
 function count(n, what) {
-  return `${n} ${what}${n === 1 ? "" : "s"}`;
+  return `${number.format(n)} ${what}${n === 1 ? "" : "s"}`;
 }
 
 function busy(is) {
