@@ -31,7 +31,7 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     of_training = next(text for text in printed if "trained + augmented" in text)
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert f"{100 * found['augmented']['P@1']:.2f}" in of_training
-    assert any("1 labels added" in text for text in printed)
+    assert any("1 label added" in text for text in printed)
     assert (tmp_path / "run" / "report.html").is_file()
     ranked = (tmp_path / "run" / "ranked.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["labels"]) for line in ranked] == [3, 3, 3]

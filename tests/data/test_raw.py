@@ -47,7 +47,7 @@ def test_label_matrix_spans_blocks(tmp_path, monkeypatch):
         ("", "m.txt:1: expected 'rows columns', two whole numbers, found ''"),
         ("3\n", "m.txt:1: expected 'rows columns', two whole numbers, found '3'"),
         ("4 5\n1:1\n", "m.txt: expected 4 rows as in the header, found 1"),
-        ("1 5\n1:1\n2:1\n", "m.txt:3: expected 1 rows as in the header, found one more"),
+        ("1 5\n1:1\n2:1\n", "m.txt:3: expected 1 row as in the header, found one more"),
         ("2 5\n1:1\n5:1\n", "m.txt:3: expected labels in [0, 5) with finite values, found 5:1"),
         ("1 5\n-1:1\n", "m.txt:2: expected 'label:value' entries, found '-1:1'"),
         ("1 5\n1:1 2:nan\n", "m.txt:2: expected 'label:value' entries, found '2:nan'"),

@@ -212,7 +212,7 @@ def test_the_same_pictures_may_lie_elsewhere(config, folder, encoded):
     with pytest.raises(ValueError) as error:
         embed.make(config, UIDS)
     assert not encoded and "\n" not in str(error.value)
-    for part in (str(elsewhere), str(other), "1 items", "--overwrite", "--name"):
+    for part in (str(elsewhere), str(other), "1 item", "--overwrite", "--name"):
         assert part in str(error.value)
     embed.make(dataclasses.replace(config, overwrite=True), UIDS)
     assert len(encoded) == 1

@@ -252,7 +252,7 @@ def test_pictures_beside_published_embeddings_are_taken_by_other_encoders(tmp_pa
     published = tmp_path / "published"
     published.mkdir()
     np.save(published / "trn_embs_imgs_1_4_pix.npy", np.zeros((1, 4), np.float32))
-    with pytest.raises(ValueError, match="embeddings there are of pix with 1 images"):
+    with pytest.raises(ValueError, match="embeddings there are of pix with 1 image per item"):
         embed.make(config(source=published, encoder=descriptor.NAME), UIDS)
     (published / "a7.png").write_bytes(picture(0))
     made = embed.make(config(source=published, encoder=descriptor.NAME), UIDS)
@@ -595,7 +595,7 @@ def test_the_command_reports_and_takes_items_as_prepare_does(topics, pictures, t
         printed = capsys.readouterr().out
         assert "label  items 40  images 19  with an image 47.50 %" in printed
         assert "train  items 200  images 0  with an image 0.00 %" in printed
-        assert "could not be read  1 images: " in printed and changes.FAILURES in printed
+        assert "could not be read  1 image: " in printed and changes.FAILURES in printed
     raw = raw_folder.read(raw_folder.find(topics), "Topics-40", "utf-8")
     uids = embed.read_uids("Topics-40", topics)
     assert uids == {split: raw.splits[split].uids for split in SPLITS}

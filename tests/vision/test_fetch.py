@@ -370,7 +370,7 @@ def test_the_report_counts_and_the_failures_say_why(server, tmp_path, capsys):
         "reason": "status 404",
     }
     assert [failure["outcome"] for failure in failures] == ["http_404", "image", "url"]
-    assert capsys.readouterr().out.splitlines()[0].endswith("1 images of 4 URLs")
+    assert capsys.readouterr().out.splitlines()[0].endswith("1 image of 4 URLs")
     assert not (tmp_path / "out/.partial").exists()
 
 

@@ -168,7 +168,10 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
             )
         remedy = sources.without_images(source) or remedy
         if published:
-            there = (f"{name} with {k} images per item" for name, k in sorted(published.items()))
+            there = (
+                f"{name} with {counted(k, 'image')} per item"
+                for name, k in sorted(published.items())
+            )
             remedy = f"the embeddings there are of {', '.join(there)}"
         raise ValueError(
             f"{source}: expected images of items such as {first!r}, found none of any item; "
