@@ -201,7 +201,7 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
     ("arguments", "said", "code"),
     [
         ((), "--config: expected a config file", 2),
-        (("--mode=report",), "or --workdir=FOLDER of a run", 2),
+        (("--mode=report",), "config.json: expected the config of a run, found no such file", 1),
         (("--mode=report", "--config.eval.k=3"), "--config.eval.k: expected --config=FILE", 2),
         (("--config=configs/vixml.py:tyni",), "did you mean 'tiny'", 2),
         (("--config=configs/vixml.py:minilm_l3/debian_3",), "did you mean 'debian_3k'", 2),
@@ -213,7 +213,11 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
         (("--config=configs/vixml.py", "--config.train.epochs=many"), "many", 2),
         (("--config=configs/vixml.py", "--mode=fly"), "fly", 2),
         (("--config=configs/absent.py",), "absent.py", 2),
-        (("--mode=predict", "--input=a", "--output=b"), "or --artifact=FOLDER, an exported", 2),
+        (
+            ("--mode=predict", "--input=a", "--output=b"),
+            "config.json: expected the config of a run, found no such file",
+            1,
+        ),
         (("--mode=predict", "--artifact=a", "--output=b"), "--input: expected a file", 2),
         (("--mode=predict", "--artifact=a", "--predict.kk=2"), "Did you mean: predict.k", 2),
         (
