@@ -17,6 +17,7 @@ os.environ.setdefault(
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # unless a module uses `optimized`
 
 import jax
 import numpy as np
@@ -43,21 +44,13 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """For modules that compile more than they compute, also in the commands that they start."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+def optimized():
+    """For modules that read or time compiled programs; others compile more than they compute."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation_of_folders(request) -> None:
-    """Most programs of these tests are small, and each is run a few times."""
-    if request.path.parent.name in ("inference", "models", "retrieval", "training", "vision"):
-        request.getfixturevalue("quick_compilation")
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

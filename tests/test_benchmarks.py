@@ -36,7 +36,7 @@ ABSENT = ("grain", "huggingface_hub", "ml_collections", "orbax", "safetensors", 
 
 
 @pytest.fixture(scope="module")
-def small(quick_compilation, tmp_path_factory) -> tuple[dict, dict]:
+def small(tmp_path_factory) -> tuple[dict, dict]:
     """What a small run returns, and what it writes."""
     out = tmp_path_factory.mktemp("results") / "small.json"
     content = decoder_step.main([*SMALL, f"--out={out}"])
@@ -295,7 +295,7 @@ def test_sizes_may_come_from_a_file():
 
 
 @pytest.mark.slow
-def test_what_is_kept_changes_memory_and_no_result(quick_compilation, tmp_path, capsys):
+def test_what_is_kept_changes_memory_and_no_result(tmp_path, capsys):
     out = tmp_path / "remat.json"
     flags = ("--model=tiny", "--batch=16", "--chunks=1", "--steps=2", f"--out={out}")
     remat.main([*flags, "--policies", "none", "nothing_saveable"])

@@ -8,8 +8,6 @@ import pytest
 from benchmarks import clustering
 from xmc_jax.training import curriculum
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def blobs(n: int, seed: int = 0) -> np.ndarray:
     """Unit vectors around points of a hierarchy, as texts lie: topics within topics."""

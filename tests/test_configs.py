@@ -27,7 +27,6 @@ from xmc_jax.training.run import Run
 from xmc_jax.types import Prompts
 from xmc_jax.vision.embed import ImagesConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL_ENCODER = BertConfig(vocab_size=64, hidden=8, layers=1, heads=2, ff=16, max_positions=16)
 SMALL_DECODER = DecoderConfig(
     family="qwen2",

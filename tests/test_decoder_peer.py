@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 decoder_torch = pytest.importorskip("benchmarks.decoder_torch")
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 SIZES = MODELS["tiny"]
 SMALL = {

@@ -6,8 +6,6 @@ import signal
 import processes
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def config(fields, tmp_path_factory) -> str:

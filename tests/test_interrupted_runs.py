@@ -24,7 +24,7 @@ from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 APART = ("checkpoints", "tensorboard")  # written by other packages
 
 

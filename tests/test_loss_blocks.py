@@ -6,7 +6,6 @@ from benchmarks import loss_blocks
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_blocks_take_less_memory_and_more_products(tmp_path):
     output = tmp_path / "results.json"
     small = ("--batches=128", "--only_memory=64", "--blocks=8", "--width=8", "--steps=1")

@@ -18,7 +18,6 @@ from xmc_jax import modes, report
 from xmc_jax.data import store
 from xmc_jax.models import hf
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -25,7 +25,7 @@ from xmc_jax.training.run import Run
 from xmc_jax.types import ORDERS
 from xmc_jax.vision import descriptor
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS_PER_EPOCH, STEPS = 3, 6
 DECODERS = [ORDERS[0], *(pytest.param(order, marks=pytest.mark.scale) for order in ORDERS[1:])]

@@ -156,7 +156,7 @@ def untrained(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_measures_every_row(quick_compilation, untrained, topics, tmp_path):
+def test_the_command_measures_every_row(untrained, topics, tmp_path):
     output = tmp_path / "results.json"
     flags = [f"--raw={topics}", "--variant=tiny", f"--workdir={tmp_path}", f"--output={output}"]
     content = new_labels.main([*flags, "--seeds", "0"])

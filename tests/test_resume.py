@@ -22,7 +22,6 @@ from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS_PER_EPOCH, STEPS = 5, 15
 
 

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import scale
 from xmc_jax.retrieval import scann
 
+pytestmark = pytest.mark.usefixtures("optimized")
 SMALL = scale.Settings(
     documents=400,
     labels=150,

@@ -10,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 _TRAIN = """
 import ast, pathlib

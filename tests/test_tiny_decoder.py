@@ -15,7 +15,7 @@ from xmc_jax.export import write
 from xmc_jax.models import hf
 from xmc_jax.training import loop
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 LABELS, DOCUMENTS, STEPS = 300, 1024, 64
 
 

@@ -20,7 +20,7 @@ from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.tuning import TuneConfig
 from xmc_jax.training.config import RunConfig
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,6 @@ import copy
 import pathlib
 import types
 
-import jax
 import pytest
 
 ROWS = (64,)
@@ -20,12 +19,9 @@ def exported(fields, tmp_path_factory) -> types.SimpleNamespace:
     fields = copy.deepcopy(fields)
     fields["name"] = "topics"
     fields["prime"] |= {"combiner": "sum", "free_vectors": 64}
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     run = build.run(fields)
     state = run.initial_state()
     folder = write.whole(fields, run, 0, state, tmp_path_factory.mktemp("run"))
-    jax.config.update("jax_disable_most_optimizations", before)
     return types.SimpleNamespace(
         fields=fields, run=run, state=state, folder=pathlib.Path(str(folder))
     )

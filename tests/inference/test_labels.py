@@ -19,7 +19,7 @@ from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.inference.tower import Tower
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 NEAREST = NewLabelsConfig(how="nearest", neighbours=2, threshold=-1.0, temperature=0.2, scale=0.9)
 
 

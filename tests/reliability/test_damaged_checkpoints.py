@@ -12,11 +12,7 @@ import pytest
 
 from xmc_jax import checkpoint
 
-pytestmark = [
-    pytest.mark.reliability,
-    pytest.mark.slow,
-    pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.reliability
 FLIPS = 300
 
 

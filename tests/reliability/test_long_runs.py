@@ -11,6 +11,7 @@ import threading
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = pathlib.Path(__file__).parents[2]
 
 # An attempt of Python's to reach a network ends the process. Those of native code are counted by

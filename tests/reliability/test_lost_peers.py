@@ -24,7 +24,7 @@ from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
-pytestmark = [pytest.mark.reliability, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.reliability
 ENDS_WITHIN = 15  # seconds after a process is killed
 
 

@@ -15,6 +15,7 @@ import processes
 import pytest
 from served import read, write
 
+pytestmark = pytest.mark.usefixtures("optimized")
 SECONDS, CLIENTS = 600, 8
 K = 3
 BROKEN = [  # request line's path, headers beyond the usual, body; none is a valid question

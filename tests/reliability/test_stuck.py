@@ -10,7 +10,7 @@ import pytest
 
 from xmc_jax import peers
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 AT = "xmc_jax.training.loop:_Signals.at"  # called after each step
 
 

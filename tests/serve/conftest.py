@@ -4,7 +4,6 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 import pytest
 from served import CONFIG, Served, read, write
@@ -14,16 +13,7 @@ from xmc_jax.models import hf_export
 
 
 @pytest.fixture(scope="session")
-def quick() -> Iterator[None]:
-    """As `quick_compilation`, for what is compiled once for the session."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="session")
-def exported(topics, backbone, tmp_path_factory, quick) -> pathlib.Path:
+def exported(topics, backbone, tmp_path_factory) -> pathlib.Path:
     """A folder as export writes it: untrained; labels are what their texts say."""
     folder = tmp_path_factory.mktemp("serve") / "export"
     shutil.copytree(backbone, folder)
@@ -32,7 +22,7 @@ def exported(topics, backbone, tmp_path_factory, quick) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def served(exported, quick) -> Iterator[Served]:
+def served(exported) -> Iterator[Served]:
     """A server of `exported`."""
     from xmc_jax.inference.predictor import Predictor
 
@@ -42,7 +32,7 @@ def served(exported, quick) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def pictured(backbone, tmp_path_factory, quick) -> pathlib.Path:
+def pictured(backbone, tmp_path_factory) -> pathlib.Path:
     """The folder of a model that takes pictures, of synthetic products; untrained, too."""
     from xmc_jax.data import synthetic
     from xmc_jax.vision import encoders, sources
@@ -77,7 +67,7 @@ def pictured(backbone, tmp_path_factory, quick) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def products(pictured, quick) -> Iterator[Served]:
+def products(pictured) -> Iterator[Served]:
     """A server of `pictured`."""
     from xmc_jax.inference.predictor import Predictor
 

@@ -58,8 +58,7 @@ def test_a_server_s_life(exported, tmp_path):
     """Ready; the same, a damaged and another artifact by SIGHUP; requests drained by SIGTERM."""
     folder = tmp_path / "export"
     shutil.copytree(exported, folder)
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    with processes.started(1, flags(folder), environment=quick) as group:
+    with processes.started(1, flags(folder)) as group:
         processes.until(lambda: "listens at" in said(group), 120)
         port = int(re.search(r"listens at http://127\.0\.0\.1:(\d+)", said(group))[1])
         assert get(port, "/healthz")[0] == 200

@@ -113,7 +113,6 @@ def test_a_run_that_skips_goes_on_with_finite_parameters(program, tmp_path):
     assert text.count('"train/skipped": 1') == 2  # each epoch visits the document once
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "policy, ending",
     [
