@@ -209,7 +209,16 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
             "--config.train.batchsize: no such field; did you mean --config.train.batch_size?",
             2,
         ),
-        (("--config=configs/vixml.py", "--config.train.epochs=many"), "many", 2),
+        (
+            ("--config=configs/vixml.py", "--config.train.epochs=many"),
+            "error: --config.train.epochs: expected a whole number, such as 1000, got many",
+            2,
+        ),
+        (
+            ("--config=configs",),
+            "--config=configs: expected a config file, such as configs/vixml.py",
+            2,
+        ),
         (("--config=configs/vixml.py", "--mode=fly"), "fly", 2),
         (("--config=configs/absent.py",), "absent.py", 2),
         (
@@ -218,6 +227,8 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
             1,
         ),
         (("--mode=predict", "--artifact=a", "--output=b"), "--input: expected a file", 2),
+        (("--mode=predict", "--artifact=a", "--predict.k=1e9"), "--predict.k: expected a whole", 2),
+        (("--mode=predict", "--artifact=a", "--overwrite=ja"), "expected true or false, got ja", 2),
         (("--mode=predict", "--artifact=a", "--predict.kk=2"), "Did you mean: predict.k", 2),
         (
             ("--mode=predict", "--artifact=a", "--input=a", "--output=b", "--predict.k=0"),

@@ -65,7 +65,10 @@ def sets(matrix) -> list[set[int]]:
         ("minilm_l6/own", CASES / "x01_exclude" / "records", 10, 1),
     ],
 )
-def test_a_recipe_ranks_as_its_formulas_say(backbone, tmp_path, variant, records, k, devices):
+def test_a_recipe_ranks_as_its_formulas_say(
+    backbone, tmp_path, caplog, variant, records, k, devices
+):
+    caplog.set_level("INFO", logger="absl")
     if isinstance(records, tuple):
         records = written(tmp_path / "records", *records)
     fields = vixml.get_config(variant).to_dict()
@@ -74,7 +77,10 @@ def test_a_recipe_ranks_as_its_formulas_say(backbone, tmp_path, variant, records
     fields["train"] |= {"encode_batch_size": 64}  # of random weights, nothing but speed
     fields["eval"] |= {"k": k, "ks": tuple(sorted({1, min(3, k), k}))}
     run = build.run(fields, jax.devices()[:devices])
+    assert "train.batch_size" not in caplog.text  # a run that is not trained is not told of it
     trained = loop.train(run, tmp_path / "run")
+    small = run.config.train.batch_size < fields["train"]["batch_size"]
+    assert ("train.batch_size" in caplog.text) == small
     check_evaluation(run, trained, fields["eval"])
     folder = write.whole(fields, run, trained.step, trained.state, tmp_path)
     check_predictions(folder, fields["eval"]["augmented"], k)

@@ -19,6 +19,10 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors of one line, where argparse prints the usage too."""
 
     def error(self, message):
+        if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message):
+            flag, kind, value = wrong.groups()
+            expected = {"int": "a whole number, such as 1000", "float": "a number, such as 0.5"}
+            message = f"{flag}: expected {expected[kind]}, got {value:.60}"
         raise ValueError(f"{message}; see --help")
 
 
@@ -42,7 +46,7 @@ def run(name: str, parse: Callable[[], Parsed], act: Callable[[Parsed], None]) -
     try:
         act(parsed)
     except OSError as error:
-        code, said = lost_output(error) or (1, error)
+        code, said = lost_output(error) or (1, explained(error))
     except ValueError as error:
         code, said = 1, error
     except KeyboardInterrupt:
@@ -67,6 +71,13 @@ def open_standard_streams() -> tuple[str, ...]:
         os.set_inheritable(stream.fileno(), True)
         setattr(sys, name, stream)
     return closed
+
+
+def explained(error: Exception) -> str:
+    """What an error says; of the system's refusals the file and the reason, without numbers."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error) or repr(error)
 
 
 def lost_output(error: OSError | None = None) -> tuple[int, str] | None:

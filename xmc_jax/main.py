@@ -148,6 +148,14 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     None,
     "Folder that keeps compiled programs, local or gs://, or off; the user's own if not given.",
 )
+# What a flag takes, by what absl and Python say of a value that it does not.
+_EXPECTED = {
+    "invalid literal for int()": "a whole number, such as 1000",
+    "Exceeds the limit": "a whole number of at most 4,300 digits",
+    "could not convert string to float": "a number, such as 0.5",
+    "Non-boolean argument": "true or false",
+    "is not a dict": "fields of the section, such as --config.train.epochs=3",
+}
 _OF_ARTIFACT = ("predict", "labels", "serve")  # modes that need no config, but an exported model
 _OF_RUN = (*_OF_ARTIFACT, "evaluate", "tune", "embed", "index", "export", "report")
 _FAILED, _USAGE, _BY_SIGNAL = 1, 2, 128  # exit codes; of a signal, its number more
@@ -257,7 +265,20 @@ def _explain(argv: list[str], error: Exception) -> str:
     lines = str(error).strip().splitlines() or [repr(error)]
     if any("Traceback" in line for line in lines):  # of get_config; its last line is the error
         return lines[-1].partition(": ")[2]
-    return " ".join(" ".join(lines).split())
+    said = " ".join(" ".join(lines).split())
+    if file and not os.path.isfile(file[1]):
+        found = "a folder" if os.path.isdir(file[1]) else "none"
+        return (
+            f"--config={file[1]}: expected a config file, such as configs/vixml.py, found {found}"
+        )
+    if file and isinstance(error, SyntaxError):
+        return f"--config={file[1]}: expected a config file in Python, found: {said}"
+    if given := re.match(r"flag --([\w.]+)=(.*?): (.+)", said):
+        name, value, reason = given.groups()
+        expected = next((e for start, e in _EXPECTED.items() if start in reason), None)
+        if expected is not None:
+            return f"--{name}: expected {expected}, got {value:.60}"
+    return said
 
 
 def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -360,9 +381,9 @@ def _main(argv: list[str]) -> None:
         _start()
         code = main(argv)
     except OSError as error:
-        code, said = command.lost_output(error) or (_FAILED, str(error) or repr(error))
+        code, said = command.lost_output(error) or (_FAILED, command.explained(error))
     except (ValueError, FloatingPointError) as error:
-        code, said = _FAILED, str(error) or repr(error)
+        code, said = _FAILED, command.explained(error)
     except KeyboardInterrupt:
         code, said = _BY_SIGNAL + signal.SIGINT, "interrupted; run the same command again"
     else:

@@ -138,10 +138,10 @@ CSV = b"id,text,labels\n1,one,7\n2,two,7|8\n"
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("train.csv", gzip.compress(CSV), None),
-        ("Train.CSV.GZ", gzip.compress(CSV), None),
+        ("train.csv", gzip.compress(CSV, mtime=0), None),
+        ("Train.CSV.GZ", gzip.compress(CSV, mtime=0), None),
         ("train.csv", CSV.decode().encode("utf-16"), None),
-        ("train.csv.gz", gzip.compress(CSV.decode().encode("utf-32")), None),
+        ("train.csv.gz", gzip.compress(CSV.decode().encode("utf-32"), mtime=0), None),
         ("train.TSV", CSV.replace(b",", b"\t"), None),
         ("train.tsv", CSV, None),
         ("train.csv", CSV.replace(b"|", b";").replace(b",", b"|"), None),

@@ -397,7 +397,11 @@ def test_command(raw_folder, tokenizer_folder, tmp_path, capsys):
     ("flags", "status", "message"),
     [
         ([], 2, "required: --dataset, --out"),
-        (["--dataset=Toy", "--out=o", "--max_length=x"], 2, "invalid int value: 'x'"),
+        (
+            ["--dataset=Toy", "--out=o", "--max_length=x"],
+            2,
+            "--max_length: expected a whole number, such",
+        ),
         (["--dataset=Toy", "--out=o", "--lenght=3"], 2, "unrecognized arguments: --lenght=3"),
         (["--dataset=T", "--out=o", "--tokenizer=t", "--seed=-1"], 2, "seed: expected 0 or more"),
         (["--dataset=Toy", "--out=o", "--tokenizer=t"], 1, "bundled: expected one of"),

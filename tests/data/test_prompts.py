@@ -269,7 +269,7 @@ def test_damaged_settings_are_named(llm_folders, tmp_path, change, message):
         prompts.read_settings(folder)
     assert "\n" not in str(e.value)
     (folder / "xmc_jax.json").write_text("{")
-    with pytest.raises(ValueError, match=r"xmc_jax\.json: expected JSON, found: "):
+    with pytest.raises(ValueError, match=r"xmc_jax\.json: expected JSON, found "):
         prompts.read_settings(folder)
 
 

@@ -271,7 +271,7 @@ def test_an_interrupted_run_leaves_no_folder(tmp_path, monkeypatch, capsys):
         ("--stated=nan", "stated: expected a share from 0 to 1, got nan"),
         ("--looks=49", "looks: expected 1 to 48 looks"),
         ("--styles=999", "styles: expected 1 to 480 styles"),
-        ("--labels=many", "invalid int value: 'many'"),
+        ("--labels=many", "--labels: expected a whole number, such as 1000, got 'many'"),
         ("--colour=red", "unrecognized arguments"),
     ],
 )

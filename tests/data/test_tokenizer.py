@@ -148,7 +148,7 @@ def test_byte_pairs_from_the_hub(llm_folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", "{", "tokenizer.json: expected JSON, found: "),
+        ("tokenizer.json", "{", "tokenizer.json: expected JSON, found "),
         ("tokenizer.json", "[]", "tokenizer.json: expected a JSON object, found a list"),
         ("tokenizer.json", '{"model": {"type": "BPE"}}', "tokenizer.json: "),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),

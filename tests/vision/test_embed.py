@@ -619,7 +619,7 @@ def test_shares_of_known_datasets_are_compared(topics, pictures, tmp_path, capsy
     [
         ("--nonsense", 2, "unrecognized arguments: --nonsense"),
         ("--max_images=0", 2, "per_item: expected 1 or more, got 0"),
-        ("--max_images=x", 2, "invalid int value"),
+        ("--max_images=x", 2, "expected a whole number, such as 1000"),
         ("--encoding=ascii", 2, "--encoding: expected utf-8 or latin-1"),
         ("--name=a/b", 2, "name: expected a name without slashes"),
         ("--raw=absent", 1, "expected a folder of raw files"),

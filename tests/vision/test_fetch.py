@@ -946,8 +946,8 @@ def test_lists_of_urls_are_read_alike(tmp_path):
         ("urls.csv", "", "urls.csv: expected a column 'id', found none"),
         ("urls.parquet", "PAR1 not really PAR1", "urls.parquet: expected a Parquet file"),
         ("urls.xlsx", "", "urls.xlsx: expected a name ending in"),
-        ("absent.csv", None, "No such file"),
-        ("absent.parquet", None, "No such file"),
+        ("absent.csv", None, "no such file"),
+        ("absent.parquet", None, "no such file"),
     ],
 )
 def test_bad_lists_get_one_line(tmp_path, capsys, name, text, expected):
@@ -968,7 +968,7 @@ def test_bad_lists_get_one_line(tmp_path, capsys, name, text, expected):
         (["--max_pixels", "999999999"], "max_pixels: expected at most"),
         (["--user_agent", "a\r\nb: c"], "user_agent: expected printable ASCII"),
         (["--max_byte", "1"], "unrecognized arguments"),
-        (["--max_bytes", "many"], "invalid int value"),
+        (["--max_bytes", "many"], "expected a whole number, such as 1000"),
     ],
 )
 def test_bad_flags_get_one_line(tmp_path, capsys, flags, expected):

@@ -23,6 +23,7 @@ import numpy as np
 from xmc_jax.data import record_table
 from xmc_jax.data.record_cells import Absent
 from xmc_jax.data.record_table import Table
+from xmc_jax.files import json_files
 from xmc_jax.files.text_files import TextFile
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -470,10 +471,8 @@ def _decoded(at: Callable[[int], str], line: int, decode: Callable[..., Any], *t
         return decode(*text)
     except json.JSONDecodeError:
         raise
-    except RecursionError:
-        found = "one nested too deeply"
-    except ValueError as error:
-        found = str(error)[:80]
+    except (RecursionError, ValueError) as error:
+        found = json_files.problem(error)
     raise ValueError(f"{at(line)}: expected a JSON object, found {found}")
 
 

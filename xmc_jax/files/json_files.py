@@ -38,6 +38,19 @@ def is_file(path: epath.Path) -> bool:
     return path.is_file() if "://" in str(path) else pathlib.Path(path).is_file()
 
 
+def problem(error: Exception) -> str:
+    """What is in a text that `json` refuses, by its error."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"something else: {error.msg.lower()}, at line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return "bytes that are no Unicode"
+    if isinstance(error, RecursionError):
+        return "one nested too deeply"
+    if "integer string conversion" in str(error):
+        return "a number of more than 4,300 digits; write it as a text, in quotes"
+    return str(error)[:80]
+
+
 def parse(where: Any, text: str | bytes, kind: type = dict) -> Any:
     """The JSON object that a text is.
 
@@ -52,7 +65,7 @@ def parse(where: Any, text: str | bytes, kind: type = dict) -> Any:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON, found: {error}") from error
+        raise ValueError(f"{where}: expected JSON, found {problem(error)}") from error
     if not isinstance(content, kind):
         expected = "list" if kind is list else "object"
         raise ValueError(f"{where}: expected a JSON {expected}, found a {type(content).__name__}")

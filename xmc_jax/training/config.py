@@ -169,7 +169,18 @@ def section(kind: type, name: str, config: Mapping[str, Mapping[str, Any]]) -> A
             raise ValueError(f"config: {name}.{key}: no such field; known: {', '.join(fields)}")
         nested = dataclasses.is_dataclass(fields[key].type)
         values[key] = section(fields[key].type, key, config[name]) if nested else value
+    absent = dataclasses.MISSING
+    missing = [
+        field.name
+        for field in fields.values()
+        if (field.default, field.default_factory) == (absent, absent) and field.name not in values
+    ]
+    if missing:
+        raise ValueError(f"config: {name}: expected the fields {', '.join(missing)}, got none")
     try:
         return kind(**values)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"config: {name}: {error}") from None
+    except TypeError as error:  # of a comparison, say
+        raise ValueError(
+            f"config: {name}: expected values of the fields' types, see configs/vixml.py, got "
+            f"others ({error})"
+        ) from None

@@ -22,6 +22,7 @@ from xmc_jax.training.config import TrainConfig
 from xmc_jax.training.run import Run
 from xmc_jax.training.watchdog import Watchdog
 from xmc_jax.types import Health, TrainState
+from xmc_jax.wording import counted
 
 _IN_FLIGHT = 2  # steps the host may be ahead of the devices; more would delay a signal's save
 # Rows of an evaluation -> prefix of their names in metrics.jsonl.
@@ -98,6 +99,14 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                     logging.info("%s: going on from step %d", workdir, step)
                     _tell_of_schedule(run, step, history)
             epoch, total = int(state.boundaries), config.epochs * run.steps_per_epoch
+            if epoch < config.epochs and config.batch_size != run.wanted_batch_size:
+                logging.info(
+                    "train.batch_size: %s fewer than %d: each step has all of them",
+                    counted(
+                        run.data.num_documents, "training document is", "training documents are"
+                    ),
+                    run.wanted_batch_size,
+                )
             evaluation = None
             timer = _SaveTimer(config.checkpoint_minutes)
             with report.Reporter(

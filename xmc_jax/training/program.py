@@ -39,6 +39,7 @@ class Program:
 
     Attributes:
         config: as given, but with a `train.batch_size` of no more than there are documents.
+        wanted_batch_size: `train.batch_size` as given.
         shape: see above.
         mesh: of the devices.
         source: where the backbone comes from.
@@ -66,6 +67,7 @@ class Program:
     ):
         self.mesh = sharding.make_mesh(config.mesh, devices)
         shards = sharding.num_shards("batch", self.mesh)
+        self.wanted_batch_size = config.train.batch_size
         config = _fitting(config, shape.documents, shards)
         train = config.train
         self.config, self.shape = config, shape

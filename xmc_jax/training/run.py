@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 
 from xmc_jax import rng, sharding
@@ -20,7 +19,6 @@ from xmc_jax.training import curriculum, memory, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
 from xmc_jax.types import Batch, Prompts, Tables, TrainState
-from xmc_jax.wording import counted
 
 _NAMES = {
     "train": "training documents",
@@ -59,14 +57,8 @@ class Run(Program):
         super().__init__(config, data.shape, prompts, devices)
         memory.check(self)
         self.data = data
-        wanted, config = config.train.batch_size, self.config
+        config = self.config
         train = config.train
-        if train.batch_size != wanted:
-            logging.info(
-                "train.batch_size: %s fewer than %d: each step has all of them",
-                counted(data.num_documents, "training document is", "training documents are"),
-                wanted,
-            )
         self.sampler = batches.Sampler(
             data,
             train.batch_size,
