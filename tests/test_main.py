@@ -216,9 +216,10 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
         ),
         (
             ("--config=configs",),
-            "--config=configs: expected a config file, such as configs/vixml.py",
+            "--config=configs: expected a config file, such as configs/vixml.py of a checkout",
             2,
         ),
+        (("--config=configs/vixml.py", "--workdir="), "--workdir: expected a folder, got none", 1),
         (("--config=configs/vixml.py", "--mode=fly"), "fly", 2),
         (("--config=configs/absent.py",), "absent.py", 2),
         (
@@ -237,7 +238,7 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
         ),
         (
             ("--mode=predict", "--artifact=a", "--input=a", "--output=b"),
-            "a: expected an exported model with artifact.json, found none",
+            "a: expected artifact.json of an exported model, found none",
             1,
         ),
         (("--config=configs/vixml.py", "positional"), "positional", 2),

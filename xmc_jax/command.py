@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -75,9 +76,14 @@ def open_standard_streams() -> tuple[str, ...]:
 
 def explained(error: Exception) -> str:
     """What an error says; of the system's refusals the file and the reason, without numbers."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return str(error) or repr(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error) or repr(error)
+    said = error.strerror.lower()
+    if error.filename is not None:
+        said = f"{error.filename}: {said}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        said += "; make room and run the same command again"
+    return said
 
 
 def lost_output(error: OSError | None = None) -> tuple[int, str] | None:

@@ -167,6 +167,8 @@ def main(argv: list[str]) -> int:
     # Imported here, so that a mistyped flag is answered at once.
     from xmc_jax import distributed, modes
 
+    if _WORKDIR.value == "":
+        raise ValueError("--workdir: expected a folder, got none")
     fields = _fields()
     workdir = _WORKDIR.value or ("" if fields is None else f"runs/{fields['name']}")
     asked = modes.Asked(
@@ -269,7 +271,8 @@ def _explain(argv: list[str], error: Exception) -> str:
     if file and not os.path.isfile(file[1]):
         found = "a folder" if os.path.isdir(file[1]) else "none"
         return (
-            f"--config={file[1]}: expected a config file, such as configs/vixml.py, found {found}"
+            f"--config={file[1]}: expected a config file, such as configs/vixml.py of a checkout, "
+            f"found {found}"
         )
     if file and isinstance(error, SyntaxError):
         return f"--config={file[1]}: expected a config file in Python, found: {said}"

@@ -321,8 +321,8 @@ def _labels(asked: Asked) -> int:
     recall = "" if found.recall is None else f"; the index finds {found.recall:.2%}"
     print(
         f"{config.out or opened.folder}: {counted(found.added, 'label')} added, "
-        f"{found.borrowing:,} of them like trained ones, {found.updated:,} updated, "
-        f"{found.removed:,} removed; {found.labels:,} now{recall}"
+        f"{found.borrowing:,} of them by the documents of similar trained labels, "
+        f"{found.updated:,} updated, {found.removed:,} removed; {found.labels:,} now{recall}"
     )
     return 0
 

@@ -341,6 +341,17 @@ class Reporter:
             logging.warning("%s", text)
             self._bar.refresh()
 
+    def first(self, name: str) -> float:
+        """The oldest value of this name that was recorded.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for record in self._records:
+            if name in record:
+                return record[name]
+        raise KeyError(name)
+
     def latest(self, prefix: str) -> dict[str, float]:
         """The values of the newest record with names of this prefix, the prefix taken off."""
         for record in reversed(self._records):

@@ -150,6 +150,8 @@ CSV = b"id,text,labels\n1,one,7\n2,two,7|8\n"
         ("train.csv", b"PK\x03\x04" + CSV, "found a ZIP archive, such as an Excel workbook; save"),
         ("train.csv", CSV.decode().encode("utf-16-le"), "found UTF-16 without a byte order mark"),
         ("train.jsonl", b"PAR1" + CSV, "found a Parquet file; give it a name ending in .parquet"),
+        ("train.csv", CSV.replace(b"\n", b"\r"), "lines that end in LF or CRLF, found a CR within"),
+        ("train.csv", b"sep=;\n" + CSV, "found 'sep=;', which Excel reads as a separator; remove"),
         ("train.csv", b"id,text,labels\n1,a,7,\n2,b, c,7\n", "a cell with ',' in it needs quotes"),
         (
             "Train.xlsx",

@@ -329,7 +329,7 @@ PLACE = {"jsonl": "train.jsonl:3", "csv": "train.csv:4", "parquet": "train.parqu
     [
         ({"labels": ["A"]}, "column labels: expected ids of labels, found 'A'; did you mean 'a'?"),
         ({"labels": ["a,b"]}, "are these several, --separator=','?"),
-        ({"labels": ["zz"]}, "(1 such ids in 1 places); --unknown_labels=drop leaves them out"),
+        ({"labels": ["zz"]}, "(1 such id in 1 place); --unknown_labels=drop leaves them out"),
         ({"labels": ["a", ""]}, "column labels: expected an id, a text without tabs and line ends"),
         ({"labels": ["a\tb"]}, r"found 'a\tb'"),
         ({"id": 1}, "expected ids that differ, found that of"),

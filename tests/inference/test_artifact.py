@@ -90,9 +90,18 @@ def cut(path: pathlib.Path) -> None:
             r"tokenizer.json: expected \d+ bytes, found no",
         ),
         (lambda f: shutil.rmtree(f / "documents"), "bytes, found no file"),
-        (lambda f: (f / "artifact.json").unlink(), "expected an exported model with artifact.json"),
-        (lambda f: (f / "artifact.json").write_text("{"), "expected an exported model with"),
-        (lambda f: (f / "artifact.json").write_text("[]"), "expected an exported model with"),
+        (
+            lambda f: (f / "artifact.json").unlink(),
+            "artifact.json: expected artifact.json of an exported model, found none",
+        ),
+        (
+            lambda f: (f / "artifact.json").write_text("{"),
+            "of an exported model, found a damaged file",
+        ),
+        (
+            lambda f: (f / "artifact.json").write_text("[]"),
+            "of an exported model, found a damaged file",
+        ),
         (lambda f: (f / "artifact.json").write_text("[" * 10**5), "expected an exported model"),
         (lambda f: change(f, lambda m: m.update(format=2)), "expected format 1, found 2; export"),
         (lambda f: change(f, lambda m: m.update(name=3)), "name: expected str, found 3"),

@@ -270,8 +270,9 @@ def test_the_command(folder, tmp_path):
         *("--labels.how=text", f"--labels.out={tmp_path / 'changed'}"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 labels added, 0 of them like trained ones, 0 updated, 1 removed; 41 now" in (
-        done.stdout
+    assert (
+        "2 labels added, 0 of them by the documents of similar trained labels, 0 updated, "
+        "1 removed; 41 now" in (done.stdout)
     )
     after = artifact.open(tmp_path / "changed")
     assert list(after.labels.ids)[-2:] == ["new1", "new2"] and "topic3" not in after.labels.ids

@@ -604,7 +604,9 @@ def test_mistakes_are_one_line(exported, tmp_path, monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port}: expected an address"):
             command.run(lambda: pytest.fail("a model was opened"), ServeConfig(port=port))
-    with pytest.raises(ValueError, match=r"expected an exported model with artifact\.json"):
+    with pytest.raises(
+        ValueError, match=r"expected artifact\.json of an exported model, found none"
+    ):
         command.run(lambda: tmp_path, ServeConfig(port=0))
     monkeypatch.delitem(sys.modules, "xmc_jax.serve.server")
     monkeypatch.delattr("xmc_jax.serve.server")

@@ -350,6 +350,11 @@ def test_a_collapsed_run_is_seen_and_a_sound_one_is_not(weighted):
     softmax = LossConfig(kind="decoupled_softmax")
     assert "smaller learning rate" in seen(same, same[::-1], softmax)
     assert seen(x, u, softmax) is None
+    sound, apart = {"similarity_spread": 5e-3, "similarity_negative": 0.95}, 4e-3
+    assert losses.collapse(sound, softmax, apart) is None  # training moves embeddings apart
+    assert "training has collapsed" in losses.collapse(
+        sound, softmax, 2 * sound["similarity_spread"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -387,8 +387,8 @@ def _check_same(folder: pathlib.Path, inputs: dict[str, Any]) -> None:
     if differ:
         raise ValueError(
             f"{folder}: made from other inputs ({'; '.join(differ)}); choose another folder "
-            "(--out, --config.data.data_dir), or make this one anew with python -m "
-            "xmc_jax.data.prepare --overwrite"
+            "(--out, --config.data.data_dir), or make this one anew: remove it and "
+            "run the same command again (of prepare: --overwrite)"
         )
 
 

@@ -239,8 +239,9 @@ class _Scanning:
         """
         if self._first_unknown is not None:
             raise ValueError(
-                f"{self._first_unknown} ({len(self.unknown_ids)} such ids in {self.unknown_pairs} "
-                "places); --unknown_labels=drop leaves them out, =add makes labels of them"
+                f"{self._first_unknown} ({counted(len(self.unknown_ids), 'such id')} in "
+                f"{counted(self.unknown_pairs, 'place')}); "
+                "--unknown_labels=drop leaves them out, =add makes labels of them"
             )
         for document, uid in self._waiting:
             self._filter_pair(document, uid)

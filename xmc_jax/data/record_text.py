@@ -311,10 +311,21 @@ class DelimitedText(TextTable):
         """What separates the names of the header: the character that makes most of them."""
         line = next((line for _, line in self._file.lines(self._limit) if line.strip()), b"")
         header, best, most = line.decode("utf-8", "replace"), usual, 1
+        if header.strip().lower() in {f"sep={delimiter}".strip() for delimiter in DELIMITERS}:
+            raise ValueError(
+                f"{self.at(1)}: expected the columns' names, found {header.strip()!r}, which Excel "
+                "reads as a separator; remove this line"
+            )
         if named and named in header:
             return named
         for delimiter in dict.fromkeys((usual, *DELIMITERS)):
-            names = next(csv.reader([header], delimiter=delimiter), [])
+            try:
+                names = next(csv.reader([header], delimiter=delimiter), [])
+            except csv.Error:  # A CR that is neither quoted nor at the end of the line.
+                raise ValueError(
+                    f"{self.at(1)}: expected lines that end in LF or CRLF, found a CR within one; "
+                    "save the table as CSV UTF-8, not as CSV of a Macintosh"
+                ) from None
             if len(names) > most and {name.strip() for name in names} >= set(headerless):
                 best, most = delimiter, len(names)
         return best

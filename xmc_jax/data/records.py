@@ -218,9 +218,11 @@ def _open(config: RecordsConfig) -> _Files:
     if config.labels is not None:
         paths["label"] = [pathlib.Path(config.labels)]
     if not paths["label"] and config.unknown_labels != "add":
+        beside = record_files.find(records.parent, "label") if records.is_file() else []
         raise ValueError(
             f"{records}: expected labels, a file label.* or labels.* in the folder or another one "
-            "named by --labels, found none; --unknown_labels=add makes labels of the documents' ids"
+            f"named by --labels{''.join(f' (such as --labels={path})' for path in beside)}, found "
+            "none; --unknown_labels=add makes labels of the documents' ids"
         )
     named, delimiter = config.named, record_files.delimiter(config.delimiter)
     opened: dict[str, list[Opened]] = {}

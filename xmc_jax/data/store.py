@@ -508,6 +508,6 @@ def _compare(what: str, expected: Any, found: Any) -> None:
     if expected != found:
         raise ValueError(
             f"{what}: expected {expected}, found {found}; choose another folder (--out, "
-            "--config.data.data_dir), or make this one anew with python -m xmc_jax.data.prepare "
-            "--overwrite"
+            "--config.data.data_dir), or make this one anew: remove it and "
+            "run the same command again (of prepare: --overwrite)"
         )

@@ -23,6 +23,17 @@ _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 @contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Adds the name of a file to the errors of the system that come without one, as of a write."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replaced(path: epath.PathLike, durable: bool = True) -> Iterator[IO[bytes]]:
     """Yields a binary file that becomes `path` when the block ends without an error.
 
@@ -47,7 +58,7 @@ def replaced(path: epath.PathLike, durable: bool = True) -> Iterator[IO[bytes]]:
         return
     target = pathlib.Path(target).resolve()  # a link stays one
     partial = target.with_name(f".{target.name}.partial")
-    with locks.hold(partial) as file:
+    with naming(path), locks.hold(partial) as file:
         try:
             file.truncate(0)  # what a killed writer left
             yield file

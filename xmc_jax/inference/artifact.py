@@ -307,9 +307,12 @@ def open(folder, verify: bool = True) -> Artifact:
         manifest = json.loads(content)
         files = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        absent = not where.exists()
+        missing = folder if absent and not folder.exists() else where
         raise ValueError(
-            f"{folder}: expected an exported model with {MANIFEST}, found none that can be read; "
-            "make one with python -m xmc_jax.main --mode=export"
+            f"{missing}: expected {MANIFEST} of an exported model, found "
+            + ("none; " if absent else "a damaged file; copy the folder again, or ")
+            + "make one with python -m xmc_jax.main --mode=export --workdir=FOLDER of the run"
         ) from error
     if manifest.get("format") != FORMAT:
         raise ValueError(

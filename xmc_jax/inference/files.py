@@ -64,7 +64,8 @@ class Report:
         if done.cut:
             said.append(f"{done.cut:,} longer than the model takes, and cut")
         rate = (done.documents - self.before) / max(self.seconds, 1e-9)
-        return f"{', '.join(said)}; {self.seconds:,.1f} s, {rate:,.0f} documents/s"
+        digits = 1 if rate < 10 else 0
+        return f"{', '.join(said)}; {self.seconds:,.1f} s, {rate:,.{digits}f} documents/s"
 
 
 def predict(

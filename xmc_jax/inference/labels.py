@@ -37,7 +37,7 @@ _BLOCK = 4_096  # labels encoded at a time
 _ROWS = 65_536  # rows copied at a time
 _EXPECTED = {
     False: ("is not yet in", "update this label instead"),
-    True: ("is in", "add this label first, or leave it out"),
+    True: ("is in", "leave it out, or correct the id"),
 }
 _QUERIES = 2_000  # documents that tune and measure an index
 

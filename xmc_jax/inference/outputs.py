@@ -286,7 +286,8 @@ class PipeSink:
 
     def add(self, ids, ranking, problems) -> None:
         """See `Sink`."""
-        self._file.write(self._lines(ids, ranking, problems))
+        with atomic.naming(self._path):
+            self._file.write(self._lines(ids, ranking, problems))
         self._file.flush()
 
     def due(self) -> bool:
@@ -326,7 +327,8 @@ class LineSink:
 
     def sync(self) -> dict[str, int]:
         """See `Sink`."""
-        atomic.to_disk(self._file)
+        with atomic.naming(self._path):
+            atomic.to_disk(self._file)
         self._synced = time.monotonic()
         return {"bytes": self._file.tell()}
 

@@ -107,6 +107,13 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                     ),
                     run.wanted_batch_size,
                 )
+            if epoch < config.epochs:
+                logging.info(
+                    "%s: to train: %s, %s an epoch",
+                    workdir,
+                    counted(config.epochs - epoch, "epoch"),
+                    counted(run.steps_per_epoch, "step"),
+                )
             evaluation = None
             timer = _SaveTimer(config.checkpoint_minutes)
             with report.Reporter(
@@ -230,8 +237,10 @@ def _steps(
                 ids = order[first : first + config.batch_size]
                 _not_applied(run, reporter, metrics, seen, ids)
             means = reporter.step(metrics, config.batch_size, skipped)
-            if means is not None and (collapsed := losses.collapse(means, run.config.loss)):
-                reporter.warn(collapsed)
+            if means is not None:
+                first_spread = reporter.first("train/similarity_spread")
+                if collapsed := losses.collapse(means, run.config.loss, first_spread):
+                    reporter.warn(collapsed)
 
     with clock.within("step"):
         for batch in clock.awaiting(stream):

@@ -8,6 +8,7 @@ computed again for the gradient: memory is that of a block, and the results are 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -320,13 +321,17 @@ def objective(
     return loss, metrics
 
 
-def collapse(metrics: Mapping[str, float], cfg: LossConfig) -> str | None:
+def collapse(
+    metrics: Mapping[str, float], cfg: LossConfig, first_spread: float = math.inf
+) -> str | None:
     """Whether a run has collapsed: every text has the same embedding, and the loss cannot undo it.
 
     Args:
         metrics: means of `objective`'s metrics over the latest steps: an epoch, or its last
             quarter, which sees a collapse that began within the epoch.
         cfg: the objective in use.
+        first_spread: "similarity_spread" of the run's first steps. Embeddings of an untrained tower
+            may be as close together as collapsed ones; training moves them apart.
 
     Returns:
         What is seen and what to do about it, one line; None for a sound run.
@@ -346,6 +351,8 @@ def collapse(metrics: Mapping[str, float], cfg: LossConfig) -> str | None:
             f", every loss term is at the minimum margin {cfg.margin_min:g}, and "
             f"{100 * metrics['violators']:.0f} % of the negatives violate"
         )
+    elif metrics["similarity_spread"] >= first_spread:
+        return None
     remedies = ["a larger batch", "a smaller learning rate"]
     if cfg.kind == "margin" and (cfg.weighted or cfg.num_negatives < 200):
         flags = "--config.loss.num_negatives=200 --config.loss.weighted=False"
