@@ -18,7 +18,7 @@ class Stream(enum.IntEnum):
     SAMPLE = 3  # labels sampled for the documents of a batch, per step
     ORDER = 4  # order of documents, per epoch
     KMEANS = 5  # seeds of balanced 2-means, per clustering
-    ROOM = 6  # batches drawn to see how long they are, before the first step
+    LENGTHS = 6  # batches drawn to see how long they are, before the first step
 
 
 def key(seed: int, stream: Stream, counter) -> jax.Array:

@@ -195,6 +195,11 @@ def num_shards(logical: str, mesh: Mesh) -> int:
     return _extent(mesh, RULES[logical])
 
 
+def row_multiple(mesh: Mesh) -> int:
+    """What the places of a row of texts are a multiple of, as products on these devices like it."""
+    return 64 if mesh.devices.flat[0].platform == "cpu" else 128
+
+
 def local_rows(size: int, mesh: Mesh) -> np.ndarray:
     """i64[n], which rows of a batch the devices of this process hold, ascending.
 
@@ -216,15 +221,15 @@ def put_batch(local: Any, size: int, mesh: Mesh) -> Any:
     """Numpy arrays of this process's rows -> arrays of the whole batch, split over the batch axes.
 
     Args:
-        local: pytree of arrays. The first axis has the rows `local_rows(size, mesh)`, or as many
-            for each of these rows, one row's after the other's.
+        local: pytree of arrays. The first axis has the rows `local_rows(size, mesh)`, or the same
+            part of another number of rows.
         size: rows of the global batch.
         mesh: see `make_mesh`.
     """
     rows = len(local_rows(size, mesh))
 
     def one(x):
-        shape = (len(x) // rows * size, *x.shape[1:])
+        shape = (len(x) * size // rows, *x.shape[1:])
         split = named(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
         return jax.make_array_from_process_local_data(split, x, shape)
 

@@ -45,28 +45,6 @@ class Prompts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
-    """Room for the sequences of a group, a device's part of a batch, without their padding.
-
-    Static: a program is compiled for each. The prompt that sequences begin with is not counted; it
-    is there once for all.
-
-    Attributes:
-        tokens: of all sequences together.
-        classes: (count, width), ascending in width: shortest first, so many sequences have room for
-            so many tokens each.
-    """
-
-    tokens: int
-    classes: tuple[tuple[int, int], ...]
-
-    @property
-    def padded(self) -> bool:
-        """Whether each sequence has all the room of its class, so that none need be moved."""
-        return self.tokens == sum(count * width for count, width in self.classes)
-
-
-@dataclasses.dataclass(frozen=True)
 class DataShape:
     """Counts of a dataset: all that the shapes of a run's arrays depend on.
 
@@ -93,39 +71,69 @@ class DataShape:
 
 @flax.struct.dataclass
 class Inputs:
-    """One side of a batch, or a slice of a split: texts, and images where there are some.
+    """A slice of a split, as it is read: texts, and images where there are some.
 
     Attributes:
         tokens: i32[n, T], right padded; what stands past `lengths` is ignored.
         lengths: i32[n], tokens per text, in [1, T]; from 0 where texts are bare, for a decoder that
-            puts its prompts around them. The mask is `arange(T) < length`. -1 where there is no
-            item, which only packed inputs may lack: its embedding means nothing.
+            puts its prompts around them.
         images: f[n, K, E] frozen image embeddings (float16 from the image folder), or None for
             text only; what stands past `image_count` is ignored.
         image_count: i32[n], images per item, in [0, K]; or None for text only.
-        packing: how they are encoded without padding; None is with it.
     """
 
     tokens: Array
     lengths: Array
     images: Array | None = None
     image_count: Array | None = None
-    packing: Packing | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def own_tokens(lengths: Array, image_count: Array | None, prompts: Prompts) -> Array:
-    """Tokens of items in a sequence, images and prompts included but for those that all begin with.
+    """Tokens of items in a row, images and prompts included but for the head that all share.
 
     Args:
-        lengths: i[n], of texts; -1 where there is no item.
+        lengths: i[n], of texts.
         image_count: i[n], or None for text only.
         prompts: around each text.
 
     Returns:
-        i[n], 0 where there is no item.
+        i[n].
     """
-    around = len(prompts.middle) + len(prompts.tail) + (0 if image_count is None else image_count)
-    return (lengths + around) * (lengths >= 0)
+    around = len(prompts.middle) + len(prompts.tail)
+    return lengths + around + (0 if image_count is None else image_count)
+
+
+@flax.struct.dataclass
+class Rows:
+    """Items that lie one after the other in rows of R places; `data.rows` makes them.
+
+    A row holds at most M items, its segments. The prompt that all texts begin with, the head,
+    stands once at the start of each row, and every segment sees it.
+
+    The rows are divided into groups, a device's part of a batch each, of r rows. Slots and places
+    of images are counted within a group: an index past its end is that of an item or an image that
+    is not there. No two of a group are equal.
+
+    Attributes:
+        tokens: i32[rows, R] token ids; -1 for an image, and where there is nothing.
+        segments: i32[rows, R], the number in the row, from 0, of the item that each place belongs
+            to; -1 in the head, and where there is nothing.
+        positions: i32[rows, R] of each place in its own sequence, the head included.
+        slots: i32[n, ...] of each item, its row times M plus its number in the row.
+        images: f[n, ..., K, E] frozen image embeddings, or None for text only.
+        image_places: i32[n, ..., K] of each image, its row times R plus its place in the row.
+        per_row: M.
+        head: tokens of the head.
+    """
+
+    tokens: Array
+    segments: Array
+    positions: Array
+    slots: Array
+    images: Array | None = None
+    image_places: Array | None = None
+    per_row: int = flax.struct.field(pytree_node=False, default=1)
+    head: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -133,31 +141,30 @@ class Batch:
     """Documents, and what they are compared with: labels sampled for them, or all labels.
 
     Attributes:
-        document: texts of the B documents.
+        items: texts of the B documents and of the different ones among the U sampled labels. The
+            first slot of row i is that of document i; slot `1 + p` holds one of the labels, or
+            none. Labels stand in any order. Where documents are compared with all labels, there is
+            the first slot alone.
         document_ids: i32[B], all different.
-        label: texts of the U sampled labels; column `i * positives_per_document + p` was sampled
-            for row i. None, like the next three, where documents are compared with all labels.
-            Packed, texts of the different labels among them, in any order, and no items.
-        label_ids: i32[U], which labels these are; a label may occur more than once. Packed, 0 where
-            there is no item.
+        label_ids: i32[U], the label in slot `1 + p` of row i, at `i * positives_per_document + p`;
+            0 where there is none. None, like the next two, where documents are compared with all
+            labels.
+        columns: i32[U], which of `label_ids` is the label of each column; column
+            `i * positives_per_document + p` was sampled for row i.
         relevance: bool[B, U]; `relevance[i, j]` says that the label of column j is a positive of
             document_ids[i].
-        columns: i32[U], packed: which of `label` is the label of each column.
         positives: i32[B, P], all positives of each document, then L as padding; None, like the
             next, where labels are sampled.
         frequency: f32[B, P], training documents that have each of `positives`, 1 as padding.
-        packing: room for the documents and labels of a group; None is texts with their padding.
     """
 
-    document: Inputs
+    items: Rows
     document_ids: Array
-    label: Inputs | None = None
     label_ids: Array | None = None
+    columns: Array | None = None
     relevance: Array | None = None
     positives: Array | None = None
     frequency: Array | None = None
-    columns: Array | None = None
-    packing: Packing | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

@@ -5,16 +5,20 @@ relevance for its own rows only; so any number of processes sees the same global
 """
 
 import functools
+import heapq
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from xmc_jax import rng
-from xmc_jax.data import packing
+from xmc_jax.data import rows as row_layout
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
-from xmc_jax.types import Batch, Packing
+from xmc_jax.types import Batch, Prompts, Rows
 
-_SAMPLES = 32  # batches that the room of a packed one is estimated from
+_SAMPLES = 32  # batches in random order, which the number of rows of a batch follows from
+_LARGER = (1.0, 1.1, 1.25)  # numbers of rows, by the one for documents in random order
 WEIGHTINGS = ("inverse_propensity", "uniform")
 LABELS = ("sampled", "all")
 
@@ -47,8 +51,33 @@ def fitting_batch_size(num_documents: int, batch_size: int, multiple: int) -> in
     return min(batch_size, -(-num_documents // multiple) * multiple)
 
 
+class _Contents(NamedTuple):
+    """What a batch encodes: B documents, then the different ones of the labels sampled for them.
+
+    Attributes:
+        lengths: i64[B + u], own tokens of each.
+        group: i64[B + u] of each: a chunk of a device's part of the batch.
+        labels: i[u].
+        place: i64[u], which of the U places of labels each has.
+        columns: i32[U], the place of the label of each column.
+    """
+
+    lengths: np.ndarray
+    group: np.ndarray
+    labels: np.ndarray
+    place: np.ndarray
+    columns: np.ndarray
+
+
 class Sampler:
-    """Builds batches of documents, labels sampled for them, and their relevance."""
+    """Builds batches of documents, labels sampled for them, and their relevance.
+
+    Row b of a batch is in chunk b mod `chunks` of the shard that it lies on. Each chunk of each
+    shard has rows of its own, as many in all of them. A program is compiled for each number of
+    rows, so there are few: some that fit nearly every batch of documents in random order, larger
+    ones for batches of clusters, whose lengths are alike, and one that fits all. The lengths looked
+    at are those of the whole batch, so that all processes take the same.
+    """
 
     def __init__(
         self,
@@ -58,7 +87,9 @@ class Sampler:
         weighting: str = "inverse_propensity",
         seed: int = 0,
         labels: str = "sampled",
-        groups: packing.Groups | None = None,
+        layout: row_layout.Layout | None = None,
+        shards: int = 1,
+        chunks: int = 1,
     ):
         """
         Args:
@@ -69,7 +100,9 @@ class Sampler:
             seed: the run's seed.
             labels: "sampled", those of the batch; or "all", where nothing is sampled and a batch
                 has the positives of its documents instead.
-            groups: how batches are packed; None for texts with their padding.
+            layout: how texts become rows; by default, each has one.
+            shards: devices' parts of a batch.
+            chunks: parts of these that are encoded one after the other.
 
         Raises:
             ValueError: names field, expected, got.
@@ -85,6 +118,11 @@ class Sampler:
             raise ValueError(
                 f"batches: expected weighting among {', '.join(WEIGHTINGS)}, got {weighting!r}"
             )
+        if batch_size % (shards * chunks):
+            raise ValueError(
+                f"train.batch_size: expected a multiple of {shards} batch shards times {chunks} "
+                f"chunks, got {batch_size}"
+            )
         self._store = store
         self._positives = store.positives("train")
         self._batch_size = batch_size
@@ -92,10 +130,17 @@ class Sampler:
         self._seed = seed
         self._most_positives = int(self._positives.counts().max(initial=1))
         self._all_labels = labels == "all"
+        self._slots = 1 if self._all_labels else 1 + positives_per_document
         self._frequency = np.append(store.label_frequency, 1).astype(np.float32)
         uniform = weighting == "uniform"
         self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
-        self._groups = groups
+        per_item = store.train.per_item
+        self._layout = layout or row_layout.layout(
+            Prompts(), "image_text", "contiguous", store.max_length, per_item, None
+        )
+        shard, within = np.divmod(np.arange(batch_size), batch_size // shards)
+        self._shard, self._chunks = shard, chunks
+        self._group = shard * chunks + within % chunks
 
     def build(
         self,
@@ -110,112 +155,155 @@ class Sampler:
             order: i32[steps * B], see `complete`.
             step_in_epoch: which B documents of `order`.
             global_step: steps since the start of training; numbers the random draw.
-            rows: i[n], this process's documents among the B; the labels sampled for them are its
-                own, too.
+            rows: i[n], this process's documents among the B, all those of some shards; the slots of
+                labels next to them are its own, too.
 
         Returns:
-            A Batch of numpy arrays: n of the B documents and the n * positives_per_document labels
-            sampled for them; `relevance` is bool[n, U], over the columns of the whole batch.
+            A Batch of numpy arrays: n of the B documents and n * positives_per_document slots of
+            labels; `relevance` is bool[n, U], over the columns of the whole batch.
         """
         size, per_document = self._batch_size, self._per_document
         batch = order[step_in_epoch * size : (step_in_epoch + 1) * size]
+        mine = np.arange(size)[rows]
+        document_ids = batch[mine].astype(np.int32)
         if self._all_labels:
-            document_ids = batch[rows].astype(np.int32)
             positives = padded(self._positives.take(document_ids), self._most_positives)
-            room = None
-            if self._groups is not None:
-                tokens = self._store.train.own_tokens(batch, self._groups.prompts)
-                room = packing.choose(self._rooms, self._by_group(tokens))
             return Batch(
-                document=self._store.train.inputs(document_ids),
+                items=self._rows_of(batch, mine, self._contents(batch)),
                 document_ids=document_ids,
                 positives=positives,
                 frequency=self._frequency[positives],
-                packing=room,
             )
         generator = rng.host(self._seed, rng.Stream.SAMPLE, global_step)
         label_ids = sample(self._positives.take(batch), self._weights, per_document, generator)
-        document_ids = batch[rows].astype(np.int32)
-        relevant = relevance(self._positives.take(document_ids), label_ids)
-        if self._groups is None:
-            local_labels = label_ids.reshape(size, per_document)[rows].ravel()
-            return Batch(
-                document=self._store.train.inputs(document_ids),
-                label=self._store.label.inputs(local_labels),
-                document_ids=document_ids,
-                label_ids=local_labels,
-                relevance=relevant,
-            )
-        at, columns, lengths = self._deal(batch, label_ids)
-        at = at.reshape(size, per_document)[rows].ravel()
-        local_labels = np.maximum(at, 0).astype(np.int32)
-        label = self._store.label.inputs(local_labels)
+        contents = self._contents(batch, label_ids)
+        placed = np.zeros(len(label_ids), np.int32)
+        placed[contents.place] = contents.labels
         return Batch(
-            document=self._store.train.inputs(document_ids),
-            label=label.replace(lengths=np.where(at < 0, -1, label.lengths).astype(np.int32)),
+            items=self._rows_of(batch, mine, contents),
             document_ids=document_ids,
-            label_ids=local_labels,
-            relevance=relevant,
-            columns=columns.reshape(size, per_document)[rows].ravel(),
-            packing=packing.choose(self._rooms, lengths),
+            label_ids=placed.reshape(size, per_document)[mine].ravel(),
+            columns=contents.columns.reshape(size, per_document)[mine].ravel(),
+            relevance=relevance(self._positives.take(document_ids), label_ids),
         )
 
     @functools.cached_property
-    def _group(self) -> np.ndarray:
-        """i64[B], the group of each row of a batch; a ValueError where they differ in size."""
-        return self._groups.of(self._batch_size)
+    def row_counts(self) -> tuple[int, ...]:
+        """Numbers of rows of a group that batches may have, ascending; the last fits any batch."""
+        groups = self._group.max() + 1
+        most = self._layout.most_rows(self._slots * self._batch_size // groups)
+        if self._layout.per_row == 1:
+            return (most,)
+        needed = np.array([self._sampled_rows(number) for number in range(_SAMPLES)])
+        usual = max(needed.mean() + 3 * needed.std(), needed.max())
+        return tuple(sorted({min(int(np.ceil(x * usual)), most) for x in _LARGER} | {most}))
 
-    @functools.cached_property
-    def _rooms(self) -> tuple[Packing, ...]:
-        samples = [self._sampled_lengths(number) for number in range(_SAMPLES)]
-        return packing.rooms(samples, self._groups.width)
+    def _rows_of(self, batch: np.ndarray, mine: np.ndarray, contents: _Contents) -> Rows:
+        """The rows of the shards of some documents of a batch, i[n], with their slots [n, ...]."""
+        chunks, shards = self._chunks, np.unique(self._shard[mine])
+        fitted = row_layout.fit(self._layout, contents.lengths, contents.group)
+        chosen = np.flatnonzero(np.isin(contents.group // chunks, shards))
+        shard, chunk = np.divmod(contents.group[chosen], chunks)
+        fitted_here = fitted.take(chosen, np.searchsorted(shards, shard) * chunks + chunk)
+        slot = np.concatenate([np.arange(len(batch)) * self._slots, self._slot_of(contents.place)])
+        row, within = np.divmod(slot[chosen], self._slots)
+        items = self._store.train.inputs(batch[chosen[chosen < len(batch)]])
+        if len(contents.labels):
+            labels = contents.labels[chosen[chosen >= len(batch)] - len(batch)]
+            both = items, self._store.label.inputs(labels)
+            items = jax.tree.map(lambda *sides: np.concatenate(sides), *both)
+        found = row_layout.compose(
+            self._layout,
+            items,
+            fitted_here,
+            next(count for count in self.row_counts if count >= fitted.rows),
+            np.searchsorted(mine, row) * self._slots + within,
+            len(mine) * self._slots,
+            len(shards) * chunks,
+            chunks,
+        )
+        by_slot = ("slots", "images", "image_places")
+        return found.replace(
+            **{
+                name: x.reshape(len(mine), self._slots, *x.shape[1:])
+                for name in by_slot
+                if (x := getattr(found, name)) is not None
+            }
+        )
 
-    def _deal(self, batch: np.ndarray, label_ids: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The different ones among the sampled labels, dealt to the groups of a batch.
+    def _contents(self, batch: np.ndarray, label_ids: np.ndarray | None = None) -> _Contents:
+        """What a batch of documents, i[B], and labels sampled for them, i32[U] or None, encodes.
 
-        Args:
-            batch: i[B], the documents.
-            label_ids: i32[U], sampled for them.
-
-        Returns:
-            at: i64[U], labels where they are encoded, place `i * positives_per_document + p` in the
-                group of row i; -1 where there is none.
-            columns: i32[U], the place of each of `label_ids`.
-            lengths: i64[g, m], tokens of the documents and labels of each group.
+        The labels are dealt to the groups so that these have about as many tokens each.
         """
-        per_document, prompts = self._per_document, self._groups.prompts
-        documents = self._by_group(self._store.train.own_tokens(batch, prompts))
+        prompts, group = self._layout.prompts, self._group
+        lengths, none = self._store.train.own_tokens(batch, prompts), np.zeros(0, np.int64)
+        if label_ids is None:
+            return _Contents(lengths, group, none, none, none)
+        per_document = self._per_document
         labels, of = np.unique(label_ids, return_inverse=True)
-        lengths = self._store.label.own_tokens(labels, prompts)
-        groups = packing.deal(documents.sum(axis=1), lengths, documents.shape[1] * per_document)
+        label_lengths = self._store.label.own_tokens(labels, prompts)
+        loads = np.bincount(group, lengths).astype(np.int64)
+        dealt = deal(loads, label_lengths, per_document * len(batch) // len(loads))
         # The places of a group are dealt in turn.
-        places = np.argsort(np.repeat(self._group, per_document), kind="stable")
-        order = np.argsort(groups, kind="stable")
-        turn = np.arange(len(labels)) - np.searchsorted(groups[order], groups[order])
+        places = np.argsort(np.repeat(group, per_document), kind="stable")
+        order = np.argsort(dealt, kind="stable")
+        turn = np.arange(len(labels)) - np.searchsorted(dealt[order], dealt[order])
         place = np.empty(len(labels), np.int64)
-        place[order] = places.reshape(len(documents), -1)[groups[order], turn]
-        at, tokens = np.full(len(label_ids), -1), np.zeros(len(label_ids), np.int64)
-        at[place], tokens[place] = labels, lengths
-        by_row = self._by_group(tokens.reshape(-1, per_document)).reshape(len(documents), -1)
-        return at, place[of].astype(np.int32), np.concatenate([documents, by_row], axis=1)
+        place[order] = places.reshape(len(loads), -1)[dealt[order], turn]
+        return _Contents(
+            lengths=np.concatenate([lengths, label_lengths]),
+            group=np.concatenate([group, dealt]),
+            labels=labels,
+            place=place,
+            columns=place[of].astype(np.int32),
+        )
 
-    def _by_group(self, rows: np.ndarray) -> np.ndarray:
-        """[B, ...] -> [g, B / g, ...]."""
-        groups = self._groups.shards * self._groups.chunks
-        by_group = rows[np.argsort(self._group, kind="stable")]
-        return by_group.reshape(groups, -1, *rows.shape[1:])
+    def _slot_of(self, place: np.ndarray) -> np.ndarray:
+        """i64[u], the slots of labels by their places among labels."""
+        return place // self._per_document * self._slots + 1 + place % self._per_document
 
-    def _sampled_lengths(self, number: int) -> np.ndarray:
-        """i64[g, m], tokens of each group of a batch of documents in random order."""
-        generator = rng.host(self._seed, rng.Stream.ROOM, number)
-        count = self._store.num_documents
+    def _sampled_rows(self, number: int) -> int:
+        """Rows of each group of a batch of documents in random order."""
+        generator = rng.host(self._seed, rng.Stream.LENGTHS, number)
+        count, drawn = self._store.num_documents, None
         some = generator.choice(count, min(count, self._batch_size), replace=False)
         batch = np.resize(some, self._batch_size)
-        if self._all_labels:
-            return self._by_group(self._store.train.own_tokens(batch, self._groups.prompts))
-        positives = self._positives.take(batch)
-        drawn = sample(positives, self._weights, self._per_document, generator)
-        return self._deal(batch, drawn)[2]
+        if not self._all_labels:
+            positives = self._positives.take(batch)
+            drawn = sample(positives, self._weights, self._per_document, generator)
+        contents = self._contents(batch, drawn)
+        return row_layout.fit(self._layout, contents.lengths, contents.group).rows
+
+
+def deal(loads: np.ndarray, lengths: np.ndarray, places: int) -> np.ndarray:
+    """Items dealt to groups so that these have about as many tokens each.
+
+    Longest first, each to the group that has fewest tokens, of those with a place left.
+
+    Args:
+        loads: i[g], tokens that each has already.
+        lengths: i[u], tokens of the items.
+        places: of each group; g times as many are at least u.
+
+    Returns:
+        i64[u], the group of each.
+    """
+    groups = np.zeros(len(lengths), np.int64)
+    if len(loads) == 1:
+        return groups
+    heap = [(int(load), group) for group, load in enumerate(loads)]
+    heapq.heapify(heap)
+    left = [places] * len(loads)
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        load, group = heap[0]
+        groups[item] = group
+        left[group] -= 1
+        if left[group]:
+            heapq.heapreplace(heap, (load + int(lengths[item]), group))
+        else:
+            heapq.heappop(heap)
+    return groups
 
 
 def sample(

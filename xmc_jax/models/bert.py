@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xmc_jax.models import fusion, layers, pooled_dense
-from xmc_jax.models.packing import Packed
+from xmc_jax.models import layers, pooled_dense, segments
 from xmc_jax.models.pooled_dense import DenseConfig
 from xmc_jax.sharding import Axis
 
@@ -220,17 +219,9 @@ class Layer(nn.Module):
     hidden_states: bool
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, mask: Any, packed: Packed | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """[n, T, D], bool[n, 1, 1, T] -> [n, T, D], and that again as a scanned output if asked.
-
-        Packed, x is [g, t, D] and there is a mask for each class.
-        """
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """[r, R, D], bool[r, 1, R, R] -> [r, R, D], and that again as a scanned output if asked."""
         c = self.config
-        attend, ids = layers.attention, None
-        if packed is not None:
-            attend, ids = packed.attention, packed.token_ids
         drop_probabilities, drop_attention, drop_output = layers.dropouts(
             self, (c.attention_dropout, c.dropout, c.dropout), self.deterministic
         )
@@ -251,14 +242,16 @@ class Layer(nn.Module):
             y = dense(name, c.hidden, ("embed", ("heads", c.heads)), x)
             return y.reshape(*y.shape[:2], c.heads, -1)
 
-        y = attend(heads("query"), heads("key"), heads("value"), mask, drop_probabilities)
+        y = layers.attention(
+            heads("query"), heads("key"), heads("value"), mask, drop_probabilities
+        )
         y = dense("out", c.hidden, (("heads", c.heads), "embed"), y)
-        x = layers.LayerNorm(c.eps, name="attention_norm")(x + drop_attention(y, ids=ids))
+        x = layers.LayerNorm(c.eps, name="attention_norm")(x + drop_attention(y))
         y = dense("up", c.ff, ("embed", "mlp"), x)
         # Recomputed in the backward pass: a quarter less memory at no cost in time.
         y = jax.checkpoint(ACTIVATIONS[c.hidden_act])(y)
         y = dense("down", c.hidden, ("mlp", "embed"), y)
-        x = layers.LayerNorm(c.eps, name="output_norm")(x + drop_output(y, ids=ids))
+        x = layers.LayerNorm(c.eps, name="output_norm")(x + drop_output(y))
         return x, (x if self.hidden_states else None)
 
 
@@ -280,44 +273,33 @@ class Bert(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        tokens: jax.Array | None,
+        segment: jax.Array | None = None,
+        position: jax.Array | None = None,
+        head: int = 0,
+        images: tuple[jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
         hidden_states: bool = False,
-        positions: jax.Array | None = None,
-        images: tuple[jax.Array, jax.Array] | None = None,
-        packed: Packed | None = None,
         pooled: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Encodes texts; what stands past a text's length does not change its vectors.
+        """Encodes rows of texts, each of which sees itself alone; see `types.Rows`.
 
         Args:
-            tokens: i32[n, S], right padded; -1 where there is no token.
-            lengths: i32[n], in [1, S].
+            tokens: i32[r, R]; -1 where there is no token.
+            segment: i32[r, R], `Rows.segments`.
+            position: i32[r, R], `Rows.positions`.
+            head: `Rows.head`.
+            images: what stands in the place of some tokens, see `segments.place_images`; or None.
             deterministic: no dropout; otherwise the rng "dropout" is needed.
             hidden_states: return also the input of the first layer and the output of each.
-            positions: i32[n, S]; None is 0, 1, 2, ...
-            images: what stands in the place of some tokens, see `fusion.place`, where nothing is
-                packed; or None.
-            packed: how the texts are packed, whose `lengths` are not looked at then: tokens and
-                positions are i32[g, t].
             pooled: f32[n, D]: no texts are encoded, but these go through the layer `dense`.
 
         Returns:
-            dtype[n, S, D], or that and dtype[layers + 1, n, S, D]; packed, [g, t, D]. Of `pooled`,
-            f32[n, width].
-
-        Raises:
-            ValueError: S is longer than the model's positions.
+            dtype[r, R, D], or that and dtype[layers + 1, r, R, D]. Of `pooled`, f32[n, width].
         """
         if pooled is not None:
             return pooled_dense.apply(self.config.dense, pooled, self.dtype)
-        c, S = self.config, tokens.shape[1] if packed is None else packed.width
-        if c.max_positions < S:
-            raise ValueError(
-                f"encoder: expected texts of at most {c.max_positions} tokens, images included, "
-                f"got S = {S}; prepare the data with a smaller --config.data.max_length"
-            )
+        c = self.config
 
         def table(name: str, rows: int, axes: tuple[str | None, ...]) -> jax.Array:
             init = nn.with_logical_partitioning(_normal, axes)
@@ -325,32 +307,17 @@ class Bert(nn.Module):
             return jnp.asarray(self.param(name, init, (rows, c.hidden)))
 
         words = table("token_embedding", c.vocab_size, ("vocab", "token_width"))
-        place = fusion.place if packed is None else packed.with_images
         x = layers.lookup(words, tokens)
-        x = x if images is None else place(x, *images)
-        placed = table("position_embedding", c.max_positions, (None, "embed"))
-        if positions is None:
-            x += placed[:S]
-        elif packed is None:
-            x += placed[positions]
-        else:
-            x += layers.of_positions(placed[:S], positions)
+        x = x if images is None else segments.place_images(x, *images)
+        places = table("position_embedding", c.max_positions, (None, "embed"))
+        x += layers.of_positions(places[: tokens.shape[1]], position)
         if c.type_vocab:
             x += table("type_embedding", c.type_vocab, (None, "embed"))[0]
         x = layers.LayerNorm(c.eps, name="embedding_norm")(x).astype(self.dtype)
         (drop,) = layers.dropouts(self, (c.dropout,), deterministic)
-        first = x = drop(x, ids=packed and packed.token_ids)
-
-        def real(lengths: jax.Array, width: int) -> jax.Array:
-            return (jnp.arange(width) < lengths[:, None])[:, None, None]
-
-        if packed is None:
-            mask = real(lengths, S)
-        else:
-            widths = (width for _, width in packed.shape.classes)
-            mask = tuple(map(real, packed.class_lengths(), widths))
-        scanned = layers.stack(Layer, c.layers, self.remat, (nn.broadcast,) * 2, unroll=UNROLL)
+        first = x = drop(x)
+        scanned = layers.stack(Layer, c.layers, self.remat, unroll=UNROLL)
         x, outputs = scanned(c, self.dtype, self.lora, deterministic, hidden_states, name="layers")(
-            x, mask, packed
+            x, segments.mask(segment, head)
         )
         return (x, jnp.concatenate([first[None], outputs])) if hidden_states else x

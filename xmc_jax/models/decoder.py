@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xmc_jax.models import fusion, layers, pooled_dense
+from xmc_jax.models import layers, pooled_dense, segments
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
-from xmc_jax.models.packing import Packed
 from xmc_jax.sharding import Axis
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -49,22 +48,21 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, rotary, masks, packed: Packed | None, sliding
+        self, x: jax.Array, rotary, mask, sliding
     ) -> tuple[jax.Array, jax.Array | None]:
-        """[n, S, D] -> [n, S, D], and that again as a scanned output if asked.
+        """[r, R, D] -> [r, R, D], and that again as a scanned output if asked.
 
         Args:
-            x: [n, S, D]; packed, [g, prefix + t, D].
+            x: [r, R, D].
             rotary: cosine and sine of all layers, or of full and of sliding ones.
-            masks: bool[..., S, S] likewise; packed, as `Packed.attention` takes them.
-            packed: how texts are packed, or None.
+            mask: bool[r, 1, R, R] likewise.
             sliding: bool[], or None where no layer slides.
         """
         c = self.config
         if sliding is not None:
-            rotary, masks = (
+            rotary, mask = (
                 jax.tree.map(lambda full, local: jnp.where(sliding, local, full), *both)
-                for both in (rotary, masks)
+                for both in (rotary, mask)
             )
         (drop,) = layers.dropouts(self, (c.attention_dropout,), self.deterministic)
 
@@ -94,8 +92,7 @@ class Layer(nn.Module):
         query, key = layers.rotate(query, *rotary), layers.rotate(key, *rotary)
         value = heads("value", c.kv_heads, "kv")
         scale = (c.query_width or c.head_dim) ** -0.5
-        attend = layers.attention if packed is None else packed.attention
-        y = attend(query, key, value, masks, drop, scale)
+        y = layers.attention(query, key, value, mask, drop, scale)
         y = dense("out", c.hidden, (("heads", c.heads), "embed"), y, c.out_bias)
         x += norm("attention_post_norm", y) if c.post_norms else y
 
@@ -125,108 +122,61 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        tokens: jax.Array | None,
+        segment: jax.Array | None = None,
+        position: jax.Array | None = None,
+        head: int = 0,
+        images: tuple[jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
         hidden_states: bool = False,
-        positions: jax.Array | None = None,
-        images: tuple[jax.Array, jax.Array] | None = None,
-        packed: Packed | None = None,
         pooled: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Encodes texts; what stands past a text's length does not change its vectors.
+        """Encodes rows of texts, each of which sees itself and the head; see `types.Rows`.
 
         Args:
-            tokens: i32[n, S], right padded; -1 where there is no token.
-            lengths: i32[n], in [1, S]; vectors past it mean nothing. Attention is causal, so that
-                it need not be looked at.
+            tokens: i32[r, R]; -1 where there is no token.
+            segment: i32[r, R], `Rows.segments`.
+            position: i32[r, R], `Rows.positions`.
+            head: `Rows.head`.
+            images: what stands in the place of some tokens, see `segments.place_images`; or None.
             deterministic: no dropout; otherwise the rng "dropout" is needed.
             hidden_states: return also the input of the first layer and the output of each, the last
                 normalised (as transformers does).
-            positions: i32[n, S], ascending within a text; None is 0, 1, 2, ...
-            images: what stands in the place of some tokens, see `fusion.place`, where nothing is
-                packed; or None.
-            packed: how the texts are packed: tokens and positions are i32[g, prefix + t].
             pooled: f32[n, D]: no texts are encoded, but these go through the layer `dense`.
 
         Returns:
-            dtype[n, S, D], or that and dtype[layers + 1, n, S, D]; packed, [g, prefix + t, D]. Of
-            `pooled`, f32[n, width].
-
-        Raises:
-            ValueError: S is longer than the model's positions.
+            dtype[r, R, D], or that and dtype[layers + 1, r, R, D]. Of `pooled`, f32[n, width].
         """
         if pooled is not None:
             return pooled_dense.apply(self.config.dense, pooled, self.dtype)
-        del lengths
-        c, S = self.config, tokens.shape[1]
-        if packed is not None:
-            S = packed.prefix + packed.width
-        if c.max_positions < S:
-            raise ValueError(
-                f"encoder: expected texts of at most {c.max_positions} tokens, prompts included, "
-                f"got S = {S}; prepare the data with a smaller --config.data.max_length"
-            )
+        c = self.config
         init = nn.with_logical_partitioning(_normal, ("vocab", "token_width"))
         # asarray: weights as read from disk are numpy, which traced ids do not index
         table = jnp.asarray(self.param("token_embedding", init, (c.vocab_size, c.hidden)))
-        place = fusion.place if packed is None else packed.with_images
         x = layers.lookup(table, tokens)
         # Gemma's factor is rounded to bfloat16 where that is computed in, as in transformers.
         x = x.astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
-        first = x = x if images is None else place(x, *images)
+        first = x = x if images is None else segments.place_images(x, *images)
 
-        positions = jnp.arange(S)[None] if positions is None else positions
-        rotary, sliding = self._rotary(positions, c.rope_theta, c.rope), None
-        mask = _masks(positions, packed)
+        rotary, sliding = self._rotary(position, c.rope_theta, c.rope), None
+        mask = segments.mask(segment, head, position)
         if c.sliding:
             local = rotary
             if c.local_rope_theta is not None:
-                local = self._rotary(positions, c.local_rope_theta, RopeScaling())
+                local = self._rotary(position, c.local_rope_theta, RopeScaling())
             rotary = (rotary, local)
-            mask = (mask, _masks(positions, packed, c.window))
+            mask = (mask, segments.mask(segment, head, position, c.window))
             sliding = jnp.asarray(c.sliding)
 
-        per_layer = nn.broadcast if sliding is None else 0
-        in_axes = (nn.broadcast, nn.broadcast, nn.broadcast, per_layer)
+        in_axes = (nn.broadcast, nn.broadcast, nn.broadcast if sliding is None else 0)
         scanned = layers.stack(Layer, c.layers, self.remat, in_axes)
         x, outputs = scanned(c, self.dtype, self.lora, deterministic, hidden_states, name="layers")(
-            x, rotary, mask, packed, sliding
+            x, rotary, mask, sliding
         )
         x = layers.RMSNorm(c.eps, c.norm_offset, name="final_norm")(x)
         return (x, jnp.concatenate([first[None], outputs[:-1], x[None]])) if hidden_states else x
 
-    def _rotary(self, positions: jax.Array, theta: float, rope: RopeScaling):
+    def _rotary(self, position: jax.Array, theta: float, rope: RopeScaling):
         frequencies = rotary_frequencies(theta, self.config.head_dim, rope)
         dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return layers.rotary_tables(positions, frequencies.astype(dtype))
-
-
-def _masks(positions: jax.Array, packed: Packed | None, window: int | None = None) -> Any:
-    """Which keys a query sees: those before it, less than `window` positions away.
-
-    Args:
-        positions: i32[n, S], or i32[1, S] where they are the same for all.
-        packed: how texts are packed, or None.
-        window: None is no limit.
-
-    Returns:
-        bool[n or 1, 1, S, S]; packed, of the prefix, if there is one, and of each class.
-    """
-
-    def mask(queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """Of i32[n, T] and i32[n, S] positions, the last T of the keys being the queries."""
-        T, S = queries.shape[1], keys.shape[1]
-        causal = (jnp.arange(T)[:, None] + (S - T) >= jnp.arange(S))[None, None]
-        if window is None:
-            return causal
-        return causal & (queries[:, :, None] - keys[:, None] < window)[:, None]
-
-    if packed is None:
-        return mask(positions, positions)
-    h = packed.prefix
-    masks = [mask(positions[:, :h], positions[:, :h])] if h else []
-    for own in packed.apart(positions[:, h:]):
-        prefix = jnp.repeat(positions[:, :h], len(own) // len(positions), axis=0)
-        masks.append(mask(own, jnp.concatenate([prefix, own], axis=1)))
-    return tuple(masks)
+        return layers.rotary_tables(position, frequencies.astype(dtype))

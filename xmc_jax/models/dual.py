@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from xmc_jax import rng, sharding
-from xmc_jax.models import backbone, fusion, layers, packing
+from xmc_jax.models import backbone, layers, segments
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
 from xmc_jax.models.layers import NO_LORA, LoraConfig
-from xmc_jax.types import EncoderOutput, Inputs, Prompts, own_tokens
+from xmc_jax.models.segments import POOLINGS
+from xmc_jax.types import EncoderOutput, Rows
 
-POOLINGS = ("mean", "cls", "last", "max")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
 _FREE_VECTOR_INITS = {
@@ -128,9 +128,6 @@ class DualEncoder(nn.Module):
         precision: see `EncoderConfig`.
         remat: see `EncoderConfig`.
         lora: see `EncoderConfig`.
-        prompts: what stands around every text of a decoder.
-        order: see `fusion.FusionConfig`.
-        positions: see `fusion.FusionConfig`.
         image_width: E; 0 is text only.
         prime: None trains on label text alone.
         num_free_vectors: C, shared and private together; 0 without PRIME.
@@ -142,24 +139,11 @@ class DualEncoder(nn.Module):
     precision: str | None = None
     remat: str = "none"
     lora: LoraConfig = NO_LORA
-    prompts: Prompts = fusion.NO_PROMPTS
-    order: str = "image_text"
-    positions: str = "contiguous"
     image_width: int = 0
     prime: PrimeConfig | None = None
     num_free_vectors: int = 0
 
     def setup(self):
-        if not backbone.is_decoder(self.sizes):
-            if self.prompts != fusion.NO_PROMPTS:
-                raise ValueError(
-                    "fusion: expected no prefix and no suffix, which only decoders take, got some"
-                )
-            if self.order != "image_text":
-                raise ValueError(
-                    f"fusion.order: expected 'image_text', as encoders take images, got "
-                    f"{self.order!r}"
-                )
         self.backbone = backbone.build(self.sizes, self.compute_dtype, self.remat, self.lora)
         if self.image_width:
             init = layers.uniform(self.image_width**-0.5)  # as the reference draws both
@@ -184,21 +168,32 @@ class DualEncoder(nn.Module):
                 "free_vectors", init, (self.num_free_vectors, self.sizes.width)
             )
 
-    def encode(self, inputs: Inputs, deterministic: bool = True) -> EncoderOutput:
-        """Embeddings of n items, documents or labels alike.
+    def encode(self, rows: Rows, deterministic: bool = True) -> EncoderOutput:
+        """Embeddings of items, documents or labels alike, in the shape of `rows.slots`.
 
         Args:
-            inputs: see `Inputs`; with images if the model has them, without if not.
+            rows: see `Rows`; with images if the model has them, without if not.
             deterministic: no dropout; otherwise the rng "dropout" is needed.
         """
-        width = 0 if inputs.images is None else inputs.images.shape[-1]
+        width = 0 if rows.images is None else rows.images.shape[-1]
         if width != self.image_width:
             raise ValueError(
                 f"images: expected vectors {self.image_width} wide (0 is none), got {width}"
             )
-        encode = self._padded if inputs.packing is None else self._packed
         with self._precisely():
-            pooled = self._behind(encode(inputs, deterministic))
+            images = None
+            if self.image_width:
+                images = (self.projection(rows.images), rows.image_places)
+            hidden = self.backbone(
+                *(rows.tokens, rows.segments, rows.positions),
+                *(rows.head, images, deterministic),
+            )
+            pooled = segments.pool(
+                layers.wide(hidden), rows.segments, rows.per_row, rows.head, self.pooling
+            )
+            pooled = segments.take(pooled, rows.slots)
+            if self.sizes.dense is not None:
+                pooled = self.backbone(None, pooled=pooled)
         return EncoderOutput(pooled=pooled, unit=layers.normalize(pooled))
 
     def _precisely(self) -> contextlib.AbstractContextManager:
@@ -206,65 +201,6 @@ class DualEncoder(nn.Module):
         if self.precision is None and self.compute_dtype != "float32":
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.precision or "highest")
-
-    def _padded(self, inputs: Inputs, deterministic: bool) -> jax.Array:
-        """f32[n, D], pooled; every sequence has room for the longest."""
-        sequence = fusion.compose(inputs, self.prompts, self.order, self.positions)
-        images = None
-        if self.image_width:
-            images = (self.projection(inputs.images), sequence.images)
-        lengths = sequence.lengths
-        hidden = layers.wide(
-            self.backbone(
-                sequence.tokens, lengths, deterministic, positions=sequence.positions, images=images
-            )
-        )
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        if self.pooling == "last":
-            return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        real = (jnp.arange(hidden.shape[1]) < lengths[:, None])[..., None]
-        if self.pooling == "max":
-            return jnp.where(real, hidden, -jnp.inf).max(1)
-        return jnp.where(real, hidden, 0).sum(1) / lengths[:, None]
-
-    def _behind(self, pooled: jax.Array) -> jax.Array:
-        """f32[n, D] -> f32[n, width], by the layer behind the pooling if the backbone has one."""
-        return pooled if self.sizes.dense is None else self.backbone(None, None, pooled=pooled)
-
-    def _packed(self, inputs: Inputs, deterministic: bool) -> jax.Array:
-        """f32[n, D], pooled, of `Inputs.packing`. The prompt all begin with is encoded once."""
-        head = jnp.asarray(self.prompts.head, jnp.int32)
-        rest = dataclasses.replace(self.prompts, head=())
-        sequence = fusion.compose(inputs, rest, self.order, self.positions)
-        packed = packing.place(
-            own_tokens(inputs.lengths, inputs.image_count, rest),
-            sequence.tokens.shape[1],
-            inputs.packing,
-            sharding.groups(),
-            len(head),
-        )
-        groups = len(packed.order)
-
-        def behind(prefix: jax.Array, own: jax.Array) -> jax.Array:
-            shared = jnp.broadcast_to(prefix, (groups, len(head)))
-            return jnp.concatenate([shared, own], axis=1).astype(jnp.int32)
-
-        own = packed.source % packed.width
-        if sequence.positions is not None:
-            own = packed.pack(sequence.positions)
-        images = None
-        if self.image_width:
-            images = (self.projection(inputs.images), sequence.images)
-        hidden = self.backbone(
-            behind(head, packed.pack(sequence.tokens, fill=-1)),
-            None,
-            deterministic,
-            positions=behind(jnp.arange(len(head)), own + len(head)),
-            images=images,
-            packed=packed,
-        )
-        return packed.pool(layers.wide(hidden), self.pooling)
 
     def prototype(
         self,
@@ -288,9 +224,9 @@ class DualEncoder(nn.Module):
         with self._precisely():
             return self.combiner(pooled, free, centroids, deterministic)
 
-    def __call__(self, inputs: Inputs) -> EncoderOutput:
+    def __call__(self, rows: Rows) -> EncoderOutput:
         """Touches every parameter; what `init_params` initialises through."""
-        out = self.encode(inputs)
+        out = self.encode(rows)
         if self.prime is not None:
             self.prototype(out.pooled, jnp.zeros(len(out.pooled), jnp.int32), out.pooled)
         return out
@@ -313,11 +249,10 @@ def init_params(model: DualEncoder, seed: int):
     Returns:
         A dict of `nn.LogicallyPartitioned` leaves; under `jax.eval_shape`, of shapes.
     """
-    one = Inputs(tokens=jnp.zeros((1, 1), jnp.int32), lengths=jnp.ones(1, jnp.int32))
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    one = Rows(tokens=zeros, segments=zeros, positions=zeros, slots=zeros[0])
     if model.image_width:
-        one = one.replace(
-            images=jnp.zeros((1, 1, model.image_width)), image_count=jnp.ones(1, jnp.int32)
-        )
+        one = one.replace(images=jnp.zeros((1, 1, model.image_width)), image_places=zeros)
     return model.init(rng.key(seed, rng.Stream.INIT, 0), one)["params"]
 
 

@@ -269,12 +269,7 @@ def attention(
     return jnp.einsum("ngrts,nsgw->ntgrw", probabilities, value).reshape(n, T, H * W)
 
 
-def dropout(
-    x: jax.Array,
-    rate: float,
-    seed: jax.Array,
-    ids: Callable[[], jax.Array] | None = None,
-) -> jax.Array:
+def dropout(x: jax.Array, rate: float, seed: jax.Array) -> jax.Array:
     """Sets elements to zero with probability `rate` and divides the others by `1 - rate`.
 
     An element is kept if a 32-bit hash of (seed, position) is below `(1 - rate) * 2^32`. Threefry
@@ -285,19 +280,12 @@ def dropout(
         x: any shape, fewer than 2^32 elements.
         rate: fraction dropped, in [0, 1).
         seed: u32[2]; the same seed gives the same mask. See `dropouts`.
-        ids: gives what stands for the position, u32 of x's size, all different; or of x without its
-            last axis, along which positions are counted. None is the position in x.
 
     Source: hash constants "lowbias32", C. Wellons, https://nullprogram.com/blog/2018/07/31/.
     """
     if rate == 0:
         return x
-    if ids is None:
-        bits = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
-    elif (bits := ids()).size < x.size:
-        width = x.shape[-1]
-        bits = bits[..., None] * jnp.uint32(width) + jnp.arange(width, dtype=jnp.uint32)
-    bits = bits.reshape(x.shape) * jnp.uint32(0x9E3779B9)
+    bits = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape) * jnp.uint32(0x9E3779B9)
     for word in seed:
         bits ^= word
         bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
@@ -309,10 +297,8 @@ def dropout(
 
 def dropouts(
     module: nn.Module, rates: tuple[float, ...], deterministic: bool
-) -> list[Callable[..., jax.Array]]:
+) -> list[Callable[[jax.Array], jax.Array]]:
     """The dropouts of one layer, in order: one key and one small draw of seeds for all of them.
-
-    Each is a function of x and, optionally, of `ids`, see `dropout`.
 
     Args:
         module: whose rng "dropout" is drawn from, unless there is nothing to drop.
@@ -320,7 +306,7 @@ def dropouts(
         deterministic: drop nothing.
     """
     if deterministic or not any(rates):
-        return [lambda x, ids=None: x for _ in rates]
+        return [lambda x: x for _ in rates]
     seeds = jax.random.bits(module.make_rng("dropout"), (len(rates), 2), jnp.uint32)
     return [functools.partial(dropout, rate=rate, seed=seed) for rate, seed in zip(rates, seeds)]
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from xmc_jax import sharding
-from xmc_jax.data import packing
 from xmc_jax.retrieval import augmented, exact
 from xmc_jax.training import curriculum, tables
 from xmc_jax.training.program import Program
@@ -60,10 +59,7 @@ def of(program: Program) -> list[Compilable]:
         + shape.labels * (1 + every * epochs)
         + evaluations * (shape.test + shape.labels)
     )
-    inputs = program.abstract_inputs(rows)
-    if program.groups is not None:
-        room = packing.whole(rows // program.groups.shards, program.groups.width)
-        inputs = inputs.replace(packing=room)
+    items = program.abstract_items(rows, parts=sharding.num_shards("batch", mesh))
     found = [
         one(
             TRAIN_STEP,
@@ -71,7 +67,7 @@ def of(program: Program) -> list[Compilable]:
             program.train_step,
             *(state, frozen, program.abstract_batch()),
         ),
-        one("encode", encoded / rows / epochs, program.encode, state.params, frozen, inputs),
+        one("encode", encoded / rows / epochs, program.encode, state.params, frozen, items),
     ]
     width = program.sizes.width
     if prime:
@@ -82,7 +78,7 @@ def of(program: Program) -> list[Compilable]:
                 evaluations * shape.labels / rows / epochs,
                 program.prototype,
                 *(state.params, frozen, state.tables),
-                jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=inputs.lengths.sharding),
+                jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=items.slots.sharding),
                 jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=by_rows),
             )
         )

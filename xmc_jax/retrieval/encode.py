@@ -1,7 +1,8 @@
 """Encode a split: fixed shapes, one block in flight; to the host, a file, a table or a database.
 
-Items are encoded by length, so that a block has little padding; there are a few shapes, whatever
-the number of items. Each process reads the rows of a block that its devices hold. Tables and
+All items of a split are laid out in rows at once, see `data.rows`. Rows of few long items and rows
+of many short ones are dealt to the blocks in turn, so that these have about as many items, and one
+program serves all. Each process reads the items of the rows that its devices hold. Tables and
 databases never leave the devices, so nothing of the size of a split is on a host unless it is asked
 for.
 """
@@ -16,15 +17,14 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from xmc_jax import distributed, report, sharding, stopping
-from xmc_jax.data import packing
+from xmc_jax.data import rows as row_layout
 from xmc_jax.data.store import Split
 from xmc_jax.files import array_files, atomic
-from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import exact
-from xmc_jax.types import Inputs, Packing, Prompts
+from xmc_jax.types import Rows
 
-Encode = Callable[[Inputs, jax.Array], jax.Array]
-"""Jitted (inputs, ids i32[b]) -> [b, D]; ids are for what a model keeps per item."""
+Encode = Callable[[Rows, jax.Array], jax.Array]
+"""Jitted (rows of b slots, ids i32[b]) -> [b, D]; ids are for what a model keeps per item."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,29 +33,39 @@ class Items:
 
     Attributes:
         split: the n items.
-        batch_size: rows per call, over all devices.
+        batch_size: about as many per call, over all devices.
         mesh: see `sharding.make_mesh`.
-        prompts: around each text, without what all begin with.
-        widths: ascending, of which a block gets the smallest that fits; see `packing.widths`. None
-            encodes items in their order and with their padding.
+        layout: how they become rows.
         name: what the items are, for the progress that is shown.
     """
 
     split: Split
     batch_size: int
     mesh: Mesh
-    prompts: Prompts = NO_PROMPTS
-    widths: tuple[int, ...] | None = None
+    layout: row_layout.Layout
     name: str = "items"
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def lengths(self) -> np.ndarray | None:
-        """i64[n], tokens of each item; None if they are not looked at."""
-        if self.widths is None:
-            return None
-        return self.split.own_tokens(np.arange(len(self.split)), self.prompts)
+    def lengths(self, ids: np.ndarray) -> np.ndarray:
+        """i64[n], own tokens of some items."""
+        return self.split.own_tokens(ids, self.layout.prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What each call encodes.
+
+    Attributes:
+        order: i32[blocks, shards, m], the item in each slot; n for none.
+        fitted: where the n items lie in the rows of their block and shard.
+        rows: of each shard of a block.
+    """
+
+    order: np.ndarray
+    fitted: row_layout.Fit
+    rows: int
 
 
 def to_host(encode: Encode, items: Items, ids: np.ndarray | None = None) -> np.ndarray:
@@ -119,13 +129,11 @@ def to_table(encode: Encode, items: Items, table: jax.ShapeDtypeStruct) -> jax.A
         ValueError: there is nothing to encode.
     """
     _check(items)
-    count, lengths = len(items), items.lengths()
-    lengths = None if lengths is None else lengths[None]
-    order, ids, rooms = _blocks_of(items, lengths, count, items.batch_size)
-    order, ids = (x.reshape(len(order), -1) for x in (order, ids))
+    ids = np.arange(len(items), dtype=np.int32)
+    blocks = _blocks_of(items, ids)
     rows = jax.numpy.zeros(table.shape, table.dtype, device=table.sharding)
-    for places, block in zip(order, _blocks(encode, items, ids, rooms)):
-        places = sharding.put_whole(places, items.mesh)
+    for places, block in zip(blocks.order, _encoded(encode, items, ids, blocks)):
+        places = sharding.put_whole(places.reshape(-1), items.mesh)
         rows = _write(rows, block, places, split=table.sharding)
     return rows
 
@@ -147,16 +155,12 @@ def to_database(encode: Encode, items: Items, limit: int) -> exact.Database:
     count, mesh = len(items), items.mesh
     shards = sharding.num_shards("batch", mesh)
     (total, _), searched, by_rows = exact.layout(count, 1, mesh, limit)
-    of_shard, per_shard = total // shards, items.batch_size // shards
-    lengths = items.lengths()
-    if lengths is not None:  # what stands past the last item is that again, and never searched
-        lengths = np.pad(lengths, (0, total - count), mode="edge").reshape(shards, of_shard)
-    order, rows_of, rooms = _blocks_of(items, lengths, of_shard, per_shard)
-    order = np.broadcast_to(order, (len(order), shards, per_shard))
-    ids = np.minimum(rows_of + of_shard * np.arange(shards)[:, None], count - 1)
-    ids = ids.reshape(len(order), -1)
+    of_shard, ids = total // shards, np.arange(count, dtype=np.int32)
+    blocks = _blocks_of(items, ids, shards, of_shard)
+    first = of_shard * np.arange(shards)[:, None]
+    local = np.where(blocks.order < count, blocks.order - first, of_shard).astype(np.int32)
     rows = None
-    for places, block in zip(order, _blocks(encode, items, ids, rooms)):
+    for places, block in zip(local, _encoded(encode, items, ids, blocks)):
         if rows is None:
             rows = jax.numpy.zeros((total, block.shape[1]), np.float32, device=by_rows)
         places = sharding.put(places.reshape(-1), by_rows)
@@ -164,35 +168,31 @@ def to_database(encode: Encode, items: Items, limit: int) -> exact.Database:
     return exact.Database(rows, count, searched)
 
 
-def _blocks_of(
-    items: Items, lengths: np.ndarray | None, count: int, size: int
-) -> tuple[np.ndarray, np.ndarray, list[Packing | None]]:
-    """Blocks of numbers below `count`, and their rooms; shortest items first, if packed.
+def _blocks_of(items: Items, ids: np.ndarray, parts: int = 1, size: int | None = None) -> _Blocks:
+    """Divides items into blocks of as many rows.
 
     Args:
         items: see `Items`.
-        lengths: i[parts, count]; a block has `size` of each part. None if not packed.
-        count: of numbers.
-        size: see above.
-
-    Returns:
-        i32[blocks, parts, size], `count` for none; the same with a number in its place that the
-        block has room for; and the room of each block.
+        ids: i32[n], which items.
+        parts: of the n that stay on devices of their own; of one, rows go to all devices.
+        size: of the n in each part; the last parts may have fewer.
     """
-    missing = -count % size
-    if lengths is None:
-        order = np.arange(count + missing, dtype=np.int32).clip(max=count).reshape(-1, 1, size)
-        return order, np.minimum(order, count - 1), [None] * len(order)
-    order = np.argsort(lengths, axis=1, kind="stable").astype(np.int32)
-    longest = np.take_along_axis(lengths, order, axis=1).max(axis=0)[size - 1 - missing :: size]
-    ahead = ((0, 0), (missing, 0))
-    blocks = [
-        x.reshape(len(lengths), -1, size).swapaxes(0, 1)
-        for x in (np.pad(order, ahead, constant_values=count), np.pad(order, ahead, mode="edge"))
-    ]
-    fitting = np.searchsorted(items.widths, longest)
-    rows = items.batch_size // sharding.num_shards("batch", items.mesh)
-    return *blocks, [packing.whole(rows, items.widths[i]) for i in fitting]
+    n, shards = len(ids), sharding.num_shards("batch", items.mesh)
+    part = np.arange(n) // (size or n)
+    fitted = row_layout.fit(items.layout, items.lengths(ids), part)
+    most, devices = fitted.rows, shards // parts  # rows of a part, and what they are divided over
+    blocks = -(-most // max(1, -(-most * items.batch_size // n)))
+    rows = -(-most // (blocks * devices))
+    block, number = fitted.row % blocks, fitted.row // blocks
+    shard = part * devices + number % devices
+    where = block * shards + shard
+    by_block = np.argsort(where, kind="stable")
+    counts = np.bincount(where, minlength=blocks * shards)
+    turn = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = np.full((blocks * shards, counts.max()), n, np.int32)
+    order[where[by_block], turn] = by_block
+    fitted = dataclasses.replace(fitted, group=shard, row=number // devices)
+    return _Blocks(order.reshape(blocks, shards, -1), fitted, rows)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="split")
@@ -218,27 +218,31 @@ def _written(table: jax.Array, block: jax.Array, places: jax.Array) -> jax.Array
 
 def _on_host(encode, items: Items, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(places i[m] in `ids`, f[m, D]) by block; one is fetched while the next is computed."""
-    lengths = items.lengths()
-    lengths = None if lengths is None else lengths[None, ids]
-    order, chosen, rooms = _blocks_of(items, lengths, len(ids), items.batch_size)
-    order, chosen = (x.reshape(len(order), -1) for x in (order, chosen))
-    for places, block in zip(order, _blocks(encode, items, ids[chosen], rooms)):
-        there = places < len(ids)
-        yield places[there], sharding.fetch(block)[there]
+    blocks = _blocks_of(items, ids)
+    for places, block in zip(blocks.order, _encoded(encode, items, ids, blocks)):
+        there = places.reshape(-1) < len(ids)
+        yield places.reshape(-1)[there], sharding.fetch(block)[there]
 
 
-def _blocks(
-    encode: Encode, items: Items, ids: np.ndarray, rooms: list[Packing | None]
-) -> Iterator[jax.Array]:
+def _encoded(encode, items: Items, ids: np.ndarray, blocks: _Blocks) -> Iterator[jax.Array]:
     """`encode` of one block of ids after another, the next one under way when one is given."""
-    size, mesh, pending = items.batch_size, items.mesh, None
-    mine = sharding.local_rows(size, mesh)
-    with report.Progress(f"encoding {items.name}", len(ids), "block") as progress:
-        for block, room in zip(ids, rooms):
+    shards, mesh, pending = sharding.num_shards("batch", items.mesh), items.mesh, None
+    mine = sharding.local_rows(shards, mesh)
+    with report.Progress(f"encoding {items.name}", len(blocks.order), "block") as progress:
+        for order in blocks.order:
             stopping.check()
-            rows = block[mine].astype(np.int32)
-            inputs, rows = sharding.put_batch((items.split.inputs(rows), rows), size, mesh)
-            encoded = encode(inputs.replace(packing=room), rows)
+            slots = order[mine].reshape(-1)
+            at = np.flatnonzero(slots < len(ids))
+            chosen, of_slots = slots[at], np.zeros(len(slots), np.int32)
+            of_slots[at] = ids[chosen]
+            group = np.searchsorted(mine, blocks.fitted.group[chosen])
+            rows = row_layout.compose(
+                items.layout,
+                items.split.inputs(ids[chosen]),
+                blocks.fitted.take(chosen, group),
+                *(blocks.rows, at, len(slots), len(mine)),
+            )
+            encoded = encode(*sharding.put_batch((rows, of_slots), shards, mesh))
             if pending is not None:
                 yield pending.block_until_ready()
                 progress.update(1)
@@ -249,6 +253,6 @@ def _blocks(
 def _check(items: Items) -> None:
     if not len(items) or items.batch_size < 1:
         raise ValueError(
-            f"encode: expected at least one item and one row per call, got {len(items)} items and "
+            f"encode: expected at least one item and one per call, got {len(items)} items and "
             f"batch_size {items.batch_size}"
         )

@@ -6,6 +6,7 @@ ahead of time, for devices that are not there.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ from flax import traverse_util
 from flax.core import meta
 
 from xmc_jax import sharding
-from xmc_jax.data import batches, packing
-from xmc_jax.models import dual, hf, hf_modules
+from xmc_jax.data import batches
+from xmc_jax.data import rows as row_layout
+from xmc_jax.models import backbone, dual, fusion, hf, hf_modules
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
-from xmc_jax.types import Batch, DataShape, Inputs, Packing, Prompts, Tables, TrainState
+from xmc_jax.types import Batch, DataShape, Prompts, Rows, Tables, TrainState
 from xmc_jax.wording import counted
 
 _MAX_STEPS = 2**31 - 1  # `TrainState.step` is an int32
@@ -46,7 +48,7 @@ class Program:
         sizes: of the backbone.
         model: the Siamese tower.
         num_free_vectors: C; 0 without PRIME.
-        groups: how batches are packed; None if they are not.
+        layout: how texts and images become rows.
         abstract: the TrainState as ShapeDtypeStructs with shardings.
         abstract_frozen: `frozen` likewise.
         steps_per_epoch: ceil(N / B); the last batch is completed with the epoch's first documents.
@@ -109,23 +111,23 @@ class Program:
             precision=config.encoder.precision,
             remat=config.encoder.remat,
             lora=config.encoder.lora,
-            prompts=prompts,
-            order=config.fusion.order,
-            positions=config.fusion.positions,
             image_width=shape.image_width,
             prime=prime,
             num_free_vectors=self.num_free_vectors,
         )
 
-        self.groups = None
-        if train.packed:
-            rest = dataclasses.replace(prompts, head=())
-            self.groups = packing.Groups(
-                shards=shards,
-                chunks=train.n_chunks,
-                prompts=rest,
-                width=shape.length + shape.images_per_item + len(rest.middle) + len(rest.tail),
-            )
+        of_row = sharding.row_multiple(self.mesh) if train.packed else None
+        order, positions = config.fusion.order, config.fusion.positions
+        self.layout = row_layout.layout(
+            *(prompts, order, positions, shape.length, shape.images_per_item, of_row)
+        )
+        fusion.check(
+            backbone.is_decoder(self.sizes),
+            len(prompts.head) + self.layout.longest,
+            self.sizes.max_positions,
+            prompts,
+            order,
+        )
         boxed = jax.eval_shape(lambda: dual.init_params(self.model, train.seed))
         params = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
@@ -197,53 +199,56 @@ class Program:
         flat |= projected
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def abstract_inputs(self, rows: int) -> Inputs:
-        """Items as `encode` takes them, as ShapeDtypeStructs with shardings."""
-        shape = self.shape
-        inputs = Inputs(
-            tokens=jax.ShapeDtypeStruct((rows, shape.length), jnp.int32),
-            lengths=jax.ShapeDtypeStruct((rows,), jnp.int32),
-        )
-        if shape.image_width:
-            per_item = (rows, shape.images_per_item, shape.image_width)
-            inputs = inputs.replace(
-                images=jax.ShapeDtypeStruct(per_item, jnp.float16),
-                image_count=jax.ShapeDtypeStruct((rows,), jnp.int32),
-            )
-        return self._as_batch(inputs)
-
-    def abstract_batch(self, room: Packing | None = None) -> Batch:
-        """What `train_step` takes, as ShapeDtypeStructs with shardings.
+    def abstract_items(self, *slots: int, parts: int) -> Rows:
+        """Items as ShapeDtypeStructs with shardings, in as many rows as any of them need.
 
         Args:
-            room: of a packed batch; by default one that fits any.
+            *slots: shape of the slots.
+            parts: groups of items that are laid out each by itself.
         """
-        train, shape, groups = self.config.train, self.shape, self.groups
-        size, i32 = train.batch_size, jnp.int32
-        sides = 1 if train.labels == "all" else 1 + train.positives_per_document
-        if groups is not None and room is None:
-            room = packing.whole(sides * size // (groups.shards * groups.chunks), groups.width)
-        common = {
-            "packing": room,
-            "document": self.abstract_inputs(size),
-            "document_ids": jax.ShapeDtypeStruct((size,), i32),
-        }
-        if train.labels == "all":
+        shape, layout, i32 = self.shape, self.layout, jnp.int32
+        rows = parts * layout.most_rows(math.prod(slots) // parts)
+        of_places = jax.ShapeDtypeStruct((rows, layout.width), i32)
+        items = Rows(
+            tokens=of_places,
+            segments=of_places,
+            positions=of_places,
+            slots=jax.ShapeDtypeStruct(slots, i32),
+            per_row=layout.per_row,
+            head=layout.head,
+        )
+        if shape.image_width:
+            per_item = (*slots, shape.images_per_item)
+            items = items.replace(
+                images=jax.ShapeDtypeStruct((*per_item, shape.image_width), jnp.float16),
+                image_places=jax.ShapeDtypeStruct(per_item, i32),
+            )
+        return self._as_batch(items)
+
+    def abstract_batch(self) -> Batch:
+        """What `train_step` takes at most, as ShapeDtypeStructs with shardings."""
+        train, shape, i32 = self.config.train, self.shape, jnp.int32
+        size, every = train.batch_size, train.labels == "all"
+        slots = 1 if every else 1 + train.positives_per_document
+        parts = sharding.num_shards("batch", self.mesh) * train.n_chunks
+        batch = Batch(
+            items=self.abstract_items(size, slots, parts=parts),
+            document_ids=jax.ShapeDtypeStruct((size,), i32),
+        )
+        if every:
+            of_positives = (size, shape.positives)
             return self._as_batch(
-                Batch(
-                    positives=jax.ShapeDtypeStruct((size, shape.positives), i32),
-                    frequency=jax.ShapeDtypeStruct((size, shape.positives), jnp.float32),
-                    **common,
+                batch.replace(
+                    positives=jax.ShapeDtypeStruct(of_positives, i32),
+                    frequency=jax.ShapeDtypeStruct(of_positives, jnp.float32),
                 )
             )
         columns = size * train.positives_per_document
         return self._as_batch(
-            Batch(
-                label=self.abstract_inputs(columns),
+            batch.replace(
                 label_ids=jax.ShapeDtypeStruct((columns,), i32),
+                columns=jax.ShapeDtypeStruct((columns,), i32),
                 relevance=jax.ShapeDtypeStruct((size, columns), jnp.bool_),
-                columns=None if groups is None else jax.ShapeDtypeStruct((columns,), i32),
-                **common,
             )
         )
 

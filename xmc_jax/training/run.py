@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from xmc_jax import rng, sharding
-from xmc_jax.data import batches, packing, priors, store
+from xmc_jax.data import batches, priors, store
 from xmc_jax.models import backbone, hf
 from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import encode, evaluate, exact, scann, tuning
@@ -66,7 +66,9 @@ class Run(Program):
             train.sampling,
             train.seed,
             train.labels,
-            self.groups,
+            self.layout,
+            sharding.num_shards("batch", self.mesh),
+            train.n_chunks,
         )
         self.rows = sharding.local_rows(train.batch_size, self.mesh)
         self._check_texts(prompts)
@@ -251,32 +253,22 @@ class Run(Program):
         return exact.from_table(bank, self.mesh, block)
 
     def _encoder(self, params: Any, pooled: bool = False) -> encode.Encode:
-        def one(inputs, _):
-            output = self.encode(params, self.frozen, inputs)
+        def one(rows, _):
+            output = self.encode(params, self.frozen, rows)
             return output.pooled if pooled else output.unit
 
         return one
 
     def _index_encoder(self, state: TrainState) -> encode.Encode:
-        def one(inputs, ids):
-            pooled = self.encode(state.params, self.frozen, inputs).pooled
+        def one(rows, ids):
+            pooled = self.encode(state.params, self.frozen, rows).pooled
             return self.prototype(state.params, self.frozen, state.tables, ids, pooled)
 
         return one
 
     def _items(self, split: str) -> encode.Items:
-        items = getattr(self.data, split), self.config.train.encode_batch_size, self.mesh
-        if self.groups is None:
-            return encode.Items(*items, name=_NAMES[split])
-        return encode.Items(*items, self.groups.prompts, self._widths, _NAMES[split])
-
-    @functools.cached_property
-    def _widths(self) -> tuple[int, ...]:
-        """Of blocks that are encoded; more where there are more blocks to save padding in."""
-        splits = [getattr(self.data, name) for name in self.data.splits]
-        lengths = [s.own_tokens(np.arange(len(s)), self.groups.prompts) for s in splits]
-        blocks = sum(map(len, lengths)) // self.config.train.encode_batch_size
-        return packing.widths(np.concatenate(lengths), 1 + min(blocks // 16, 7))
+        size = self.config.train.encode_batch_size
+        return encode.Items(getattr(self.data, split), size, self.mesh, self.layout, _NAMES[split])
 
     def _table(
         self, params: Any, split: str, pooled: bool = False, dtype: str | None = None

@@ -12,7 +12,7 @@ from xmc_jax import rng, sharding
 from xmc_jax.models import layers
 from xmc_jax.models.dual import DualEncoder
 from xmc_jax.training import losses, optimizer, tables
-from xmc_jax.types import Batch, EncoderOutput, Health, Inputs, Pairs, Tables, TrainState
+from xmc_jax.types import Batch, EncoderOutput, Health, Pairs, Rows, Tables, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Step:
             return loss, (metrics, jax.lax.stop_gradient(pairs))
 
         grads, (metrics, pairs) = jax.grad(objective, has_aux=True)(state.params)
-        label_ids = batch.label_ids if batch.columns is None else batch.label_ids[batch.columns]
+        label_ids = None if batch.columns is None else batch.label_ids[batch.columns]
         metrics["grad_norm"] = optax.tree.norm(grads)
         health = _health(pairs, label_ids, grads, metrics)
         moved = label_ids
@@ -92,11 +92,9 @@ class Step:
         )
         return state, metrics | {"health": health}
 
-    def encode(self, params: Any, frozen: Any, inputs: Inputs) -> EncoderOutput:
+    def encode(self, params: Any, frozen: Any, rows: Rows) -> EncoderOutput:
         """Embeddings without dropout. `params` and `frozen` as in `train`."""
-        return self.model.apply(
-            {"params": optimizer.merge(params, frozen)}, inputs, method="encode"
-        )
+        return self.model.apply({"params": optimizer.merge(params, frozen)}, rows, method="encode")
 
     def prototype(
         self, params: Any, frozen: Any, t: Tables, label_ids: jax.Array, pooled: jax.Array
@@ -130,33 +128,16 @@ class Step:
     def _with_sampled(self, params: Any, t: Tables, batch: Batch, key: jax.Array) -> Pairs:
         """Documents and the labels sampled for them, which are encoded, with gradient.
 
-        Each document goes through the tower next to its own labels: the first axis stays that of
+        Each document goes through the tower next to slots of labels: the first axis stays that of
         the batch's sharding, and taking every n-th row for a chunk gives each device its share of
         it, so nothing moves.
         """
-        size = len(batch.document_ids)
-        per_document = len(batch.label_ids) // size
-        items = jax.tree.map(
-            lambda d, u: jnp.concatenate(
-                [d[:, None], u.reshape(size, per_document, *u.shape[1:])], axis=1
-            ),
-            batch.document,
-            batch.label,
-        )
-
-        def encode(params: Any, items: Inputs, key: jax.Array) -> EncoderOutput:
-            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), items)
-            output = self._encode(params, flat.replace(packing=batch.packing), key)
-            return jax.tree.map(lambda x: x.reshape(-1, 1 + per_document, x.shape[-1]), output)
-
         encode_key, prototype_key = jax.random.split(key)
-        output = in_chunks(encode, params, items, encode_key, self.n_chunks)
+        output = in_chunks(self._encode, params, batch.items, encode_key, self.n_chunks)
         document_unit = output.unit[:, 0]
         label = jax.tree.map(lambda x: x[:, 1:].reshape(-1, x.shape[-1]), output)
 
         def by_column(unit: jax.Array) -> jax.Array:
-            if batch.columns is None:
-                return unit
             # Every document sees all labels, so that they meet here.
             return sharding.constrain(unit)[sharding.constrain(batch.columns)]
 
@@ -175,13 +156,8 @@ class Step:
         that complete an epoch's last batch: their rows of the bank are newer than the centroids.)
         """
         encode_key, prototype_key = jax.random.split(key)
-        document_unit = in_chunks(
-            lambda *arguments: self._encode(*arguments).unit,
-            params,
-            batch.document.replace(packing=batch.packing),
-            encode_key,
-            self.n_chunks,
-        )
+        output = in_chunks(self._encode, params, batch.items, encode_key, self.n_chunks)
+        document_unit = output.unit[:, 0]
         # Labels are split over the devices like a batch: a device's share of the table moves.
         pooled = layers.wide(sharding.width_to_batch(t.label_bank))
         label, prototype, own = layers.normalize(pooled), None, None
@@ -208,9 +184,9 @@ class Step:
             )
         return Pairs(document_unit, label, prototype, positives=batch.positives, own=own)
 
-    def _encode(self, params: Any, inputs: Inputs, key: jax.Array) -> EncoderOutput:
+    def _encode(self, params: Any, rows: Rows, key: jax.Array) -> EncoderOutput:
         return self.model.apply(
-            {"params": params}, inputs, deterministic=False, rngs={"dropout": key}, method="encode"
+            {"params": params}, rows, deterministic=False, rngs={"dropout": key}, method="encode"
         )
 
 
@@ -252,38 +228,38 @@ def in_chunks(
     Args:
         encode: a function of parameters, items and a dropout key.
         params: pytree of arrays.
-        items: pytree of arrays [B, ...].
+        items: pytree of arrays, each of some multiple of n rows.
         key: part i of copy c of the parameters gets this key with c n + i folded in.
         n: number of parts; 1 keeps activations instead of recomputing them.
 
     Returns:
-        Pytree of [B, ...], rows in the order of `items`.
+        What `encode` gives, a pytree of arrays, rows in the order of `items`.
 
     Raises:
-        ValueError: n and the mesh do not divide B.
+        ValueError: n and the mesh do not divide the rows.
     """
 
     def on_copy(params: Any, items: Any, copy: jax.Array | int) -> Any:
-        size = jax.tree.leaves(items)[0].shape[0]
-        if size % n:
-            raise ValueError(
-                f"train.n_chunks: expected a divisor of the {size} documents of a data shard, got "
-                f"{n}"
-            )
+        for leaf in jax.tree.leaves(items):
+            if len(leaf) % n:
+                raise ValueError(
+                    f"train.n_chunks: expected a divisor of the {len(leaf)} rows of a data shard, "
+                    f"got {n}"
+                )
 
         def part(items: Any, number: jax.Array | int) -> Any:
             items = jax.tree.map(
-                lambda x: sharding.constrain(x, "batch", name="documents of a data shard's chunk"),
+                lambda x: sharding.constrain(x, "batch", name="rows of a data shard's chunk"),
                 items,
             )
             return encode(params, items, jax.random.fold_in(key, copy * n + number))
 
         if n == 1:
             return part(items, 0)
-        chunks = jax.tree.map(lambda x: x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), items)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), items)
         checkpointed = jax.checkpoint(part, prevent_cse=False)  # a loop keeps them apart
         output = jax.lax.map(lambda chunk: checkpointed(*chunk), (chunks, jnp.arange(n)))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), output)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), output)
 
     output = sharding.on_copies(on_copy, params, items)
     return jax.tree.map(lambda x: sharding.constrain(x, "batch"), output)
