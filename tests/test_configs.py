@@ -175,7 +175,6 @@ def first_decay(config: RunConfig, image_width: int) -> tuple[set[str], dict[str
         sizes,
         encoder.pooling,
         lora=dataclasses.replace(encoder.lora, rank=min(encoder.lora.rank, 2)),
-        order=config.fusion.order,
         prime=prime and dataclasses.replace(prime, heads=2, ff_dim=8),
         num_free_vectors=4 if prime else 0,
         image_width=image_width,

@@ -14,6 +14,7 @@ import processes
 import pytest
 from etils import epath
 
+from tests.padded_rows import rows_of
 from xmc_jax import modes, report
 from xmc_jax.data import store
 from xmc_jax.models import hf
@@ -145,7 +146,6 @@ def test_embed_and_export_agree(trained, topics):
     embedded = np.load(folder / "run" / "embeddings" / "60" / "test.npy", allow_pickle=False)
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, atol=1e-5)
     from xmc_jax.models.dual import DualEncoder
-    from xmc_jax.types import Inputs
 
     for path in (folder / "run" / "export").rglob("*"):  # no path of this machine
         assert path.is_dir() or b"pytest-of-" not in path.read_bytes(), path
@@ -155,7 +155,7 @@ def test_embed_and_export_agree(trained, topics):
     data = data_of(folder / "run")
     inputs = data.test.inputs(np.arange(len(data.test)))
     out = DualEncoder(bert).apply(
-        {"params": params}, Inputs(inputs.tokens, inputs.lengths), method="encode"
+        {"params": params}, rows_of(inputs.tokens, inputs.lengths), method="encode"
     )
     np.testing.assert_allclose(out.unit, embedded, atol=1e-5)
 

@@ -217,7 +217,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
         optimizer={"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
     )
     reopened = build.run(again)
-    assert reopened.model.prompts == program.model.prompts and program.model.prompts.middle
+    assert reopened.layout.prompts == program.layout.prompts and program.layout.prompts.middle
     ours = program.embed(state.params, "test")
     theirs = reopened.embed(reopened.initial_state().params, "test")
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)

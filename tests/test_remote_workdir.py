@@ -24,12 +24,13 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from xmc_jax import checkpoint, report, sharding, workdirs
+from xmc_jax.data import rows
 from xmc_jax.export import replacing
 from xmc_jax.models import bert, hf_export
 from xmc_jax.reporting import files
 from xmc_jax.retrieval import encode, evaluate
 from xmc_jax.retrieval.scann import ScannConfig, ScannIndex
-from xmc_jax.types import Inputs
+from xmc_jax.types import NO_PROMPTS, Inputs
 
 if importlib.util.find_spec("gcsfs") is None:  # the environment comes before its import
     pytest.skip("gcsfs is not installed", allow_module_level=True)
@@ -223,6 +224,9 @@ class Texts:
     def __len__(self):
         return 5
 
+    def own_tokens(self, ids, prompts):
+        return np.full(len(ids), 2)
+
     def inputs(self, ids):
         return Inputs(np.stack([ids, ids], 1).astype(np.int32), np.full(len(ids), 2, np.int32))
 
@@ -246,11 +250,11 @@ def test_results_arrive_whole(workdir):
     out = workdir / "embeddings" / "1" / "test.npy"
     out.parent.mkdir(parents=True, exist_ok=True)
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    encode.to_file(
-        jax.jit(lambda inputs, ids: inputs.tokens * 1.5), encode.Items(Texts(), 2, one), out
-    )
-    rows = np.load(io.BytesIO(out.read_bytes()))
-    np.testing.assert_array_equal(rows, 1.5 * np.arange(5)[:, None].repeat(2, 1))
+    layout = rows.layout(NO_PROMPTS, "image_text", "contiguous", 2, 0, None)
+    items = encode.Items(Texts(), 2, one, layout)
+    encode.to_file(jax.jit(lambda rows, ids: rows.tokens[rows.slots] * 1.5), items, out)
+    written = np.load(io.BytesIO(out.read_bytes()))
+    np.testing.assert_array_equal(written, 1.5 * np.arange(5)[:, None].repeat(2, 1))
 
     sizes = bert.BertConfig(hidden=8, layers=1, heads=2, ff=16, max_positions=8, vocab_size=16)
     params = {

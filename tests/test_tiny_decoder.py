@@ -104,7 +104,7 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
         "export": {"format": "adapter", "dtype": "float32"},
     }
     merged = build.run(again)
-    assert merged.model.prompts == program.model.prompts
+    assert merged.layout.prompts == program.layout.prompts
     ours = program.embed(straight.state.params, "test")
     theirs = merged.embed(merged.initial_state().params, "test")
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)

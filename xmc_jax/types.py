@@ -44,6 +44,9 @@ class Prompts:
     tail: tuple[int, ...] = ()
 
 
+NO_PROMPTS = Prompts()
+
+
 @dataclasses.dataclass(frozen=True)
 class DataShape:
     """Counts of a dataset: all that the shapes of a run's arrays depend on.
@@ -124,6 +127,7 @@ class Rows:
         image_places: i32[n, ..., K] of each image, its row times R plus its place in the row.
         per_row: M.
         head: tokens of the head.
+        longest: `positions` are below it; None is not known.
     """
 
     tokens: Array
@@ -134,6 +138,7 @@ class Rows:
     image_places: Array | None = None
     per_row: int = flax.struct.field(pytree_node=False, default=1)
     head: int = flax.struct.field(pytree_node=False, default=0)
+    longest: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.padded_rows import places_of, rows_of
 from xmc_jax import packaged
 from xmc_jax.models import bert, dual, hf, layers
-from xmc_jax.types import Inputs
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -26,7 +26,9 @@ def golden(family):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_states(config, params, tokens, lengths):
-    return bert.Bert(config).apply({"params": params}, tokens, lengths, True, True)
+    return bert.Bert(config).apply(
+        {"params": params}, *places_of(tokens, lengths), hidden_states=True
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -55,7 +57,7 @@ def test_golden_minilm_embeddings():
     source = hf.resolve(packaged.MINILM_NAME)
     config = hf.load_config(source)
     file = np.load(GOLDEN / "minilm.npz")
-    inputs = Inputs(file["tokens"], file["lengths"])
+    inputs = rows_of(file["tokens"], file["lengths"])
     out = encode(dual.DualEncoder(config), hf.load_params(source, config), inputs)
     np.testing.assert_allclose(out.unit, file["embeddings"], rtol=0, atol=1e-5)
 
@@ -75,7 +77,7 @@ def test_embedding_is_the_same_alone_in_any_batch_and_at_any_padding(family, poo
     model = dual.DualEncoder(config, pooling=pooling)
 
     def pooled(tokens, lengths):
-        return encode(model, params, Inputs(tokens, lengths)).pooled
+        return encode(model, params, rows_of(tokens, lengths)).pooled
 
     together = pooled(tokens, lengths)
     for T in (9, 24):
@@ -112,7 +114,7 @@ def test_remat_changes_no_gradient():
         def loss(params):
             out = model.apply(
                 {"params": {"backbone": params}},
-                Inputs(file["tokens"], file["lengths"]),
+                rows_of(file["tokens"], file["lengths"]),
                 False,
                 rngs={"dropout": jax.random.key(0)},
                 method="encode",
@@ -132,7 +134,7 @@ def test_remat_changes_no_gradient():
 
 def test_bfloat16_is_close_and_pools_in_float32():
     config, params, file = golden("bert")
-    inputs = Inputs(file["tokens"], file["lengths"])
+    inputs = rows_of(file["tokens"], file["lengths"])
     exact = encode(dual.DualEncoder(config), params, inputs)
     rounded = encode(dual.DualEncoder(config, compute_dtype="bfloat16"), params, inputs)
     assert rounded.unit.dtype == rounded.pooled.dtype == jnp.float32
@@ -143,7 +145,7 @@ def test_bfloat16_is_close_and_pools_in_float32():
 
 
 def inputs_of(file):
-    return file["tokens"], file["lengths"]
+    return places_of(file["tokens"], file["lengths"])
 
 
 def test_dropout_mask_is_bernoulli_and_a_function_of_the_seed():
@@ -172,7 +174,9 @@ def test_dropout_of_the_encoder():
     model = dual.DualEncoder(config)
 
     def unit(key, deterministic=False):
-        return encode(model, params, Inputs(*inputs_of(file)), deterministic, key).unit
+        return encode(
+            model, params, rows_of(file["tokens"], file["lengths"]), deterministic, key
+        ).unit
 
     key = jax.random.key(3)
     np.testing.assert_array_equal(unit(key), unit(key))
@@ -192,17 +196,17 @@ def test_layers_do_not_share_dropout_masks():
     params["layers"]["output_norm"]["scale"] += 1
     model, rngs = bert.Bert(config), {"dropout": jax.random.key(0)}
     _, states = jax.jit(
-        lambda params: model.apply({"params": params}, *inputs_of(file), False, True, rngs=rngs)
+        lambda params: model.apply(
+            {"params": params},
+            *inputs_of(file),
+            deterministic=False,
+            hidden_states=True,
+            rngs=rngs,
+        )
     )(params)
     first, second = np.asarray(states[1:]) > 0
     assert 0.4 < first.mean() < 0.6
     assert 0.4 < (first == second).mean() < 0.6
-
-
-def test_too_long_a_text():
-    config, params, _ = golden("bert")
-    with pytest.raises(ValueError, match="at most 24 tokens, images included, got S = 25"):
-        hidden_states(config, params, jnp.ones((1, 25), jnp.int32), jnp.ones(1, jnp.int32))
 
 
 @pytest.mark.parametrize("family", bert.FAMILIES)

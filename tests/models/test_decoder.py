@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.padded_rows import places_of, rows_of
 from xmc_jax import sharding
 from xmc_jax.models import backbone, decoder, decoder_config, dual, hf, layers
 from xmc_jax.models.decoder_config import RopeScaling
-from xmc_jax.types import Inputs, Prompts
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -28,7 +28,8 @@ def golden(family):
 
 @functools.partial(jax.jit, static_argnums=0)
 def states_of(model, params, tokens, lengths, positions=None):
-    return model.apply({"params": params}, tokens, lengths, True, True, positions)[1]
+    places = places_of(tokens, lengths, positions)
+    return model.apply({"params": params}, *places, hidden_states=True)[1]
 
 
 def real(file):
@@ -66,7 +67,7 @@ def test_embedding_is_the_same_alone_and_at_any_padding():
     @jax.jit
     def encode(tokens, lengths):
         models = [dual.DualEncoder(config, pooling=pooling) for pooling in dual.POOLINGS]
-        variables, inputs = {"params": {"backbone": params}}, Inputs(tokens, lengths)
+        variables, inputs = {"params": {"backbone": params}}, rows_of(tokens, lengths)
         pooled = [model.apply(variables, inputs, method="encode").pooled for model in models]
         return jnp.stack(pooled, axis=1)
 
@@ -222,7 +223,7 @@ def gradient(family, loss):
 
 def squares(model, params, tokens, lengths):
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
-    return jnp.square(model.apply({"params": params}, tokens, lengths)[mask, :3]).sum()
+    return jnp.square(model.apply({"params": params}, *places_of(tokens, lengths))[mask, :3]).sum()
 
 
 def squares_by_a_loop(model, params, tokens, lengths):
@@ -240,7 +241,7 @@ def squares_by_a_loop(model, params, tokens, lengths):
         )
         one = decoder.Layer(c, model.dtype, layers.NO_LORA, True, False)
         own = jax.tree.map(lambda leaf: leaf[layer], params["layers"])  # noqa: B023
-        x, _ = one.apply({"params": own}, x, tables, mask[None, None], None, None)
+        x, _ = one.apply({"params": own}, x, tables, mask[None, None], None)
     x = layers.RMSNorm(c.eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
     return jnp.square(x[np.arange(S) < lengths[:, None], :3]).sum()
 
@@ -268,7 +269,7 @@ def gradient_with_dropout(remat):
     config, params, file = golden("gemma3")
     lora = layers.LoraConfig(rank=2, dropout=0.2)
     model = decoder.Decoder(config.with_dropout(0.2), remat=remat, lora=lora)
-    inputs = file["tokens"], file["lengths"]
+    inputs = places_of(file["tokens"], file["lengths"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]["layers"]
     rng, stack = np.random.default_rng(0), {}
     for name, leaves in params["layers"].items():
@@ -278,7 +279,7 @@ def gradient_with_dropout(remat):
 
     def loss(params):
         rngs = {"dropout": jax.random.key(0)}
-        hidden = model.apply({"params": params}, *inputs, False, rngs=rngs)
+        hidden = model.apply({"params": params}, *inputs, deterministic=False, rngs=rngs)
         return jnp.square(hidden[real(file)[0, ..., 0], :3]).sum()
 
     return jax.jit(jax.grad(loss))(params | {"layers": stack})
@@ -293,7 +294,7 @@ def test_remat_changes_no_gradient(remat):
 @pytest.mark.slow
 def test_bfloat16_is_close_and_pools_in_float32():
     config, params, file = golden("qwen3")
-    inputs = Inputs(file["tokens"], file["lengths"])
+    inputs = rows_of(file["tokens"], file["lengths"])
     rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -306,7 +307,8 @@ def test_bfloat16_is_close_and_pools_in_float32():
     assert (np.asarray(exact.unit) * np.asarray(out.unit)).sum(-1).min() > 0.995
     assert np.abs(exact.unit - out.unit).max() > 1e-6
     model = decoder.Decoder(config, jnp.bfloat16)
-    hidden = jax.eval_shape(model.apply, {"params": rounded}, inputs.tokens, inputs.lengths)
+    places = places_of(file["tokens"], file["lengths"])
+    hidden = jax.eval_shape(model.apply, {"params": rounded}, inputs.tokens, *places[1:])
     assert hidden.dtype == jnp.bfloat16
 
 
@@ -314,9 +316,9 @@ def test_bfloat16_is_close_and_pools_in_float32():
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_eight_devices_give_what_one_gives(family):
     config, params, file = golden(family)
-    model = dual.DualEncoder(config, prompts=Prompts(head=(7, 8), tail=(9,)), positions="padded")
+    model = dual.DualEncoder(config)
     tokens, lengths = np.tile(file["tokens"], (4, 1))[:16], np.tile(file["lengths"], 4)[:16]
-    inputs = Inputs(tokens, lengths)
+    inputs = rows_of(tokens, lengths)
     encode = jax.jit(
         lambda params, inputs: model.apply({"params": params}, inputs, method="encode").unit
     )
@@ -326,6 +328,7 @@ def test_eight_devices_give_what_one_gives(family):
     boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.of_params(boxed, mesh))
+        inputs = inputs.replace(slots=np.arange(16) % 4)  # of each of four groups
         inputs = jax.device_put(inputs, sharding.of_batch(inputs, mesh))
         np.testing.assert_allclose(encode(spread, inputs), expected, rtol=0, atol=1e-5)
 
@@ -337,7 +340,7 @@ def test_dropout_of_attention():
 
     @functools.partial(jax.jit, static_argnums=1)
     def encode(key, deterministic=False):
-        inputs = Inputs(file["tokens"], file["lengths"])
+        inputs = rows_of(file["tokens"], file["lengths"])
         variables = {"params": {"backbone": params}}
         return model.apply(
             variables, inputs, deterministic, rngs={"dropout": key}, method="encode"
@@ -367,14 +370,6 @@ def test_first_layers_are_the_first_layers():
     np.testing.assert_allclose(
         (states * mask)[:2], (file["hidden_states"] * mask)[:2], rtol=0, atol=2e-5
     )
-
-
-def test_too_long_a_sequence():
-    config, params, _ = golden("qwen2")
-    with pytest.raises(ValueError, match="at most 64 tokens, prompts included, got S = 65"):
-        decoder.Decoder(config).apply(
-            {"params": params}, jnp.ones((1, 65), jnp.int32), jnp.ones(1, jnp.int32)
-        )
 
 
 VARIED = {

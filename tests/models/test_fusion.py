@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax.data import rows
 from xmc_jax.models import dual, fusion
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
@@ -70,51 +71,53 @@ def by_a_loop(inputs, prompts, order):
 @pytest.mark.parametrize("positions", fusion.POSITIONS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", PROMPTS)
-def test_compose_by_a_loop(name, order, positions, images):
+def test_rows_by_a_loop(name, order, positions, images):
     prompts = PROMPTS[name]
     inputs = items(shortest=0 if prompts.head or prompts.tail else 1, images=images)
-    made = jax.jit(lambda inputs: fusion.compose(inputs, prompts, order, positions))(inputs)
-    n, S = made.tokens.shape
-    around = len(prompts.head) + len(prompts.middle) + len(prompts.tail)
-    assert (n, S) == (len(inputs.lengths), around + T + (K if images else 0))
-    assert made.tokens.dtype == made.lengths.dtype == np.int32
-    assert (made.positions is None) == (
-        positions == "contiguous" or (not images and prompts == fusion.NO_PROMPTS)
+    layout = rows.layout(prompts, order, positions, T, K if images else 0, 64)
+    fitted = rows.fit(layout, layout.own_tokens(inputs))
+    made = rows.compose(layout, inputs, fitted, fitted.rows + 1)
+    head, (count, R) = len(prompts.head), made.tokens.shape
+    assert made.head == head and count < len(inputs.lengths) and R % 64 == 0
+    assert all(x.dtype == np.int32 for x in (made.tokens, made.segments, made.positions))
+    assert (made.tokens[:, :head] == prompts.head).all() and (made.segments[:, :head] < 0).all()
+    assert (made.positions[:, :head] == np.arange(head)).all()
+    written = np.zeros((count, R), bool)
+    written[:, :head] = True
+    image_at = (
+        {}
+        if made.image_places is None
+        else {place: pair for pair, place in np.ndenumerate(made.image_places) if place < count * R}
     )
-    assert (made.images is None) == (not images)
-    at = np.broadcast_to(np.arange(S), (n, S)) if made.positions is None else made.positions
-    assert (np.diff(at, axis=1) > 0).all()
-    numbers = np.full((n, S), -1) if made.images is None else made.images
-    for row, (sequence, places) in enumerate(by_a_loop(inputs, prompts, order)):
-        length = len(sequence)
-        assert made.lengths[row] == length
-        ours = zip(made.tokens[row, :length].tolist(), numbers[row, :length].tolist())
-        assert [("image", k) if k >= 0 else token for token, k in ours] == sequence
-        padded = positions == "padded" and made.positions is not None
-        assert at[row, :length].tolist() == (places if padded else list(range(length)))
-
-
-def test_without_prompts_and_images_nothing_moves():
-    inputs = items(images=False)
-    for positions in fusion.POSITIONS:
-        made = fusion.compose(inputs, fusion.NO_PROMPTS, positions=positions)
-        assert made.lengths is inputs.lengths
-        real = np.arange(T) < inputs.lengths[:, None]
-        np.testing.assert_array_equal(made.tokens, np.where(real, inputs.tokens, -1))
-        assert made.positions is None and made.images is None
+    for item, (sequence, places) in enumerate(by_a_loop(inputs, prompts, order)):
+        row, number = divmod(made.slots[item], made.per_row)
+        mine = np.flatnonzero(made.segments[row] == number)
+        own = sequence[head:]
+        assert len(mine) == len(own) and (np.diff(mine) == 1).all()
+        assert not written[row, mine].any()
+        written[row, mine] = True
+        expected = places[head:] if positions == "padded" else range(head, len(sequence))
+        assert made.positions[row, mine].tolist() == list(expected)
+        for place, piece in zip(mine, own):
+            if isinstance(piece, tuple):
+                assert made.tokens[row, place] == -1
+                assert image_at.pop(row * R + place) == (item, piece[1])
+            else:
+                assert made.tokens[row, place] == piece
+    assert not image_at and (made.segments[~written] == -1).all()
+    assert (made.tokens[~written] == -1).all()
+    for x in (made.slots, made.image_places):
+        assert x is None or len(np.unique(x)) == x.size
 
 
 def tower(name, **fields):
-    sizes, prompts, order = TOWERS[name]
-    return dual.DualEncoder(sizes, prompts=prompts, order=order, image_width=E, **fields)
+    return dual.DualEncoder(TOWERS[name][0], image_width=E, **fields)
 
 
 @functools.cache
 def params(sizes, image_width=E):
     """Random; norms and biases too."""
     model = dual.DualEncoder(sizes, image_width=image_width)
-    if sizes is DECODER:
-        model = model.clone(order="text_image")
     boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -123,8 +126,14 @@ def params(sizes, image_width=E):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(model, params, inputs):
+def apply(model, params, inputs):
     return model.apply({"params": params}, inputs, method="encode")
+
+
+def encode(name, params, inputs, positions="contiguous", **fields):
+    """Items in rows of their own."""
+    _, prompts, order = TOWERS[name]
+    return apply(tower(name, **fields), params, rows.one_each(inputs, prompts, order, positions))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,7 +144,7 @@ def run(sizes, params, vectors, positions):
     return dual.DualEncoder(sizes).apply(
         {"params": {"backbone": params["backbone"]}},
         method=lambda model: model.backbone(
-            zeros, jnp.full(1, S), positions=positions[None], images=(vectors[None], numbers)
+            zeros, zeros, positions[None], images=(vectors[None], numbers)
         ),
     )[0]
 
@@ -151,23 +160,23 @@ def test_towers_by_a_composition_in_numpy(name, positions):
     inputs, weights = items(n=8), params(sizes)  # a program is compiled for each length
     table, projection = weights["backbone"]["token_embedding"], weights["projection"]
     projected = inputs.images.astype(np.float32) @ projection["kernel"] + projection["bias"]
-    rows = []
+    hidden = []
     for row, (sequence, places) in enumerate(by_a_loop(inputs, prompts, order)):
         vectors = [
             projected[row, piece[1]] if isinstance(piece, tuple) else table[piece]
             for piece in sequence
         ]
         at = np.array(places if positions == "padded" else range(len(sequence)), np.int32)
-        rows.append(run(sizes, weights, np.stack(vectors), at))
+        hidden.append(run(sizes, weights, np.stack(vectors), at))
     expected = {
-        "mean": [hidden.mean(0) for hidden in rows],
-        "cls": [hidden[0] for hidden in rows],
-        "last": [hidden[-1] for hidden in rows],
-        "max": [hidden.max(0) for hidden in rows],
+        "mean": [x.mean(0) for x in hidden],
+        "cls": [x[0] for x in hidden],
+        "last": [x[-1] for x in hidden],
+        "max": [x.max(0) for x in hidden],
     }
     assert set(expected) == set(dual.POOLINGS)
     for pooling, vectors in expected.items():
-        out = encode(tower(name, pooling=pooling, positions=positions), weights, inputs)
+        out = encode(name, weights, inputs, positions, pooling=pooling)
         np.testing.assert_allclose(out.pooled, np.stack(vectors), rtol=0, atol=1e-6)
         np.testing.assert_allclose(np.linalg.norm(out.unit, axis=1), 1, atol=1e-6)
 
@@ -176,13 +185,13 @@ def test_towers_by_a_composition_in_numpy(name, positions):
 def test_an_item_without_images_is_its_text_in_the_same_template(name):
     sizes, prompts, order = TOWERS[name]
     inputs, weights = items(), params(sizes)
-    out = encode(tower(name), weights, inputs).pooled
+    out = encode(name, weights, inputs).pooled
     head, tail = prompts.head, prompts.middle + prompts.tail
     if order == "image_text":
         head, tail = prompts.head + prompts.middle, prompts.tail
-    text_only = dual.DualEncoder(sizes, prompts=Prompts(head=head, tail=tail), order=order)
-    texts = Inputs(inputs.tokens, inputs.lengths)
-    expected = encode(text_only, {"backbone": weights["backbone"]}, texts).pooled
+    texts = rows.one_each(Inputs(inputs.tokens, inputs.lengths), Prompts(head, (), tail), order)
+    text_only = dual.DualEncoder(sizes)
+    expected = apply(text_only, {"backbone": weights["backbone"]}, texts).pooled
     without = inputs.image_count == 0
     np.testing.assert_allclose(out[without], expected[without], rtol=0, atol=1e-6)
     assert np.abs(out - expected)[~without].max(-1).min() > 1e-3
@@ -192,7 +201,7 @@ def test_an_item_without_images_is_its_text_in_the_same_template(name):
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_order_of_items_and_what_pads_them_do_not_matter(name, positions):
     inputs, weights = items(), params(TOWERS[name][0])
-    expected = encode(tower(name, positions=positions), weights, inputs)
+    expected = encode(name, weights, inputs, positions)
     rng = np.random.default_rng(1)
     there = np.arange(T) < inputs.lengths[:, None]
     seen = (np.arange(K) < inputs.image_count[:, None])[..., None]
@@ -203,9 +212,7 @@ def test_the_order_of_items_and_what_pads_them_do_not_matter(name, positions):
         inputs.image_count,
     )
     order = rng.permutation(len(inputs.lengths))
-    ours = encode(
-        tower(name, positions=positions), weights, jax.tree.map(lambda x: x[order], other)
-    )
+    ours = encode(name, weights, jax.tree.map(lambda x: x[order], other), positions)
     for field in ("pooled", "unit"):
         np.testing.assert_allclose(
             getattr(ours, field), getattr(expected, field)[order], rtol=0, atol=1e-6
@@ -216,7 +223,7 @@ def test_the_order_of_items_and_what_pads_them_do_not_matter(name, positions):
 def test_gaps_move_what_follows_only_where_the_padding_counts(name):
     inputs, weights = items(), params(TOWERS[name][0])
     contiguous, padded = (
-        np.asarray(encode(tower(name, positions=positions), weights, inputs).pooled)
+        np.asarray(encode(name, weights, inputs, positions).pooled)
         for positions in fusion.POSITIONS
     )
     # A gap at the end moves nothing.
@@ -231,9 +238,10 @@ def test_gaps_move_what_follows_only_where_the_padding_counts(name):
 @pytest.mark.slow
 def test_gradients_reach_the_projection_from_what_is_there_alone():
     inputs, weights = items(), params(ENCODER)
+    made = rows.one_each(inputs)
 
     def total(images, params):
-        output = encode(tower("encoder"), params, inputs.replace(images=images))
+        output = apply(tower("encoder"), params, made.replace(images=images))
         return jnp.sum(output.pooled**2)
 
     of_images, of_params = jax.grad(total, (0, 1))(inputs.images.astype(np.float32), weights)
@@ -254,14 +262,20 @@ def test_the_projection_is_drawn_as_pytorch_draws_it():
         assert 0.7 / 20 < np.abs(leaf).max() <= 1 / 20
 
 
-def test_encoders_refuse_prompts_and_images_behind_the_text():
-    for fields, what in (
-        ({"prompts": PROMPTS["head"]}, "expected no prefix and no suffix"),
-        ({"order": "text_image"}, "fusion.order: expected 'image_text'"),
+def test_what_a_backbone_does_not_take_is_refused():
+    for arguments, what in (
+        ((False, 9, 12, PROMPTS["head"], "image_text"), "expected no prefix and no suffix"),
+        ((False, 9, 12, fusion.NO_PROMPTS, "text_image"), "fusion.order: expected 'image_text'"),
+        (
+            (False, 13, 12, fusion.NO_PROMPTS, "image_text"),
+            "most 12 tokens, images included, got 13",
+        ),
+        ((True, 13, 12, PROMPTS["head"], "text_image"), "most 12 tokens, prompts included, got 13"),
     ):
         with pytest.raises(ValueError, match=what) as error:
-            dual.init_params(dual.DualEncoder(ENCODER, **fields), 0)
+            fusion.check(*arguments)
         assert "\n" not in str(error.value)
+    fusion.check(True, 12, 12, PROMPTS["all"], "text_image")
 
 
 def test_images_must_be_there_and_fit():
@@ -272,7 +286,7 @@ def test_images_must_be_there_and_fit():
         (tower("encoder"), items().replace(images=np.zeros((16, K, E + 1), np.float16))),
     ):
         with pytest.raises(ValueError, match=r"images: expected vectors [05] wide .*, got [056]"):
-            encode(model, weights, inputs)
+            apply(model, weights, rows.one_each(inputs))
 
 
 def test_config_errors():

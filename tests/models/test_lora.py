@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.padded_rows import rows_of
 from xmc_jax import sharding
 from xmc_jax.models import backbone, bert, decoder, dual, layers
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.models.layers import NO_LORA, LoraConfig
-from xmc_jax.types import Inputs
 
 DECODER = DecoderConfig(
     family="qwen3",
@@ -149,7 +149,7 @@ def test_a_new_model_is_the_pretrained_one(sizes):
         name: {part: leaf for part, leaf in leaves.items() if not part.startswith("lora_")}
         for name, leaves in params["layers"].items()
     }
-    inputs = Inputs(np.arange(12, dtype=np.int32).reshape(2, 6), np.array([6, 4], np.int32))
+    inputs = rows_of(np.arange(12, dtype=np.int32).reshape(2, 6), np.array([6, 4], np.int32))
 
     def encode(params, lora):
         model = dual.DualEncoder(sizes, lora=lora)

@@ -1,4 +1,4 @@
-"""Items that share rows: embeddings and gradients are those of items that have rows of their own."""
+"""Items that share rows have the embeddings and gradients of items in rows of their own."""
 
 import functools
 import re

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests.padded_rows import rows_of
 from xmc_jax.models import backbone, dual, hf, hf_export, hf_names, layers
 from xmc_jax.models.layers import LoraConfig
-from xmc_jax.types import Inputs
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -36,8 +36,8 @@ def lora_of(family, scaling="rslora"):
 def adapted(config, params, lora, seed=0):
     """The parameters with adapters neither of which is zero."""
     module = backbone.build(config, "float32", "none", lora)
-    tokens, lengths = np.ones((1, 1), np.int32), np.ones(1, np.int32)
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), tokens, lengths)["params"])
+    ones = np.ones((1, 1), np.int32)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), ones, ones, ones)["params"])
     rng = np.random.default_rng(seed)
     stack = {name: dict(leaves) for name, leaves in params["layers"].items()}
     for name in lora.targets:
@@ -54,7 +54,7 @@ def load(folder):
 
 
 def ours(config, lora, params, tokens, lengths):
-    return compiled(dual.DualEncoder(config, lora=lora), params, Inputs(tokens, lengths))
+    return compiled(dual.DualEncoder(config, lora=lora), params, rows_of(tokens, lengths))
 
 
 def encode(model, params, inputs):
@@ -131,7 +131,7 @@ def test_gradients(family, scaling, tmp_path):
         return (unit * weights).sum()
 
     gradient = jax.jit(jax.value_and_grad(of_adapters), compiler_options=QUICK)
-    value, gradients = gradient(adapters, params, Inputs(tokens, lengths))
+    value, gradients = gradient(adapters, params, rows_of(tokens, lengths))
     np.testing.assert_allclose(value, loss.item(), rtol=0, atol=1e-4)
     for (target, kind), parameters in of.items():
         for layer, parameter in enumerate(parameters):
@@ -149,9 +149,9 @@ def test_initial_distribution(tmp_path):
     peft_config = peft.LoraConfig(r=64, target_modules=["q_proj", "down_proj"])
     parameters = dict(peft.get_peft_model(model, peft_config).named_parameters())
     module = backbone.build(config, "float32", "none", lora)
-    tokens, lengths = np.ones((1, 1), np.int32), np.ones(1, np.int32)
+    ones = np.ones((1, 1), np.int32)
     init = jax.jit(module.init, compiler_options=QUICK)
-    stack = nn.unbox(init(jax.random.key(1), tokens, lengths))["params"]["layers"]
+    stack = nn.unbox(init(jax.random.key(1), ones, ones, ones))["params"]["layers"]
     for target, name in (("query", "self_attn.q_proj"), ("down", "mlp.down_proj")):
         modules = [f"base_model.model.layers.{i}.{name}.lora_" for i in range(config.layers)]
         a, b = (

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.padded_rows import places_of
+from xmc_jax.data import rows
 from xmc_jax.models import decoder, decoder_config, dual, hf, hf_export
 from xmc_jax.types import Inputs, Prompts
 
@@ -33,7 +35,9 @@ def variants(*fast):
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def states_of(config, params, tokens, lengths):
-    return decoder.Decoder(config).apply({"params": params}, tokens, lengths, True, True)
+    return decoder.Decoder(config).apply(
+        {"params": params}, *places_of(tokens, lengths), hidden_states=True
+    )
 
 
 def load(folder):
@@ -173,8 +177,8 @@ def test_prompts_around_texts(variant, positions, tmp_path):
         hidden = model(torch.tensor(sequence), attention_mask=torch.tensor(mask)).last_hidden_state
     weights = torch.tensor(mask)[..., None].float()
     expected = (hidden * weights).sum(1) / weights.sum(1)
-    encoder = dual.DualEncoder(config, prompts=prompts, order="text_image", positions=positions)
-    ours = pooled(encoder, params, Inputs(tokens, lengths))
+    items = rows.one_each(Inputs(tokens, lengths), prompts, "text_image", positions)
+    ours = pooled(dual.DualEncoder(config), params, items)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
 
 
@@ -227,7 +231,9 @@ def test_export_in_bfloat16_is_what_transformers_computes_in(tmp_path):
     rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     ours = decoder.Decoder(config, jnp.bfloat16)
     _, ours = jax.jit(
-        lambda params: ours.apply({"params": params}, tokens, lengths, True, True),
+        lambda params: ours.apply(
+            {"params": params}, *places_of(tokens, lengths), hidden_states=True
+        ),
         compiler_options=QUICK,
     )(rounded)
     assert ours.dtype == jnp.bfloat16

@@ -6,11 +6,11 @@ import model_cases
 import numpy as np
 import pytest
 
+from tests.padded_rows import rows_of
 from xmc_jax import build
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.export import write
 from xmc_jax.models import dual, hf, hf_modules
-from xmc_jax.types import Inputs
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,7 +27,7 @@ def ours(folder, kind="document") -> np.ndarray:
     tokens, lengths, _ = tokenizers.encode_measured(tokenizers.load(source.tokenizer), texts, 24)
     model = dual.DualEncoder(sizes, pooling=said.pooling())
     params = {"params": {"backbone": hf.load_params(source, sizes)}}
-    return jax.jit(lambda: model.apply(params, Inputs(tokens, lengths), method="encode").unit)()
+    return jax.jit(lambda: model.apply(params, rows_of(tokens, lengths), method="encode").unit)()
 
 
 def opened(folder):
@@ -69,7 +69,7 @@ def test_a_decoder_gives_the_hidden_states_of_its_model_with_a_head(name, auto, 
     source = hf.resolve(str(folder))
     sizes = hf.load_config(source)
     params = {"params": {"backbone": hf.load_params(source, sizes)}}
-    inputs = Inputs(tokens, np.full(3, 9, np.int32))
+    inputs = rows_of(tokens, np.full(3, 9, np.int32))
     unit = dual.DualEncoder(sizes).apply(params, inputs, method="encode").unit
     np.testing.assert_allclose(unit, expected, rtol=0, atol=1e-5)
 

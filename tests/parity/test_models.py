@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests.padded_rows import places_of, rows_of
 from xmc_jax import packaged
 from xmc_jax.data import tokenizer
 from xmc_jax.models import bert, dual, hf, hf_export
 from xmc_jax.models.combiner import TransformerCombiner
-from xmc_jax.types import Inputs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -21,7 +21,9 @@ make = pytest.importorskip("tests.golden.make")
 
 @functools.partial(jax.jit, static_argnums=0)
 def states_of(config, params, tokens, lengths):
-    return bert.Bert(config).apply({"params": params}, tokens, lengths, True, True)[1]
+    return bert.Bert(config).apply(
+        {"params": params}, *places_of(tokens, lengths), hidden_states=True
+    )[1]
 
 
 @pytest.mark.parametrize("family", bert.FAMILIES)
@@ -70,7 +72,7 @@ def embed(config, params, texts, T):
     tokens, lengths = make.tokenized(texts, T)
     model = dual.DualEncoder(config)
     encode = jax.jit(lambda p, x: model.apply({"params": {"backbone": p}}, x, method="encode").unit)
-    return encode(params, Inputs(tokens, lengths)), tokens, lengths
+    return encode(params, rows_of(tokens, lengths)), tokens, lengths
 
 
 @pytest.mark.slow

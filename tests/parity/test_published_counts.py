@@ -22,9 +22,9 @@ def test_tower_is_as_large_as_that_of_torch(path):
         theirs = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**raw))
     if raw["model_type"] == "gemma3":
         theirs = theirs.language_model
-    tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+    zeros = jnp.zeros((1, 1), jnp.int32)
     model = decoder.Decoder(decoder_config.from_hf(raw))
-    ours = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, lengths))
+    ours = jax.eval_shape(lambda: model.init(jax.random.key(0), zeros, zeros, zeros))
     count = sum(leaf.size for leaf in jax.tree.leaves(ours))
     assert count == sum(parameter.numel() for parameter in theirs.parameters())
 

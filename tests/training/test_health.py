@@ -24,9 +24,9 @@ class Poisoned(Run):
 
     def put(self, local):
         if self.poison:
-            images = local.document.images.copy()
-            images[local.document_ids == self.bad] = np.inf
-            local = local.replace(document=local.document.replace(images=images))
+            images = local.items.images.copy()
+            images[local.document_ids == self.bad, 0] = np.inf
+            local = local.replace(items=local.items.replace(images=images))
         return super().put(local)
 
 
@@ -40,7 +40,9 @@ def program(fields, with_random_images, tmp_path_factory) -> Poisoned:
     made = Poisoned(RunConfig.from_dict(fields), data, devices=jax.devices()[:2])
     order = np.arange(data.num_documents, dtype=np.int32)
     built = made.sampler.build(order, 0, 0, made.rows)
-    made.bad = int(built.document_ids[np.flatnonzero(built.document.image_count)[0]])
+    made.bad = int(
+        built.document_ids[np.flatnonzero(data.train.inputs(built.document_ids).image_count)[0]]
+    )
     return made
 
 

@@ -132,7 +132,7 @@ def test_empty_texts_need_prompts(decoder_fields, decoder):
     config = RunConfig.from_dict(decoder_fields)
     with pytest.raises(ValueError, match=r"\['test'\] have texts without any token; set --config"):
         Run(config, data, fusion.NO_PROMPTS)
-    assert Run(config, data, Prompts(tail=(7,))).model.prompts.tail == (7,)
+    assert Run(config, data, Prompts(tail=(7,))).layout.prompts.tail == (7,)
 
 
 def test_encoders_refuse_prompts_by_name(fields):

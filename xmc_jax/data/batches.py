@@ -15,7 +15,7 @@ from xmc_jax import rng
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
-from xmc_jax.types import Batch, Prompts, Rows
+from xmc_jax.types import NO_PROMPTS, Batch, Rows
 
 _SAMPLES = 32  # batches in random order, which the number of rows of a batch follows from
 _LARGER = (1.0, 1.1, 1.25)  # numbers of rows, by the one for documents in random order
@@ -136,7 +136,7 @@ class Sampler:
         self._weights = np.ones(store.num_labels) if uniform else store.inverse_propensity
         per_item = store.train.per_item
         self._layout = layout or row_layout.layout(
-            Prompts(), "image_text", "contiguous", store.max_length, per_item, None
+            NO_PROMPTS, "image_text", "contiguous", store.max_length, per_item, None
         )
         shard, within = np.divmod(np.arange(batch_size), batch_size // shards)
         self._shard, self._chunks = shard, chunks

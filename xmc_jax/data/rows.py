@@ -6,9 +6,10 @@ the shape [rows, R], whatever the lengths of the items are.
 
 import dataclasses
 
+import jax
 import numpy as np
 
-from xmc_jax.types import Inputs, Prompts, Rows, own_tokens
+from xmc_jax.types import NO_PROMPTS, Inputs, Prompts, Rows, own_tokens
 
 _SHORTEST = 4  # tokens of an item, of which as many as fit may share a row
 _HEADS = 16  # a row has so many times the places of its head, so that the head is a small part
@@ -248,6 +249,7 @@ def compose(
         slots=_past_the_end(rows * layout.per_row, slots),
         per_row=layout.per_row,
         head=head,
+        longest=head + layout.longest,
     )
     found.slots[at] = fitted.row * layout.per_row + fitted.number
     images = items.images
@@ -281,7 +283,7 @@ def compose(
 
 def one_each(
     items: Inputs,
-    prompts: Prompts = Prompts(),
+    prompts: Prompts = NO_PROMPTS,
     order: str = "image_text",
     positions: str = "contiguous",
 ) -> Rows:
@@ -293,15 +295,11 @@ def one_each(
         order: see `Layout`.
         positions: see `Layout`.
     """
-    items = Inputs(*(x if x is None else np.asarray(x) for x in _fields(items)))
+    items = jax.tree.map(np.asarray, items)
     images = 0 if items.images is None else items.images.shape[1]
     of = layout(prompts, order, positions, items.tokens.shape[1], images, None)
     fitted = Fit(*(np.arange(len(items.lengths)) * factor for factor in (0, 1, 0, 0)))
     return compose(of, items, fitted, len(items.lengths))
-
-
-def _fields(items: Inputs) -> tuple:
-    return items.tokens, items.lengths, items.images, items.image_count
 
 
 def _past_the_end(end: int, *shape: int) -> np.ndarray:

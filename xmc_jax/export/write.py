@@ -89,7 +89,7 @@ def whole(
 def _encoder(folder: pathlib.Path, fields: Mapping[str, Any], run: Run, state: TrainState) -> None:
     """Writes what `encoder` is for into a folder."""
     config, T = run.config, fields["data"]["max_length"]
-    around = prompts.around_text(run.model.prompts, build.order(fields))
+    around = prompts.around_text(run.layout.prompts, build.order(fields))
     common = {
         "lora": config.encoder.lora,
         "pooling": run.model.pooling,
@@ -199,7 +199,7 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
         if run.config.export.vision == "carried" or local:
             images = dataclasses.replace(images, folder=_carry(folder, images))
         images = dataclasses.replace(images, encoder=cards.public(images.encoder))
-    model = run.model
+    model, layout = run.model, run.layout
     return artifact.ModelInput(
         digest=artifact.digest_of_model(
             {
@@ -211,13 +211,13 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
         width=run.sizes.width,
         max_length=fields["data"]["max_length"],
         special_tokens=run.data.special_tokens,
-        prompts=model.prompts,
+        prompts=layout.prompts,
         document_prompt=run.data.prompts[0],
         label_prompt=run.data.prompts[1],
         pooling=model.pooling,
         compute_dtype=model.compute_dtype,
-        order=model.order,
-        positions=model.positions,
+        order=layout.order,
+        positions=layout.positions,
         text=run.data.manifest["text"],
         images=images,
     )

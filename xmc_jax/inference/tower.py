@@ -1,9 +1,9 @@
 """The encoder of an artifact: texts and pictures to embeddings, as in training.
 
-Few shapes are compiled. Items are sorted by length and go in blocks of a few sizes, without their
-padding, in the smallest room of a few that holds their tokens; so a batch of any few texts is one
-call. The last bits of an embedding follow from the shape of its block. Where they may not depend on
-what else is encoded, blocks of one size are asked for, of items of about the same length.
+Few shapes are compiled. Items lie in rows, see `data.rows`, as many rows as a power of two; so a
+batch of any few texts is one call. An item by itself has one short row. The last bits of an
+embedding follow from the shape of its block. Where they may not depend on what else is encoded,
+blocks of one size are asked for, in which each item has a row of its own.
 """
 
 import dataclasses
@@ -22,19 +22,16 @@ from flax import traverse_util
 from flax.core import meta
 
 from xmc_jax import sharding
-from xmc_jax.data import packing
+from xmc_jax.data import rows as row_layout
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.files import json_files
 from xmc_jax.inference.artifact import Artifact, ImageInput
 from xmc_jax.models import dual, hf
-from xmc_jax.types import Inputs, Packing, own_tokens
+from xmc_jax.types import Inputs, Rows
 
 ROWS = (1, 8, 64, 256)
-"""Sizes of blocks: the smallest that holds what is left, the largest while there is more."""
-_WIDTHS = 4  # at most so many lengths of sequences
-_SMALL = 8  # rows of a block, up to which rooms are powers of two alone: fewer programs
-_HALVES = 3  # lengths of a sequence by itself: the longest, a half and a quarter of it
-_STEPS = (1, 1.5)  # rooms are these times a power of two of the longest sequence
+"""Sizes of blocks; the last is the most items of one call."""
+_HALVES = 3  # lengths of a row for one item: the longest, a half and a quarter of it
 _IMAGES = 8  # encoded at a time
 _AT_A_TIME = 4096  # items that are tokenised, and whose pictures' vectors are held
 
@@ -72,15 +69,19 @@ class _Block:
 
     Attributes:
         items: i[m], which.
-        places: i[m], of the rows of the call, theirs.
-        size: rows of the call.
-        room: of a device's part of them.
+        layout: of the rows.
+        fitted: where the m items lie; a group is a device's part.
+        rows: of a device.
+        at: i[m], the slot of each item.
+        slots: of a device.
     """
 
     items: np.ndarray
-    places: np.ndarray
-    size: int
-    room: Packing
+    layout: row_layout.Layout
+    fitted: row_layout.Fit
+    rows: int
+    at: np.ndarray
+    slots: int
 
 
 class Tower:
@@ -101,22 +102,24 @@ class Tower:
         source = hf.resolve(str(artifact.folder))
         sizes = hf.load_config(source)
         images = model.images
-        self._rest = dataclasses.replace(model.prompts, head=())
         self._model = dual.DualEncoder(
             sizes=sizes,
             pooling=model.pooling,
             compute_dtype=model.compute_dtype,
-            prompts=model.prompts,
-            order=model.order,
-            positions=model.positions,
             image_width=images.width if images else 0,
         )
         self._params = self._load(source, sizes)
         self._tokenizer, self._tokens = tokenizers.load(artifact.folder), sizes.vocab_size
         per_item = images.per_item if images else 0
-        around = len(self._rest.middle) + len(self._rest.tail) + per_item
-        longest = model.max_length + around
-        self._widths = np.unique([-(-longest * (i + 1) // _WIDTHS) for i in range(_WIDTHS)])
+        self._layout = row_layout.layout(
+            *(model.prompts, model.order, model.positions, model.max_length, per_item),
+            sharding.row_multiple(self.mesh),
+        )
+        widths = {-(-self._layout.longest // 2**i) for i in range(_HALVES)}
+        self._apart = [  # layouts of one item in a row
+            dataclasses.replace(self._layout, width=self._layout.head + width, per_row=1)
+            for width in sorted(widths)
+        ]
         self._run = jax.jit(sharding.under(self.mesh, self._apply))
         self._shards = sharding.num_shards("batch", self.mesh)
 
@@ -144,8 +147,8 @@ class Tower:
         Args:
             items: n of them.
             pooled: whether to return the embeddings before normalisation.
-            rows: sizes of blocks, ascending. With one size, an item's embedding is the same to the
-                bit whatever it is encoded with.
+            rows: the last is the most items of a call. With one size, an item's embedding is the
+                same to the bit whatever it is encoded with.
             problems: gets the number of each item that cannot be encoded, and the reason. The
                 embedding of such an item is zeros. Without `problems`, the first such item is an
                 error.
@@ -177,14 +180,15 @@ class Tower:
     ) -> Encoded:
         out = np.zeros((len(items), self._input.width), np.float32)
         inputs, cut = self._inputs(items, problems, kind)
-        lengths = own_tokens(inputs.lengths, inputs.image_count, self._rest)
+        lengths = self._layout.own_tokens(inputs)
         if not self._input.prompts.head:
             for number in np.flatnonzero(lengths == 0).tolist():
                 problems.setdefault(number, "expected a text or a picture, got neither")
         whole = np.setdiff1d(np.arange(len(items)), list(problems))
         pending: list[tuple[_Block, jax.Array]] = []
         for block in self._blocks(lengths, whole, rows):
-            pending.append((block, self._embedded(inputs, block, pooled)))
+            taken = jax.tree.map(lambda x, some=block.items: x[some], inputs)
+            pending.append((block, self._embedded(taken, block, pooled)))
             if len(pending) > 1:  # one is fetched while the next is computed
                 self._take(out, *pending.pop(0))
         for block, found in pending:
@@ -197,23 +201,24 @@ class Tower:
         Args:
             rows: see `encode`.
         """
-        T, images = self._input.max_length, self._input.images
+        images, none = self._input.images, np.zeros(0, np.int32)
+        nothing = Inputs(np.zeros((0, self._input.max_length), np.int32), none)
+        if images is not None:
+            vectors = np.zeros((0, images.per_item, images.width), np.float16)
+            nothing = nothing.replace(images=vectors, image_count=none)
+        empty = functools.partial(_Block, none, fitted=row_layout.Fit(none, none, none, none))
+        each = -(-rows[0] // self._shards) if len(rows) == 1 else 1
+        blocks = [empty(layout=x, rows=each, at=none, slots=each) for x in self._apart]
+        if len(rows) > 1:
+            most = self._row_count(self._layout.most_rows(rows[-1]))
+            for count in (2**i for i in range(most.bit_length())):
+                slots = self._slots(count, rows)
+                blocks.append(empty(layout=self._layout, rows=count, at=none, slots=slots))
 
-        def run(size: int, room: Packing) -> None:
-            inputs = Inputs(np.zeros((size, T), np.int32), np.full(size, -1, np.int32))
-            if images is not None:
-                inputs = inputs.replace(
-                    images=np.zeros((size, images.per_item, images.width), np.float16),
-                    image_count=np.zeros(size, np.int32),
-                )
-            everything = _Block(np.arange(size), np.arange(size), size, room)
-            jax.block_until_ready(self._embedded(inputs, everything, pooled=False))
+        def run(block: _Block) -> None:
+            jax.block_until_ready(self._embedded(nothing, block, pooled=False))
 
-        return [
-            functools.partial(run, size, room)
-            for size, rooms in self._rooms(rows).items()
-            for room in rooms
-        ]
+        return [functools.partial(run, block) for block in blocks]
 
     def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
         """What `Item.images` may hold in place of an image file; for other threads, too.
@@ -245,71 +250,61 @@ class Tower:
             )
 
     def _take(self, out: np.ndarray, block: "_Block", found: jax.Array) -> None:
-        out[block.items] = jax.device_get(found)[block.places]
+        out[block.items] = jax.device_get(found)[block.at]
 
-    def _rooms(self, rows: tuple[int, ...]) -> dict[int, list[Packing]]:
-        """The rooms of a device for each size of a block, ascending."""
-        longest, rooms = int(self._widths[-1]), {}
-        for size, before in zip(rows, (0, *rows)):
-            each = -(-size // self._shards)
-            if len(rows) == 1:
-                of_size = [packing.whole(each, int(width)) for width in self._widths]
-            elif each == 1:
-                widths = {-(-longest // 2**i) for i in range(_HALVES)}
-                of_size = [packing.whole(each, width) for width in sorted(widths)]
-            else:
-                between = _STEPS if size > _SMALL else (1,)
-                powers = (step * 2**i for i in range(each.bit_length()) for step in between)
-                steps = {int(x) for x in powers if x == int(x) and before / 2 / self._shards <= x}
-                # Sequences without padding lie in it, and each may be as long as any.
-                of_size = [
-                    Packing(longest * step, ((each, longest),))
-                    for step in sorted({x for x in steps if x < each} | {each})
-                ]
-            rooms[each * self._shards] = of_size
-        return rooms
+    def _row_count(self, rows: int) -> int:
+        """Rows of a device, where all need so many: a power of two."""
+        return 1 << (-(-rows // self._shards) - 1).bit_length()
+
+    def _slots(self, count: int, rows: tuple[int, ...]) -> int:
+        """Slots of a device with so many rows."""
+        return min(count * self._layout.per_row, rows[-1])
 
     def _blocks(
         self, lengths: np.ndarray, chosen: np.ndarray, rows: tuple[int, ...]
     ) -> Iterator["_Block"]:
-        """How some items, i[m], are dealt to blocks, of the lengths i[n] of all."""
-        rooms = self._rooms(rows)
-        order = chosen[np.argsort(-lengths[chosen], kind="stable")]
+        """How some items, i[m], are divided into blocks, of the lengths i[n] of all."""
+        size = rows[-1]
         if len(rows) == 1:
-            fitting = np.searchsorted(self._widths, lengths)
-            groups = [order[fitting[order] == number] for number in range(len(self._widths))]
-        else:
-            groups = [order]
-        for left in groups:
-            while len(left):
-                size = next((r for r in rooms if r >= len(left)), max(rooms))
-                items, left = left[:size], left[size:]
-                # Dealt to the devices in turn, so that these have about as many tokens each.
-                number = np.arange(len(items))
-                places = number % self._shards * (size // self._shards) + number // self._shards
-                tokens = int(lengths[items][:: self._shards].sum())
-                most = int(lengths[items[0]])
-                room = next(
-                    room
-                    for room in rooms[size]
-                    if most <= room.classes[-1][1] and (room.padded or tokens <= room.tokens)
-                )
-                yield _Block(items, places, size, room)
+            fitting = np.searchsorted([layout.places for layout in self._apart], lengths[chosen])
+            for number, layout in enumerate(self._apart):
+                left = chosen[fitting == number]
+                for start in range(0, len(left), size):
+                    yield self._block_apart(left[start : start + size], layout, size)
+            return
+        for start in range(0, len(chosen), size):
+            items = chosen[start : start + size]
+            if len(items) <= self._shards:
+                most = lengths[items].max()
+                layout = next(x for x in self._apart if most <= x.places)
+                yield self._block_apart(items, layout, self._shards)
+                continue
+            fitted = row_layout.fit(self._layout, lengths[items])
+            count = self._row_count(fitted.rows)
+            slots, device = self._slots(count, rows), fitted.row % self._shards
+            fitted = dataclasses.replace(fitted, group=device, row=fitted.row // self._shards)
+            at, by_device = np.empty(len(items), np.int64), np.argsort(device, kind="stable")
+            first = np.searchsorted(device[by_device], device[by_device])
+            at[by_device] = device[by_device] * slots + np.arange(len(items)) - first
+            yield _Block(items, self._layout, fitted, count, at, slots)
 
-    def _embedded(self, inputs: Inputs, block: "_Block", pooled: bool) -> jax.Array:
-        rows = np.full(block.size, block.items[0])
-        rows[block.places] = block.items
-        taken = jax.tree.map(lambda x: x[rows], inputs)
-        if not block.room.padded:  # else the rows that are left repeat what is there
-            nobody = np.ones(block.size, bool)
-            nobody[block.places] = False
-            taken.lengths[nobody] = -1
-        taken = sharding.put_batch(taken, block.size, self.mesh)
-        output = self._run(self._params, taken.replace(packing=block.room))
+    def _block_apart(self, items: np.ndarray, layout: row_layout.Layout, size: int) -> _Block:
+        """Items in rows of their own, `size` of them over all devices."""
+        each, number = -(-size // self._shards), np.arange(len(items))
+        zero, group, row = 0 * number, number % self._shards, number // self._shards
+        fitted = row_layout.Fit(group, row, zero, zero)
+        return _Block(items, layout, fitted, each, group * each + row, each)
+
+    def _embedded(self, items: Inputs, block: "_Block", pooled: bool) -> jax.Array:
+        rows = row_layout.compose(
+            *(block.layout, items, block.fitted, block.rows),
+            *(block.at, block.slots * self._shards, self._shards),
+        )
+        output = self._run(self._params, sharding.put_batch(rows, self._shards, self.mesh))
         return output.pooled if pooled else output.unit
 
-    def _apply(self, params: Any, inputs: Inputs) -> Any:
-        return self._model.apply({"params": params}, inputs, method="encode")
+    def _apply(self, params: Any, rows: Rows) -> Any:
+        return self._model.apply({"params": params}, rows, method="encode")
 
     def _inputs(
         self, items: Sequence[Item], problems: dict[int, str], kind: str

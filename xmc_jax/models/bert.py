@@ -242,9 +242,7 @@ class Layer(nn.Module):
             y = dense(name, c.hidden, ("embed", ("heads", c.heads)), x)
             return y.reshape(*y.shape[:2], c.heads, -1)
 
-        y = layers.attention(
-            heads("query"), heads("key"), heads("value"), mask, drop_probabilities
-        )
+        y = layers.attention(heads("query"), heads("key"), heads("value"), mask, drop_probabilities)
         y = dense("out", c.hidden, (("heads", c.heads), "embed"), y)
         x = layers.LayerNorm(c.eps, name="attention_norm")(x + drop_attention(y))
         y = dense("up", c.ff, ("embed", "mlp"), x)
@@ -277,6 +275,7 @@ class Bert(nn.Module):
         segment: jax.Array | None = None,
         position: jax.Array | None = None,
         head: int = 0,
+        longest: int | None = None,
         images: tuple[jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
         hidden_states: bool = False,
@@ -289,6 +288,7 @@ class Bert(nn.Module):
             segment: i32[r, R], `Rows.segments`.
             position: i32[r, R], `Rows.positions`.
             head: `Rows.head`.
+            longest: `Rows.longest`.
             images: what stands in the place of some tokens, see `segments.place_images`; or None.
             deterministic: no dropout; otherwise the rng "dropout" is needed.
             hidden_states: return also the input of the first layer and the output of each.
@@ -310,7 +310,7 @@ class Bert(nn.Module):
         x = layers.lookup(words, tokens)
         x = x if images is None else segments.place_images(x, *images)
         places = table("position_embedding", c.max_positions, (None, "embed"))
-        x += layers.of_positions(places[: tokens.shape[1]], position)
+        x += layers.of_positions(places[:longest], position)
         if c.type_vocab:
             x += table("type_embedding", c.type_vocab, (None, "embed"))[0]
         x = layers.LayerNorm(c.eps, name="embedding_norm")(x).astype(self.dtype)

@@ -1,7 +1,6 @@
 """Decoder-only language models as text encoders, without head: Qwen2, Qwen3, Llama 3, Gemma 3."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -47,9 +46,7 @@ class Layer(nn.Module):
     hidden_states: bool
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, rotary, mask, sliding
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, x: jax.Array, rotary, mask, sliding) -> tuple[jax.Array, jax.Array | None]:
         """[r, R, D] -> [r, R, D], and that again as a scanned output if asked.
 
         Args:
@@ -126,6 +123,7 @@ class Decoder(nn.Module):
         segment: jax.Array | None = None,
         position: jax.Array | None = None,
         head: int = 0,
+        longest: int | None = None,
         images: tuple[jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
         hidden_states: bool = False,
@@ -138,6 +136,7 @@ class Decoder(nn.Module):
             segment: i32[r, R], `Rows.segments`.
             position: i32[r, R], `Rows.positions`.
             head: `Rows.head`.
+            longest: `Rows.longest`.
             images: what stands in the place of some tokens, see `segments.place_images`; or None.
             deterministic: no dropout; otherwise the rng "dropout" is needed.
             hidden_states: return also the input of the first layer and the output of each, the last
@@ -149,6 +148,7 @@ class Decoder(nn.Module):
         """
         if pooled is not None:
             return pooled_dense.apply(self.config.dense, pooled, self.dtype)
+        del longest
         c = self.config
         init = nn.with_logical_partitioning(_normal, ("vocab", "token_width"))
         # asarray: weights as read from disk are numpy, which traced ids do not index

@@ -186,7 +186,7 @@ class DualEncoder(nn.Module):
                 images = (self.projection(rows.images), rows.image_places)
             hidden = self.backbone(
                 *(rows.tokens, rows.segments, rows.positions),
-                *(rows.head, images, deterministic),
+                *(rows.head, rows.longest, images, deterministic),
             )
             pooled = segments.pool(
                 layers.wide(hidden), rows.segments, rows.per_row, rows.head, self.pooling

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from xmc_jax.types import ORDERS, Prompts
+from xmc_jax.types import NO_PROMPTS, ORDERS, Prompts
 
 POSITIONS = ("contiguous", "padded")
-NO_PROMPTS = Prompts()
 
 
 @dataclasses.dataclass(frozen=True)

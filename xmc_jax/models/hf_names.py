@@ -118,7 +118,7 @@ def shapes(sizes: Sizes | VisionConfig) -> Mapping[str, tuple[int, ...]]:
         inputs = [jnp.zeros((1, sizes.image_size, sizes.image_size, 3))]
     else:
         module = backbone.build(sizes, "float32", "none", NO_LORA)
-        inputs = [jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)]
+        inputs = [jnp.zeros((1, 1), jnp.int32)] * 3
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)["params"])
     flat = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
     return types.MappingProxyType({path: leaf.shape for path, leaf in flat.items()})

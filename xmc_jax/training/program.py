@@ -20,11 +20,10 @@ from xmc_jax import sharding
 from xmc_jax.data import batches
 from xmc_jax.data import rows as row_layout
 from xmc_jax.models import backbone, dual, fusion, hf, hf_modules
-from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
-from xmc_jax.types import Batch, DataShape, Prompts, Rows, Tables, TrainState
+from xmc_jax.types import NO_PROMPTS, Batch, DataShape, Prompts, Rows, Tables, TrainState
 from xmc_jax.wording import counted
 
 _MAX_STEPS = 2**31 - 1  # `TrainState.step` is an int32
@@ -216,6 +215,7 @@ class Program:
             slots=jax.ShapeDtypeStruct(slots, i32),
             per_row=layout.per_row,
             head=layout.head,
+            longest=layout.head + layout.longest,
         )
         if shape.image_width:
             per_item = (*slots, shape.images_per_item)

@@ -1,7 +1,6 @@
 """A program over its dataset: the first state, boundaries between epochs, embedding, evaluation."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,12 @@ from etils import epath
 from xmc_jax import rng, sharding
 from xmc_jax.data import batches, priors, store
 from xmc_jax.models import backbone, hf
-from xmc_jax.models.fusion import NO_PROMPTS
 from xmc_jax.retrieval import encode, evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, memory, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
-from xmc_jax.types import Batch, Prompts, Tables, TrainState
+from xmc_jax.types import NO_PROMPTS, Batch, Prompts, Tables, TrainState
 
 _NAMES = {
     "train": "training documents",
