@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax.data import batches, store
+from xmc_jax.data import batches, rows, store
 from xmc_jax.data.csr import Csr
+from xmc_jax.types import NO_PROMPTS
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def order_of(n, seed=0):
 
 def assert_equal(a, b):
     leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
-    assert len(leaves_a) == len(leaves_b) == 7
+    assert len(leaves_a) == len(leaves_b) == 8
     for x, y in zip(leaves_a, leaves_b):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
@@ -53,26 +54,92 @@ def test_contents(data, per_document, weighting):
     for step in range(3):
         batch = sampler.build(order, step, 100 + step)
         np.testing.assert_array_equal(batch.document_ids, order[step * 8 : step * 8 + 8])
-        np.testing.assert_array_equal(batch.document.tokens, data.train.tokens[batch.document_ids])
-        np.testing.assert_array_equal(batch.label.tokens, data.label.tokens[batch.label_ids])
-        np.testing.assert_array_equal(batch.label.lengths, data.label.lengths[batch.label_ids])
-        expected = [[label in sets[i] for label in batch.label_ids] for i in batch.document_ids]
+        label_ids = batch.label_ids[batch.columns]
+        expected = [[label in sets[i] for label in label_ids] for i in batch.document_ids]
         np.testing.assert_array_equal(batch.relevance, expected)
         assert batch.relevance.shape == (8, 8 * per_document) and batch.relevance.dtype == bool
         for row, i in enumerate(batch.document_ids):
-            own = batch.label_ids[row * per_document : (row + 1) * per_document].tolist()
+            own = label_ids[row * per_document : (row + 1) * per_document].tolist()
             assert set(own) <= sets[i]
             assert len(set(own)) == min(per_document, len(sets[i]))
 
 
-@pytest.mark.parametrize("per_document", [1, 2])
-def test_processes_share_one_global_batch(data, per_document):
-    sampler = batches.Sampler(data, 8, per_document, seed=1)
-    order = batches.complete(order_of(20), 8)
-    whole = sampler.build(order, 2, 7)
-    parts = [sampler.build(order, 2, 7, slice(i, i + 2)) for i in range(0, 8, 2)]
-    assert parts[0].relevance.shape == (2, 8 * per_document)
-    assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
+def layout_of(data, multiple=64):
+    return rows.layout(NO_PROMPTS, "image_text", "contiguous", data.max_length, 0, multiple)
+
+
+def texts_of(items, groups, chunks):
+    """The tokens in each slot, () where there is no item, read place by place."""
+    count = len(items.tokens) // groups
+    found = []
+    for number, slot in enumerate(items.slots.ravel()):
+        document = number // items.slots.shape[1]
+        shards = groups // chunks
+        shard, within = divmod(document, len(items.slots) // shards)
+        row, segment = divmod(int(slot), items.per_row)
+        if row >= count:
+            found.append(())
+            continue
+        row = (shard * count + row) * chunks + within % chunks
+        found.append(tuple(items.tokens[row][items.segments[row] == segment].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("multiple", [64, None])
+@pytest.mark.parametrize(("shards", "chunks", "per_document"), [(1, 1, 2), (2, 2, 1)])
+def test_rows_hold_each_document_and_each_different_label_once(
+    data, shards, chunks, per_document, multiple
+):
+    arguments = layout_of(data, multiple), shards, chunks
+    sampler = batches.Sampler(data, 8, per_document, "uniform", 3, "sampled", *arguments)
+    order = order_of(data.num_documents)
+
+    def text(split, item):
+        return tuple(split.tokens[item, : split.lengths[item]].tolist())
+
+    for step in range(2):
+        batch = sampler.build(order, step, step)
+        found = texts_of(batch.items, shards * chunks, chunks)
+        by_document = [
+            found[i : i + 1 + per_document] for i in range(0, len(found), len(found) // 8)
+        ]
+        assert [x[0] for x in by_document] == [text(data.train, i) for i in batch.document_ids]
+        labels = [x for some in by_document for x in some[1:]]
+        there = np.array([bool(x) for x in labels])
+        assert labels == [
+            text(data.label, i) if one else () for i, one in zip(batch.label_ids, there)
+        ]
+        assert set(batch.columns) == set(np.flatnonzero(there))
+        assert len(set(batch.label_ids[there])) == there.sum() < len(there)
+        tokens = sum(map(len, found))
+        assert (batch.items.segments >= 0).sum() == tokens
+        # Every process builds its own shards of the same batch.
+        halves = [
+            sampler.build(order, step, step, np.arange(8) // (8 // shards) == i)
+            for i in range(shards)
+        ]
+        assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *halves), batch)
+
+
+def test_few_numbers_of_rows_of_which_the_last_holds_any_batch(data):
+    sampler = batches.Sampler(data, 8, layout=layout_of(data))
+    counts = sampler.row_counts
+    assert list(counts) == sorted(set(counts)) and len(counts) <= 4
+    layout = layout_of(data)
+    rng = np.random.default_rng(0)
+    for lengths in (rng.integers(0, layout.longest + 1, 16), np.full(16, layout.longest)):
+        assert rows.fit(layout, lengths).rows <= counts[-1]
+    assert batches.Sampler(data, 8, layout=layout_of(data, None)).row_counts == (16,)
+
+
+@pytest.mark.parametrize(("groups", "places"), [(1, 9), (3, 3), (4, 4)])
+def test_labels_are_dealt_by_tokens(groups, places):
+    rng = np.random.default_rng(0)
+    lengths, loads = rng.integers(1, 20, 9), rng.integers(20, 25, groups)
+    dealt = batches.deal(loads, lengths, places)
+    assert np.bincount(dealt, minlength=groups).max() <= places
+    sums = loads + np.bincount(dealt, weights=lengths, minlength=groups)
+    assert sums.max() - sums.min() <= 20
 
 
 def test_independent_of_history(data):
@@ -87,7 +154,7 @@ def test_independent_of_history(data):
 def test_step_and_seed_change_the_draw(data):
     order = batches.complete(order_of(20), 20)
     labels = [
-        batches.Sampler(data, 20, seed=seed).build(order, 0, step).label_ids.tolist()
+        batches.Sampler(data, 20, seed=seed).build(order, 0, step).relevance.tolist()
         for seed, step in ((0, 0), (0, 1), (1, 0))
     ]
     assert labels[0] != labels[1] and labels[0] != labels[2] and labels[1] != labels[2]
@@ -137,6 +204,10 @@ def test_relevance_against_a_loop():
     [
         ((0,), "batch_size and positives_per_document of at least 1, got 0 and 1"),
         ((4, 0), "batch_size and positives_per_document of at least 1, got 4 and 0"),
+        (
+            (10, 1, "uniform", 0, "all", None, 2, 2),
+            "a multiple of 2 batch shards times 2 chunks, got 10",
+        ),
         ((4, 1, "frequency"), "weighting among inverse_propensity, uniform, got 'frequency'"),
     ],
 )

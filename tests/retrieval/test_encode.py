@@ -1,4 +1,4 @@
-"""Encoding a split: order, padding, fixed shapes; to the host, a file, a table, a database."""
+"""Encoding a split: every item once, in one shape; to the host, a file, a table, a database."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 
 from xmc_jax import report, sharding
+from xmc_jax.data import rows as row_layout
+from xmc_jax.models import segments
 from xmc_jax.retrieval import encode, exact
-from xmc_jax.types import Inputs, Prompts
+from xmc_jax.types import NO_PROMPTS, Inputs
 
 ONE = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
 EIGHT = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+MESHES = pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
+T = 7
 
 
 class Texts:
-    """Item i has tokens (i, 2i, 0) and length 2."""
+    """Item i has 1 + i % 7 tokens, all of them i."""
 
     def __init__(self, count):
         self.count = count
@@ -23,109 +27,100 @@ class Texts:
         return self.count
 
     def own_tokens(self, ids, prompts):
-        return 2 + ids % 7 + len(prompts.tail)
+        return 1 + np.asarray(ids) % T
 
     def inputs(self, ids):
-        tokens = np.stack([ids, 2 * ids, 0 * ids], axis=1).astype(np.int32)
-        return Inputs(tokens=tokens, lengths=np.full(len(ids), 2, np.int32))
+        lengths = self.own_tokens(ids, None).astype(np.int32)
+        return Inputs(np.tile(np.asarray(ids, np.int32)[:, None], T), lengths)
 
 
-def encoder():
-    """An encoder whose rows tell which item they came from, and the shapes it was traced with."""
+def items(count, size, mesh=ONE, multiple=16, **fields):
+    layout = row_layout.layout(NO_PROMPTS, "image_text", "contiguous", T, 0, multiple)
+    return encode.Items(Texts(count), size, mesh, layout, **fields)
+
+
+def encoder(mesh=ONE):
+    """An encoder whose vectors tell which item they are of, and the shapes it was traced with."""
     shapes = []
 
-    @jax.jit
-    def encode(inputs, ids):
-        shapes.append(inputs.tokens.shape)
-        columns = [inputs.tokens.sum(1), inputs.lengths, ids, 0 * ids]
-        return jnp.stack(columns, 1).astype(jnp.bfloat16)
+    def one(rows, ids):
+        shapes.append((rows.tokens.shape, rows.slots.shape))
+        hidden = rows.tokens[..., None].astype(jnp.float32)
+        mean = segments.pool(hidden, rows.segments, rows.per_row, rows.head, "mean")
+        mean = segments.take(mean, rows.slots)
+        return jnp.concatenate([mean, ids[:, None], 0 * mean, 0 * mean], axis=1)
 
-    return encode, shapes
+    return jax.jit(sharding.under(mesh, one)), shapes
 
 
 def expected(ids):
     ids = np.asarray(ids)
-    return np.stack([3 * ids, np.full(len(ids), 2), ids, 0 * ids], axis=1).astype(np.float32)
+    return np.stack([ids, ids, 0 * ids, 0 * ids], axis=1).astype(np.float32)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (3, 4), (1, 1)])
-def test_all_items_in_order_with_one_shape(count, batch_size):
-    one, shapes = encoder()
+def assert_of(rows, ids):
+    np.testing.assert_allclose(rows, expected(ids), rtol=0, atol=1e-4)
+
+
+@MESHES
+@pytest.mark.parametrize(("count", "size"), [(100, 16), (10, 8), (3, 8), (1, 8)])
+def test_all_items_in_order_with_one_shape(count, size, mesh):
+    one, shapes = encoder(mesh)
     with jax.transfer_guard("disallow"):
-        rows = encode.to_host(one, encode.Items(Texts(count), batch_size, ONE))
-    np.testing.assert_array_equal(rows, expected(range(count)))
+        rows = encode.to_host(one, items(count, size, mesh))
+    assert_of(rows, range(count))
     assert rows.dtype == np.float32
-    assert shapes == [(batch_size, 3)]
+    ((tokens, slots),) = shapes
+    if count == 100:
+        assert tokens[1] == 16 and tokens[0] * 16 < 6 * slots[0] and slots[0] < 2 * size
+    else:
+        assert slots[0] <= 4 * count  # no more than there is
+
+
+def test_with_a_row_for_each_item():
+    one, shapes = encoder()
+    assert_of(encode.to_host(one, items(10, 4, multiple=None)), range(10))
+    assert shapes == [((4, T), (4,))]
 
 
 def test_chosen_items():
     ids = [5, 0, 7, 7, 2]
-    rows = encode.to_host(encoder()[0], encode.Items(Texts(9), 2, ONE), ids)
-    np.testing.assert_array_equal(rows, expected(ids))
+    assert_of(encode.to_host(encoder()[0], items(9, 2), ids), ids)
 
 
 def test_streamed_to_a_file(tmp_path):
     out = tmp_path / "rows.npy"
     out.write_bytes(b"older")
-    encode.to_file(encoder()[0], encode.Items(Texts(9), 4, EIGHT), out)
-    np.testing.assert_array_equal(np.load(out, allow_pickle=False), expected(range(9)))
+    encode.to_file(encoder(EIGHT)[0], items(9, 4, EIGHT), out)
+    assert_of(np.load(out, allow_pickle=False), range(9))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
 
 
+@MESHES
 @pytest.mark.parametrize("count", [3, 8, 21, 40])
-@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
 def test_tables_and_databases_hold_every_item_once(count, mesh):
-    one, shapes = encoder()
+    one, shapes = encoder(mesh)
     split = sharding.named((None, "table_width"), (count, 4), mesh, "table")
     abstract = jax.ShapeDtypeStruct((count, 4), jnp.float32, sharding=split)
-    table = encode.to_table(one, encode.Items(Texts(count), 8, mesh), abstract)
-    database = encode.to_database(one, encode.Items(Texts(count), 8, mesh), limit=3)
+    table = encode.to_table(one, items(count, 8, mesh), abstract)
+    database = encode.to_database(one, items(count, 8, mesh), limit=3)
     assert table.sharding == split and table.dtype == np.float32
-    np.testing.assert_array_equal(table, expected(range(count)))
-    np.testing.assert_array_equal(exact.to_host(database), expected(range(count)))
+    assert_of(table, range(count))
+    assert_of(exact.to_host(database), range(count))
     again = exact.from_table(table, mesh, 3)
     assert again.rows.sharding.is_equivalent_to(database.rows.sharding, 2)
-    np.testing.assert_array_equal(exact.to_host(again), expected(range(count)))
-    assert set(shapes) == {(8, 3)}
-
-
-@pytest.mark.parametrize("count", [5, 21])
-@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
-def test_items_are_encoded_by_length(count, mesh, tmp_path):
-    prompts, rooms = Prompts(head=(1, 2), tail=(3,)), []
-    plain, _ = encoder()
-
-    def one(inputs, ids):
-        lengths = Texts.own_tokens(None, np.asarray(ids), prompts)
-        (room,) = inputs.packing.classes
-        rows = 8 // sharding.num_shards("batch", mesh)
-        assert inputs.packing.padded and room[0] == rows and lengths.max() <= room[1]
-        rooms.append(room[1])
-        return plain(inputs.replace(packing=None), ids)
-
-    items = encode.Items(Texts(count), 8, mesh, prompts, (5, 9))
-    np.testing.assert_array_equal(encode.to_host(one, items), expected(range(count)))
-    assert rooms == [5, 9, 9][-len(rooms) :]  # short ones first; of five items, in the last block
-    chosen = [4, 2, 2, 0]
-    np.testing.assert_array_equal(encode.to_host(one, items, chosen), expected(chosen))
-    encode.to_file(one, items, tmp_path / "rows.npy")
-    written = np.load(tmp_path / "rows.npy", allow_pickle=False)
-    np.testing.assert_array_equal(written, expected(range(count)))
-    split = sharding.named((None, "table_width"), (count, 4), mesh, "table")
-    abstract = jax.ShapeDtypeStruct((count, 4), jnp.float32, sharding=split)
-    np.testing.assert_array_equal(encode.to_table(one, items, abstract), expected(range(count)))
-    database = encode.to_database(one, items, limit=3)
-    np.testing.assert_array_equal(exact.to_host(database), expected(range(count)))
+    assert_of(exact.to_host(again), range(count))
+    assert len(set(shapes)) <= 2
 
 
 def test_nothing_to_encode_is_an_error():
     with pytest.raises(ValueError, match="got 0 items"):
-        encode.to_host(encoder()[0], encode.Items(Texts(0), 4, ONE))
+        encode.to_host(encoder()[0], items(0, 4))
 
 
 def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
     monkeypatch.setattr(report, "_PROGRESS_SECONDS", 0)
     with caplog.at_level("INFO"):
-        encode.to_host(encoder()[0], encode.Items(Texts(9), 4, ONE, name="labels"))
+        encode.to_host(encoder()[0], items(9, 4, multiple=None, name="labels"))
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"encoding labels: {count} of 3 blocks" for count in (1, 2)]

@@ -12,6 +12,7 @@ import pytest
 from flax.core import meta
 
 from xmc_jax import sharding
+from xmc_jax.data import rows
 from xmc_jax.models import dual, layers
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
@@ -20,7 +21,7 @@ from xmc_jax.sharding import MeshConfig
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.optimizer import OptimizerConfig
 from xmc_jax.training.step import Step, in_chunks
-from xmc_jax.types import Batch, Inputs, Prompts, Tables, TrainState
+from xmc_jax.types import Batch, Inputs, Prompts, Rows, Tables, TrainState
 
 STEPS = 10
 B, T, K, E = 16, 6, 2, 5
@@ -34,12 +35,12 @@ DECODER = DecoderConfig(
 )
 MODELS = {
     "encoder": dual.DualEncoder(ENCODER),
-    "decoder": dual.DualEncoder(
-        DECODER,
-        remat="projections",
-        lora=LoraConfig(rank=8, alpha=8.0),
-        prompts=Prompts(head=(1, 2), middle=(3,), tail=(4,)),
-        order="text_image",
+    "decoder": dual.DualEncoder(DECODER, remat="projections", lora=LoraConfig(rank=8, alpha=8.0)),
+}
+LAYOUTS = {
+    "encoder": rows.layout(Prompts(), "image_text", "contiguous", T, K, 16),
+    "decoder": rows.layout(
+        *(Prompts(head=(1, 2), middle=(3,), tail=(4,)), "text_image", "contiguous", T, K, 16)
     ),
 }
 LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
@@ -60,7 +61,7 @@ class Run:
         labels: str = "sampled",
         block: int | None = None,
     ):
-        self.mesh, self.labels = mesh, labels
+        self.mesh, self.labels, self.kind = mesh, labels, kind
         # Against all labels, the combiner of our recipe for it: one with parameters is computed for
         # every label, and its sums over `tensor` are as large as all of them.
         combiner = "transformer" if labels == "sampled" else "sum"
@@ -126,7 +127,7 @@ class Run:
         train = jax.jit(
             sharding.under(mesh, step.train), donate_argnums=0, out_shardings=(places, whole)
         )
-        batch = batch_of(0, labels)
+        batch = batch_of(0, labels, kind, mesh)
         batch = jax.tree.map(
             lambda x, split: place(x.shape, x.dtype, split), batch, sharding.of_batch(batch, mesh)
         )
@@ -159,14 +160,14 @@ class Run:
         state, frozen = self.values()
         before, found = jax.device_get(state), []
         for i in range(steps):
-            batch = batch_of(i, self.labels)
+            batch = batch_of(i, self.labels, self.kind, self.mesh)
             batch = jax.device_put(batch, sharding.of_batch(batch, self.mesh))
             state, metrics = self.train(state, frozen, batch)
             found.append(metrics["loss"])
         return before, jax.device_get(state), np.array(jax.device_get(found))
 
 
-def batch_of(seed: int, labels: str) -> Batch:
+def batch_of(seed: int, labels: str, kind: str, mesh: jax.sharding.Mesh) -> Batch:
     rng = np.random.default_rng(seed)
 
     def items() -> Inputs:
@@ -177,24 +178,42 @@ def batch_of(seed: int, labels: str) -> Batch:
             image_count=rng.integers(0, K + 1, B).astype(np.int32),
         )
 
+    def in_rows(*sides: Inputs) -> Rows:
+        """Each document next to its label, in the chunk that it is in."""
+        layout, chunks = LAYOUTS[kind], 2 if kind == "decoder" else 1
+        shards = sharding.num_shards("batch", mesh)
+        both = jax.tree.map(lambda *x: np.stack(x, 1).reshape(-1, *x[0].shape[1:]), *sides)
+        shard, within = np.divmod(np.arange(B), B // shards)
+        group = np.repeat(shard * chunks + within % chunks, len(sides))
+        fitted = rows.fit(layout, layout.own_tokens(both), group)
+        most = layout.most_rows(len(group) // (shards * chunks))
+        made = rows.compose(layout, both, fitted, most, groups=shards * chunks, chunks=chunks)
+        return made.replace(
+            slots=made.slots.reshape(B, -1),
+            images=made.images.reshape(B, -1, K, E),
+            image_places=made.image_places.reshape(B, -1, K),
+        )
+
     document_ids = rng.permutation(N)[:B].astype(np.int32)
     if labels == "all":
         positives = np.sort(rng.integers(L + 9, size=(B, 3)).astype(np.int32), axis=1)
         frequency = rng.integers(1, 4, (B, 3)).astype(np.float32)
         return Batch(
-            document=items(),
+            items=in_rows(items()),
             document_ids=document_ids,
             positives=np.minimum(positives, L),
             frequency=frequency,
         )
     label_ids = rng.integers(L, size=B).astype(np.int32)
-    label_ids[3] = label_ids[9]  # sampled twice
+    columns = np.arange(B, dtype=np.int32)
+    columns[3] = columns[9]  # sampled twice
+    drawn = label_ids[columns]
     return Batch(
-        document=items(),
+        items=in_rows(items(), items()),
         document_ids=document_ids,
-        label=items(),
         label_ids=label_ids,
-        relevance=(label_ids[:, None] == label_ids) | (rng.random((B, B)) < 0.05),
+        columns=columns,
+        relevance=(drawn[:, None] == drawn) | (rng.random((B, B)) < 0.05),
     )
 
 

@@ -5,6 +5,7 @@ the shape [rows, R], whatever the lengths of the items are.
 """
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -242,11 +243,16 @@ def compose(
     def write_text() -> None:
         write(items.tokens, items.lengths)
 
+    def past_the_end(end: int, *shape: int) -> np.ndarray:
+        shards = groups // chunks
+        one = np.arange(end, end + slots // shards * math.prod(shape), dtype=np.int32)
+        return np.tile(one, shards).reshape(slots, *shape)
+
     found = Rows(
         tokens=tokens,
         segments=segments,
         positions=positions,
-        slots=_past_the_end(rows * layout.per_row, slots),
+        slots=past_the_end(rows * layout.per_row),
         per_row=layout.per_row,
         head=head,
         longest=head + layout.longest,
@@ -257,7 +263,7 @@ def compose(
         per_item = images.shape[1]
         found = found.replace(
             images=np.zeros((slots, *images.shape[1:]), images.dtype),
-            image_places=_past_the_end(rows * width, slots, per_item),
+            image_places=past_the_end(rows * width, per_item),
         )
         found.images[at] = images
 
@@ -300,8 +306,3 @@ def one_each(
     of = layout(prompts, order, positions, items.tokens.shape[1], images, None)
     fitted = Fit(*(np.arange(len(items.lengths)) * factor for factor in (0, 1, 0, 0)))
     return compose(of, items, fitted, len(items.lengths))
-
-
-def _past_the_end(end: int, *shape: int) -> np.ndarray:
-    """i32 numbers from `end` on, all different."""
-    return np.arange(end, end + np.prod(shape), dtype=np.int32).reshape(shape)

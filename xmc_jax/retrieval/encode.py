@@ -181,7 +181,8 @@ def _blocks_of(items: Items, ids: np.ndarray, parts: int = 1, size: int | None =
     part = np.arange(n) // (size or n)
     fitted = row_layout.fit(items.layout, items.lengths(ids), part)
     most, devices = fitted.rows, shards // parts  # rows of a part, and what they are divided over
-    blocks = -(-most // max(1, -(-most * items.batch_size // n)))
+    rows = -(-most * items.batch_size // (n * devices))  # so that as many items are in a block
+    blocks = -(-most // (rows * devices))
     rows = -(-most // (blocks * devices))
     block, number = fitted.row % blocks, fitted.row // blocks
     shard = part * devices + number % devices
