@@ -48,18 +48,19 @@ from benchmarks.decoder_workload import (
     CHOSEN,
     EPOCHS,
     MODELS,
+    DrawnBatch,
     Settings,
     batch_of,
     real_tokens,
 )
 from benchmarks.environment import environment, save
 from xmc_jax import rng, sharding
-from xmc_jax.data import packing
+from xmc_jax.data import rows as row_layout
 from xmc_jax.models import decoder_config, dual, layers
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.step import Step
-from xmc_jax.types import Batch, Tables, TrainState, own_tokens
+from xmc_jax.types import Batch, Inputs, Tables, TrainState
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 WARM_UP = 2  # steps before those that are timed
@@ -75,7 +76,8 @@ class Program:
         device: where it runs, or is compiled for.
 
     Attributes:
-        room: that the timed batches are packed in; None with their padding.
+        layout: how items become rows.
+        rows: of a chunk; as many as any batch that is timed needs.
         abstract: the TrainState as ShapeDtypeStructs with shardings.
         frozen: the base likewise.
     """
@@ -88,31 +90,19 @@ class Program:
             compute_dtype=s.dtype,
             remat=s.remat,
             lora=layers.LoraConfig(rank=s.lora_rank, alpha=256.0),
-            prompts=s.prompts,
-            order="text_image",
             image_width=s.image_width if s.images else 0,
             prime=dual.PrimeConfig(
                 heads=s.combiner_heads, ff_dim=s.combiner_ff, dropout=s.combiner_dropout
             ),
             num_free_vectors=s.free_vectors,
         )
-        self.room = None
-        if not s.padded:
-            after = dataclasses.replace(self.model.prompts, head=())
-            groups = packing.Groups(1, s.chunks, after, s.width - len(s.prompts.head))
-            of_row = np.argsort(groups.of(s.batch), kind="stable")
-            found = []
-            for step in range(WARM_UP + s.steps):
-                batch = batch_of(s, sizes, step)
-                both = np.stack(
-                    [
-                        own_tokens(side.lengths, side.image_count, after)
-                        for side in (batch.document, batch.label)
-                    ],
-                    axis=1,
-                )
-                found.append(both[of_row].reshape(s.chunks, -1))
-            (self.room,) = {packing.choose(packing.rooms(found, groups.width), x) for x in found}
+        multiple = None if s.padded else sharding.row_multiple(self.mesh)
+        self.layout = row_layout.layout(
+            *(s.prompts, "text_image", "contiguous", s.length, s.images, multiple)
+        )
+        self.rows = max(
+            self._fitted(batch_of(s, sizes, step))[1].rows for step in range(WARM_UP + s.steps)
+        )
         config = optimizer.OptimizerConfig(
             lr=(("backbone/.*", 5e-5), (".*", 5e-4)),
             trainable=((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True)),
@@ -146,8 +136,8 @@ class Program:
 
     def compile(self) -> tuple[Any, float]:
         """The compiled step, and the seconds it took to trace and compile."""
-        batch = self._whole(jax.eval_shape(lambda: batch_of(self.settings, self.model.sizes, 0)))
-        batch = batch.replace(packing=self.room)
+        batch = self.batch(batch_of(self.settings, self.model.sizes, 0))
+        batch = self._whole(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch))
         start = time.perf_counter()
         compiled = self.jitted.lower(self.abstract, self.frozen, batch).compile()
         return compiled, time.perf_counter() - start
@@ -174,18 +164,44 @@ class Program:
             traverse_util.unflatten_dict(frozen, sep="/"),
         )
 
-    def put(self, batch: Batch) -> Batch:
+    def batch(self, drawn: DrawnBatch) -> Batch:
+        """A batch as the step takes it: each document next to its label, in the chunk it is in."""
+        s = self.settings
+        items, fitted = self._fitted(drawn)
+        rows = row_layout.compose(
+            self.layout, items, fitted, self.rows, groups=s.chunks, chunks=s.chunks
+        )
+        by_slot = jax.tree.map(
+            lambda x: x.reshape(s.batch, 2, *x.shape[1:]),
+            {"slots": rows.slots, "images": rows.images, "image_places": rows.image_places},
+        )
+        return Batch(
+            items=rows.replace(**by_slot),
+            document_ids=drawn.document_ids,
+            label_ids=drawn.label_ids,
+            columns=np.arange(s.batch, dtype=np.int32),
+            relevance=drawn.relevance,
+        )
+
+    def put(self, drawn: DrawnBatch) -> Batch:
         """Hands a batch over to the device."""
-        batch = batch.replace(packing=self.room)
+        batch = self.batch(drawn)
         return jax.device_put(batch, sharding.of_batch(batch, self.mesh))
+
+    def _fitted(self, drawn: DrawnBatch) -> tuple[Inputs, row_layout.Fit]:
+        """The items of a batch, and where they lie."""
+        s = self.settings
+        items = jax.tree.map(
+            lambda *sides: np.stack(sides, axis=1).reshape(-1, *sides[0].shape[1:]),
+            *(drawn.document, drawn.label),
+        )
+        chunk = np.repeat(np.arange(s.batch) % s.chunks, 2)
+        return items, row_layout.fit(self.layout, self.layout.own_tokens(items), chunk)
 
     @property
     def positions(self) -> int:
         """Places that a step computes, whether a token is there or not."""
-        s = self.settings
-        if self.room is None:
-            return 2 * s.batch * s.width
-        return s.chunks * (self.room.tokens + len(self.model.prompts.head))
+        return self.settings.chunks * self.rows * self.layout.width
 
     def parameters(self) -> dict[str, int]:
         """Parameters by what the step does with them."""

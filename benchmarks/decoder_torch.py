@@ -25,11 +25,11 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.decoder_workload import EPOCHS, Settings, batch_of
+from benchmarks.decoder_workload import EPOCHS, DrawnBatch, Settings, batch_of
 from xmc_jax.models import decoder_config
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.training.losses import LossConfig
-from xmc_jax.types import Batch, Inputs, Prompts
+from xmc_jax.types import Inputs, Prompts
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NO_VIOLATOR = -50.0  # as in `xmc_jax.training.losses`
@@ -315,7 +315,7 @@ def _hardest(
     return columns, values > -torch.inf
 
 
-def _parts(batch: Batch, settings: Settings) -> Iterator[Inputs]:
+def _parts(batch: DrawnBatch, settings: Settings) -> Iterator[Inputs]:
     """Every n-th document and, after those, their labels, as ours divides a batch."""
     for number in range(settings.chunks):
         sides = [

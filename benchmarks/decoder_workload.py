@@ -7,13 +7,14 @@ same batches. Needs jax, flax and numpy only.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from xmc_jax import rng
 from xmc_jax.models import dual, layers
 from xmc_jax.models.decoder_config import DecoderConfig, RopeScaling
-from xmc_jax.types import Batch, Inputs, Prompts, own_tokens
+from xmc_jax.types import Inputs, Prompts, own_tokens
 
 EPOCHS = 30  # of the schedule
 LENGTHS = ("lognormal", "26k")
@@ -190,6 +191,24 @@ CHOSEN = {
 }
 
 
+class DrawnBatch(NamedTuple):
+    """A batch before it is laid out: numpy arrays.
+
+    Attributes:
+        document: texts and images of the B documents.
+        document_ids: i32[B].
+        label: the same of the label of each.
+        label_ids: i32[B].
+        relevance: bool[B, B].
+    """
+
+    document: Inputs
+    document_ids: np.ndarray
+    label: Inputs
+    label_ids: np.ndarray
+    relevance: np.ndarray
+
+
 def text_lengths(
     generator: np.random.Generator, n: int, length: int, lengths: str = "lognormal", kind="train"
 ) -> np.ndarray:
@@ -210,7 +229,7 @@ def text_lengths(
     return np.clip(drawn, 1, length).astype(np.int32)
 
 
-def batch_of(settings: Settings, sizes: DecoderConfig, step: int) -> Batch:
+def batch_of(settings: Settings, sizes: DecoderConfig, step: int) -> DrawnBatch:
     """The batch of a step as numpy arrays: drawn texts and images, documents and labels.
 
     Args:
@@ -238,7 +257,7 @@ def batch_of(settings: Settings, sizes: DecoderConfig, step: int) -> Batch:
     document = texts("train")
     document_ids = generator.choice(s.documents, s.batch, replace=False).astype(np.int32)
     label = texts("label")
-    return Batch(
+    return DrawnBatch(
         document=with_images(document),
         document_ids=document_ids,
         label=with_images(label),
@@ -247,7 +266,7 @@ def batch_of(settings: Settings, sizes: DecoderConfig, step: int) -> Batch:
     )
 
 
-def real_tokens(batch: Batch, prompts: Prompts) -> int:
+def real_tokens(batch: DrawnBatch, prompts: Prompts) -> int:
     """Tokens that a step encodes, prompts and images included, padding not.
 
     Args:

@@ -8,7 +8,7 @@ labels of the batch, no prototypes), AdamW, nothing recomputed on either side, t
 --length tokens, tokenised before the clock starts:
 
     packed    ours
-    padded    ours with `train.packed=False`: every text has --length places, every pair its label
+    padded    ours with `train.packed=False`: a row of --length places for every text of the pairs
     torch     sentence-transformers, MultipleNegativesRankingLoss, max_seq_length = --length: what
               it pads to is the longest text of the batch
     torch, default length    the same with the model's own max_seq_length, once; not with
@@ -48,6 +48,7 @@ from benchmarks import raw_data
 from benchmarks.environment import environment, save
 from configs import vixml
 from xmc_jax import build, command, packaged
+from xmc_jax.data import rows
 from xmc_jax.training.run import Run
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -154,10 +155,11 @@ def allowed(run: Run, order: np.ndarray, steps: int) -> tuple[float, float, floa
     counts = []
     for step in range(steps):
         batch = run.sampler.build(order, step, step)
-        lengths = run.data.label.lengths[batch.label_ids].astype(int)
-        documents = int(batch.document.lengths.sum())
-        different = run.data.label.lengths[np.unique(batch.label_ids)].astype(int)
-        places = batch.document.tokens.size + batch.label.tokens.size
+        label_ids = batch.label_ids[batch.columns]
+        lengths = run.data.label.lengths[label_ids].astype(int)
+        documents = int(run.data.train.lengths[batch.document_ids].astype(int).sum())
+        different = run.data.label.lengths[np.unique(label_ids)].astype(int)
+        places = batch.items.tokens.size
         counts.append((places, documents + lengths.sum(), documents + different.sum()))
     places, real, unique = np.mean(counts, axis=0)
     return float(places), float(real), float(unique)
@@ -222,7 +224,8 @@ def measure(arguments: argparse.Namespace, runs: dict[str, Run], torch: bool) ->
                 batch = ours[name].batch(step + 2)
                 taken = timed(lambda name=name, batch=batch: ours[name].step(batch))
             else:
-                batch = peers[name].batch(local.document_ids, local.label_ids)
+                drawn = local.label_ids[local.columns]
+                batch = peers[name].batch(local.document_ids, drawn)
                 taken = timed(lambda name=name, batch=batch: peers[name].step(batch))
             print(f"{name:22} {taken:.2f} s" + ", not counted" * (step < 0), flush=True)
             if step >= 0:
@@ -270,6 +273,11 @@ def encodings(arguments: argparse.Namespace, ours: Ours, torch: Torch | None) ->
             for name, taken in seconds.items()
         }
     }
+    lengths = ours.run.data.train.lengths.astype(int)
+    layout = ours.run.layout
+    fitted = rows.fit(layout, lengths)
+    results["row_fill"] = float(lengths.sum() / (fitted.rows * layout.width))
+    print(f"rows of {layout.width} places are {100 * results['row_fill']:.1f} % full")
     for name, found in results["encoding"].items():
         print(f"encode, {name:14} {found['items_per_second']:7.0f} titles/s")
     if torch is not None:

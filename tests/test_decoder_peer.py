@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from benchmarks import decoder_peer, decoder_step
 from benchmarks.decoder_workload import MODELS, Settings, batch_of
+from xmc_jax.data import rows as row_layout
 from xmc_jax.models import hf, hf_export
 
 torch = pytest.importorskip("torch")
@@ -116,7 +117,8 @@ def test_embeddings_are_the_same(both, images):
             pooled = torch.cat([theirs.tower(chunk) for chunk in batch.chunks])
         found = torch.nn.functional.normalize(pooled, dim=1).view(2, 2, 4, -1)
         for side, items in enumerate((host.document, host.label)):
-            unit = program.step.encode(state.params, frozen, items).unit
+            rows = row_layout.one_each(items, program.settings.prompts, "text_image")
+            unit = program.step.encode(state.params, frozen, rows).unit
             for chunk in range(2):  # takes every second row
                 np.testing.assert_allclose(found[chunk, side], unit[chunk::2], atol=1e-4)
 

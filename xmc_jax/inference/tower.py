@@ -116,7 +116,7 @@ class Tower:
             sharding.row_multiple(self.mesh),
         )
         widths = {-(-self._layout.longest // 2**i) for i in range(_HALVES)}
-        self._apart = [  # layouts of one item in a row
+        self._single = [  # layouts of one item in a row
             dataclasses.replace(self._layout, width=self._layout.head + width, per_row=1)
             for width in sorted(widths)
         ]
@@ -208,7 +208,7 @@ class Tower:
             nothing = nothing.replace(images=vectors, image_count=none)
         empty = functools.partial(_Block, none, fitted=row_layout.Fit(none, none, none, none))
         each = -(-rows[0] // self._shards) if len(rows) == 1 else 1
-        blocks = [empty(layout=x, rows=each, at=none, slots=each) for x in self._apart]
+        blocks = [empty(layout=x, rows=each, at=none, slots=each) for x in self._single]
         if len(rows) > 1:
             most = self._row_count(self._layout.most_rows(rows[-1]))
             for count in (2**i for i in range(most.bit_length())):
@@ -266,18 +266,18 @@ class Tower:
         """How some items, i[m], are divided into blocks, of the lengths i[n] of all."""
         size = rows[-1]
         if len(rows) == 1:
-            fitting = np.searchsorted([layout.places for layout in self._apart], lengths[chosen])
-            for number, layout in enumerate(self._apart):
+            fitting = np.searchsorted([layout.places for layout in self._single], lengths[chosen])
+            for number, layout in enumerate(self._single):
                 left = chosen[fitting == number]
                 for start in range(0, len(left), size):
-                    yield self._block_apart(left[start : start + size], layout, size)
+                    yield self._block_of_single(left[start : start + size], layout, size)
             return
         for start in range(0, len(chosen), size):
             items = chosen[start : start + size]
             if len(items) <= self._shards:
                 most = lengths[items].max()
-                layout = next(x for x in self._apart if most <= x.places)
-                yield self._block_apart(items, layout, self._shards)
+                layout = next(x for x in self._single if most <= x.places)
+                yield self._block_of_single(items, layout, self._shards)
                 continue
             fitted = row_layout.fit(self._layout, lengths[items])
             count = self._row_count(fitted.rows)
@@ -288,7 +288,7 @@ class Tower:
             at[by_device] = device[by_device] * slots + np.arange(len(items)) - first
             yield _Block(items, self._layout, fitted, count, at, slots)
 
-    def _block_apart(self, items: np.ndarray, layout: row_layout.Layout, size: int) -> _Block:
+    def _block_of_single(self, items: np.ndarray, layout: row_layout.Layout, size: int) -> _Block:
         """Items in rows of their own, `size` of them over all devices."""
         each, number = -(-size // self._shards), np.arange(len(items))
         zero, group, row = 0 * number, number % self._shards, number // self._shards

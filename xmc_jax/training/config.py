@@ -26,9 +26,9 @@ class TrainConfig:
             it (reference); or "all", whose texts are encoded at each boundary and get no gradient.
             A step of "all" costs O(L D B) on the devices, half the encoding, and needs no luck with
             negatives; the two fields before have no meaning then.
-        packed: leave out the padding of texts and encode a label once that several documents of a
-            batch have; without, for comparisons, shapes are those of the longest text.
-        encode_batch_size: rows per call where nothing is differentiated.
+        packed: lay texts out in rows without padding; False, for comparisons, gives each text a row
+            with room for the longest.
+        encode_batch_size: about as many items per call where nothing is differentiated.
         checkpoint_every: steps between checkpoints within an epoch; every epoch ends with one.
         checkpoint_minutes: minutes after which another one is due within an epoch; 0 is never.
         log_every: steps per record of metrics.jsonl.
