@@ -191,6 +191,18 @@ def test_where_there_is_no_item_nothing_takes_part(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("name", ["encoder", "image_text"])
+def test_what_is_not_finite_stays_with_its_item(name):
+    model, inputs = tower(name, True), items(True)
+    bad = int(np.flatnonzero(inputs.image_count)[0])
+    weights, before = params(model), packed(name, inputs)
+    inputs.images[bad, 0] = np.inf
+    unit = np.asarray(embed(model, weights, packed(name, inputs)))
+    assert np.isnan(unit[bad]).all()
+    rest = np.arange(N) != bad
+    np.testing.assert_allclose(unit[rest], embed(model, weights, before)[rest], rtol=0, atol=1e-6)
+
+
 def test_dropout_drops_anew_in_each_place():
     model, inputs = tower("encoder", False), packed("encoder", items(False))
     same = inputs.replace(tokens=np.where(inputs.tokens < 0, -1, 7))

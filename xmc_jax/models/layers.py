@@ -264,7 +264,11 @@ def attention(
     scores = jnp.einsum("ntgrw,nsgw->ngrts", query, key, preferred_element_type=dtype)
     scores *= W**-0.5 if scale is None else scale
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(dtype).min)
+        # What is not finite reaches the queries that see it alone: 0 times NaN would be NaN.
+        finite = jnp.isfinite(value)
+        spoilt = jnp.where(finite.all(axis=(2, 3)), 0, jnp.nan)[:, None, None, None]
+        scores = jnp.where(mask[:, :, None], scores + spoilt, jnp.finfo(dtype).min)
+        value = jnp.where(finite, value, 0)
     probabilities = dropout(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
     return jnp.einsum("ngrts,nsgw->ntgrw", probabilities, value).reshape(n, T, H * W)
 

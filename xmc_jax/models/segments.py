@@ -94,8 +94,14 @@ def pool(hidden: jax.Array, segments: jax.Array, per_row: int, head: int, poolin
     else:
         wanted = 1 if pooling == "cls" else count
         weights = seen & (jnp.cumsum(seen, axis=-1) == wanted)
-    weights = weights.astype(hidden.dtype)
-    return jnp.einsum("rms,rsd->rmd", weights, hidden, precision="highest")
+    # What is not finite stays with its own item: 0 times NaN would be NaN.
+    finite = jnp.isfinite(hidden)
+    spoilt = (seen & ~finite.all(axis=-1)[:, None]).any(axis=-1, keepdims=True)
+    pooled = jnp.einsum(
+        *("rms,rsd->rmd", weights.astype(hidden.dtype), jnp.where(finite, hidden, 0)),
+        precision="highest",
+    )
+    return jnp.where(spoilt, jnp.nan, pooled)
 
 
 def take(pooled: jax.Array, slots: jax.Array) -> jax.Array:
