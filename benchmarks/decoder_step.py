@@ -168,15 +168,11 @@ class Program:
         """A batch as the step takes it: each document next to its label, in the chunk it is in."""
         s = self.settings
         items, fitted = self._fitted(drawn)
-        rows = row_layout.compose(
-            self.layout, items, fitted, self.rows, groups=s.chunks, chunks=s.chunks
-        )
-        by_slot = jax.tree.map(
-            lambda x: x.reshape(s.batch, 2, *x.shape[1:]),
-            {"slots": rows.slots, "images": rows.images, "image_places": rows.image_places},
-        )
+        slots = s.batch, 2
         return Batch(
-            items=rows.replace(**by_slot),
+            items=row_layout.compose(
+                *(self.layout, items, fitted, self.rows, None, slots, s.chunks, s.chunks)
+            ),
             document_ids=drawn.document_ids,
             label_ids=drawn.label_ids,
             columns=np.arange(s.batch, dtype=np.int32),

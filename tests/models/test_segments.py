@@ -183,7 +183,7 @@ def test_where_there_is_no_item_nothing_takes_part(name):
     layout = rows.layout(prompts, order, "contiguous", T, 0, 64)
     fitted = rows.fit(layout, layout.own_tokens(inputs))
     at = np.flatnonzero(np.arange(2 * N) % 3 != 0)[:N]
-    some = rows.compose(layout, inputs, fitted, fitted.rows, at, 2 * N)
+    some = rows.compose(layout, inputs, fitted, fitted.rows, at, (2 * N,))
     (_, unit), grads = encode(model, weights, some)
     expected = embed(model, weights, apart(name, inputs))
     np.testing.assert_allclose(unit[at], expected, rtol=0, atol=1e-6)

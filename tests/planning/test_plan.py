@@ -60,9 +60,9 @@ def test_what_a_program_is_not_given_stays_beside_it(config, where):
     found = plan.compile_one(encode, program, where)
     held = plan.parts(program)
     weights = held["other trained weights"]
-    # Step and boundaries; tokens and lengths of a device's eight rows, of weights all.
+    # Step and boundaries; of a device two rows and slots of eight items, of weights all.
     assert found.beside == sum(held.values()) - weights + 8
-    assert found.arguments == weights + 8 * (16 + 1) * 4
+    assert found.arguments == weights + (2 * 3 * 64 + 8) * 4
     assert found.memory > sum(held.values())
 
 

@@ -187,12 +187,8 @@ def batch_of(seed: int, labels: str, kind: str, mesh: jax.sharding.Mesh) -> Batc
         group = np.repeat(shard * chunks + within % chunks, len(sides))
         fitted = rows.fit(layout, layout.own_tokens(both), group)
         most = layout.most_rows(len(group) // (shards * chunks))
-        made = rows.compose(layout, both, fitted, most, groups=shards * chunks, chunks=chunks)
-        return made.replace(
-            slots=made.slots.reshape(B, -1),
-            images=made.images.reshape(B, -1, K, E),
-            image_places=made.image_places.reshape(B, -1, K),
-        )
+        slots = B, len(sides)
+        return rows.compose(layout, both, fitted, most, None, slots, shards * chunks, chunks)
 
     document_ids = rng.permutation(N)[:B].astype(np.int32)
     if labels == "all":

@@ -212,23 +212,15 @@ class Sampler:
             labels = contents.labels[chosen[chosen >= len(batch)] - len(batch)]
             both = items, self._store.label.inputs(labels)
             items = jax.tree.map(lambda *sides: np.concatenate(sides), *both)
-        found = row_layout.compose(
+        return row_layout.compose(
             self._layout,
             items,
             fitted_here,
             next(count for count in self.row_counts if count >= fitted.rows),
             np.searchsorted(mine, row) * self._slots + within,
-            len(mine) * self._slots,
+            (len(mine), self._slots),
             len(shards) * chunks,
             chunks,
-        )
-        by_slot = ("slots", "images", "image_places")
-        return found.replace(
-            **{
-                name: x.reshape(len(mine), self._slots, *x.shape[1:])
-                for name in by_slot
-                if (x := getattr(found, name)) is not None
-            }
         )
 
     def _contents(self, batch: np.ndarray, label_ids: np.ndarray | None = None) -> _Contents:

@@ -198,7 +198,7 @@ def compose(
     fitted: Fit,
     rows: int,
     at: np.ndarray | None = None,
-    slots: int | None = None,
+    slots: tuple[int, ...] | None = None,
     groups: int = 1,
     chunks: int = 1,
 ) -> Rows:
@@ -210,14 +210,15 @@ def compose(
         fitted: where they lie.
         rows: of each group; at least `fitted.rows`.
         at: i[n], the number of each item among the slots; their order by default.
-        slots: how many, over all groups; n by default.
+        slots: shape of the slots, over all groups; n of them by default.
         groups: how many. Row i of group `s * chunks + c` is row `(s * rows + i) * chunks + c`.
         chunks: parts of each device's rows, which stand in turn.
 
     Source: ViXML sec. 3.1, eq. 3, 4, supp. A.
     """
     n, width, head, prompts = len(items.lengths), layout.width, layout.head, layout.prompts
-    at, slots = np.arange(n) if at is None else at, n if slots is None else slots
+    at, slots = np.arange(n) if at is None else at, (n,) if slots is None else slots
+    count, shards = math.prod(slots), groups // chunks
     shard, chunk = np.divmod(fitted.group, chunks)
     row = (shard * rows + fitted.row) * chunks + chunk
     tokens = np.full((groups * rows, width), -1, np.int32)
@@ -244,9 +245,8 @@ def compose(
         write(items.tokens, items.lengths)
 
     def past_the_end(end: int, *shape: int) -> np.ndarray:
-        shards = groups // chunks
-        one = np.arange(end, end + slots // shards * math.prod(shape), dtype=np.int32)
-        return np.tile(one, shards).reshape(slots, *shape)
+        one = np.arange(end, end + count // shards * math.prod(shape), dtype=np.int32)
+        return np.tile(one, shards).reshape(count, *shape)
 
     found = Rows(
         tokens=tokens,
@@ -262,7 +262,7 @@ def compose(
     if images is not None:
         per_item = images.shape[1]
         found = found.replace(
-            images=np.zeros((slots, *images.shape[1:]), images.dtype),
+            images=np.zeros((count, *images.shape[1:]), images.dtype),
             image_places=past_the_end(rows * width, per_item),
         )
         found.images[at] = images
@@ -284,7 +284,13 @@ def compose(
     write_prompt(prompts.middle)
     second()
     write_prompt(prompts.tail)
-    return found
+    found = found.replace(slots=found.slots.reshape(slots))
+    if images is None:
+        return found
+    return found.replace(
+        images=found.images.reshape(*slots, *images.shape[1:]),
+        image_places=found.image_places.reshape(*slots, per_item),
+    )
 
 
 def one_each(

@@ -298,7 +298,7 @@ class Tower:
     def _embedded(self, items: Inputs, block: "_Block", pooled: bool) -> jax.Array:
         rows = row_layout.compose(
             *(block.layout, items, block.fitted, block.rows),
-            *(block.at, block.slots * self._shards, self._shards),
+            *(block.at, (block.slots * self._shards,), self._shards),
         )
         output = self._run(self._params, sharding.put_batch(rows, self._shards, self.mesh))
         return output.pooled if pooled else output.unit

@@ -241,7 +241,7 @@ def _encoded(encode, items: Items, ids: np.ndarray, blocks: _Blocks) -> Iterator
                 items.layout,
                 items.split.inputs(ids[chosen]),
                 blocks.fitted.take(chosen, group),
-                *(blocks.rows, at, len(slots), len(mine)),
+                *(blocks.rows, at, slots.shape, len(mine)),
             )
             encoded = encode(*sharding.put_batch((rows, of_slots), shards, mesh))
             if pending is not None:
