@@ -216,81 +216,106 @@ def compose(
 
     Source: ViXML sec. 3.1, eq. 3, 4, supp. A.
     """
-    n, width, head, prompts = len(items.lengths), layout.width, layout.head, layout.prompts
+    n, prompts, shards = len(items.lengths), layout.prompts, groups // chunks
     at, slots = np.arange(n) if at is None else at, (n,) if slots is None else slots
-    count, shards = math.prod(slots), groups // chunks
-    shard, chunk = np.divmod(fitted.group, chunks)
-    row = (shard * rows + fitted.row) * chunks + chunk
-    tokens = np.full((groups * rows, width), -1, np.int32)
-    segments, positions = np.full_like(tokens, -1), np.zeros_like(tokens)
-    tokens[:, :head], positions[:, :head] = prompts.head, np.arange(head)
-    place, position = row * width + head + fitted.start, np.full(n, head)
 
-    def write(piece: np.ndarray, count: np.ndarray) -> None:
-        nonlocal place, position
-        offset = np.arange(piece.shape[1])
-        there = offset < count[:, None]
-        target = (place[:, None] + offset)[there]
-        tokens.reshape(-1)[target] = piece[there]
-        segments.reshape(-1)[target] = np.repeat(fitted.number, count)
-        positions.reshape(-1)[target] = (position[:, None] + offset)[there]
-        place = place + count
-        position = position + (len(offset) if layout.positions == "padded" else count)
+    def indices(end: int, *shape: int) -> np.ndarray:
+        """i32[*slots, *shape], all past the end, and those of a shard different."""
+        one = np.arange(end, end + math.prod((*slots, *shape)) // shards, dtype=np.int32)
+        return np.tile(one, shards).reshape(*slots, *shape)
 
-    def write_prompt(ids: tuple[int, ...]) -> None:
-        if ids:
-            write(np.broadcast_to(np.array(ids), (n, len(ids))), np.full(n, len(ids)))
+    def by_slot(x: np.ndarray) -> np.ndarray:
+        """A view in which the slots are the first axis."""
+        return x.reshape(-1, *x.shape[len(slots) :])
+
+    writer = _Writer(layout, fitted, rows, groups, chunks)
+    found = Rows(
+        tokens=writer.tokens,
+        segments=writer.segments,
+        positions=writer.positions,
+        slots=indices(rows * layout.per_row),
+        per_row=layout.per_row,
+        head=layout.head,
+        longest=layout.head + layout.longest,
+    )
+    by_slot(found.slots)[at] = fitted.row * layout.per_row + fitted.number
+    if items.images is not None:
+        shape, dtype = items.images.shape[1:], items.images.dtype
+        found = found.replace(
+            images=np.zeros((*slots, *shape), dtype),
+            image_places=indices(rows * layout.width, shape[0]),
+        )
+        by_slot(found.images)[at] = items.images
 
     def write_text() -> None:
-        write(items.tokens, items.lengths)
-
-    def past_the_end(end: int, *shape: int) -> np.ndarray:
-        one = np.arange(end, end + count // shards * math.prod(shape), dtype=np.int32)
-        return np.tile(one, shards).reshape(count, *shape)
-
-    found = Rows(
-        tokens=tokens,
-        segments=segments,
-        positions=positions,
-        slots=past_the_end(rows * layout.per_row),
-        per_row=layout.per_row,
-        head=head,
-        longest=head + layout.longest,
-    )
-    found.slots[at] = fitted.row * layout.per_row + fitted.number
-    images = items.images
-    if images is not None:
-        per_item = images.shape[1]
-        found = found.replace(
-            images=np.zeros((count, *images.shape[1:]), images.dtype),
-            image_places=past_the_end(rows * width, per_item),
-        )
-        found.images[at] = images
+        writer.write(items.tokens, items.lengths)
 
     def write_images() -> None:
-        if images is None:
-            return
-        local = place - (row - fitted.row) * width
-        there = np.arange(per_item) < items.image_count[:, None]
-        found.image_places[at] = np.where(
-            there, local[:, None] + np.arange(per_item), found.image_places[at]
-        )
-        write(np.full((n, per_item), -1), items.image_count)
+        if items.images is not None:
+            count, number = items.image_count, np.arange(found.image_places.shape[-1])
+            places = by_slot(found.image_places)
+            there = number < count[:, None]
+            places[at] = np.where(there, writer.place_in_group()[:, None] + number, places[at])
+            writer.write(np.full((n, len(number)), -1), count)
 
     first, second = write_text, write_images
     if layout.order == "image_text":
         first, second = second, first
     first()
-    write_prompt(prompts.middle)
+    writer.write_prompt(prompts.middle)
     second()
-    write_prompt(prompts.tail)
-    found = found.replace(slots=found.slots.reshape(slots))
-    if images is None:
-        return found
-    return found.replace(
-        images=found.images.reshape(*slots, *images.shape[1:]),
-        image_places=found.image_places.reshape(*slots, per_item),
-    )
+    writer.write_prompt(prompts.tail)
+    return found
+
+
+class _Writer:
+    """Rows into which n items are written, piece by piece. They have their heads already.
+
+    Args:
+        layout: see `compose`, like all that follow.
+        fitted: see there.
+        rows: see there.
+        groups: see there.
+        chunks: see there.
+
+    Attributes:
+        tokens: see `types.Rows`.
+        segments: see there.
+        positions: see there.
+    """
+
+    def __init__(self, layout: Layout, fitted: Fit, rows: int, groups: int, chunks: int):
+        self._layout, self._fitted, head = layout, fitted, layout.head
+        self.tokens = np.full((groups * rows, layout.width), -1, np.int32)
+        self.segments, self.positions = np.full_like(self.tokens, -1), np.zeros_like(self.tokens)
+        self.tokens[:, :head], self.positions[:, :head] = layout.prompts.head, np.arange(head)
+        shard, chunk = np.divmod(fitted.group, chunks)
+        self._row = (shard * rows + fitted.row) * chunks + chunk
+        # Where the next piece of each item goes, and the position of its first token.
+        self._place = self._row * layout.width + head + fitted.start
+        self._position = np.full(len(self._row), head)
+
+    def place_in_group(self) -> np.ndarray:
+        """i64[n], the next place of each item, counted within its group."""
+        return self._place - (self._row - self._fitted.row) * self._layout.width
+
+    def write(self, piece: np.ndarray, count: np.ndarray) -> None:
+        """Writes the first `count`, i[n], of i[n, w] tokens."""
+        offset = np.arange(piece.shape[1])
+        there = offset < count[:, None]
+        target = (self._place[:, None] + offset)[there]
+        self.tokens.reshape(-1)[target] = piece[there]
+        self.segments.reshape(-1)[target] = np.repeat(self._fitted.number, count)
+        self.positions.reshape(-1)[target] = (self._position[:, None] + offset)[there]
+        self._place = self._place + count
+        padded = self._layout.positions == "padded"
+        self._position = self._position + (len(offset) if padded else count)
+
+    def write_prompt(self, ids: tuple[int, ...]) -> None:
+        """Writes the same tokens for all items."""
+        if ids:
+            shape = len(self._row), len(ids)
+            self.write(np.broadcast_to(np.array(ids), shape), np.full(shape[0], len(ids)))
 
 
 def one_each(
