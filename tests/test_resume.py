@@ -82,7 +82,7 @@ def test_signals(program, straight, tmp_path, terminated_after, stops):
 @pytest.mark.slow
 def test_signals_within_encoding(program, straight, tmp_path, monkeypatch):
     """After the batch under way no other is encoded, and no step is lost."""
-    blocks = encode._blocks
+    blocks = encode._encoded
     for items, time, saved in (
         ("training documents", 1, "nothing is saved before the first step"),  # first tables
         ("test documents", 1, "nothing is saved before the first step"),  # zero-shot
@@ -101,7 +101,7 @@ def test_signals_within_encoding(program, straight, tmp_path, monkeypatch):
                 yield block
 
         with monkeypatch.context() as patch:
-            patch.setattr(encode, "_blocks", signalled)
+            patch.setattr(encode, "_encoded", signalled)
             with pytest.raises(loop.Interrupted, match=f"SIGTERM: {saved}"):
                 loop.train(program, tmp_path)
         assert len(after) == 1
