@@ -248,6 +248,7 @@ def _encoded(encode, items: Items, ids: np.ndarray, blocks: _Blocks) -> Iterator
                 yield pending.block_until_ready()
                 progress.update(1)
             pending = encoded
+        stopping.check()
         yield pending
 
 
