@@ -168,7 +168,7 @@ class Run:
 
 
 def batch_of(seed: int, labels: str, kind: str, mesh: jax.sharding.Mesh) -> Batch:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(100 + seed)
 
     def items() -> Inputs:
         return Inputs(
