@@ -8,9 +8,10 @@ Who ranks labels does it in this order, so that excluded labels never leave a li
 """
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, Literal
 
@@ -136,46 +137,99 @@ def rank(
     are mixed and then removed. The prior is not in them; as the exponent of a prior, Menon et al.
     2021, "Long-tail learning via logit adjustment".
     """
-    if config.weights == "tuned":
-        raise ValueError(
-            "eval.augmented.weights: expected the tuned weights themselves, got only their name; "
-            "read them with retrieval.tuned.read"
-        )
-    if prior is None and config.prior is not None:
-        raise ValueError(f"augmented: expected the prior {config.prior!r}, got none")
-    if prior is not None and prior.shape != (positives.columns,):
-        raise ValueError(
-            f"augmented: expected a prior of {counted(positives.columns, 'label')}, got shape "
-            f"{prior.shape}"
-        )
-    count = len(labels[1])
-    scores = np.full((count, k), -np.inf, np.float32)
-    ids = np.full((count, k), -1, np.int32)
-
-    def fill(rows: np.ndarray) -> None:
-        some = Candidates(
-            *(tuple(x[rows] for x in found) for found in (labels, documents)),
-            positives,
-            config.mode,
-            None if excluded is None else excluded.take(rows),
-            prior,
-            label_counts,
-        )
-        key = some.keys(config)
-        row, place, column = best(key, k)
-        scores[rows[row], place] = np.maximum(key[row, column], 0)
-        ids[rows[row], place] = some.labels[row, column]
-
-    blocks = [np.arange(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK)]
-    if len(blocks) > 1:
-        with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(fill, blocks))
-    elif blocks:
-        fill(blocks[0])
-    return scores, ids
+    mixture = Mixture(labels, documents, positives, config.mode, excluded, prior, label_counts)
+    return mixture.rank([config], k)[0]
 
 
-class Candidates:
+class Mixture:
+    """The labels and the train documents found for M documents, to be ranked under any settings.
+
+    Args:
+        labels: see `rank`, as all below; as many as any of the settings needs.
+        documents: likewise.
+        positives: [N, L].
+        mode: of all settings.
+        excluded: [M, L], or None.
+        prior: f[L], or None.
+        label_counts: i[N], or None.
+        reuse: keep between calls of `rank` what settings have in common. Takes memory: per document
+            about 100 bytes for each label of its neighbours.
+
+    Raises:
+        ValueError: see `rank`.
+    """
+
+    def __init__(
+        self,
+        labels: Nearest,
+        documents: Nearest,
+        positives: Csr,
+        mode: str,
+        excluded: Csr | None = None,
+        prior: np.ndarray | None = None,
+        label_counts: np.ndarray | None = None,
+        reuse: bool = False,
+    ):
+        if prior is not None and prior.shape != (positives.columns,):
+            raise ValueError(
+                f"augmented: expected a prior of {counted(positives.columns, 'label')}, got shape "
+                f"{prior.shape}"
+            )
+        self._count, self._has_prior = len(labels[1]), prior is not None
+        order = np.arange(self._count)
+        if reuse:  # documents with about as many labels in a block, so that there is little padding
+            counts = np.where(documents[1] >= 0, positives.counts()[documents[1]], 0).sum(axis=1)
+            order = np.argsort(counts, kind="stable")
+        self._blocks = [order[i : i + _BLOCK] for i in range(0, self._count, _BLOCK)]
+
+        def candidates(block: int) -> _Candidates:
+            rows = self._blocks[block]
+            return _Candidates(
+                *(tuple(x[rows] for x in found) for found in (labels, documents)),
+                positives,
+                mode,
+                None if excluded is None else excluded.take(rows),
+                prior,
+                label_counts,
+            )
+
+        self._candidates = functools.cache(candidates) if reuse else candidates
+
+    def rank(
+        self, settings: Sequence[AugmentedConfig], k: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The k best labels of each document under each of the settings; see the function `rank`.
+
+        Neighbours that differ in `label_weight` or `separate_softmax` alone share most of the work.
+        """
+        for config in settings:
+            if config.weights == "tuned":
+                raise ValueError(
+                    "eval.augmented.weights: expected the tuned weights themselves, got only their "
+                    "name; read them with retrieval.tuned.read"
+                )
+            if not self._has_prior and config.prior is not None:
+                raise ValueError(f"augmented: expected the prior {config.prior!r}, got none")
+        shape = self._count, k
+        out = [(np.full(shape, -np.inf, "f4"), np.full(shape, -1, "i4")) for _ in settings]
+
+        def fill(block: int) -> None:
+            rows, some = self._blocks[block], self._candidates(block)
+            for config, (scores, ids) in zip(settings, out):
+                key = some.keys(config)
+                row, place, column = _best(key, k)
+                scores[rows[row], place] = np.maximum(key[row, column], 0)
+                ids[rows[row], place] = some.labels[row, column]
+
+        if len(self._blocks) > 1:
+            with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+                list(threads.map(fill, range(len(self._blocks))))
+        elif self._blocks:
+            fill(0)
+        return out
+
+
+class _Candidates:
     """The labels that some setting may rank for m documents, so that a setting costs little.
 
     A document has a row; the columns are its labels, ascending. A setting mixes two such matrices,
@@ -277,7 +331,7 @@ class Candidates:
         )
         key = self._mix(config, sides)
         if weight:
-            key *= self._once("prior", (weight,), lambda w: powers(self._prior, w))
+            key *= self._once("prior", (weight,), lambda w: _powers(self._prior, w))
         mixed, others = self._once("order", limits, self._order)
         np.copyto(key, others, where=~mixed)
         return key
@@ -321,7 +375,7 @@ class Candidates:
         return mixed, np.where(self._place < _FAR, -1.0 - self._place, -np.inf)
 
 
-def best(keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best(keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The k highest of each row, without -inf; ties go to the lower column.
 
     Args:
@@ -343,7 +397,7 @@ def best(keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return row[first], rank[first], column[first]
 
 
-def powers(prior: np.ndarray, weight: float) -> np.ndarray:
+def _powers(prior: np.ndarray, weight: float) -> np.ndarray:
     """f64: `prior ** weight`, which mixed probabilities are multiplied with.
 
     Args:

@@ -7,10 +7,8 @@ it beats the settings that the config has by more than chance. `tuned` keeps a c
 
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from xmc_jax import distributed
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval import augmented, evaluate, exact
-from xmc_jax.retrieval.augmented import AugmentedConfig, Candidates, Nearest
+from xmc_jax.retrieval.augmented import AugmentedConfig, Mixture, Nearest
 from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.metrics import NAMES, Truth
 from xmc_jax.wording import counted
@@ -32,8 +30,7 @@ FIELDS = (
 )
 """Fields of `AugmentedConfig` that a choice is about; the mode stays as it is."""
 
-_BLOCK = 128  # documents whose labels' scores are a matrix at a time
-_FAR = np.iinfo(np.int32).max  # rank of a positive that is not among the first k
+_AT_ONCE = 16  # settings whose rankings are in memory
 # What is searched together, in this order, the rest held; over again until nothing changes.
 _TOGETHER = (
     ("temperature", "label_weight", "separate_softmax"),
@@ -272,15 +269,17 @@ def choose(
     space = _space(defaults, tune, prior)
     measured = Truth(truth.indptr, truth.indices, inverse_propensity)
     depth = max(k for _, k in asked)
-    retrieved = _Pool(labels, documents, positives, truth, excluded, defaults.mode, prior, depth)
+    mixture = Mixture(labels, documents, positives, defaults.mode, excluded, prior, reuse=True)
     seen: dict[AugmentedConfig, np.ndarray] = {}
 
     def values(settings: Sequence[AugmentedConfig]) -> np.ndarray:
         """f64[S, M], what each document adds to the metric."""
-        new = [one for one in dict.fromkeys(settings) if one not in seen]
-        for one, ranks in zip(new, retrieved.ranks(new)):
-            parts = [measured.per_document(name, k, ranks) for name, k in asked]
-            seen[one] = np.mean(parts, axis=0)
+        new = sorted({*settings} - {*seen}, key=_by_cost)
+        for start in range(0, len(new), _AT_ONCE):
+            some = new[start : start + _AT_ONCE]
+            for one, (_, ids) in zip(some, mixture.rank(some, depth)):
+                ranks = measured.ranks(ids, (depth,))
+                seen[one] = np.mean([measured.per_document(*x, ranks) for x in asked], axis=0)
         return np.stack([seen[one] for one in settings])
 
     best = _search(defaults, space, lambda settings: values(settings).mean(axis=1))
@@ -294,9 +293,8 @@ def choose(
 
     metrics: dict[str, dict[str, float]] = {}
     added: dict[str, dict[str, np.ndarray]] = {}  # what each document adds, by row and metric
-    for row, one in (("defaults", defaults), ("best", best)):
-        # By the functions that evaluation uses: the figures that it would print.
-        _, ids = augmented.rank(labels, documents, positives, one, config.k, excluded, prior)
+    rankings = mixture.rank([defaults, best], config.k)
+    for row, one, (_, ids) in zip(("defaults", "best"), (defaults, best), rankings):
         ranks = measured.ranks(ids, config.ks)
         metrics[row] = {f"{n}@{k}": measured.mean(n, k, ranks) for n in NAMES for k in config.ks}
         metrics[row][tune.metric] = float(seen[one].mean())
@@ -410,73 +408,9 @@ def _depths(space: Mapping[str, tuple[Any, ...]], mode: str, k: int) -> tuple[in
     return augmented.depths(AugmentedConfig(mode=mode, **most), k)
 
 
-class _Pool:
-    """What was retrieved for M documents, laid out so that a setting costs few operations.
-
-    Documents go in blocks of about as many labels, so that there is little padding.
-    """
-
-    def __init__(
-        self,
-        labels: Nearest,
-        documents: Nearest,
-        positives: Csr,
-        truth: Csr,
-        excluded: Csr,
-        mode: str,
-        prior: np.ndarray | None,
-        k: int,
-    ):
-        counts = np.where(documents[1] >= 0, positives.counts()[documents[1]], 0).sum(axis=1)
-        order = np.argsort(counts, kind="stable")
-        self._positives, self._k = len(truth.indices), k
-        self._blocks: list[tuple[Candidates, np.ndarray]] = []
-        for start in range(0, len(order), _BLOCK):
-            rows = order[start : start + _BLOCK]
-            some = Candidates(
-                *(tuple(x[rows] for x in found) for found in (labels, documents)),
-                *(positives, mode, excluded.take(rows), prior),
-            )
-            self._blocks.append((some, _numbers(some.labels, truth, rows)))
-
-    def ranks(self, settings: Sequence[AugmentedConfig]) -> np.ndarray:
-        """i32[S, nnz], the rank of each positive in each setting, `_FAR` if k or more."""
-        out = np.full((len(settings), self._positives), _FAR, np.int32)
-        order = sorted(range(len(settings)), key=lambda i: _by_cost(settings[i]))
-
-        def fill(block: tuple[Candidates, np.ndarray]) -> None:
-            some, numbers = block
-            for i in order:
-                row, rank, column = augmented.best(some.keys(settings[i]), self._k)
-                positive = numbers[row, column]
-                hit = positive >= 0
-                out[i, positive[hit]] = rank[hit]  # no other block has these positives
-
-        with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(fill, self._blocks))
-        return out
-
-
-def _numbers(labels: np.ndarray, truth: Csr, rows: np.ndarray) -> np.ndarray:
-    """i64[m, C]: which positive of the whole truth each label of some documents is, -1 if none."""
-    wanted = truth.take(rows)
-    keys = wanted.row_ids() * truth.columns + wanted.indices
-    if not len(keys):
-        return np.full(labels.shape, -1)
-    number = np.repeat(truth.indptr[rows] - wanted.indptr[:-1], wanted.counts())
-    number = number + np.arange(len(keys))
-    order = np.argsort(keys, kind="stable")
-    cells = np.arange(len(rows))[:, None] * truth.columns + labels
-    found = order[np.searchsorted(keys, cells, sorter=order).clip(max=len(keys) - 1)]
-    return np.where((labels >= 0) & (keys[found] == cells), number[found], -1)
-
-
 def _by_cost(one: AugmentedConfig) -> tuple:
-    """Neighbours in this order share what takes longest."""
-    return (
-        *(one.temperature, one.documents, one.normalize_rows, one.labels),
-        *(one.separate_softmax, one.label_weight, one.prior_weight),
-    )
+    """Neighbours in this order share most of their work in `Mixture.rank`."""
+    return one.temperature, one.documents, one.normalize_rows, one.labels, one.prior_weight
 
 
 def _search(
