@@ -1,10 +1,10 @@
 """Maps from items to their rows of an array of images, as published with ViXML: `*_map.npy`.
 
 Such a file is an object array, for each item -1 or a list of row numbers, and so a pickle: a small
-program that may call whatever can be imported. It is not given to Python's unpickler. The few
-instructions that np.save needs for an array of lists (its pickles are of protocols 2 to 4) are
-carried out here; names of NumPy stand for plain records, nothing is imported or called, and nothing
-grows beyond what the file's bytes pay for.
+program that may call whatever can be imported. It is not given to Python's unpickler.
+`pickletools` takes the program apart, and the few instructions that np.save needs for an array of
+lists (its pickles are of protocols 2 to 4) are carried out here. Names of NumPy stand for plain
+records, nothing is imported or called, and memory stays within a small multiple of the file.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ import math
 import mmap
 import os
 import pathlib
+import pickletools
 import re
-import struct
+import sys
 import warnings
 from typing import Any, BinaryIO, Literal
 
@@ -25,20 +26,18 @@ from xmc_jax.wording import counted
 
 _BYTES_PER_ITEM = 1024  # far more than the rows of one item take
 _DEPTH = 8  # of marks on the stack; an array in an array takes five
-_CORE = ("numpy.core.multiarray", "numpy._core.multiarray")  # of NumPy 1 and 2
-_HOMES = {
-    "ndarray": ("numpy",),
-    "dtype": ("numpy",),
-    "_reconstruct": _CORE,
-    "scalar": _CORE,
+_MADE_PER_BYTE = 32  # bytes of memory; an empty list takes 56, and two bytes in a file
+_NAMES = {
+    "numpy ndarray": "ndarray",
+    "numpy dtype": "dtype",
     # How protocol 2, of np.save before NumPy 1.17, writes bytes.
-    "encode": ("_codecs",),
-    "bytes": ("__builtin__",),
+    "_codecs encode": "encode",
+    "__builtin__ bytes": "bytes",
 }
-_INTEGER = re.compile(r"[iu][1248]")
-_INT32 = struct.Struct("<i").unpack_from
-_UINT16 = struct.Struct("<H").unpack_from
-_UINT32 = struct.Struct("<I").unpack_from
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2
+    _NAMES |= {f"{_module} {_name}": _name for _name in ("_reconstruct", "scalar")}
+_DTYPE = re.compile(r"O8?|[iu][1248]")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 def read(path, num_rows: int | None = None) -> Csr:
@@ -61,9 +60,9 @@ def read(path, num_rows: int | None = None) -> Csr:
         counts, rows = _read(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, IndexError, OverflowError, struct.error) as error:
-        cut = isinstance(error, IndexError | struct.error)
-        found = "a file cut short" if cut else " ".join(str(error).split())[:200]
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        cut = isinstance(error, IndexError)
+        found = "a damaged pickle" if cut else " ".join(str(error).split())[:200]
         raise ValueError(
             f"{path}: expected -1 or row numbers for each item, found {found}; "
             "nothing in it was executed"
@@ -100,7 +99,15 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
                 raise ValueError(f"objects of shape {shape} in {size} bytes")
             if size > (1 << 20) + _BYTES_PER_ITEM * shape[0]:
                 raise ValueError(f"{size} bytes for {counted(shape[0], 'item')}")
-            return _flatten(_run(data, start, shape[0]), size)
+            data.seek(start)
+            with warnings.catch_warnings(action="ignore"):  # of a damaged text
+                items = _run(data)
+            if len(items) != shape[0] or data.tell() != len(data):
+                raise ValueError(
+                    f"{counted(len(items), 'item')} and {len(data) - data.tell()} bytes behind "
+                    f"them, where the header says {counted(shape[0], 'item')} and the end"
+                )
+            return _flatten(items, size)
 
 
 def _integers(
@@ -127,217 +134,141 @@ def _flatten(items: list, size: int) -> tuple[np.ndarray, np.ndarray]:
         if type(item) is int and item == -1:
             items[i] = ()
             continue
-        if type(item) is _Array and item.dtype is not None and item.dtype.code != "O":
-            item = items[i] = item.values
-        counts[i] = len(item) if type(item) is list else 0
+        if type(item) is _Record and type(item.value) is np.ndarray:
+            item = item.value
+        counts[i] = len(item) if type(item) in (list, np.ndarray) else 0
         total += int(counts[i])
         if total > size:  # one list standing for many items
             raise ValueError(f"more rows than the file's {size} bytes")
+        if type(item) is np.ndarray:
+            item = items[i] = item.tolist()
         if type(item) is not list or any(type(row) is not int or row < 0 for row in item):
             raise ValueError(f"{_shown(item)} for item {i}")
     return counts, np.fromiter(itertools.chain.from_iterable(items), np.int64, total)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Dtype:
-    """What a pickle says of a dtype: "O" or an integer's code such as "i8", and its byte order."""
+class _Record:
+    """Stands for what a pickle refers to or makes.
 
-    code: str
-    order: str = "|"
-
-    def __post_init__(self):
-        if self.code == "O8":
-            self.code = "O"
-        if self.code != "O" and not _INTEGER.fullmatch(self.code):
-            raise ValueError(f"an array of {_shown(self.code)}")
-
-    def build(self, state: Any) -> None:
-        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
-            raise ValueError("a damaged dtype")
-        self.order = state[1]
-
-    def integers(self, data: Any) -> list[int]:
-        if type(data) is not bytes or self.code == "O" or len(data) % int(self.code[1]):
-            raise ValueError("a damaged array of integers")
-        return np.frombuffer(data, np.dtype(self.order + self.code)).tolist()
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Array:
-    """What a pickle says of an array: its dtype and, in a list, its values; None before `build`."""
-
-    dtype: _Dtype | None = None
-    values: list | None = None
-
-    def build(self, state: Any) -> None:
-        if type(state) is not tuple or len(state) != 5 or type(state[2]) is not _Dtype:
-            raise ValueError("a damaged array")
-        _, shape, dtype, _, values = state
-        if dtype.code != "O":
-            values = dtype.integers(values)
-        if type(values) is not list or type(shape) is not tuple or shape != (len(values),):
-            raise ValueError("an array whose values do not fit its shape")
-        self.dtype, self.values = dtype, values
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Name:
-    """A name that an instruction refers to; only `apply` gives it a meaning."""
-
-    module: Any
-    name: Any
-
-    def __post_init__(self):
-        known = type(self.name) is str and self.module in _HOMES.get(self.name, ())
-        if not known:
-            raise ValueError(f"a reference to {_shown(self.module)}, {_shown(self.name)}")
-
-    def apply(self, arguments: Any) -> Any:
-        if type(arguments) is tuple:
-            match self.name, *arguments:
-                case "_reconstruct", _Name(name="ndarray"), (0,), b"b":
-                    return _Array()
-                case "dtype", str() as code, False | 0, True | 1:
-                    return _Dtype(code)
-                case "scalar", _Dtype() as dtype, bytes() as data if len(data) <= 8:
-                    (value,) = dtype.integers(data)
-                    return value
-                case "encode", str() as text, "latin1":
-                    return text.encode("latin-1")
-                case ("bytes",):
-                    return b""
-        raise ValueError(f"a call of {self.name} that no array of rows makes")
-
-
-def _run(data: mmap.mmap, at: int, num_items: int) -> list:
-    """Carries out the instructions from byte `at` on; returns the array's items.
-
-    Every instruction puts at most one thing on the stack, no more lists are made than there are
-    items, and what the same bytes may be turned into is counted, so that memory and time stay
-    within a small multiple of the file.
+    Attributes:
+        kind: one of the values of `_NAMES`, of which "dtype" is the class; "a dtype"; "an array".
+        value: of a dtype its code, as "<i8"; of an array its integers, or a list of its objects.
     """
+
+    kind: str
+    value: Any = None
+
+
+def _named(name: str) -> _Record:
+    if name not in _NAMES:
+        raise ValueError(f"a reference to {_shown(name)}")
+    return _Record(_NAMES[name])
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    match function, arguments:
+        case _Record("_reconstruct"), (_Record("ndarray"), (0,), b"b"):
+            return _Record("an array")
+        case _Record("dtype"), (str() as code, False | 0, True | 1) if _DTYPE.fullmatch(code):
+            return _Record("a dtype", f"|{code}")
+        case _Record("scalar"), (_Record("a dtype", code), bytes() as data):
+            (value,) = _decoded(code, data).tolist()
+            return value
+        case _Record("encode"), (str() as text, "latin1"):
+            return text.encode("latin-1")
+        case _Record("bytes"), ():
+            return b""
+    raise ValueError(f"a call of {_shown(function)} that no array of rows makes")
+
+
+def _build(record: Any, state: Any) -> None:
+    match record, state:
+        case _Record("a dtype", code), (_, "<" | ">" | "|" | "=" as order, *_):
+            record.value = order + code[1:]
+        case _Record("an array"), (_, (length,), _Record("a dtype", code), _, values):
+            values = values if "O" in code else _decoded(code, values)
+            if type(values) not in (list, np.ndarray) or length != len(values):
+                raise ValueError("an array whose values do not fit its shape")
+            record.value = values
+        case _:
+            raise ValueError(f"an instruction to change {_shown(record)}")
+
+
+def _decoded(code: str, data: Any) -> np.ndarray:
+    if type(data) is not bytes or "O" in code:
+        raise ValueError("a damaged array of integers")
+    return np.frombuffer(data, code)
+
+
+def _run(data: mmap.mmap) -> list:
+    """Carries out the instructions from the file's position on; returns the array's items."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: list[Any] = []
-    lists = tuples = decoded = 0
+    made = 0  # bytes
 
-    def pop_mark() -> list:
-        mark = marks.pop()
-        taken = stack[mark:]
-        del stack[mark:]
-        return taken
-
-    def take(length: int) -> bytes:
-        nonlocal at
-        at += length
-        if at > len(data):
+    def popped(start: int) -> list:
+        if start < 0:
             raise IndexError
-        return data[at - length : at]
+        values = stack[start:]
+        del stack[start:]
+        return values
 
-    def line() -> str:
-        nonlocal at
-        end = data.find(b"\n", at, at + 100)
-        if end < 0:
-            raise ValueError("a name without an end")
-        name, at = data[at:end].decode("ascii"), end + 1
-        return name
-
-    while True:
-        op = data[at]
-        at += 1
-        if op == 0x4A:  # BININT
-            stack.append(_INT32(data, at)[0])
-            at += 4
-        elif op == 0x94:  # MEMOIZE
-            memo.append(stack[-1])
-        elif op == 0x5D:  # EMPTY_LIST
-            lists += 1
-            if lists > num_items + 1:
-                raise ValueError(f"more lists than the {num_items} items")
-            stack.append([])
-        elif op == 0x28:  # MARK
-            if len(marks) == _DEPTH:
-                raise ValueError(f"lists nested deeper than {_DEPTH}")
-            marks.append(len(stack))
-        elif op in (0x65, 0x61):  # APPENDS, APPEND
-            values = pop_mark() if op == 0x65 else [stack.pop()]
-            if type(stack[-1]) is not list:
-                raise ValueError("an instruction to extend something other than a list")
-            stack[-1].extend(values)
-        elif op == 0x4B:  # BININT1
-            stack.append(data[at])
-            at += 1
-        elif op == 0x4D:  # BININT2
-            stack.append(_UINT16(data, at)[0])
-            at += 2
-        elif op in (0x71, 0x72):  # BINPUT, LONG_BINPUT
-            index = take(1)[0] if op == 0x71 else _UINT32(take(4))[0]
-            if index != len(memo):  # picklers count up; anything else would be an allocation
-                raise ValueError(f"memo {index} after {len(memo)} others")
-            memo.append(stack[-1])
-        elif op in (0x68, 0x6A):  # BINGET, LONG_BINGET
-            stack.append(memo[take(1)[0] if op == 0x68 else _UINT32(take(4))[0]])
-        elif op == 0x8A:  # LONG1
-            length = take(1)[0]
-            if length > 8:
-                raise ValueError(f"an integer of {length} bytes")
-            stack.append(int.from_bytes(take(length), "little", signed=True))
-        elif op in (0x29, 0x74, 0x85, 0x86, 0x87):  # EMPTY_TUPLE, TUPLE, TUPLE1 to TUPLE3
-            tuples += 1
-            if tuples > 16 + at // 4:  # each belongs to an array or a scalar, which takes more
-                raise ValueError("more tuples than arrays need")
-            if op in (0x85, 0x86, 0x87):
-                length = op - 0x84
-                if len(stack) < length:
-                    raise IndexError
-                marks.append(len(stack) - length)
-            stack.append(() if op == 0x29 else tuple(pop_mark()))
-        elif op in (0x8C, 0x58):  # SHORT_BINUNICODE, BINUNICODE
-            stack.append(take(take(1)[0] if op == 0x8C else _UINT32(take(4))[0]).decode("utf-8"))
-        elif op in (0x43, 0x42):  # SHORT_BINBYTES, BINBYTES
-            stack.append(take(take(1)[0] if op == 0x43 else _UINT32(take(4))[0]))
-        elif op in (0x4E, 0x88, 0x89):  # NONE, NEWTRUE, NEWFALSE
-            stack.append({0x4E: None, 0x88: True, 0x89: False}[op])
-        elif op == 0x63:  # GLOBAL
-            module = line()
-            stack.append(_Name(module, line()))
-        elif op == 0x93:  # STACK_GLOBAL
-            name = stack.pop()
-            stack.append(_Name(stack.pop(), name))
-        elif op == 0x52:  # REDUCE
-            arguments = stack.pop()
-            if type(stack[-1]) is not _Name:
-                raise ValueError(f"a call of {_shown(stack[-1])}")
-            stack.append(stack.pop().apply(arguments))
-            decoded += len(stack[-1]) if type(stack[-1]) is bytes else 0
-        elif op == 0x62:  # BUILD
-            state = stack.pop()
-            if type(stack[-1]) not in (_Array, _Dtype):
-                raise ValueError(f"an instruction to change {_shown(stack[-1])}")
-            stack[-1].build(state)
-            decoded += len(stack[-1].values) if type(stack[-1]) is _Array else 0
-        elif op == 0x80:  # PROTO
-            take(1)
-        elif op == 0x95:  # FRAME
-            take(8)
-        elif op == 0x2E:  # STOP
-            break
-        else:
-            raise ValueError(f"instruction 0x{op:02x}, which no array of rows needs")
-        if decoded > 2 * at:  # the same bytes over and over; once as bytes, once as numbers is fine
-            raise ValueError("more numbers than bytes")
-    result = stack[0] if len(stack) == 1 else None
-    if type(result) is not _Array or result.dtype is None or result.dtype.code != "O":
-        raise ValueError("something other than one array of objects")
-    if len(result.values) != num_items or at != len(data):
-        raise ValueError(
-            f"{len(result.values)} items and {len(data) - at} bytes behind them, where the header "
-            f"says {num_items} items and the end"
-        )
-    return result.values
+    for opcode, argument, position in pickletools.genops(data):
+        match opcode.name:
+            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+                stack.append(argument)
+            case "MEMOIZE":
+                memo.append(stack[-1])
+            case "BINPUT" | "LONG_BINPUT":
+                if argument != len(memo):  # picklers count up; any other would be an allocation
+                    raise ValueError(f"memo {argument} after {len(memo)} others")
+                memo.append(stack[-1])
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "MARK":
+                if len(marks) == _DEPTH:
+                    raise ValueError(f"lists nested deeper than {_DEPTH}")
+                marks.append(len(stack))
+            case "EMPTY_LIST":
+                stack.append([])
+                made += sys.getsizeof([])
+            case "APPEND" | "APPENDS" as op:
+                values = popped(marks.pop() if op == "APPENDS" else len(stack) - 1)
+                if type(stack[-1]) is not list:
+                    raise ValueError("an instruction to extend something other than a list")
+                stack[-1].extend(values)
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" as op:
+                values = popped(marks.pop() if op == "TUPLE" else len(stack) - int(op[-1]))
+                stack.append(tuple(values))
+                made += sys.getsizeof(stack[-1])
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "SHORT_BINBYTES" | "BINBYTES":
+                stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE" as op:
+                stack.append(_CONSTANTS[op])
+            case "GLOBAL":
+                stack.append(_named(argument))
+            case "STACK_GLOBAL":
+                stack.append(_named(" ".join([stack.pop(-2), stack.pop()])))
+            case "REDUCE":
+                stack.append(_called(stack.pop(-2), stack.pop()))
+                made += sys.getsizeof(stack[-1])
+            case "BUILD":
+                _build(stack[-2], stack.pop())
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case op:
+                raise ValueError(f"instruction {op}, which no array of rows needs")
+        if made > _MADE_PER_BYTE * (2048 + position):
+            raise ValueError("more lists or numbers than its bytes can be")
+    match stack:
+        case [_Record("an array", list() as items)]:
+            return items
+    raise ValueError("something other than one array of objects")
 
 
 def _shown(found: Any) -> str:
     if type(found) in (str, bytes, int, bool, type(None)):
         return ascii(found)[:80]
-    return f"<{type(found).__name__.lstrip('_').lower()}>"
+    return found.kind if type(found) is _Record else f"<{type(found).__name__}>"
