@@ -168,6 +168,7 @@ class DualEncoder(nn.Module):
                 "free_vectors", init, (self.num_free_vectors, self.sizes.width)
             )
 
+    @jax.named_scope("tower")
     def encode(self, rows: Rows, deterministic: bool = True) -> EncoderOutput:
         """Embeddings of items, documents or labels alike, in the shape of `rows.slots`.
 
@@ -202,6 +203,7 @@ class DualEncoder(nn.Module):
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.precision or "highest")
 
+    @jax.named_scope("prototypes")
     def prototype(
         self,
         pooled: jax.Array,

@@ -255,6 +255,7 @@ def cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.matmul(_wide(rows), _wide(columns).T, precision="highest")
 
 
+@jax.named_scope("loss")
 def objective(
     pairs: Pairs, key: jax.Array, cfg: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -6,8 +6,8 @@ of (regex, value) in which the first full match wins.
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -116,7 +116,21 @@ def schedule(step: jax.Array | int, warmup_steps: int, total_steps: int) -> jax.
     return jnp.where(step < warmup_steps, rise, jnp.maximum(fall, 0))
 
 
-def build(cfg: OptimizerConfig, params: Any, total_steps: int) -> optax.GradientTransformation:
+class AdamW(NamedTuple):
+    """An `optax.GradientTransformation` that tells its learning rate.
+
+    Attributes:
+        init: as optax has it.
+        update: likewise.
+        learning_rate: state -> f32[], the rate of the next update, the largest of the groups'.
+    """
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: Callable[[Any], jax.Array]
+
+
+def build(cfg: OptimizerConfig, params: Any, total_steps: int) -> AdamW:
     """AdamW over the trainable parameters.
 
     Args:
@@ -136,11 +150,20 @@ def build(cfg: OptimizerConfig, params: Any, total_steps: int) -> optax.Gradient
     def scale(updates, params):
         return jax.tree.map(lambda u, p, lr, wd: lr * (u + wd * p), updates, params, rates, decays)
 
-    return optax.chain(
+    def share(step: jax.Array) -> jax.Array:
+        return schedule(step, cfg.warmup_steps, total_steps)
+
+    transform = optax.chain(
         optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.stateless(scale),
-        optax.scale_by_schedule(lambda step: -schedule(step, cfg.warmup_steps, total_steps)),
+        optax.scale_by_schedule(lambda step: -share(step)),
+    )
+    peak = max(jax.tree.leaves(rates), default=0.0)
+    return AdamW(
+        init=transform.init,
+        update=jax.named_scope("optimizer")(transform.update),
+        learning_rate=lambda state: peak * share(state[-1].count),
     )
 
 

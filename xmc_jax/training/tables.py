@@ -158,6 +158,7 @@ def _divide(sums: jax.Array, counts: jax.Array) -> jax.Array:
     return sums / counts[:, None]
 
 
+@jax.named_scope("tables")
 def leave_one_out(
     centroids: jax.Array, frequency: jax.Array, document_unit: jax.Array
 ) -> jax.Array:
@@ -213,6 +214,7 @@ def ema_update(
     return write_rows(centroids, label_ids, decay * old + (1 - decay) * rows)
 
 
+@jax.named_scope("tables")
 def after_step(
     tables: Tables,
     document_ids: jax.Array,
