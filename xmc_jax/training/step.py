@@ -30,7 +30,7 @@ class Step:
     """
 
     model: DualEncoder
-    transform: optax.GradientTransformation
+    transform: optimizer.AdamW
     loss: losses.LossConfig
     tables: tables.TablesConfig
     n_chunks: int
@@ -45,8 +45,9 @@ class Step:
             batch: of B documents, B divisible by `n_chunks`, with sampled labels or with positives.
 
         Returns:
-            The next state, and f32[] metrics: those of `losses.objective`, and `grad_norm`; with
-            them, as "health", a `Health`.
+            The next state, and f32[] metrics: those of `losses.objective`, `grad_norm`,
+            `update_norm`, `learning_rate` (the largest of the groups') and `tokens` (of the
+            texts encoded, without prompts); with them, as "health", a `Health`.
 
         Source: ViXML sec. 3.1, supp. A; reference utils.py, train.
         """
@@ -72,6 +73,9 @@ class Step:
             )
             moved = _where(labelled, label_ids, state.tables.centroids)
         updates, opt_state = self.transform.update(grads, state.opt_state, state.params)
+        metrics["update_norm"] = optax.tree.norm(updates)
+        metrics["learning_rate"] = self.transform.learning_rate(state.opt_state)
+        metrics["tokens"] = _tokens(batch).astype(jnp.float32)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(health.finite, new, old),
@@ -211,6 +215,12 @@ def _health(
         label=label,
         gradients=jax.tree.map(jnp.isfinite, squares),
     )
+
+
+def _tokens(batch: Batch) -> jax.Array:
+    """i32[], tokens of the batch's texts; a length of -1 is of no item."""
+    sides = [x for x in (batch.document, batch.label) if x is not None]
+    return sum(jnp.maximum(x.lengths, 0).sum() for x in sides)
 
 
 def _where(written: jax.Array, ids: jax.Array | None, table: jax.Array | None) -> jax.Array | None:
