@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.environment import environment, save
-from xmc_jax.planning import flops
-from xmc_jax.training import losses
+from xmc_jax.training import flops, losses
 from xmc_jax.training.losses import LossConfig
 from xmc_jax.types import Pairs
 

@@ -228,6 +228,8 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
             1,
         ),
         (("--mode=predict", "--artifact=a", "--output=b"), "--input: expected a file", 2),
+        (("--config=configs/vixml.py", "--profile=5:4"), "--profile: expected START:STOP", 2),
+        (("--config=configs/vixml.py", "--profile=1:2", "--mode=plan"), "got --mode=plan", 2),
         (("--mode=predict", "--artifact=a", "--predict.k=1e9"), "--predict.k: expected a whole", 2),
         (("--mode=predict", "--artifact=a", "--overwrite=ja"), "expected true or false, got ja", 2),
         (("--mode=predict", "--artifact=a", "--predict.kk=2"), "Did you mean: predict.k", 2),

@@ -123,6 +123,12 @@ _OVERWRITE = flags.DEFINE_bool(
 _PREDICT = _settings("predict", PredictConfig)
 _LABELS = _settings("labels", LabelsConfig)
 _SERVE = _settings("serve", ServeConfig)
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "Of --mode=train: START:STOP; a trace of the steps from START to STOP, both included, is "
+    "written to <workdir>/profile.",
+)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "cpu", "Of --mode=plan: cpu, cpu:8, gpu:h100x8, v5e:4x4, v5p:2x2x4, ..."
 )
@@ -184,6 +190,7 @@ def main(argv: list[str]) -> int:
         predict=_PREDICT(),
         labels=_LABELS(),
         serve=_SERVE(),
+        profile=_profile(),
     )
     distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
     distributed.agree("config", fields)
@@ -246,9 +253,30 @@ def parse(argv: list[str], closed: Collection[str] = ()) -> list[str]:
                 raise ValueError(f"--{flag.name}: expected a file, or -, got none")
             if flag.value == "-" and stream in closed:
                 raise ValueError(f"--{flag.name}=-: expected an open {stream}, found it closed")
+    _profile()  # raises what does not fit
     for settings in (_PREDICT, _LABELS, _SERVE):
         settings()  # raises what does not fit
     return rest
+
+
+def _profile() -> tuple[int, int] | None:
+    """The steps to trace, the first and the last.
+
+    Raises:
+        ValueError: they are none, or another mode than train is asked for.
+    """
+    if _PROFILE.value is None:
+        return None
+    if _MODE.value != "train":
+        raise ValueError(f"--profile: expected --mode=train, got --mode={_MODE.value}")
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", _PROFILE.value)
+    steps = match and (int(match[1]), int(match[2]))
+    if not steps or not 1 <= steps[0] <= steps[1]:
+        raise ValueError(
+            "--profile: expected START:STOP, the first step to trace and the last, as 10:20, got "
+            f"{_PROFILE.value!r:.60}"
+        )
+    return steps
 
 
 def _explain(argv: list[str], error: Exception) -> str:

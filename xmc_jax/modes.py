@@ -54,6 +54,7 @@ class Asked:
         predict: likewise.
         labels: of the mode labels.
         serve: of the mode serve.
+        profile: of the mode train, the first and the last step to trace, from 1; None for none.
     """
 
     fields: Mapping[str, Any] | None
@@ -68,6 +69,7 @@ class Asked:
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
     labels: LabelsConfig = dataclasses.field(default_factory=LabelsConfig)
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
+    profile: tuple[int, int] | None = None
 
 
 def run(mode: str, asked: Asked) -> int:
@@ -163,7 +165,7 @@ def _train(asked: Asked) -> int:
             run = _begun(own, folder)
             logging.info("%s: %s", folder, name or fields["name"])
             try:
-                trained = loop.train(run, folder)
+                trained = loop.train(run, folder, asked.profile)
             except loop.Interrupted as interrupted:
                 return _interrupted(interrupted)
             logging.info("%s: %s", folder, report.format_seconds(trained.seconds))

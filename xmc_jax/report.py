@@ -299,6 +299,9 @@ class Reporter:
             "time/data_wait": waiting,
             "time/documents_per_second": documents / seconds,
         }
+        for name in ("tokens", "flops"):  # earlier versions' checkpoints may hold steps without
+            if name in means:
+                record[f"time/{name}_per_second"] = means[name] / seconds
         self.record(self.steps, record)
         if self._writes and means:
             told = (

@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from xmc_jax.planning import hardware
-from xmc_jax.planning.flops import Flops
 from xmc_jax.planning.hardware import Slice
 from xmc_jax.planning.hlo import Collective, Costs
+from xmc_jax.training.flops import Flops
 
 V5E, V5P, H100 = hardware.TPUS["v5e"], hardware.TPUS["v5p"], hardware.GPUS["h100"]
 

@@ -11,10 +11,10 @@ import pytest
 from configs import vixml
 from xmc_jax import build
 from xmc_jax.planning import plan, programs, report, shape, topology
-from xmc_jax.planning.flops import Flops
 from xmc_jax.planning.hlo import Costs
 from xmc_jax.planning.plan import Compiled
 from xmc_jax.training.config import RunConfig
+from xmc_jax.training.flops import Flops
 from xmc_jax.training.program import Program
 from xmc_jax.types import DataShape
 

@@ -13,9 +13,11 @@ from xmc_jax import report
 from xmc_jax.data import pipeline
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
+from xmc_jax.training.profiling import Profile
 from xmc_jax.types import Health
 
 STEPS, EVERY, SAVED, BATCH = 7, 3, 5, 8
+TOKENS, FLOPS = 60, 1e9  # of a step
 BUILD, DISPATCH, COMPUTE, SAVE = 0.5, 0.25, 2.0, 4.0  # seconds
 
 
@@ -72,9 +74,13 @@ class Fakes:
         self.dispatched.append(loss)
         assert sum(not metric.done for metric in self.dispatched) <= self.most
         metrics = {"loss": loss, "grad_norm": 1.0, "violators": 0.5, "similarity_spread": 1.0}
+        metrics["tokens"] = TOKENS
         fine = Metric(np.isfinite(self.losses[batch]), self.time, seconds=0.0)
         seen = Health(fine, np.array([True, False]), np.array(-1), {"a": np.array(False)})
         return state, metrics | {"health": seen}
+
+    def flops(self, state, frozen, batch) -> int:
+        return FLOPS
 
     def save(self, step, state, history):
         self.time.passes(SAVE)
@@ -89,7 +95,8 @@ class Fakes:
             loop._Signals() as signals,
         ):
             timer = loop._SaveTimer(self.config.train.checkpoint_minutes)
-            loop._steps(self, state, 0, 0, reporter, self, signals, timer)
+            profile = Profile(None, self.workdir, 0, STEPS)
+            loop._steps(self, state, 0, 0, reporter, self, signals, timer, profile)
         lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -132,6 +139,9 @@ def test_each_second_has_its_phase(fakes):
     assert [record["step"] for record in records] == [3, 6, 7]
     assert records[0]["time/data_wait"] == pytest.approx(5 * BUILD / 3)
     assert records[0]["time/step"] == pytest.approx((5 * (BUILD + DISPATCH) + 3 * COMPUTE) / 3)
+    for record in records:
+        assert record["time/tokens_per_second"] == pytest.approx(TOKENS / record["time/step"])
+        assert record["time/flops_per_second"] == pytest.approx(FLOPS / record["time/step"])
     total = sum(record["time/step"] * steps for record, steps in zip(records, (3, 3, 1)))
     assert total == pytest.approx((BUILD + DISPATCH + COMPUTE) * STEPS)
 

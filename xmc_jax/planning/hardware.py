@@ -4,8 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from xmc_jax.planning.flops import Flops
 from xmc_jax.planning.hlo import Collective, Costs
+from xmc_jax.training.flops import Flops
 
 GIB = 1 << 30
 

@@ -19,6 +19,7 @@ from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.training import curriculum, health, losses, optimizer
 from xmc_jax.training.config import TrainConfig
+from xmc_jax.training.profiling import Profile
 from xmc_jax.training.run import Run
 from xmc_jax.training.watchdog import Watchdog
 from xmc_jax.types import Health, TrainState
@@ -66,16 +67,17 @@ class Trained:
     seconds: Mapping[str, float]
 
 
-def train(run: Run, workdir: epath.PathLike) -> Trained:
+def train(run: Run, workdir: epath.PathLike, profile: tuple[int, int] | None = None) -> Trained:
     """Trains a run to its end, or goes on with the one that is in `workdir`.
 
     Args:
         run: see `Run`.
         workdir: local folder or any path that `epath` knows.
+        profile: the first and the last step of a trace, see `profiling.Profile`; None for none.
 
     Raises:
         ValueError: the checkpoint in `workdir` is of another config, or there are checkpoints and
-            none is whole.
+            none is whole; or the run has no such steps to trace.
         OSError: a checkpoint could not be written.
         FloatingPointError: numbers of a step are not finite; see `TrainConfig.non_finite`. What is
             saved is of before.
@@ -116,9 +118,12 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                 )
             evaluation = None
             timer = _SaveTimer(config.checkpoint_minutes)
-            with report.Reporter(
-                workdir, config.log_every, run.steps_per_epoch, total, clock, history
-            ) as reporter:
+            with (
+                report.Reporter(
+                    workdir, config.log_every, run.steps_per_epoch, total, clock, history
+                ) as reporter,
+                Profile(profile, workdir, step, total) as traced,
+            ):
                 if step == 0 and config.zero_shot and not reporter.latest(_PREFIX["zero-shot"]):
                     _evaluate_zero_shot(run, state, reporter, workdir)
                 while True:
@@ -130,7 +135,7 @@ def train(run: Run, workdir: epath.PathLike) -> Trained:
                     if epoch == config.epochs:
                         break
                     state, step = _steps(
-                        run, state, epoch, step, reporter, checkpoints, signals, timer
+                        run, state, epoch, step, reporter, checkpoints, signals, timer, traced
                     )
                     state = _boundary(run, state, epoch, step, reporter, checkpoints)
                     epoch += 1
@@ -207,6 +212,7 @@ def _steps(
     checkpoints: checkpoint.Checkpoints,
     signals: "_Signals",
     timer: "_SaveTimer",
+    profile: Profile,
 ) -> tuple[TrainState, int]:
     """The steps that are left of an epoch, none if only its boundary is."""
     config, before, clock = run.config.train, epoch * run.steps_per_epoch, reporter.clock
@@ -244,11 +250,19 @@ def _steps(
 
     with clock.within("step"):
         for batch in clock.awaiting(stream):
-            with jax.transfer_guard("disallow"):
+            with clock.within("compile"):
+                flops = run.flops(state, frozen, batch)
+            profile.before(step + 1, lambda: report_done(0))
+            with (
+                jax.transfer_guard("disallow"),
+                jax.profiler.StepTraceAnnotation("train", step_num=step + 1),
+            ):
                 state, metrics = run.train_step(state, frozen, batch)
+            metrics["flops"] = flops
             step += 1
             in_flight.append((metrics, metrics.pop("health")))
             report_done(most)
+            profile.after(step, lambda: report_done(0))
             # The last step of an epoch is saved after the boundary, unless there is no time for it.
             within = step < before + run.steps_per_epoch
             stop = signals.at(step)

@@ -20,7 +20,7 @@ from xmc_jax import sharding
 from xmc_jax.data import batches
 from xmc_jax.data import rows as row_layout
 from xmc_jax.models import backbone, dual, fusion, hf, hf_modules
-from xmc_jax.training import losses, optimizer, tables
+from xmc_jax.training import flops, losses, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.step import Step
 from xmc_jax.types import NO_PROMPTS, Batch, DataShape, Prompts, Rows, Tables, TrainState
@@ -148,6 +148,7 @@ class Program:
             seed=train.seed,
         )
         self.abstract = self._abstract_state(trainable)
+        self._flops: dict[Any, int] = {}
 
         whole = sharding.replicated(self.mesh)
         rows = sharding.named(("batch", None), (train.encode_batch_size, 1), self.mesh, "rows")
@@ -158,6 +159,22 @@ class Program:
         )
         self.encode = jax.jit(sharding.under(self.mesh, self.step.encode), out_shardings=rows)
         self.prototype = jax.jit(sharding.under(self.mesh, self.step.prototype), out_shardings=rows)
+
+    def flops(self, state: TrainState, frozen: Any, batch: Batch) -> int:
+        """Operations of a step's matrix products, see `flops.count`; counted once for each shape.
+
+        Args:
+            state: arrays or their shapes, as all below.
+            frozen: likewise.
+            batch: likewise.
+        """
+        leaves, structure = jax.tree.flatten(batch)
+        shape = structure, tuple(leaf.shape for leaf in leaves)
+        if shape not in self._flops:
+            self._flops[shape] = flops.count(
+                self.train_step.trace(state, frozen, batch).jaxpr
+            ).total
+        return self._flops[shape]
 
     @functools.cached_property
     def frozen(self) -> Any:

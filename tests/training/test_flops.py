@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from xmc_jax.planning import flops
-from xmc_jax.planning.flops import Flops
+from xmc_jax.training import flops
+from xmc_jax.training.flops import Flops
 
 SQUARE = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 ONE = 2 * 4**3  # of a product of two squares
