@@ -275,6 +275,24 @@ def test_more_epochs_change_the_learning_rate_and_that_is_said(program, straight
 
 
 @pytest.mark.slow
+def test_a_run_that_is_given_more_epochs_makes_the_leaves_of_the_next(
+    program, straight, fields, tmp_path, monkeypatch
+):
+    """The last boundary made none."""
+    epochs, made = program.config.train.epochs, []
+    workdir = shutil.copytree(straight[2], tmp_path / "run")
+    changed = copy.deepcopy(fields)
+    changed["train"]["epochs"] = epochs + 1
+    longer = Run(RunConfig.from_dict(changed), program.data)
+    monkeypatch.setattr(longer, "cluster", lambda state, epoch: made.append((state, epoch)))
+    with pytest.raises(AttributeError):  # what the loop gets is no state
+        loop.train(longer, workdir)
+    ((state, epoch),) = made
+    assert epoch == epochs - 1
+    assert_identical(state, straight[0].state)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(program, straight, fields):
     workdir = straight[2]
     changed = copy.deepcopy(fields)

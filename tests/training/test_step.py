@@ -235,9 +235,15 @@ def test_centroids_at_the_boundary(fields, centroids):
             np.flatnonzero(moved), np.unique(batch.label_ids[batch.columns][1:])
         )
         np.testing.assert_array_equal(after.tables.centroids, before.tables.centroids)
-    # The last boundary is exact in every mode.
-    last = jax.device_get(program.boundary(state, program.config.train.epochs - 1))
+    # The last boundary is exact in every mode; its leaves come if another epoch does.
+    epochs = program.config.train.epochs
+    last = program.boundary(state, epochs - 1)
     np.testing.assert_allclose(last.tables.document_bank, exact, atol=1e-5)
+    assert not np.array_equal(after.tables.leaf_order, before.tables.leaf_order)
+    np.testing.assert_array_equal(last.tables.leaf_order, before.tables.leaf_order)
+    given = jax.device_get(program.cluster(last, epochs - 1).tables.leaf_order)
+    assert not np.array_equal(given, before.tables.leaf_order)
+    np.testing.assert_array_equal(np.sort(given), order)
 
 
 @pytest.mark.slow

@@ -101,6 +101,10 @@ def train(run: Run, workdir: epath.PathLike, profile: tuple[int, int] | None = N
                     logging.info("%s: going on from step %d", workdir, step)
                     _tell_of_schedule(run, step, history)
             epoch, total = int(state.boundaries), config.epochs * run.steps_per_epoch
+            if history is not None and epoch == history.get("epochs") < config.epochs:
+                # A run that had ended, which is given more epochs.
+                with clock.within("boundary"), _interruptible(step):
+                    state = run.cluster(state, epoch - 1)
             if epoch < config.epochs and config.batch_size != run.wanted_batch_size:
                 logging.info(
                     "train.batch_size: %s fewer than %d: each step has all of them",

@@ -142,7 +142,8 @@ class Run(Program):
         """What happens between epochs: centroids anew, and new leaves if they are due.
 
         The boundary of the last epoch encodes all documents anew, so that the bank and what is made
-        of it are those of the trained weights.
+        of it are those of the trained weights. It makes no leaves, as no epoch follows; `cluster`
+        makes them if one does after all.
 
         Args:
             state: after the last step of `epoch`.
@@ -158,15 +159,26 @@ class Run(Program):
             t = t.replace(centroids=tables.centroids_of(t.document_bank, self._pairs))
         if t.label_bank is not None:
             t = t.replace(label_bank=self._table(state.params, "label", pooled=True))
+        state = self._placed(state.replace(boundaries=state.boundaries + 1, tables=t))
+        return state if last else self.cluster(state, epoch)
+
+    def cluster(self, state: TrainState, epoch: int) -> TrainState:
+        """The state with new leaves of its document bank, if they are due after an epoch.
+
+        Args:
+            state: see `TrainState`.
+            epoch: the one that ended, from 0.
+        """
+        config, t = self.config, state.tables
         cluster_size = curriculum.plan(epoch, config.curriculum).new_cluster_size
-        if cluster_size is not None:
-            leaf_order, _ = curriculum.balanced_kmeans(
-                t.document_bank,
-                curriculum.num_leaves(self.data.num_documents, cluster_size),
-                rng.key(config.train.seed, rng.Stream.KMEANS, epoch + 1),
-            )
-            t = t.replace(leaf_order=leaf_order)
-        return self._placed(state.replace(boundaries=state.boundaries + 1, tables=t))
+        if cluster_size is None:
+            return state
+        leaf_order, _ = curriculum.balanced_kmeans(
+            t.document_bank,
+            curriculum.num_leaves(self.data.num_documents, cluster_size),
+            rng.key(config.train.seed, rng.Stream.KMEANS, epoch + 1),
+        )
+        return self._placed(state.replace(tables=t.replace(leaf_order=leaf_order)))
 
     def embed(self, params: Any, split: str, pooled: bool = False) -> np.ndarray:
         """f32[n, D] on the host, the embeddings of the items of a split of the store.
