@@ -11,9 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from xmc_jax.data.store import Split
+from xmc_jax.export import write
 from xmc_jax.files import digests
 from xmc_jax.inference import artifact
 from xmc_jax.inference.predictor import Predictor
+from xmc_jax.retrieval import exact
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,6 +67,28 @@ def test_opens_where_it_was_moved_to_and_with_other_texts_for_people(exported, f
     np.testing.assert_allclose(prototypes.centroids, tables.centroids, atol=1e-6)
     np.testing.assert_array_equal(prototypes.free_vector_of, tables.free_vector_of)
     assert prototypes.config == exported.run.config.prime
+
+
+def test_labels_are_encoded_once(exported, tmp_path, monkeypatch):
+    run, state = exported.run, exported.state
+    labels, inputs, read = run.data.label, Split.inputs, []
+
+    def counted(split, rows):
+        if split is labels:
+            read.extend(rows)
+        return inputs(split, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Split, "inputs", counted)
+        folder = write.whole(exported.fields, run, 0, state, tmp_path)
+    size = run.config.train.encode_batch_size
+    assert len(read) == -(-len(labels) // size) * size and set(read) == set(range(len(labels)))
+    assert not (folder / "label_texts.npy").exists()
+    for name, expected in (
+        ("labels/embeddings.npy", exact.to_host(run.embed_index(state))),
+        ("prototypes/text.npy", run.embed(state.params, "label", pooled=True)),
+    ):
+        np.testing.assert_allclose(np.load(folder / name), expected, atol=1e-6)
 
 
 def test_says_nothing_of_where_it_was_made(exported):
@@ -270,6 +295,7 @@ sys.meta_path[:] = map(Finder, sys.meta_path)
 from xmc_jax.inference import artifact, files
 from xmc_jax.inference.config import PredictConfig
 from xmc_jax.inference.predictor import Predictor
+from xmc_jax.retrieval import exact
 print(len(Predictor.open({str(exported.folder)!r}).predict(["abc"], k=3)[0]))
 opened = artifact.open({str(exported.folder)!r})
 print(files.predict(opened, PredictConfig(k=3), "in.jsonl", "out.jsonl").done.documents)

@@ -131,7 +131,10 @@ def _fill(
     config, data = run.config.export, run.data
     # Exactly, and without the comparison with an index that is not shipped.
     judged = dataclasses.replace(run.config.eval, index="exact", compare_scann=False)
-    evaluation = run.evaluate(state, judged)
+    label_texts = folder / "label_texts.npy"
+    run.embed_to(state.params, "label", label_texts, pooled=True)
+    embeddings = _labels(folder / "labels", run, state, label_texts)
+    evaluation = run.evaluate(state, judged, embeddings)
     model = _model(folder, fields, run)
     content: dict[str, Any] = {
         "name": fields["name"],
@@ -148,13 +151,13 @@ def _fill(
         "thumbnails": None,
         "config": cards.public(fields),
     }
-    embeddings = _labels(folder / "labels", run, state)
     content["labels"] = _part("labels", data.num_labels, model)
     if config.prototypes and run.model.prime is not None:
-        _prototypes(folder / "prototypes", run, state)
+        _prototypes(folder / "prototypes", run, state, label_texts)
         content["prototypes"] = _part("prototypes", data.num_labels, model) | {
             "config": dataclasses.asdict(run.config.prime)
         }
+    label_texts.unlink(missing_ok=True)
     mix = run.config.eval.augmented
     if config.documents:
         _documents(folder / "documents", run, state)
@@ -242,10 +245,13 @@ def _carry(folder: pathlib.Path, images: artifact.ImageInput) -> str | None:
     return "vision"
 
 
-def _labels(folder: pathlib.Path, run: Run, state: TrainState) -> np.ndarray:
-    """Writes the labels; returns their embeddings, memory-mapped."""
+def _labels(
+    folder: pathlib.Path, run: Run, state: TrainState, label_texts: pathlib.Path
+) -> np.ndarray:
+    """Writes the labels, of their encoded texts; returns their embeddings, memory-mapped."""
     folder.mkdir()
-    run.embed_index_to(state, folder / "embeddings.npy")
+    pooled = np.load(label_texts, mmap_mode="r", allow_pickle=False)
+    run.index_to(state, pooled, folder / "embeddings.npy")
     array_files.save(folder / "frequency.npy", run.data.label_frequency.astype(np.int64))
     if run.prior is not None:
         array_files.save(folder / "prior.npy", np.asarray(run.prior, np.float64))
@@ -254,9 +260,11 @@ def _labels(folder: pathlib.Path, run: Run, state: TrainState) -> np.ndarray:
     return np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
 
 
-def _prototypes(folder: pathlib.Path, run: Run, state: TrainState) -> None:
+def _prototypes(
+    folder: pathlib.Path, run: Run, state: TrainState, label_texts: pathlib.Path
+) -> None:
     folder.mkdir()
-    run.embed_to(state.params, "label", folder / "text.npy", pooled=True)
+    label_texts.rename(folder / "text.npy")
     array_files.save(folder / "centroids.npy", np.float32(sharding.fetch(state.tables.centroids)))
     free_vector_of = sharding.fetch(state.tables.free_vector_of)
     array_files.save(folder / "free_vector_of.npy", free_vector_of.astype(np.int32))

@@ -10,6 +10,7 @@ from etils import epath
 
 from xmc_jax import rng, sharding
 from xmc_jax.data import batches, priors, store
+from xmc_jax.files import array_files, atomic
 from xmc_jax.models import backbone, hf
 from xmc_jax.retrieval import encode, evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
@@ -203,11 +204,34 @@ class Run(Program):
         """Writes what `embed_index` gives as .npy; see `encode.to_file`."""
         encode.to_file(self._index_encoder(state), self._items("label"), out)
 
+    def index_to(self, state: TrainState, pooled: np.ndarray, out: epath.PathLike) -> None:
+        """Writes what `embed_index` gives as .npy, of label texts that are encoded; in one process.
+
+        Args:
+            state: see `TrainState`.
+            pooled: f32[L, D], what `embed` gives of the labels, pooled.
+            out: local or remote.
+        """
+        size = self.config.train.encode_batch_size
+        with atomic.replaced(out) as file:
+            rows = array_files.create(file, np.float32, pooled.shape)
+            for start in range(0, len(pooled), size):
+                ids = np.arange(start, start + size, dtype=np.int32).clip(max=len(pooled) - 1)
+                block = sharding.put_batch((ids, pooled[ids]), size, self.mesh)
+                unit = self.prototype(state.params, self.frozen, state.tables, *block)
+                rows[start : start + size] = sharding.fetch(unit)[: len(pooled) - start]
+            rows.flush()
+
     def merged(self, state: TrainState) -> Any:
         """All parameters, trained and frozen ones together."""
         return optimizer.merge(state.params, self.frozen)
 
-    def evaluate(self, state: TrainState, config: evaluate.EvalConfig | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        state: TrainState,
+        config: evaluate.EvalConfig | None = None,
+        labels: np.ndarray | None = None,
+    ) -> Evaluation:
         """Evaluates on the test documents.
 
         Retrieval-augmented inference searches the document bank: exact after the last epoch, before
@@ -216,11 +240,12 @@ class Run(Program):
         Args:
             state: see `TrainState`.
             config: the run's own by default.
+            labels: f32[L, D], what `embed_index` gives; encoded by default.
         """
         config = config or self.config.eval
         return evaluate.evaluate(
             self.embed(state.params, "test"),
-            self.embed_index(state),
+            self.embed_index(state) if labels is None else labels,
             self.data,
             config,
             self._documents(state) if config.augmented.enabled else None,
