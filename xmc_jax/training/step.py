@@ -47,7 +47,7 @@ class Step:
         Returns:
             The next state, and f32[] metrics: those of `losses.objective`, `grad_norm`,
             `update_norm`, `learning_rate` (the largest of the groups') and `tokens` (of the
-            texts encoded, without prompts); with them, as "health", a `Health`.
+            items encoded, see `_tokens`); with them, as "health", a `Health`.
 
         Source: ViXML sec. 3.1, supp. A; reference utils.py, train.
         """
@@ -218,9 +218,8 @@ def _health(
 
 
 def _tokens(batch: Batch) -> jax.Array:
-    """i32[], tokens of the batch's texts; a length of -1 is of no item."""
-    sides = [x for x in (batch.document, batch.label) if x is not None]
-    return sum(jnp.maximum(x.lengths, 0).sum() for x in sides)
+    """i32[], tokens of the batch's items, images included, the head of rows not."""
+    return (batch.items.segments >= 0).sum()
 
 
 def _where(written: jax.Array, ids: jax.Array | None, table: jax.Array | None) -> jax.Array | None:
