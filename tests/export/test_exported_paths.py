@@ -6,9 +6,10 @@ import types
 import numpy as np
 import safetensors.numpy
 
+from xmc_jax.data import rows
 from xmc_jax.export import cards, write
 from xmc_jax.models import hf
-from xmc_jax.types import Prompts
+from xmc_jax.types import NO_PROMPTS
 
 
 def test_paths_are_reduced_to_names(tmp_path, monkeypatch):
@@ -49,13 +50,8 @@ def test_an_image_encoder_in_a_folder_is_carried(tmp_path):
             manifest={"text": "title"},
         ),
         config=types.SimpleNamespace(export=types.SimpleNamespace(vision="named")),
-        model=types.SimpleNamespace(
-            prompts=Prompts(),
-            pooling="mean",
-            compute_dtype="float32",
-            order="image_text",
-            positions="contiguous",
-        ),
+        model=types.SimpleNamespace(pooling="mean", compute_dtype="float32"),
+        layout=rows.layout(NO_PROMPTS, "image_text", "contiguous", 16, 2, 64),
         sizes=types.SimpleNamespace(width=32),
     )
     fields = {"data": {"max_length": 16, "images": {"layout": "pad", "dtype": "float32"}}}
