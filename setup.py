@@ -15,6 +15,8 @@ CORE = [
     "grain>=0.2.15,<0.3",
     "huggingface_hub>=1.3,<3",
     "jax>=0.10,<0.12",
+    "jinja2>=3.1,<4",
+    "markupsafe>=2.1",
     "ml_collections>=1.1,<2",
     "numpy>=2.1",
     "optax>=0.2.6,<0.3",
@@ -84,7 +86,14 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["xmc_jax", "xmc_jax.*"]),
-    package_data={"xmc_jax": ["data/bundled/**/*", "reporting/*.css", "serve/static/*"]},
+    package_data={
+        "xmc_jax": [
+            "data/bundled/**/*",
+            "reporting/*.css",
+            "reporting/templates/*",
+            "serve/static/*",
+        ]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     classifiers=[

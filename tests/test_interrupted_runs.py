@@ -19,7 +19,7 @@ from etils import epath
 
 from xmc_jax import build, modes, report
 from xmc_jax.data.store import Store
-from xmc_jax.reporting import files
+from xmc_jax.reporting import workdir_contents
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -71,9 +71,9 @@ def whole(workdir: pathlib.Path, data: Store) -> None:
             assert json.loads((workdir / name).read_text())
     if (workdir / "metrics.jsonl").exists():
         assert all(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
-        assert (workdir / "config.json").exists() and files.read(workdir)
+        assert (workdir / "config.json").exists() and workdir_contents.read(workdir)
     for path in workdir.glob("predictions/*.npz"):
-        assert files.read_predictions(path, np.arange(2), data.num_test)
+        assert workdir_contents.read_predictions(path, np.arange(2), data.num_test)
     if (workdir / "report.html").exists():
         assert (workdir / "report.html").read_text().rstrip().endswith("</html>")
 

@@ -19,8 +19,7 @@ from xmc_jax.inference import artifact, documents, labels
 from xmc_jax.inference import files as prediction_files
 from xmc_jax.inference.config import LabelsConfig, PredictConfig
 from xmc_jax.planning import report as planning_report
-from xmc_jax.reporting import files as report_files
-from xmc_jax.reporting import page
+from xmc_jax.reporting import page, workdir_contents
 from xmc_jax.retrieval import evaluate, exact, scann, tuned, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
@@ -172,7 +171,7 @@ def _train(asked: Asked) -> int:
             zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
             found = _write(folder, trained.step, zero_shot, trained.evaluation)
             if distributed.is_first():
-                report_files.write_facts(folder, trained.seconds)
+                workdir_contents.write_facts(folder, trained.seconds)
                 page.write(
                     folder,
                     run.data,

@@ -13,7 +13,7 @@ import pytest
 from configs import vixml
 from xmc_jax import packaged
 from xmc_jax.data import prepare, store
-from xmc_jax.reporting import files
+from xmc_jax.reporting import workdir_contents
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
 
@@ -135,14 +135,18 @@ def left(data, evaluations, tmp_path_factory) -> Finished:
     evaluate.write(
         after,
         folder / "metrics.json",
-        files.predictions(folder, STEP),
+        workdir_contents.predictions(folder, STEP),
         {"zero-shot": before.metrics["plain"]},
     )
-    evaluate.write_predictions(before, files.predictions(folder, 0), evaluate.sample(TEST))
+    evaluate.write_predictions(
+        before, workdir_contents.predictions(folder, 0), evaluate.sample(TEST)
+    )
     (folder / "config.json").write_text(json.dumps(config | {"provenance": provenance}))
     lines = (json.dumps(record) + "\n" for record in records(before, after))
     (folder / "metrics.jsonl").write_text("".join(lines))
-    files.write_facts(folder, {"step": 60.0, "compile": 30.0, "eval": 10.0, "data_wait": 0.0})
+    workdir_contents.write_facts(
+        folder, {"step": 60.0, "compile": 30.0, "eval": 10.0, "data_wait": 0.0}
+    )
     return Finished(folder, before, after)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax.reporting import charts, files, page
+from xmc_jax.reporting import charts, page, workdir_contents
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import COLUMNS
 
@@ -171,7 +171,7 @@ def test_the_page_is_the_same_from_memory_and_from_files(finished, data):
 def test_of_many_documents_some_are_looked_at(finished, data, parsed, monkeypatch):
     monkeypatch.setattr(evaluate, "_LOOKED_AT", 20)
     evaluate.write_predictions(
-        finished.zero_shot, files.predictions(finished.folder, 0), evaluate.sample(50)
+        finished.zero_shot, workdir_contents.predictions(finished.folder, 0), evaluate.sample(50)
     )
     text = page.write(finished.folder, data).read_text()
     assert text.count("From 20 of the 50 test documents, evenly spread") == 4
@@ -240,10 +240,10 @@ def test_facts_are_of_this_machine(finished):
 
 
 def test_predictions_are_read_in_blocks(finished, monkeypatch):
-    path = files.predictions(finished.folder, 12)
+    path = workdir_contents.predictions(finished.folder, 12)
     documents = np.array([0, 3, 4, 21, 49])
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 4 * 30 * 7)  # seven documents
-    found = files.read_predictions(path, documents, 50)
+    monkeypatch.setattr(workdir_contents, "_BLOCK_BYTES", 4 * 30 * 7)  # seven documents
+    found = workdir_contents.read_predictions(path, documents, 50)
     with np.load(path, allow_pickle=False) as whole:
         for row in ("plain", "augmented"):
             np.testing.assert_array_equal(found[row].ids, whole[f"{row}_ids"][documents])
@@ -253,17 +253,17 @@ def test_predictions_are_read_in_blocks(finished, monkeypatch):
 def test_of_a_file_of_some_documents_these_are_found(finished, tmp_path):
     path, held = tmp_path / "0.npz", np.array([1, 4, 9, 30])
     evaluate.write_predictions(finished.zero_shot, path, held)
-    found = files.read_predictions(path, np.array([4, 30]), 50, scores=False)["plain"]
+    found = workdir_contents.read_predictions(path, np.array([4, 30]), 50, scores=False)["plain"]
     np.testing.assert_array_equal(found.ids, finished.zero_shot.ids["plain"][[4, 30]])
     assert found.scores is None
     for asked in ([4, 31], [0, 4], [30, 49]):
         with pytest.raises(ValueError, match="it holds 4 documents, and not all 2 asked for"):
-            files.read_predictions(path, np.array(asked), 50)
+            workdir_contents.read_predictions(path, np.array(asked), 50)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "other data"])
 def test_damaged_predictions_are_answered_in_one_line(finished, damage):
-    path = files.predictions(finished.folder, 12)
+    path = workdir_contents.predictions(finished.folder, 12)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-40])
     elif damage == "text":
@@ -273,7 +273,7 @@ def test_damaged_predictions_are_answered_in_one_line(finished, damage):
         with path.open("wb") as file:
             np.savez(file, plain_ids=objects, plain_scores=objects)
     with pytest.raises(ValueError, match=r"12\.npz: expected the predictions") as raised:
-        files.read_predictions(path, np.arange(5), 51 if damage == "other data" else 50)
+        workdir_contents.read_predictions(path, np.arange(5), 51 if damage == "other data" else 50)
     assert "\n" not in str(raised.value)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from xmc_jax import packaged
 from xmc_jax.data import prepare, store
-from xmc_jax.reporting import page, pictures
+from xmc_jax.reporting import embedded_images, page
 from xmc_jax.vision import sources
 
 
@@ -40,7 +40,7 @@ def opened(uri: str) -> Image.Image:
 
 def test_each_item_has_its_own_picture(source, data):
     wanted = [("test", i) for i in (7, 3, 1, 0, 3)] + [("label", 7)]
-    found, reason = pictures.thumbnails(source, data, wanted)
+    found, reason = embedded_images.data_uris(source, data, wanted)
     # Of document 0 there is none, and of document 1 what is there is none.
     assert list(found) == [("test", 7), ("test", 3), ("label", 7)] and reason == ""
     for (split, i), uri in found.items():
@@ -64,7 +64,7 @@ def test_held_out_documents_have_those_of_the_raw_training_documents(raw, source
     held_out = store.open(folder)
     rows = np.load(folder / "test.raw_rows.npy")
     wanted = [("test", i) for i in range(held_out.num_test)]
-    found, _ = pictures.thumbnails(source, held_out, wanted)
+    found, _ = embedded_images.data_uris(source, held_out, wanted)
     assert [i for _, i in found] == [i for i, row in enumerate(rows) if row % 5]
     for (_, i), uri in found.items():
         mean = np.asarray(opened(uri), np.float64).mean(axis=(0, 1))
@@ -73,14 +73,14 @@ def test_held_out_documents_have_those_of_the_raw_training_documents(raw, source
 
 def test_there_are_few_and_small_ones(source, data, monkeypatch):
     wanted = [("label", i) for i in range(30)]
-    every, _ = pictures.thumbnails(source, data, wanted)
+    every, _ = embedded_images.data_uris(source, data, wanted)
     assert len(every) == 24
-    monkeypatch.setattr(pictures, "_PICTURE_BYTES", sum(map(len, every.values())) // 2)
-    some, _ = pictures.thumbnails(source, data, wanted)
+    monkeypatch.setattr(embedded_images, "_PICTURE_BYTES", sum(map(len, every.values())) // 2)
+    some, _ = embedded_images.data_uris(source, data, wanted)
     assert 8 <= len(some) <= 13 and list(some) == list(every)[: len(some)]
-    monkeypatch.setattr(pictures, "_PICTURES", 4)
+    monkeypatch.setattr(embedded_images, "_PICTURES", 4)
     assert (
-        len(pictures.thumbnails(source, data, wanted)[0]) == 3
+        len(embedded_images.data_uris(source, data, wanted)[0]) == 3
     )  # the first four, of which one has none
 
 
@@ -105,8 +105,8 @@ def test_it_says_why_there_are_none(
     elif name == "PIL":
         monkeypatch.setitem(sys.modules, name, None)
     elif value != "absent":
-        monkeypatch.setattr(pictures, name, value)
-    found, reason = pictures.thumbnails(source, data, [("test", 2)])
+        monkeypatch.setattr(embedded_images, name, value)
+    found, reason = embedded_images.data_uris(source, data, [("test", 2)])
     assert found == {} and reason.startswith("No pictures: ") and said in reason
     text = page.write(finished.folder, data, pictures=source).read_text()
     assert "No pictures: " in text and "<img" not in text
@@ -121,4 +121,4 @@ def test_a_page_has_them(finished, source, data, parsed):
 
 
 def test_no_source_needs_no_reason(data):
-    assert pictures.thumbnails(None, data, [("test", 2)]) == ({}, "")
+    assert embedded_images.data_uris(None, data, [("test", 2)]) == ({}, "")

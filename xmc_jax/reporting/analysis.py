@@ -16,7 +16,7 @@ _Z = 1.959964  # of a 95 % interval
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class Hits:
     """Which positives are among the predictions of m documents.
 
     Attributes:
@@ -31,7 +31,7 @@ class Found:
     right: np.ndarray
 
 
-def find(ids: np.ndarray, positives: Csr) -> Found:
+def find(ids: np.ndarray, positives: Csr) -> Hits:
     """Looks for the positives among predictions.
 
     Args:
@@ -44,7 +44,7 @@ def find(ids: np.ndarray, positives: Csr) -> Found:
     right = np.zeros((len(ids), DEPTH), bool)
     first = rank < DEPTH
     right[row[first], rank[first]] = True
-    return Found(ids, ranks, right)
+    return Hits(ids, ranks, right)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class ByFrequency:
 
 
 def by_frequency(
-    found: Found,
+    hits: Hits,
     positives: Csr,
     bins: Bins,
     precision: Sequence[int] = (1, DEPTH),
@@ -132,7 +132,7 @@ def by_frequency(
     """Splits precision and recall by the frequency of labels.
 
     Args:
-        found: of m documents.
+        hits: of m documents.
         positives: [m, L].
         bins: of the L labels.
         precision: cut-offs; one beyond the predictions there are is that of all of them.
@@ -143,16 +143,16 @@ def by_frequency(
     total = np.bincount(of_positive, minlength=count)
 
     def right(k: int) -> np.ndarray:
-        there = found.rank < min(k, found.ids.shape[1])
+        there = hits.rank < min(k, hits.ids.shape[1])
         return np.bincount(of_positive[there], minlength=count)
 
     def predicted(k: int) -> np.ndarray:
-        first = found.ids[:, :k]
+        first = hits.ids[:, :k]
         return np.bincount(bins.of_label[first[first >= 0]], minlength=count)
 
     every = {k: predicted(k) for k in precision}
     return ByFrequency(
-        contribution=right(DEPTH) / (DEPTH * max(len(found.ids), 1)),
+        contribution=right(DEPTH) / (DEPTH * max(len(hits.ids), 1)),
         precision={k: _ratio(right(k), every[k]) for k in precision},
         recall={k: _ratio(right(k), total) for k in recall},
         predicted=every,
@@ -220,6 +220,13 @@ class ByScore:
     documents: np.ndarray
     precision: np.ndarray
     interval: np.ndarray
+
+    @property
+    def rows(self) -> list[tuple]:
+        """(low, high, documents, precision, interval) of each group."""
+        return list(
+            zip(self.low, self.high, self.documents, self.precision, self.interval.T.tolist())
+        )
 
 
 def by_score(scores: np.ndarray, right: np.ndarray, groups: int = 10) -> ByScore | None:
@@ -338,7 +345,7 @@ def examples(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Confused:
+class ConfusedPairs:
     """Pairs of labels that are taken for each other, the most frequent first.
 
     Attributes:
@@ -354,22 +361,22 @@ class Confused:
     example: np.ndarray
 
 
-def confused(found: Found, positives: Csr, count: int) -> Confused:
+def confused(hits: Hits, positives: Csr, count: int) -> ConfusedPairs:
     """Counts pairs of a missed positive and a wrong first prediction.
 
     Args:
-        found: of m documents.
+        hits: of m documents.
         positives: [m, L].
         count: pairs to keep; ties go to lower labels.
     """
-    rows, first = positives.row_ids(), found.ids[:, 0]
-    wrong = (first >= 0) & ~found.right[:, 0]
-    taken = np.flatnonzero((found.rank >= DEPTH) & wrong[rows])
+    rows, first = positives.row_ids(), hits.ids[:, 0]
+    wrong = (first >= 0) & ~hits.right[:, 0]
+    taken = np.flatnonzero((hits.rank >= DEPTH) & wrong[rows])
     keys = positives.indices[taken].astype(np.int64) * positives.columns + first[rows[taken]]
     pairs, where, counts = np.unique(keys, return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:count]
     missed, predicted = np.divmod(pairs[order], max(positives.columns, 1))
-    return Confused(missed, predicted, counts[order], rows[taken][where[order]])
+    return ConfusedPairs(missed, predicted, counts[order], rows[taken][where[order]])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

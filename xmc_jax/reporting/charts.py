@@ -1,25 +1,24 @@
-"""Plots as inline SVG: lines, dots by row, columns and ridges; colours come from the page's style.
+"""Plots as inline SVG: lines, dots by row, columns and ridges. style.css gives their colours.
 
-All have one width in units of about a pixel on a phone, so that their text keeps its size; a mark
-says what it is when pointed at, and the page puts a table beside each plot.
+The functions compute places; the templates of the same names draw. All plots have one width in
+units of about a pixel on a phone, so that their text keeps its size. A mark has a tooltip, and the
+page puts a table beside each plot.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from xml.etree.ElementTree import Element
 
 import numpy as np
+from markupsafe import Markup
 
-from xmc_jax.reporting.markup import Child, element
+from xmc_jax.reporting.rendering import PERCENT, render
 
 WIDTH = 340
-PERCENT = "\N{NO-BREAK SPACE}%"
-_TOP, _BOTTOM = 10, 37  # room for half a line of text, and for ticks and the name of an axis
-_CHARACTER, _BOLD = 6.1, 6.9  # width, about, of wide fonts
+_TOP, _BOTTOM = 10, 37  # space for half a line of text, and for ticks and the name of an axis
+_CHARACTER, _BOLD = 6.1, 6.9  # approximate widths in wide fonts
 _LINE = 13  # height of a line of text
-_REACH = 7  # radius that a point is pointed at within
-_SMALL = 24  # lines of up to so many points show each
+_MOST_SYMBOLS = 24  # a line of more points has no symbols
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,16 +27,16 @@ class Series:
 
     Attributes:
         name: written beside it.
-        kind: a class of the page's style, which gives colour and mark.
+        style: a class of style.css, which gives colour and mark.
         x: f64[n]; numbers of rows from 0 in `dots`.
-        y: f64[n]; what is not finite is left out.
-        tips: n texts, said when a mark is pointed at.
+        y: f64[n]; values that are not finite are left out.
+        tips: n tooltips.
         interval: f64[2, n], of y; None without.
-        level: whether its last value is to compare others with: a line leads from it to its name.
+        level: whether to compare others with its last value. A line leads from it to the name.
     """
 
     name: str
-    kind: str
+    style: str
     x: np.ndarray
     y: np.ndarray
     tips: Sequence[str]
@@ -50,16 +49,58 @@ class Axis:
     """One direction of a plot.
 
     Attributes:
-        low: where it begins.
-        high: where it ends.
-        ticks: values and what is written at them.
-        name: of what is measured, with its unit; written at the end of a horizontal one.
+        low: value at its start.
+        high: value at its end.
+        ticks: values, and the text at each.
+        name: the quantity with its unit, written below a horizontal axis.
     """
 
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...]
     name: str = ""
+
+    def fraction(self, value: float) -> float:
+        """Where a value lies, from 0 at the start to 1 at the end."""
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """The area of a plot, in which values have places.
+
+    Attributes:
+        description: what the plot shows, in a sentence, for screen readers.
+        x_axis: from left to right.
+        y_axis: from bottom to top.
+        height: of the plot with its margins.
+        left: left edge of the area.
+        margin: space at its right.
+        top: upper edge.
+    """
+
+    description: str
+    x_axis: Axis
+    y_axis: Axis
+    height: float
+    left: float
+    margin: float
+    top: float = _TOP
+    width: int = WIDTH
+
+    @property
+    def right(self) -> float:
+        return self.width - self.margin
+
+    @property
+    def bottom(self) -> float:
+        return self.height - _BOTTOM
+
+    def x(self, value: float) -> float:
+        return self.left + self.x_axis.fraction(value) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        return self.bottom - self.y_axis.fraction(value) * (self.bottom - self.top)
 
 
 def axis(
@@ -71,132 +112,54 @@ def axis(
     whole: bool = False,
     most: int = 5,
 ) -> Axis:
-    """An axis with round ticks that holds all values that are finite.
+    """An axis with round ticks that holds all finite values.
 
     Args:
-        values: what is to be shown.
+        values: the values to show.
         name: see `Axis`.
         zero: whether it has to begin at 0.
         percent: values are fractions, written in percent.
         whole: ticks are whole numbers.
-        most: ticks, about.
+        most: approximate number of ticks.
     """
     finite = [float(value) for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     low = min(low, 0.0) if zero else low
     if high - low <= 1e-9 * max(abs(high), 1e-9):
         high = low + (abs(low) * 0.1 or 1.0)
-    step = _step((high - low) / most)
+    step = _round_step((high - low) / most)
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [number * step for number in range(first, last + 1)]
-    written = (percentage if percent else decimal)(ticks, step)
-    return Axis(ticks[0], ticks[-1], tuple(zip(ticks, written)), name)
+    if percent:
+        texts = [text + PERCENT for text in _decimals([100 * tick for tick in ticks], 100 * step)]
+    else:
+        texts = _decimals(ticks, step)
+    return Axis(ticks[0], ticks[-1], tuple(zip(ticks, texts)), name)
 
 
 def within(low: float, high: float, name: str = "", most: int = 5) -> Axis:
-    """An axis from `low` to `high`, with the round ticks that lie between."""
-    step = _step((high - low) / most)
+    """An axis from `low` to `high`, with the round ticks between them."""
+    step = _round_step((high - low) / most)
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     ticks = [number * step for number in numbers]
-    return Axis(low, high, tuple(zip(ticks, decimal(ticks, step))), name)
+    return Axis(low, high, tuple(zip(ticks, _decimals(ticks, step))), name)
 
 
-def decimal(values: Sequence[float], step: float) -> list[str]:
+def _decimals(values: Sequence[float], step: float) -> list[str]:
     """Numbers with the decimals that a step between them needs."""
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
-def percentage(values: Sequence[float], step: float) -> list[str]:
-    """Fractions in percent, likewise."""
-    return [f"{text}{PERCENT}" for text in decimal([100 * value for value in values], 100 * step)]
-
-
-def _step(least: float) -> float:
+def _round_step(least: float) -> float:
     """The least of 1, 2 and 5 times a power of ten that is no less."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))
 
 
-class _Plot:
-    """An SVG with room around an area in which values have places."""
-
-    def __init__(
-        self,
-        said: str,
-        x: Axis,
-        y: Axis,
-        height: float,
-        left: float,
-        right: float,
-        top: float = _TOP,
-    ):
-        self.x_axis, self.y_axis, self.height = x, y, height
-        self.left, self.right = left, WIDTH - right
-        self.top, self.bottom = top, height - _BOTTOM
-        self.svg = element(
-            "svg", {"viewBox": f"0 0 {WIDTH} {height:g}", "role": "img", "aria-label": said}
-        )
-
-    def x(self, value: float) -> float:
-        return self.left + _part(value, self.x_axis) * (self.right - self.left)
-
-    def y(self, value: float) -> float:
-        return self.bottom - _part(value, self.y_axis) * (self.bottom - self.top)
-
-    def add(self, tag: str, attributes: dict[str, object], *children: Child) -> None:
-        self.svg.append(element(tag, attributes, *children))
-
-    def text(self, x: float, y: float, text: str, kind: str = "tick", anchor: str = "start"):
-        self.add("text", {"x": x, "y": y, "class": kind, "text-anchor": anchor}, text)
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-        self.add("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "class": kind})
-
-    def horizontal(self, grid: bool = False) -> None:
-        """Ticks and name of the x axis, and lines up from the ticks."""
-        for value, text in self.x_axis.ticks:
-            if grid:
-                self.line(self.x(value), self.top, self.x(value), self.bottom, "grid-line")
-            self.text(self.x(value), self.bottom + _LINE + 3, text, anchor="middle")
-        if self.x_axis.name:
-            middle = (self.left + self.right) / 2
-            self.text(middle, self.height - 4, self.x_axis.name, "axis", "middle")
-
-    def vertical(self) -> None:
-        """Ticks of the y axis, and lines to the right of them."""
-        for value, text in self.y_axis.ticks:
-            self.line(self.left, self.y(value), self.right, self.y(value), "grid-line")
-            self.text(self.left - 6, self.y(value) + 4, text, anchor="end")
-
-    def path(self, points: Sequence[tuple[float, float]], kind: str) -> None:
-        steps = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.add("polyline", {"points": steps, "class": f"line {kind}"})
-
-    def mark(self, x: float, y: float, kind: str, tip: str, shown: bool = True) -> None:
-        """A mark of a kind of series; not shown, it only says what it is."""
-        hit = element("circle", {"cx": x, "cy": y, "r": _REACH, "class": "hit"})
-        self.add("g", {}, element("title", None, tip), symbol(x, y, kind) if shown else None, hit)
-
-    def labels(self, labels: Sequence[tuple[float, str, str]], x: float) -> None:
-        """Names beside the ends of lines, moved apart: (y, name, kind)."""
-        ordered = sorted(labels)
-        places = apart([y for y, _, _ in ordered], self.top, self.bottom)
-        for y, (_, name, kind) in zip(places, ordered):
-            self.text(x, y + 4, name, f"name {kind}")
-
-
-def symbol(x: float, y: float, kind: str) -> Element:
-    """The mark of a kind of series: a ring, a dot or a diamond."""
-    if kind == "augmented":
-        path = f"M{x:.1f},{y - 5:.1f}l5,5l-5,5l-5,-5z"
-        return element("path", {"d": path, "class": f"mark {kind}"})
-    return element("circle", {"cx": x, "cy": y, "r": 4, "class": f"mark {kind}"})
-
-
 def apart(places: Sequence[float], low: float, high: float, gap: float = _LINE) -> list[float]:
-    """Ascending places, moved so that any two are `gap` apart, within bounds if there is room."""
+    """Ascending places, moved until any two are `gap` apart; within the bounds if they fit."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + gap) if moved else max(place, low))
@@ -208,123 +171,118 @@ def apart(places: Sequence[float], low: float, high: float, gap: float = _LINE) 
 
 
 def lines(
-    said: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 190, named: bool = True
-) -> Element:
+    description: str,
+    series: Sequence[Series],
+    x: Axis,
+    y: Axis,
+    height: int = 190,
+    named: bool = True,
+) -> Markup:
     """Values over a quantity, each series a line with its name at the end.
 
     Args:
-        said: what the plot shows, in a sentence, for those who do not see it.
+        description: see `Plot`.
         series: what to draw, in ascending x.
         x: the quantity's axis.
         y: the values' axis.
         height: of the plot.
-        named: whether the names are written, where there are several.
+        named: whether to write the names.
     """
-    names = [one.name for one in series] if named else []
-    room = 12 + _BOLD * max(map(len, names), default=0)
-    left = 12 + _CHARACTER * max((len(text) for _, text in y.ticks), default=0)
-    plot = _Plot(said, x, y, height, left, room)
-    plot.vertical()
-    plot.horizontal()
-    ends = []
+    margin = 12 + _BOLD * max((len(one.name) for one in series if named), default=0)
+    plot = Plot(description, x, y, height, _text_width(text for _, text in y.ticks), margin)
+    drawn, ends = [], []
     for one in series:
-        there = np.isfinite(one.y)
-        points = [(plot.x(a), plot.y(b)) for a, b in zip(one.x[there], one.y[there])]
-        if not points:
+        finite = np.flatnonzero(np.isfinite(one.y))
+        if not len(finite):
             continue
+        places = [(plot.x(one.x[i]), plot.y(one.y[i])) for i in finite]
+        intervals = []
         if one.interval is not None:
-            for place, (low, high) in zip(one.x[there], one.interval.T[there]):
-                plot.line(
-                    plot.x(place), plot.y(low), plot.x(place), plot.y(high), f"bar {one.kind}"
-                )
-        if one.level:
-            (start, at) = points[-1]
-            plot.line(start, at, plot.right, at, f"level {one.kind}")
-        if len(points) > 1:
-            plot.path(points, one.kind)
-        tips = [tip for tip, shown in zip(one.tips, there) if shown]
-        for (a, b), tip in zip(points, tips):
-            plot.mark(a, b, one.kind, tip, shown=len(points) <= _SMALL)
-        ends.append((points[-1][1], one.name, one.kind))
-    if names:
-        plot.labels(ends, plot.right + 10)
-    return plot.svg
+            low, high = one.interval
+            intervals = [(plot.x(one.x[i]), plot.y(low[i]), plot.y(high[i])) for i in finite]
+        tips = [one.tips[i] for i in finite]
+        drawn.append(
+            {
+                "style": one.style,
+                "level": one.level,
+                "places": places,
+                "intervals": intervals,
+                "tips": tips,
+            }
+        )
+        ends.append((places[-1][1], one.name, one.style))
+    ends = sorted(ends) if named else []
+    heights = apart([at for at, _, _ in ends], plot.top, plot.bottom)
+    names = [(at, name, style) for at, (_, name, style) in zip(heights, ends)]
+    return render("lines.svg", plot=plot, series=drawn, names=names, most_symbols=_MOST_SYMBOLS)
 
 
 def dots(
-    said: str,
+    description: str,
     rows: Sequence[str],
     rows_name: str,
     series: Sequence[Series],
     x: Axis,
     row_height: int = 22,
-) -> Element:
-    """Values by row, one below the other; a line spans each row's.
+) -> Markup:
+    """Values by row, one row below the other; a line spans the values of each row.
 
     Args:
-        said: see `lines`.
+        description: see `Plot`.
         rows: their names.
-        rows_name: of what these are, above them.
-        series: `y` are the rows' numbers, `x` the values; what is not finite is left out.
+        rows_name: what the rows are, written above them.
+        series: `y` are the rows' numbers, `x` the values; values that are not finite are left out.
         x: the values' axis.
         row_height: of each.
     """
-    left = 12 + _CHARACTER * max(map(len, [*rows, rows_name]))
     y = Axis(len(rows) - 0.5, -0.5, ())
     top = _TOP + _LINE
-    plot = _Plot(said, x, y, top + _BOTTOM + row_height * len(rows), left, 16, top)
-    plot.horizontal(grid=True)
-    plot.text(left - 8, _TOP + 2, rows_name, "axis", "end")
+    height = top + _BOTTOM + row_height * len(rows)
+    plot = Plot(description, x, y, height, _text_width([*rows, rows_name]), 16, top)
+    marks = [
+        (number, plot.x(value), plot.y(number), one.style, tip)
+        for one in series
+        for value, number, tip in zip(one.x, one.y, one.tips)
+        if math.isfinite(value)
+    ]
+    spans = []
     for number, name in enumerate(rows):
-        plot.text(left - 8, plot.y(number) + 4, name, anchor="end")
-        values = [one.x[i] for one in series for i in np.flatnonzero(one.y == number)]
-        values = [value for value in values if math.isfinite(value)]
-        if values:
-            at = plot.y(number)
-            plot.line(plot.x(min(values)), at, plot.x(max(values)), at, "span")
-    for one in series:
-        for value, number, tip in zip(one.x, one.y, one.tips):
-            if math.isfinite(value):
-                plot.mark(plot.x(value), plot.y(number), one.kind, tip)
-    return plot.svg
+        places = [mark[1] for mark in marks if mark[0] == number]
+        spans.append((name, (min(places), max(places)) if places else None))
+    return render(
+        "dots.svg", plot=plot, rows_name=rows_name, rows=spans, dots=[mark[1:] for mark in marks]
+    )
 
 
 def columns(
-    said: str,
+    description: str,
     names: Sequence[str],
     values: Sequence[float],
-    kinds: Sequence[str],
+    styles: Sequence[str],
     tips: Sequence[str],
     x_name: str,
-    written: Callable[[float], str],
+    write: Callable[[float], str],
     height: int = 190,
-) -> Element:
+) -> Markup:
     """One column for each name, its value above it.
 
     Args:
-        said: see `lines`.
+        description: see `Plot`.
         names: below the columns.
         values: their heights, 0 or more.
-        kinds: of each, a class of the page's style.
-        tips: of each.
-        x_name: of what the names are.
-        written: a value as text.
+        styles: of each, a class of style.css.
+        tips: tooltip of each.
+        x_name: what the names are.
+        write: gives the text of a value.
         height: of the plot.
     """
     top = max(max(values, default=0.0), 1e-9)
     x = Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), x_name)
-    plot = _Plot(said, x, Axis(0, top * 1.12, ()), height, 6, 6)
-    wide = (plot.right - plot.left) / max(len(names), 1)
-    for number, (value, kind, tip) in enumerate(zip(values, kinds, tips)):
-        at = plot.y(value)
-        box = {"x": plot.x(number) - 0.36 * wide, "width": 0.72 * wide}
-        box |= {"y": at, "height": plot.bottom - at, "class": f"column {kind}"}
-        plot.add("rect", box, element("title", None, tip))
-        if value:
-            plot.text(plot.x(number), at - 4, written(value), "value", "middle")
-    plot.line(plot.left, plot.bottom, plot.right, plot.bottom, "base")
-    plot.horizontal()
-    return plot.svg
+    plot = Plot(description, x, Axis(0, top * 1.12, ()), height, 6, 6)
+    spacing = (plot.right - plot.left) / max(len(names), 1)
+    texts = [write(value) for value in values]
+    drawn = list(zip(values, texts, styles, tips))
+    return render("columns.svg", plot=plot, columns=drawn, spacing=spacing)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -336,7 +294,7 @@ class Ridge:
         above: f64[n], counts drawn upwards.
         below: f64[n], counts drawn downwards.
         note: written at its right.
-        tip: said when it is pointed at.
+        tip: its tooltip.
     """
 
     name: str
@@ -347,48 +305,44 @@ class Ridge:
 
 
 def ridges(
-    said: str,
+    description: str,
     rows: Sequence[Ridge],
     edges: np.ndarray,
     x: Axis,
-    kinds: tuple[str, str],
+    styles: tuple[str, str],
     row_height: int = 58,
-) -> Element:
+) -> Markup:
     """Histograms one below the other, all on one scale; the two of a row share their base.
 
     Args:
-        said: see `lines`.
+        description: see `Plot`.
         rows: of n bins each.
         edges: f64[n + 1].
-        x: the axis of what is counted.
-        kinds: classes of the page's style, of what is above and below.
+        x: the axis of the quantity.
+        styles: classes of style.css, above and below.
         row_height: of each.
     """
-    left = 12 + _CHARACTER * max((len(row.name) for row in rows), default=0)
-    room = 12 + _CHARACTER * max((len(row.note) for row in rows), default=0)
     height = _TOP + _BOTTOM + row_height * len(rows)
-    plot = _Plot(said, x, Axis(0, 1, ()), height, left, room)
-    plot.horizontal(grid=True)
-    up = max((row.above.max() for row in rows), default=0)
-    down = max((row.below.max() for row in rows), default=0)
+    left, margin = (_text_width(texts) for texts in zip(*((row.name, row.note) for row in rows)))
+    plot = Plot(description, x, Axis(0, 1, ()), height, left, margin)
+    up, down = (
+        max(counts.max() for counts in side) for side in zip(*((r.above, r.below) for r in rows))
+    )
     scale = (row_height - 8) / max(up + down, 1)
+    # Two corners at each edge: the height before it and the height after it.
+    corners = [plot.x(edge) for edge in np.repeat(edges, 2)]
+    ridges = []
     for number, row in enumerate(rows):
         base = plot.top + number * row_height + 4 + up * scale
-        group = element("g", {}, element("title", None, row.tip))
-        for counts, kind, sign in ((row.above, kinds[0], -1), (row.below, kinds[1], 1)):
-            outline = [(plot.x(edges[0]), base)]
-            for low, high, count in zip(edges, edges[1:], counts):
-                at = base + sign * scale * count
-                outline += [(plot.x(low), at), (plot.x(high), at)]
-            outline.append((plot.x(edges[-1]), base))
-            points = " ".join(f"{a:.1f},{b:.1f}" for a, b in outline)
-            group.append(element("polygon", {"points": points, "class": f"area {kind}"}))
-        plot.svg.append(group)
-        plot.line(plot.left, base, plot.right, base, "base")
-        plot.text(plot.left - 8, base + 4, row.name, anchor="end")
-        plot.text(plot.right + 8, base + 4, row.note, "value")
-    return plot.svg
+        heights = (
+            base + sign * scale * np.pad(np.repeat(counts, 2), 1)
+            for counts, sign in ((row.above, -1), (row.below, 1))
+        )
+        outlines = [(list(zip(corners, of_side)), style) for of_side, style in zip(heights, styles)]
+        ridges.append((row, base, outlines))
+    return render("ridges.svg", plot=plot, ridges=ridges)
 
 
-def _part(value: float, axis: Axis) -> float:
-    return (value - axis.low) / (axis.high - axis.low)
+def _text_width(texts: Sequence[str]) -> float:
+    """Approximate width of the longest text, with the space beside it."""
+    return 12 + _CHARACTER * max(map(len, texts), default=0)

@@ -1,18 +1,12 @@
-"""The section of examples: documents with what was predicted, and labels that are confused."""
+"""Values of the section of examples: documents with predictions, and confused labels."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any
-from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from xmc_jax.data.store import Store
-from xmc_jax.reporting import analysis, parts, pictures
-from xmc_jax.reporting.analysis import DEPTH, Confused
-from xmc_jax.reporting.markup import Child, element, quoted
-from xmc_jax.reporting.parts import NAMES
-from xmc_jax.reporting.predictions import Predictions
+from xmc_jax.reporting import analysis, embedded_images
+from xmc_jax.reporting.analysis import DEPTH
+from xmc_jax.reporting.predictions import MatchedPredictions
 
 _EACH = 6  # examples of a kind
 _PAIRS = 12
@@ -28,211 +22,78 @@ _KINDS = {
 }
 
 
-def examples(seen: Predictions, source: Any | None) -> Element:
+def examples(matched: MatchedPredictions, source: Any | None) -> dict[str, Any]:
     """Documents with their predictions, and labels that are taken for each other.
 
     Args:
-        seen: the predictions.
-        source: where pictures are; None where none are at hand.
+        matched: the predictions.
+        source: the source of pictures, a `vision.sources.Place`; None without.
     """
-    chosen = analysis.examples(
-        seen.rankings["plain"].scores, seen.found["plain"].right, seen.positives, _EACH
-    )
-    shown = {kind: [_example(seen, row) for row in rows.tolist()] for kind, rows in chosen.items()}
-    pairs = analysis.confused(seen.found["plain"], seen.positives, _PAIRS)
-    every = [one for some in shown.values() for one in some]
-    items = _Items.of(
-        seen.data,
-        source,
-        [*(one.document for one in every), *seen.documents[pairs.example].tolist()],
-        [
-            *(label for one in every for label in one.labels),
+    plain = matched.hits["plain"]
+    scores = matched.rankings["plain"].scores
+    chosen = analysis.examples(scores, plain.right, matched.positives, _EACH)
+    kinds = [
+        (*_KINDS[kind], [_card(matched, row) for row in rows.tolist()])
+        for kind, rows in chosen.items()
+    ]
+    pairs = analysis.confused(plain, matched.positives, _PAIRS)
+    documents = matched.documents[pairs.example]
+    columns = pairs.missed, pairs.predicted, pairs.documents, documents
+    confused = list(zip(*(column.tolist() for column in columns)))
+    cards = [card for _, _, of_kind in kinds for card in of_kind]
+    wanted = {
+        "test": [*(card["document"] for card in cards), *documents.tolist()],
+        "label": [
+            *(
+                entry[0]
+                for card in cards
+                for entry in (*card["predicted"], *card["missed"], *card["before"])
+            ),
             *pairs.missed.tolist(),
             *pairs.predicted.tolist(),
         ],
-    )
-    blocks: list[Child] = []
-    for kind, (title, note) in _KINDS.items():
-        if shown[kind]:
-            note = element("span", {"class": "quiet"}, f" – {note}")
-            cards = [_card(one, items) for one in shown[kind]]
-            blocks += [
-                element("h3", None, title, note),
-                element("div", {"class": "examples"}, *cards),
-            ]
-    lead = (
-        f"{seen.note}The first five predictions of the row “{NAMES['plain']}” with their scores; × "
-        f"says how many training documents a label has. {items.reason}"
-    )
-    return parts.section("examples", "Examples", lead, *blocks, *_confused(seen, pairs, items))
+    }
+    texts = {}
+    for split, numbers in wanted.items():
+        ids = np.unique(np.array(numbers, np.int64))
+        of_split = matched.data.texts(split, ids)
+        texts |= {(split, i): text for i, text in zip(ids.tolist(), of_split)}
+    items = [(split, i) for split, numbers in wanted.items() for i in numbers]
+    images, reason = embedded_images.data_uris(source, matched.data, items)
+    return {
+        "kinds": kinds,
+        "confused": confused,
+        "texts": texts,
+        "images": images,
+        "reason": reason,
+        "frequency": matched.data.label_frequency,
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Example:
-    """A test document.
+def _card(matched: MatchedPredictions, row: int) -> dict[str, Any]:
+    """A document: its number, and labels by number.
 
-    Attributes:
-        document: its number.
-        predicted: label, score and whether it is right, of the first predictions.
-        missed: positives that are not among them, and their ranks; None beyond all predictions.
-        more: missed positives that are not named.
-        before: label and whether it is right, of the first predictions of zero-shot.
+    `predicted` has each label's score and whether it is right, `missed` the rank of a positive
+    beyond the first ones (None if it is not predicted), `more` the number of other missed ones, and
+    `before` the first predictions of zero-shot.
     """
-
-    document: int
-    predicted: tuple[tuple[int, float, bool], ...]
-    missed: tuple[tuple[int, int | None], ...]
-    more: int
-    before: tuple[tuple[int, bool], ...]
-
-    @property
-    def labels(self) -> list[int]:
-        """All labels that are named."""
-        return [one[0] for one in (*self.predicted, *self.missed, *self.before)]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Items:
-    """What is shown of documents ("test") and labels ("label").
-
-    Attributes:
-        texts: by item.
-        images: by item, data URIs; not of all.
-        frequency: i64[L].
-        reason: why there are no images, or "".
-    """
-
-    texts: Mapping[pictures.Item, str]
-    images: Mapping[pictures.Item, str]
-    frequency: np.ndarray
-    reason: str
-
-    @classmethod
-    def of(
-        cls,
-        data: Store,
-        source: Any | None,
-        documents: Sequence[int],
-        labels: Sequence[int],
-    ) -> "_Items":
-        texts = {}
-        for split, ids in (("test", documents), ("label", labels)):
-            ids = np.unique(np.array(ids, np.int64))
-            texts |= {(split, i): text for i, text in zip(ids.tolist(), data.texts(split, ids))}
-        wanted = [*(("test", i) for i in documents), *(("label", i) for i in labels)]
-        images, reason = pictures.thumbnails(source, data, wanted)
-        return cls(texts, images, data.label_frequency, reason)
-
-    def image(self, item: pictures.Item, kind: str) -> Element | None:
-        """The picture of an item, whose text says what it is."""
-        uri = self.images.get(item)
-        return element("img", {"class": kind, "src": uri, "alt": ""}) if uri else None
-
-    def text(self, item: pictures.Item) -> Element:
-        text = self.texts[item]
-        return quoted(text) if text.strip() else element("em", None, "no title")
-
-    def label(self, label: int) -> list[Child]:
-        """Picture, text and frequency of a label."""
-        count = element("span", {"class": "quiet"}, f" ×{self.frequency[label]:,}")
-        return [self.image(("label", label), "small"), self.text(("label", label)), count]
-
-
-def _example(seen: Predictions, row: int) -> _Example:
-    found, ranking = seen.found["plain"], seen.rankings["plain"]
-    part = slice(seen.positives.indptr[row], seen.positives.indptr[row + 1])
-    ranks, labels = found.rank[part], seen.positives.indices[part]
-    order = np.argsort(ranks, kind="stable")
-    missed = [i for i in order.tolist() if ranks[i] >= DEPTH]
-    depth = found.ids.shape[1]
-    before: list[tuple[int, bool]] = []
-    if "zero-shot" in seen.found:
-        earlier = seen.found["zero-shot"]
-        before = [
-            (label, bool(right))
-            for label, right in zip(earlier.ids[row, :_BEFORE].tolist(), earlier.right[row])
-            if label >= 0
-        ]
-    return _Example(
-        document=int(seen.documents[row]),
-        predicted=tuple(
-            (label, score, bool(right))
-            for label, score, right in zip(
-                found.ids[row, :DEPTH].tolist(), ranking.scores[row].tolist(), found.right[row]
-            )
-            if label >= 0
-        ),
-        missed=tuple(
-            (int(labels[i]), int(ranks[i]) + 1 if ranks[i] < depth else None)
-            for i in missed[:_MISSED]
-        ),
-        more=len(missed[_MISSED:]),
-        before=tuple(before),
-    )
-
-
-def _card(one: _Example, items: _Items) -> Element:
-    document = ("test", one.document)
-    rows = [
-        element(
-            "tr",
-            None,
-            element("td", {"class": "s"}, _sign(right)),
-            element("td", None, *items.label(label)),
-            element("td", {"class": "n"}, f"{score:.3f}"),
-        )
-        for label, score, right in one.predicted
+    hits, scores = matched.hits["plain"], matched.rankings["plain"].scores
+    part = slice(matched.positives.indptr[row], matched.positives.indptr[row + 1])
+    found = sorted(zip(hits.rank[part].tolist(), matched.positives.indices[part].tolist()))
+    missed = [
+        (label, rank + 1 if rank < hits.ids.shape[1] else None)
+        for rank, label in found
+        if rank >= DEPTH
     ]
-    notes: list[Child] = []
-    if one.missed:
-        named: list[Child] = ["Missed: "]
-        for i, (label, rank) in enumerate(one.missed):
-            where = f" (rank {rank})" if rank else " (not found)"
-            named += ["; " if i else None, *items.label(label), where]
-        named.append(f"; and {one.more:,} more" if one.more else None)
-        notes.append(element("p", {"class": "was"}, *named))
-    if one.before:
-        named = ["Zero-shot: "]
-        for i, (label, right) in enumerate(one.before):
-            named += ["; " if i else None, _sign(right), items.text(("label", label))]
-        notes.append(element("p", {"class": "was"}, *named))
-    header = element(
-        "header", None, items.image(document, "item"), element("h4", None, items.text(document))
-    )
-    body = element("table", None, element("tbody", None, *rows))
-    return element("article", {"class": "example"}, header, body, *notes)
-
-
-def _sign(right: bool) -> Element:
-    kind, shown, said = ("right", "✓", "right: ") if right else ("wrong", "✗", "wrong: ")
-    return element(
-        "span",
-        {"class": f"sign {kind}"},
-        element("span", {"aria-hidden": "true"}, shown),
-        element("span", {"class": "hidden"}, said),
-    )
-
-
-def _confused(seen: Predictions, pairs: Confused, items: _Items) -> list[Child]:
-    if not len(pairs.documents):
-        return []
-    rows = (
-        (
-            f"{count:,}",
-            element("span", None, *items.label(missed)),
-            element("span", None, *items.label(predicted)),
-            items.text(("test", int(seen.documents[row]))),
-        )
-        for missed, predicted, count, row in zip(
-            pairs.missed.tolist(),
-            pairs.predicted.tolist(),
-            pairs.documents.tolist(),
-            pairs.example.tolist(),
-        )
-    )
-    note = " – a positive that is not among the first five, and what is first, wrongly, instead"
-    heads = ("documents", "missed", "predicted", "one of the documents")
-    return [
-        element("h3", None, "Confused", element("span", {"class": "quiet"}, note)),
-        parts.table(heads, rows, texts=4),
-    ]
+    predicted = zip(hits.ids[row, :DEPTH].tolist(), scores[row].tolist(), hits.right[row].tolist())
+    before = []
+    if "zero-shot" in matched.hits:
+        earlier = matched.hits["zero-shot"]
+        before = list(zip(earlier.ids[row, :_BEFORE].tolist(), earlier.right[row].tolist()))
+    return {
+        "document": int(matched.documents[row]),
+        "predicted": [entry for entry in predicted if entry[0] >= 0],
+        "missed": missed[:_MISSED],
+        "more": len(missed[_MISSED:]),
+        "before": [entry for entry in before if entry[0] >= 0],
+    }

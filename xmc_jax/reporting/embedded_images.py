@@ -24,7 +24,7 @@ Item = tuple[str, int]
 """Split and number of an item."""
 
 
-def thumbnails(
+def data_uris(
     source: Any | None, data: Store, wanted: Iterable[Item]
 ) -> tuple[dict[Item, str], str]:
     """The first picture of items, those named first taking precedence.

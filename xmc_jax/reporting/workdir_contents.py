@@ -25,12 +25,11 @@ from xmc_jax.wording import counted
 _FACTS = "run.json"
 _PACKAGES = ("xmc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scann")
 _BLOCK_BYTES = 1 << 24  # of predictions read at a time
-# Rows of metrics.json -> prefix of their names in metrics.jsonl.
-_PREFIX = {"zero-shot": "eval_zero_shot/", "plain": "eval/", "augmented": "eval_augmented/"}
+_EVALUATION = re.compile(r"eval(?:_(\w+))?/(.+)")  # row and metric, of a name in metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Ranking:
+class RankedLabels:
     """Predictions of m documents.
 
     Attributes:
@@ -43,13 +42,14 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Run:
+class RunContents:
     """What is known of a run; of one under way, what is known by now.
 
     Attributes:
         config: as nested mappings, with `provenance`: digests of weights and data.
         records: of metrics.jsonl, in their order.
         step: of the newest evaluation; None where there is none.
+        evaluated_rows: rows of metrics.json that the records have.
         metrics: row -> metric -> fraction, of that evaluation and of zero-shot.
         index: of metrics.json, see `Evaluation.index`.
         facts: what `write_facts` has written; empty where it has not.
@@ -59,6 +59,7 @@ class Run:
     config: Mapping[str, Any]
     records: tuple[Mapping[str, float], ...]
     step: int | None
+    evaluated_rows: tuple[str, ...]
     metrics: Mapping[str, Mapping[str, float]]
     index: Mapping[str, Mapping[str, float]]
     facts: Mapping[str, Any]
@@ -91,7 +92,7 @@ def write_facts(workdir: epath.PathLike, seconds: Mapping[str, float]) -> None:
     atomic.write(epath.Path(workdir) / _FACTS, json.dumps(facts, indent=1) + "\n")
 
 
-def read(workdir: epath.PathLike) -> Run:
+def read(workdir: epath.PathLike) -> RunContents:
     """What a workdir holds of its run.
 
     Raises:
@@ -105,13 +106,16 @@ def read(workdir: epath.PathLike) -> Run:
     # A last line without its end is one that a killed or a running writer has not finished.
     lines = path.read_text().split("\n")[:-1]
     records = tuple(json_files.parse(path, line) for line in lines)
-    metrics: dict[str, Any] = {}
-    for row, prefix in _PREFIX.items():
-        for record in records:
-            found = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(prefix)}
-            metrics |= {row: found} if found else {}
-    evaluated = [r["step"] for r in records if any(k.startswith(_PREFIX["plain"]) for k in r)]
-    step = evaluated[-1] if evaluated else None
+    step, metrics = None, {}
+    for record in records:
+        of_record: dict[str, dict[str, float]] = {}
+        for name, value in record.items():
+            if match := _EVALUATION.fullmatch(name):
+                row = match[1].replace("_", "-") if match[1] else "plain"
+                of_record.setdefault(row, {})[match[2]] = value
+        metrics |= of_record
+        step = record["step"] if "plain" in of_record else step
+    evaluated_rows = tuple(metrics)
     index: Mapping[str, Any] = {}
     if step is not None and predictions(workdir, step).exists():
         # Of that step; a run that goes on has those of an earlier end.
@@ -122,7 +126,12 @@ def read(workdir: epath.PathLike) -> Run:
         baseline = _content(workdir / "baseline" / "metrics.json")
         baseline.pop("index", None)
     facts = _content(workdir / _FACTS) if (workdir / _FACTS).exists() else {}
-    return Run(config, records, step, metrics, index, facts, baseline)
+    return RunContents(config, records, step, evaluated_rows, metrics, index, facts, baseline)
+
+
+def metric_prefix(row: str) -> str:
+    """What precedes the metrics of a row of metrics.json in the names of metrics.jsonl."""
+    return "eval/" if row == "plain" else f"eval_{row.replace('-', '_')}/"
 
 
 def predictions(workdir: epath.PathLike, step: int) -> epath.Path:
@@ -136,7 +145,7 @@ def rankings(
     documents: np.ndarray,
     count: int,
     evaluation: Evaluation | None = None,
-) -> dict[str, Ranking]:
+) -> dict[str, RankedLabels]:
     """Predictions of some documents, by row of metrics.json; of what there is.
 
     Args:
@@ -146,14 +155,14 @@ def rankings(
         count: M.
         evaluation: that evaluation, where it is at hand; it is read else.
     """
-    found: dict[str, Ranking] = {}
+    found: dict[str, RankedLabels] = {}
     if predictions(workdir, 0).exists():
         found |= {
             "zero-shot": read_predictions(predictions(workdir, 0), documents, count, False)["plain"]
         }
     if evaluation is not None:
         for row, ids in evaluation.ids.items():
-            found[row] = Ranking(ids[documents], evaluation.scores[row][documents])
+            found[row] = RankedLabels(ids[documents], evaluation.scores[row][documents])
     elif step is not None and predictions(workdir, step).exists():
         found |= read_predictions(predictions(workdir, step), documents, count)
     return found
@@ -161,7 +170,7 @@ def rankings(
 
 def read_predictions(
     path: epath.PathLike, documents: np.ndarray, count: int, scores: bool = True
-) -> dict[str, Ranking]:
+) -> dict[str, RankedLabels]:
     """Rows of predictions of some documents; of the others no more than a block is held.
 
     Args:
@@ -181,7 +190,7 @@ def read_predictions(
             if "documents.npy" in names:
                 documents, count = _places(archive, documents)
             return {
-                row: Ranking(
+                row: RankedLabels(
                     _rows(archive, f"{row}_ids.npy", np.int32, documents, count),
                     _rows(archive, f"{row}_scores.npy", np.float32, documents, count)
                     if scores
