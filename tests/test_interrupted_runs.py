@@ -20,6 +20,7 @@ from etils import epath
 from xmc_jax import build, modes, report
 from xmc_jax.data.store import Store
 from xmc_jax.reporting import workdir_contents
+from xmc_jax.retrieval import saved_predictions
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
@@ -73,7 +74,7 @@ def whole(workdir: pathlib.Path, data: Store) -> None:
         assert all(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
         assert (workdir / "config.json").exists() and workdir_contents.read(workdir)
     for path in workdir.glob("predictions/*.npz"):
-        assert workdir_contents.read_predictions(path, np.arange(2), data.num_test)
+        assert saved_predictions.read(path, np.arange(2), data.num_test)
     if (workdir / "report.html").exists():
         assert (workdir / "report.html").read_text().rstrip().endswith("</html>")
 

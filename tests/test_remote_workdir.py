@@ -27,8 +27,7 @@ from xmc_jax import checkpoint, report, sharding, workdirs
 from xmc_jax.data import rows
 from xmc_jax.export import replacing
 from xmc_jax.models import bert, hf_export
-from xmc_jax.reporting import workdir_contents
-from xmc_jax.retrieval import encode, evaluate
+from xmc_jax.retrieval import encode, evaluate, saved_predictions
 from xmc_jax.retrieval.scann import ScannConfig, ScannIndex
 from xmc_jax.types import NO_PROMPTS, Inputs
 
@@ -244,7 +243,7 @@ def test_results_arrive_whole(workdir):
     assert json.loads((workdir / "metrics.json").read_text()) == {"plain": {"P@1": 0.5}}
     predictions = np.load(io.BytesIO((workdir / "predictions" / "1.npz").read_bytes()))
     np.testing.assert_array_equal(predictions["plain_ids"], found.ids["plain"])
-    read = workdir_contents.read_predictions(workdir / "predictions" / "1.npz", np.array([0, 2]), 3)
+    read = saved_predictions.read(workdir / "predictions" / "1.npz", np.array([0, 2]), 3)
     np.testing.assert_array_equal(read["plain"].ids, found.ids["plain"][[0, 2]])
 
     out = workdir / "embeddings" / "1" / "test.npy"

@@ -14,7 +14,7 @@ from configs import vixml
 from xmc_jax import packaged
 from xmc_jax.data import prepare, store
 from xmc_jax.reporting import workdir_contents
-from xmc_jax.retrieval import evaluate
+from xmc_jax.retrieval import evaluate, saved_predictions
 from xmc_jax.retrieval.evaluate import Evaluation
 
 TRAIN, TEST, LABELS, STEP, WIDTH = 90, 50, 30, 12, 6
@@ -135,12 +135,10 @@ def left(data, evaluations, tmp_path_factory) -> Finished:
     evaluate.write(
         after,
         folder / "metrics.json",
-        workdir_contents.predictions(folder, STEP),
+        saved_predictions.path(folder, STEP),
         {"zero-shot": before.metrics["plain"]},
     )
-    evaluate.write_predictions(
-        before, workdir_contents.predictions(folder, 0), evaluate.sample(TEST)
-    )
+    evaluate.write_predictions(before, saved_predictions.path(folder, 0), evaluate.sample(TEST))
     (folder / "config.json").write_text(json.dumps(config | {"provenance": provenance}))
     lines = (json.dumps(record) + "\n" for record in records(before, after))
     (folder / "metrics.jsonl").write_text("".join(lines))

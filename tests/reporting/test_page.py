@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax.reporting import charts, page, workdir_contents
-from xmc_jax.retrieval import evaluate
+from xmc_jax.reporting import charts, page
+from xmc_jax.retrieval import evaluate, saved_predictions
 from xmc_jax.retrieval.evaluate import COLUMNS
 
 STYLE = pathlib.Path(page.__file__).with_name("style.css")
@@ -171,7 +171,7 @@ def test_the_page_is_the_same_from_memory_and_from_files(finished, data):
 def test_of_many_documents_some_are_looked_at(finished, data, parsed, monkeypatch):
     monkeypatch.setattr(evaluate, "_LOOKED_AT", 20)
     evaluate.write_predictions(
-        finished.zero_shot, workdir_contents.predictions(finished.folder, 0), evaluate.sample(50)
+        finished.zero_shot, saved_predictions.path(finished.folder, 0), evaluate.sample(50)
     )
     text = page.write(finished.folder, data).read_text()
     assert text.count("From 20 of the 50 test documents, evenly spread") == 4
@@ -203,6 +203,33 @@ def test_metrics_of_an_earlier_end_are_not_taken_for_those_of_now(finished, data
     read = parsed(page.write(finished.folder, data).read_text())
     assert [row[:2] for row in read.table("percent")[1:]][1] == ["trained", "25.00"]
     assert "frequency" not in [a.get("id") for a, _ in read.named("section")]
+
+
+def test_unknown_losses_metrics_rows_and_phases_have_their_own_names(finished, data, parsed):
+    for name, change in (
+        ("config.json", lambda content: content["loss"].update(kind="new_loss")),
+        ("metrics.json", lambda content: content["plain"].update({"F1@2": 0.5, "MRR": 0.25})),
+        ("metrics.json", lambda content: content.update(stacked={"P@1": 0.125, "MRR": 0.5})),
+        ("run.json", lambda content: content["seconds"].update(defragmenting=9.0)),
+    ):
+        path = finished.folder / name
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    path = finished.folder / "metrics.jsonl"
+    values = {"train/new_term": 2.0, "train/learning_rate": 0.5, "eval_stacked/P@1": 0.125}
+    path.write_text(path.read_text() + json.dumps({"step": 12, **values}) + "\n")
+    text = page.write(finished.folder, data).read_text()
+    read = parsed(text)
+    assert "negatives that violate the loss new_loss" in text
+    titles = [title for _, title in read.named("h3")]
+    assert {"new term", "learning rate"} <= set(titles)
+    assert {"new term", "learning rate"} <= set(read.table("epoch")[0])
+    assert read.table("percent")[-1][:2] == ["stacked", "12.50"]
+    (trained,) = (rows for rows in read.tables if rows[0][:3] == ["trained", "@1", "@2"])
+    assert trained[0][-1] == "value" and ["F1", "–", "50.00"] in [row[:3] for row in trained]
+    assert ["MRR", "0.25"] in [[row[0], row[-1]] for row in trained]
+    assert "defragmenting" in [row[0] for rows in read.tables for row in rows]
 
 
 def test_what_differs_from_the_recipe_is_said(finished, data, parsed):
@@ -240,10 +267,10 @@ def test_facts_are_of_this_machine(finished):
 
 
 def test_predictions_are_read_in_blocks(finished, monkeypatch):
-    path = workdir_contents.predictions(finished.folder, 12)
+    path = saved_predictions.path(finished.folder, 12)
     documents = np.array([0, 3, 4, 21, 49])
-    monkeypatch.setattr(workdir_contents, "_BLOCK_BYTES", 4 * 30 * 7)  # seven documents
-    found = workdir_contents.read_predictions(path, documents, 50)
+    monkeypatch.setattr(saved_predictions, "_BLOCK_BYTES", 4 * 30 * 7)  # seven documents
+    found = saved_predictions.read(path, documents, 50)
     with np.load(path, allow_pickle=False) as whole:
         for row in ("plain", "augmented"):
             np.testing.assert_array_equal(found[row].ids, whole[f"{row}_ids"][documents])
@@ -253,17 +280,17 @@ def test_predictions_are_read_in_blocks(finished, monkeypatch):
 def test_of_a_file_of_some_documents_these_are_found(finished, tmp_path):
     path, held = tmp_path / "0.npz", np.array([1, 4, 9, 30])
     evaluate.write_predictions(finished.zero_shot, path, held)
-    found = workdir_contents.read_predictions(path, np.array([4, 30]), 50, scores=False)["plain"]
+    found = saved_predictions.read(path, np.array([4, 30]), 50, scores=False)["plain"]
     np.testing.assert_array_equal(found.ids, finished.zero_shot.ids["plain"][[4, 30]])
     assert found.scores is None
     for asked in ([4, 31], [0, 4], [30, 49]):
         with pytest.raises(ValueError, match="it holds 4 documents, and not all 2 asked for"):
-            workdir_contents.read_predictions(path, np.array(asked), 50)
+            saved_predictions.read(path, np.array(asked), 50)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "other data"])
 def test_damaged_predictions_are_answered_in_one_line(finished, damage):
-    path = workdir_contents.predictions(finished.folder, 12)
+    path = saved_predictions.path(finished.folder, 12)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-40])
     elif damage == "text":
@@ -273,7 +300,7 @@ def test_damaged_predictions_are_answered_in_one_line(finished, damage):
         with path.open("wb") as file:
             np.savez(file, plain_ids=objects, plain_scores=objects)
     with pytest.raises(ValueError, match=r"12\.npz: expected the predictions") as raised:
-        workdir_contents.read_predictions(path, np.arange(5), 51 if damage == "other data" else 50)
+        saved_predictions.read(path, np.arange(5), 51 if damage == "other data" else 50)
     assert "\n" not in str(raised.value)
 
 

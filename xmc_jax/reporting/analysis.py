@@ -122,21 +122,13 @@ class ByFrequency:
     predicted: Mapping[int, np.ndarray]
 
 
-def by_frequency(
-    hits: Hits,
-    positives: Csr,
-    bins: Bins,
-    precision: Sequence[int] = (1, DEPTH),
-    recall: Sequence[int] = (DEPTH, 100),
-) -> ByFrequency:
+def by_frequency(hits: Hits, positives: Csr, bins: Bins) -> ByFrequency:
     """Splits precision and recall by the frequency of labels.
 
     Args:
         hits: of m documents.
         positives: [m, L].
         bins: of the L labels.
-        precision: cut-offs; one beyond the predictions there are is that of all of them.
-        recall: likewise.
     """
     count = len(bins.low)
     of_positive = bins.of_label[positives.indices]
@@ -150,11 +142,11 @@ def by_frequency(
         first = hits.ids[:, :k]
         return np.bincount(bins.of_label[first[first >= 0]], minlength=count)
 
-    every = {k: predicted(k) for k in precision}
+    every = {k: predicted(k) for k in (1, DEPTH)}
     return ByFrequency(
         contribution=right(DEPTH) / (DEPTH * max(len(hits.ids), 1)),
-        precision={k: _ratio(right(k), every[k]) for k in precision},
-        recall={k: _ratio(right(k), total) for k in recall},
+        precision={k: _ratio(right(k), every[k]) for k in (1, DEPTH)},
+        recall={k: _ratio(right(k), total) for k in (DEPTH, 100)},
         predicted=every,
     )
 

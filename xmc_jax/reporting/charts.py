@@ -7,17 +7,19 @@ page puts a table beside each plot.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
 
-from xmc_jax.reporting.rendering import PERCENT, render
+from xmc_jax.reporting.rendering import PERCENT, percent, render, row_label
 
 WIDTH = 340
 _TOP, _BOTTOM = 10, 37  # space for half a line of text, and for ticks and the name of an axis
 _CHARACTER, _BOLD = 6.1, 6.9  # approximate widths in wide fonts
 _LINE = 13  # height of a line of text
+_HEIGHT = 190  # of a plot
+_ROW, _RIDGE = 22, 58  # heights of a row
 _MOST_SYMBOLS = 24  # a line of more points has no symbols
 
 
@@ -28,7 +30,7 @@ class Series:
     Attributes:
         name: written beside it.
         style: a class of style.css, which gives colour and mark.
-        x: f64[n]; numbers of rows from 0 in `dots`.
+        x: f64[n].
         y: f64[n]; values that are not finite are left out.
         tips: n tooltips.
         interval: f64[2, n], of y; None without.
@@ -175,7 +177,7 @@ def lines(
     series: Sequence[Series],
     x: Axis,
     y: Axis,
-    height: int = 190,
+    height: int = _HEIGHT,
     named: bool = True,
 ) -> Markup:
     """Values over a quantity, each series a line with its name at the end.
@@ -217,72 +219,59 @@ def lines(
     return render("lines.svg", plot=plot, series=drawn, names=names, most_symbols=_MOST_SYMBOLS)
 
 
-def dots(
-    description: str,
-    rows: Sequence[str],
-    rows_name: str,
-    series: Sequence[Series],
-    x: Axis,
-    row_height: int = 22,
-) -> Markup:
-    """Values by row, one row below the other; a line spans the values of each row.
+def dots(title: str, bins: Sequence[str], rows: Mapping[str, np.ndarray]) -> Markup:
+    """Fractions by bin of labels, one bin below the other; a line spans the values of each bin.
 
     Args:
-        description: see `Plot`.
-        rows: their names.
-        rows_name: what the rows are, written above them.
-        series: `y` are the rows' numbers, `x` the values; values that are not finite are left out.
-        x: the values' axis.
-        row_height: of each.
+        title: what the fractions are.
+        bins: names of b bins.
+        rows: row of metrics.json -> f64[b]; values that are not finite are left out.
     """
-    y = Axis(len(rows) - 0.5, -0.5, ())
-    top = _TOP + _LINE
-    height = top + _BOTTOM + row_height * len(rows)
-    plot = Plot(description, x, y, height, _text_width([*rows, rows_name]), 16, top)
-    marks = [
-        (number, plot.x(value), plot.y(number), one.style, tip)
-        for one in series
-        for value, number, tip in zip(one.x, one.y, one.tips)
-        if math.isfinite(value)
-    ]
-    spans = []
-    for number, name in enumerate(rows):
-        places = [mark[1] for mark in marks if mark[0] == number]
-        spans.append((name, (min(places), max(places)) if places else None))
-    return render(
-        "dots.svg", plot=plot, rows_name=rows_name, rows=spans, dots=[mark[1:] for mark in marks]
+    labels = {row: row_label(row) for row in rows}
+    description = f"{title} by training documents of a label, from head to tail: " + "; ".join(
+        f"{labels[row].short} {', '.join(percent(value, 0) for value in values)}"
+        for row, values in rows.items()
     )
+    x = axis(np.concatenate(list(rows.values())), zero=True, percent=True, most=4)
+    y = Axis(len(bins) - 0.5, -0.5, ())
+    heading, top = "documents", _TOP + _LINE
+    height = top + _BOTTOM + _ROW * len(bins)
+    plot = Plot(description, x, y, height, _text_width([*bins, heading]), 16, top)
+    marks, spans = [], []
+    for row, values in rows.items():
+        for number in np.flatnonzero(np.isfinite(values)).tolist():
+            value = values[number]
+            tip = f"{labels[row].short}, {bins[number]} documents: {percent(value)}"
+            marks.append((plot.x(value), plot.y(number), labels[row].style, tip))
+    for number, name in enumerate(bins):
+        places = [x for x, y, _, _ in marks if y == plot.y(number)]
+        spans.append((name, (min(places), max(places)) if places else None))
+    return render("dots.svg", plot=plot, heading=heading, bins=spans, dots=marks)
 
 
 def columns(
     description: str,
     names: Sequence[str],
     values: Sequence[float],
+    x_name: str,
     styles: Sequence[str],
     tips: Sequence[str],
-    x_name: str,
-    write: Callable[[float], str],
-    height: int = 190,
 ) -> Markup:
     """One column for each name, its value above it.
 
     Args:
         description: see `Plot`.
         names: below the columns.
-        values: their heights, 0 or more.
-        styles: of each, a class of style.css.
-        tips: tooltip of each.
+        values: fractions, the heights of the columns.
         x_name: what the names are.
-        write: gives the text of a value.
-        height: of the plot.
+        styles: classes of style.css.
+        tips: tooltips.
     """
-    top = max(max(values, default=0.0), 1e-9)
     x = Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), x_name)
-    plot = Plot(description, x, Axis(0, top * 1.12, ()), height, 6, 6)
-    spacing = (plot.right - plot.left) / max(len(names), 1)
-    texts = [write(value) for value in values]
-    drawn = list(zip(values, texts, styles, tips))
-    return render("columns.svg", plot=plot, columns=drawn, spacing=spacing)
+    plot = Plot(description, x, Axis(0, max(*values, 1e-9) * 1.12, ()), _HEIGHT, 6, 6)
+    spacing = (plot.right - plot.left) / len(names)
+    columns = list(zip(values, styles, tips))
+    return render("columns.svg", plot=plot, columns=columns, spacing=spacing)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -310,7 +299,6 @@ def ridges(
     edges: np.ndarray,
     x: Axis,
     styles: tuple[str, str],
-    row_height: int = 58,
 ) -> Markup:
     """Histograms one below the other, all on one scale; the two of a row share their base.
 
@@ -320,20 +308,19 @@ def ridges(
         edges: f64[n + 1].
         x: the axis of the quantity.
         styles: classes of style.css, above and below.
-        row_height: of each.
     """
-    height = _TOP + _BOTTOM + row_height * len(rows)
+    height = _TOP + _BOTTOM + _RIDGE * len(rows)
     left, margin = (_text_width(texts) for texts in zip(*((row.name, row.note) for row in rows)))
     plot = Plot(description, x, Axis(0, 1, ()), height, left, margin)
     up, down = (
         max(counts.max() for counts in side) for side in zip(*((r.above, r.below) for r in rows))
     )
-    scale = (row_height - 8) / max(up + down, 1)
+    scale = (_RIDGE - 8) / max(up + down, 1)
     # Two corners at each edge: the height before it and the height after it.
     corners = [plot.x(edge) for edge in np.repeat(edges, 2)]
     ridges = []
     for number, row in enumerate(rows):
-        base = plot.top + number * row_height + 4 + up * scale
+        base = plot.top + number * _RIDGE + 4 + up * scale
         heights = (
             base + sign * scale * np.pad(np.repeat(counts, 2), 1)
             for counts, sign in ((row.above, -1), (row.below, 1))

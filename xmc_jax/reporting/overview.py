@@ -1,27 +1,20 @@
 """Values of the sections on the run itself: headline, training, time and config."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
 from xmc_jax.data.store import Store
 from xmc_jax.reporting import charts
-from xmc_jax.reporting.analysis import Curve, curve
+from xmc_jax.reporting.analysis import curve
 from xmc_jax.reporting.charts import Series, axis
-from xmc_jax.reporting.rendering import (
-    duration,
-    number,
-    ordered_rows,
-    percent,
-    row_name,
-    row_style,
-    short_name,
-)
+from xmc_jax.reporting.rendering import duration, number, ordered_rows, percent, row_label
 from xmc_jax.reporting.workdir_contents import RunContents, metric_prefix
 from xmc_jax.retrieval import evaluate
 from xmc_jax.wording import counted
@@ -32,13 +25,21 @@ _TILES = {
     "R@100": "of the positives, those among the first 100",
 }
 _FEW = 30  # test documents, below which a standard error says nothing
-# Training records with plots of their own, and records that need none.
-_PLOTTED = ("loss", "violators", "grad_norm", "skipped")
+# Training records with a plot of their own, and records that need none.
+_KNOWN = (
+    "loss",
+    "violators",
+    "grad_norm",
+    "skipped",
+    "similarity_positive",
+    "similarity_negative",
+    "similarity_spread",
+)
 _SIMILARITIES = {
-    "similarity_positive": ("positive", "right"),
-    "similarity_negative": ("negative", "wrong"),
+    "train/similarity_positive": ("positive", "right"),
+    "train/similarity_negative": ("negative", "wrong"),
 }
-_TABLED = (*_PLOTTED, *_SIMILARITIES, "similarity_spread")
+
 _TERMS = {
     "document_to_label": "to label",
     "document_to_prototype": "to prototype",
@@ -96,16 +97,8 @@ def epochs(run: RunContents, data: Store) -> Epochs:
     return Epochs(-(-data.num_documents // train["batch_size"]), train["epochs"])
 
 
-@dataclasses.dataclass(frozen=True)
-class MetricsRow:
-    """A row of the tables of metrics.
-
-    Attributes:
-        name: in tables.
-        short: in charts.
-        style: a class of style.css.
-        metrics: metric -> fraction.
-    """
+class MetricsRow(NamedTuple):
+    """A row of the tables of metrics: see `RowLabel`, and metric -> fraction."""
 
     name: str
     short: str
@@ -113,26 +106,20 @@ class MetricsRow:
     metrics: Mapping[str, float]
 
     @property
-    def cuts(self) -> list[int]:
-        """Cut-offs of the metrics, ascending."""
-        return sorted({int(cut) for _, cut in self._split() if cut.isdecimal()})
+    def by_cut(self) -> dict[str, dict[str, float]]:
+        """Metric -> cut-off, such as "@5" -> value. Metrics without cut-off have ""."""
+        table: dict[str, dict[str, float]] = {}
+        for key, value in self.metrics.items():
+            name, _, cut = key.rpartition("@")
+            name, cut = (name, f"@{cut}") if cut.isdecimal() else (key, "")
+            table.setdefault(name, {})[cut] = value
+        return table
 
     @property
-    def cut_names(self) -> list[str]:
-        return [f"@{cut}" for cut in self.cuts]
-
-    @property
-    def names(self) -> list[str]:
-        """Metrics with cut-offs, without these."""
-        return list(dict.fromkeys(name for name, cut in self._split() if cut.isdecimal()))
-
-    @property
-    def uncut(self) -> dict[str, float]:
-        """Metrics without cut-offs."""
-        return {k: v for k, v in self.metrics.items() if not k.rpartition("@")[2].isdecimal()}
-
-    def _split(self) -> Iterable[Sequence[str]]:
-        return (key.rpartition("@")[::2] for key in self.metrics)
+    def cuts(self) -> list[str]:
+        """Cut-offs of the metrics, ascending, "" last."""
+        cuts = {cut for by_cut in self.by_cut.values() for cut in by_cut}
+        return sorted(cuts, key=lambda cut: int(cut[1:]) if cut else math.inf)
 
 
 def headline(run: RunContents, num_test: int) -> dict[str, Any]:
@@ -141,10 +128,10 @@ def headline(run: RunContents, num_test: int) -> dict[str, Any]:
     for row in ordered_rows(run.baseline):
         if row != "zero-shot":
             of = run.config["baseline"]["name"]
-            names = f"{of}: {row_name(row)}", f"{of}: {short_name(row)}"
+            label = row_label(row)
+            names = f"{of}: {label.name}", f"{of}: {label.short}"
             rows.append(MetricsRow(*names, "baseline", run.baseline[row]))
-    for row in ordered_rows(run.metrics):
-        rows.append(MetricsRow(row_name(row), short_name(row), row_style(row), run.metrics[row]))
+    rows += [MetricsRow(*row_label(row), run.metrics[row]) for row in ordered_rows(run.metrics)]
     columns = list(evaluate.COLUMNS)
     return {
         "rows": rows,
@@ -195,84 +182,63 @@ def training(run: RunContents, data: Store, epochs: Epochs) -> dict[str, Any]:
         for name in record
         if name.startswith("train/")
     )
-    others = [name for name in names if name not in _TABLED]
+    others = [name for name in names if name not in _KNOWN]
     terms = [name for name in others if name in _TERMS]
     loss = run.config.get("loss", {}).get("kind", "")
-    shares = {"write": percent, "zero": True}
+    # Zero-shot is last, below the others.
+    rows = sorted(ordered_rows(run.evaluated_rows), key=lambda row: row == "zero-shot")
+    figure = functools.partial(_figure, run, epochs)
     figures = [
-        _figure(run, epochs, "Loss", {"loss": ("loss", "trained")}),
-        _metric_figure(run, epochs, "P@1"),
-        _metric_figure(run, epochs, "R@100"),
-        _figure(
-            run,
-            epochs,
+        figure("Loss", {"train/loss": ("loss", "trained")}),
+        *(
+            figure(
+                metric,
+                {metric_prefix(row) + metric: row_label(row)[1:] for row in rows},
+                "on test documents",
+                zero=True,
+                write=percent,
+                named=True,
+            )
+            for metric in ("P@1", "R@100")
+        ),
+        figure(
             "Violators",
-            {"violators": ("violators", "trained")},
+            {"train/violators": ("violators", "trained")},
             # An unknown loss is shown under its own name.
             _VIOLATORS.get(loss, f"negatives that violate the loss {loss}"),
-            **shares,
+            zero=True,
+            write=percent,
         ),
-        _figure(run, epochs, "Similarities", _SIMILARITIES, "mean cosine of documents and labels"),
-        _figure(run, epochs, "Gradient norm", {"grad_norm": ("norm", "trained")}, zero=True),
+        figure("Similarities", _SIMILARITIES, "mean cosine of documents and labels"),
+        figure("Gradient norm", {"train/grad_norm": ("norm", "trained")}, zero=True),
     ]
     if len(terms) > 1:
+        plotted = {f"train/{name}": (_TERMS[name], "plainly") for name in terms}
         note = "of documents to labels and back, before they are weighted"
-        plotted = {name: (_TERMS[name], "plainly") for name in terms}
-        figures.append(_figure(run, epochs, "Terms of the loss", plotted, note))
-    figures += [
-        _figure(run, epochs, name.replace("_", " "), {name: (name, "plainly")})
-        for name in others
-        if name not in _TERMS
-    ]
-    columns = {n: c for n in (*_TABLED, *others) if (c := curve(run.records, f"train/{n}", 40))}
-    # Every column has the steps of the first one.
-    first = next(iter(columns.values()), None)
+        figures.append(figure("Terms of the loss", plotted, note))
+    for name in others:
+        if name not in _TERMS:
+            title = name.replace("_", " ")
+            figures.append(figure(title, {f"train/{name}": (title, "plainly")}))
+    columns = {n: c for n in (*_KNOWN, *others) if (c := curve(run.records, f"train/{n}", 40))}
     return {
         "batch": min(run.config["train"]["batch_size"], data.num_documents),
-        "figures": [figure for figure in figures if figure],
-        "record_names": [name.replace("_", " ") for name in columns],
-        "records_caption": f"Training, means of {counted(first.records, 'record')}"
-        if first
-        else "",
-        "records": [
-            (
-                float(epochs.at(step)),
-                step,
-                [c.values[i] if i < len(c.values) else None for c in columns.values()],
-            )
-            for i, step in enumerate(first.steps if first else ())
-        ],
-        **_evaluations(run, epochs),
+        "figures": [one for one in figures if one],
+        "curves": columns,
+        **_evaluations(run),
     }
 
 
-def _evaluations(run: RunContents, epochs: Epochs) -> dict[str, Any]:
-    """A table of the headline's metrics at every evaluation."""
+def _evaluations(run: RunContents) -> dict[str, Any]:
+    """The headline's metrics of every row at every evaluation: column -> step -> fraction."""
     columns = {
-        f"{metric}, {short_name(row)}": dict(zip(found.steps.tolist(), found.values.tolist()))
+        f"{metric}, {row_label(row).short}": dict(zip(found.steps.tolist(), found.values.tolist()))
         for row in ordered_rows(run.evaluated_rows)
         for metric in _TILES
         if (found := curve(run.records, metric_prefix(row) + metric, 60))
     }
     steps = sorted({step for column in columns.values() for step in column})
-    return {
-        "evaluation_names": list(columns),
-        "evaluations": [
-            (float(epochs.at(step)), step, [column.get(step) for column in columns.values()])
-            for step in steps
-        ],
-    }
-
-
-def _series(
-    found: Curve, epochs: Epochs, name: str, style: str, write: Callable[[float], str]
-) -> Series:
-    at = epochs.at(found.steps)
-    tips = [
-        f"{name}, epoch {number(epoch, 3)}, step {step:,.0f}: {write(value)}"
-        for epoch, step, value in zip(at, found.steps, found.values)
-    ]
-    return Series(name, style, at, found.values, tips)
+    return {"evaluated_steps": steps, "evaluations": columns}
 
 
 def _figure(
@@ -282,41 +248,43 @@ def _figure(
     names: Mapping[str, tuple[str, str]],
     note: str = "",
     *,
-    source: str = "train/",
     zero: bool = False,
     write: Callable[[float], str] = number,
+    named: bool | None = None,
 ) -> Figure | None:
-    """A plot of values in the records: name there -> name here and style; None without values."""
-    curves = [(c, *shown) for n, shown in names.items() if (c := curve(run.records, source + n))]
-    if not curves:
+    """A plot of values in the records; None without values.
+
+    Args:
+        run: the run.
+        epochs: its epochs.
+        title: of the plot.
+        names: name in the records -> name in the plot, and style. A series of the style "zero" is a
+            level to compare the others with.
+        note: what the values are.
+        zero: whether the y axis has to begin at 0.
+        write: gives the text of a value.
+        named: whether to write the names; by default if there are several.
+    """
+    series, size = [], 1
+    for record_name, (name, style) in names.items():
+        found = curve(run.records, record_name)
+        if found:
+            at, size = epochs.at(found.steps), max(size, found.records)
+            tips = [
+                f"{name}, epoch {number(epoch, 3)}, step {step:,.0f}: {write(value)}"
+                for epoch, step, value in zip(at, found.steps, found.values)
+            ]
+            series.append(Series(name, style, at, found.values, tips, level=style == "zero"))
+    if not series:
         return None
-    series = [_series(found, epochs, name, style, write) for found, name, style in curves]
     description = f"{title} over {counted(epochs.total, 'epoch')}: " + "; ".join(
         f"{one.name} from {write(one.y[0])} to {write(one.y[-1])}" for one in series
     )
-    size = max(found.records for found, *_ in curves)
     means = f"means of {counted(size, 'record')}" if size > 1 else ""
     y = axis(np.concatenate([one.y for one in series]), zero=zero, percent=write is percent)
-    chart = charts.lines(description, series, epochs.axis(), y, named=len(series) > 1)
+    named = len(series) > 1 if named is None else named
+    chart = charts.lines(description, series, epochs.axis(), y, named=named)
     return Figure(title, ", ".join(filter(None, [note, means])), chart)
-
-
-def _metric_figure(run: RunContents, epochs: Epochs, metric: str) -> Figure | None:
-    series = []
-    # Zero-shot is last, as a level to compare the others with.
-    for row in sorted(ordered_rows(run.evaluated_rows), key=lambda row: row == "zero-shot"):
-        found = curve(run.records, metric_prefix(row) + metric)
-        if found:
-            one = _series(found, epochs, short_name(row), row_style(row), percent)
-            series.append(dataclasses.replace(one, level=row == "zero-shot"))
-    if not series:
-        return None
-    description = f"{metric} over {counted(epochs.total, 'epoch')}: " + "; ".join(
-        f"{one.name} {percent(one.y[-1])} at epoch {number(one.x[-1], 3)}" for one in series
-    )
-    y = axis(np.concatenate([one.y for one in series]), zero=True, percent=True)
-    chart = charts.lines(description, series, epochs.axis(), y)
-    return Figure(metric, "on test documents", chart)
 
 
 def time(run: RunContents, epochs: Epochs) -> dict[str, Any]:
@@ -335,16 +303,9 @@ def time(run: RunContents, epochs: Epochs) -> dict[str, Any]:
     for phase, share in sorted(shares.items(), key=lambda item: -item[1]):
         texts = [duration(share * total)] if total else []
         bars.append((_PHASES.get(phase, phase), share, "trained", [*texts, percent(share)]))
-    name = "documents_per_second"
-    speed = _figure(
-        run,
-        epochs,
-        "Documents per second",
-        {name: ("documents/s", "trained")},
-        "in training steps",
-        source="time/",
-        zero=True,
-    )
+    speeds = {"time/documents_per_second": ("documents/s", "trained")}
+    note = "in training steps"
+    speed = _figure(run, epochs, "Documents per second", speeds, note, zero=True)
     return {"total": total, "bars": bars, "figures": [speed] if speed else []}
 
 

@@ -13,14 +13,7 @@ from xmc_jax.reporting import analysis, charts
 from xmc_jax.reporting.analysis import DEPTH, Bins, Hits
 from xmc_jax.reporting.charts import Ridge, Series, axis
 from xmc_jax.reporting.overview import Figure
-from xmc_jax.reporting.rendering import (
-    number,
-    ordered_rows,
-    percent,
-    row_name,
-    row_style,
-    short_name,
-)
+from xmc_jax.reporting.rendering import number, ordered_rows, percent, row_label
 from xmc_jax.reporting.workdir_contents import RankedLabels
 from xmc_jax.wording import counted
 
@@ -98,30 +91,17 @@ def frequency(matched: MatchedPredictions) -> dict[str, Any]:
     positives = np.bincount(bins.of_label[matched.positives.indices], minlength=len(labels))
     shares = labels / labels.sum(), positives / max(positives.sum(), 1)
     return {
-        "legend": [(row_name(row), row_style(row)) for row in rows],
+        "legend": [(row_label(row).name, row_label(row).style) for row in rows],
         "counts": list(zip(bins.names, labels, shares[0], positives, shares[1])),
-        "panels": [Figure(t, note, _dots(t, bins.names, values)) for t, note, values in panels],
-        "heads": [f"{t}, {short_name(row)}" for t, _, values in panels for row in values],
+        "panels": [
+            Figure(t, note, charts.dots(t, bins.names, values)) for t, note, values in panels
+        ],
+        "heads": [f"{t}, {row_label(row).short}" for t, _, values in panels for row in values],
         "numbers": [
             (name, [of_row[i] for _, _, values in panels for of_row in values.values()])
             for i, name in enumerate(bins.names)
         ],
     }
-
-
-def _dots(title: str, names: list[str], values: Mapping[str, np.ndarray]) -> Markup:
-    """Values by bin and row."""
-    series = []
-    for row, of_row in values.items():
-        tips = [f"{short_name(row)}, {n} documents: {percent(v)}" for n, v in zip(names, of_row)]
-        places = np.arange(len(names), dtype=np.float64)
-        series.append(Series(short_name(row), row_style(row), of_row, places, tips))
-    description = f"{title} by training documents of a label, from head to tail: " + "; ".join(
-        f"{short_name(row)} {', '.join(percent(v, 0) for v in of_row)}"
-        for row, of_row in values.items()
-    )
-    x = axis(np.concatenate(list(values.values())), zero=True, percent=True, most=4)
-    return charts.dots(description, names, "documents", series, x)
 
 
 def scores(matched: MatchedPredictions) -> dict[str, Any]:
@@ -138,11 +118,11 @@ def scores(matched: MatchedPredictions) -> dict[str, Any]:
             f"interval {percent(least)} to {percent(most)}"
             for low, high, n, p, (least, most) in groups.rows
         ]
-        one = Series(
-            row_name(row), row_style(row), groups.score, groups.precision, tips, groups.interval
-        )
+        label = row_label(row)
+        values = groups.score, groups.precision, tips, groups.interval
+        one = Series(label.name, label.style, *values)
         chart = charts.lines(
-            f"P@1 of {row_name(row)} by the first prediction's score: " + "; ".join(tips),
+            f"P@1 of {row_label(row).name} by the first prediction's score: " + "; ".join(tips),
             [one],
             axis(groups.score, "cosine" if row == "plain" else "mixed score"),
             axis([1.0], zero=True, percent=True),
@@ -210,13 +190,12 @@ def _change(matched: MatchedPredictions, before: str, after: str) -> dict[str, A
         f"{helped} more, {unchanged} as many, {hurt} fewer",
         steps,
         shares,
-        ["hurt"] * DEPTH + ["same"] + ["helped"] * DEPTH,
-        [f"{step}: {counted(n, 'document')}" for step, n in zip(steps, change.difference)],
         "more or fewer than before",
-        lambda share: percent(share, 0) if share > 0.005 else "",
+        styles=["hurt"] * DEPTH + ["same"] + ["helped"] * DEPTH,
+        tips=[f"{step}: {counted(n, 'document')}" for step, n in zip(steps, change.difference)],
     )
     return {
-        "name": f"{row_name(before)} → {row_name(after)}",
+        "name": f"{row_label(before).name} → {row_label(after).name}",
         "helped": helped,
         "unchanged": unchanged,
         "hurt": hurt,

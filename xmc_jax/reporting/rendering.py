@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -17,27 +18,26 @@ PERCENT = "\N{NO-BREAK SPACE}%"
 
 # Control characters except tab and line ends, lone surrogates, and noncharacters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-# Row of metrics.json -> its name, its name in charts, and the class of style.css for its colour.
+
+
+class RowLabel(NamedTuple):
+    """How a row of metrics.json is shown: its name, its name in charts, a class of style.css."""
+
+    name: str
+    short: str
+    style: str
+
+
 _ROWS = {
-    "zero-shot": ("zero-shot", "zero-shot", "zero"),
-    "plain": ("trained", "trained", "trained"),
-    "augmented": ("trained + augmented", "augmented", "augmented"),
+    "zero-shot": RowLabel("zero-shot", "zero-shot", "zero"),
+    "plain": RowLabel("trained", "trained", "trained"),
+    "augmented": RowLabel("trained + augmented", "augmented", "augmented"),
 }
 
 
-def row_name(row: str) -> str:
-    """The name of a row of metrics.json. An unknown row keeps its own name."""
-    return _ROWS[row][0] if row in _ROWS else row
-
-
-def short_name(row: str) -> str:
-    """Its name in charts."""
-    return _ROWS[row][1] if row in _ROWS else row
-
-
-def row_style(row: str) -> str:
-    """The class of style.css that gives the row its colour."""
-    return _ROWS[row][2] if row in _ROWS else "plainly"
+def row_label(row: str) -> RowLabel:
+    """The label of a row. An unknown row keeps its own name."""
+    return _ROWS.get(row, RowLabel(row, row, "plainly"))
 
 
 def ordered_rows(rows: Iterable[str]) -> list[str]:
@@ -104,7 +104,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (row_name, short_name, row_style, percent, points, number, duration, shortened)
+    filters = (row_label, percent, points, number, duration, shortened)
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters |= {"counted": counted, "path_points": path_points}
     return environment

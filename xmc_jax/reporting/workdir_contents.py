@@ -4,14 +4,12 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
 import re
-import zipfile
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,26 +17,13 @@ from etils import epath
 
 from xmc_jax import workdirs
 from xmc_jax.files import atomic, json_files
+from xmc_jax.retrieval import saved_predictions
 from xmc_jax.retrieval.evaluate import Evaluation
-from xmc_jax.wording import counted
+from xmc_jax.retrieval.saved_predictions import RankedLabels
 
 _FACTS = "run.json"
 _PACKAGES = ("xmc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scann")
-_BLOCK_BYTES = 1 << 24  # of predictions read at a time
 _EVALUATION = re.compile(r"eval(?:_(\w+))?/(.+)")  # row and metric, of a name in metrics.jsonl
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RankedLabels:
-    """Predictions of m documents.
-
-    Attributes:
-        ids: i32[m, k] label ids, best first; -1 where there is no prediction.
-        scores: f32[m, k], -inf where there is no prediction; None where they were not asked for.
-    """
-
-    ids: np.ndarray
-    scores: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,26 +102,21 @@ def read(workdir: epath.PathLike) -> RunContents:
         step = record["step"] if "plain" in of_record else step
     evaluated_rows = tuple(metrics)
     index: Mapping[str, Any] = {}
-    if step is not None and predictions(workdir, step).exists():
+    if step is not None and saved_predictions.path(workdir, step).exists():
         # Of that step; a run that goes on has those of an earlier end.
-        metrics = _content(workdir / "metrics.json")
+        metrics = json_files.read(workdir / "metrics.json")
         index = metrics.pop("index", {})
     baseline: dict[str, Any] = {}
     if config.get("baseline") and (workdir / "baseline" / "metrics.json").exists():
-        baseline = _content(workdir / "baseline" / "metrics.json")
+        baseline = json_files.read(workdir / "baseline" / "metrics.json")
         baseline.pop("index", None)
-    facts = _content(workdir / _FACTS) if (workdir / _FACTS).exists() else {}
+    facts = json_files.read(workdir / _FACTS) if (workdir / _FACTS).exists() else {}
     return RunContents(config, records, step, evaluated_rows, metrics, index, facts, baseline)
 
 
 def metric_prefix(row: str) -> str:
     """What precedes the metrics of a row of metrics.json in the names of metrics.jsonl."""
     return "eval/" if row == "plain" else f"eval_{row.replace('-', '_')}/"
-
-
-def predictions(workdir: epath.PathLike, step: int) -> epath.Path:
-    """Where the predictions of an evaluation are; those of zero-shot are of step 0."""
-    return epath.Path(workdir) / "predictions" / f"{step}.npz"
 
 
 def rankings(
@@ -156,101 +136,16 @@ def rankings(
         evaluation: that evaluation, where it is at hand; it is read else.
     """
     found: dict[str, RankedLabels] = {}
-    if predictions(workdir, 0).exists():
-        found |= {
-            "zero-shot": read_predictions(predictions(workdir, 0), documents, count, False)["plain"]
-        }
+    zero_shot = saved_predictions.path(workdir, 0)
+    if zero_shot.exists():
+        of_zero_shot = saved_predictions.read(zero_shot, documents, count, scores=False)
+        found["zero-shot"] = of_zero_shot["plain"]
     if evaluation is not None:
         for row, ids in evaluation.ids.items():
             found[row] = RankedLabels(ids[documents], evaluation.scores[row][documents])
-    elif step is not None and predictions(workdir, step).exists():
-        found |= read_predictions(predictions(workdir, step), documents, count)
+    elif step is not None and saved_predictions.path(workdir, step).exists():
+        found |= saved_predictions.read(saved_predictions.path(workdir, step), documents, count)
     return found
-
-
-def read_predictions(
-    path: epath.PathLike, documents: np.ndarray, count: int, scores: bool = True
-) -> dict[str, RankedLabels]:
-    """Rows of predictions of some documents; of the others no more than a block is held.
-
-    Args:
-        path: what `evaluate.write_predictions` wrote, local or remote.
-        documents: i64[m], ascending, among those that the file has.
-        count: M, how many test documents there are.
-        scores: whether they are read, too.
-
-    Raises:
-        ValueError: it is no such file, or of other data.
-    """
-    path = epath.Path(path)
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            rows = [match[1] for name in names if (match := re.match(r"(.+)_ids\.npy", name))]
-            if "documents.npy" in names:
-                documents, count = _places(archive, documents)
-            return {
-                row: RankedLabels(
-                    _rows(archive, f"{row}_ids.npy", np.int32, documents, count),
-                    _rows(archive, f"{row}_scores.npy", np.float32, documents, count)
-                    if scores
-                    else None,
-                )
-                for row in rows
-            }
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path}: expected the predictions of an evaluation, found another or a damaged file: "
-            f"{error}; evaluate again"
-        ) from error
-
-
-def _places(archive: zipfile.ZipFile, documents: np.ndarray) -> tuple[np.ndarray, int]:
-    """i64[m], where documents are in a file of some, and how many these are."""
-    with archive.open("documents.npy") as file:
-        held = np.lib.format.read_array(file, allow_pickle=False)
-    places = np.searchsorted(held, documents)
-    if not np.array_equal(held[np.minimum(places, len(held) - 1)], documents):
-        said = counted(len(held), "document")
-        raise ValueError(f"it holds {said}, and not all {len(documents)} asked for")
-    return places, len(held)
-
-
-def _rows(
-    archive: zipfile.ZipFile, name: str, dtype: Any, documents: np.ndarray, count: int
-) -> np.ndarray:
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"{name} has version {version}")
-        shape, by_column, found = np.lib.format.read_array_header_1_0(file)
-        if found != dtype or by_column or len(shape) != 2:
-            raise ValueError(f"{name} holds {found}{list(shape)}")
-        if shape[0] != count:
-            raise ValueError(f"{name} has {counted(shape[0], 'document')}, not {count}")
-        size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
-        if archive.getinfo(name).file_size != size:
-            raise ValueError(f"{name} says it has shape {list(shape)}, and has another size")
-        taken = np.empty((len(documents), shape[1]), dtype)
-        width = taken.itemsize * shape[1]
-        block = max(_BLOCK_BYTES // max(width, 1), 1)
-        for start in range(0, count, block):
-            size = min(block, count - start)
-            rows = np.frombuffer(_exactly(file, size * width), dtype).reshape(size, -1)
-            first, last = np.searchsorted(documents, (start, start + size))
-            taken[first:last] = rows[documents[first:last] - start]
-    return taken
-
-
-def _exactly(file: BinaryIO, count: int) -> bytes:
-    found = file.read(count)
-    if len(found) != count:
-        raise EOFError("it ends early")
-    return found
-
-
-def _content(path: epath.Path) -> dict[str, Any]:
-    return json_files.read(path)
 
 
 def _processor() -> str:
