@@ -262,7 +262,7 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
 def test_mistakes_are_answered_in_one_line(arguments, said, code, tmp_path):
     arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "xmc_jax.main", *arguments, f"--workdir={tmp_path / 'run'}"],
+        [sys.executable, "-m", "xmc_jax.main", f"--workdir={tmp_path / 'run'}", *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,

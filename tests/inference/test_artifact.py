@@ -81,8 +81,7 @@ def test_labels_are_encoded_once(exported, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Split, "inputs", counted)
         folder = write.whole(exported.fields, run, 0, state, tmp_path)
-    size = run.config.train.encode_batch_size
-    assert len(read) == -(-len(labels) // size) * size and set(read) == set(range(len(labels)))
+    assert sorted(read) == list(range(len(labels)))
     assert not (folder / "label_texts.npy").exists()
     for name, expected in (
         ("labels/embeddings.npy", exact.to_host(run.embed_index(state))),
@@ -127,7 +126,7 @@ def cut(path: pathlib.Path) -> None:
             lambda f: (f / "artifact.json").write_text("[]"),
             "of an exported model, found a damaged file",
         ),
-        (lambda f: (f / "artifact.json").write_text("[" * 10**5), "expected an exported model"),
+        (lambda f: (f / "artifact.json").write_text("[" * 10**5), "found a damaged file"),
         (lambda f: change(f, lambda m: m.update(format=2)), "expected format 1, found 2; export"),
         (lambda f: change(f, lambda m: m.update(name=3)), "name: expected str, found 3"),
         (lambda f: change(f, lambda m: m.update(files=[])), "files: expected names with bytes"),

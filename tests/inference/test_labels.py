@@ -171,7 +171,7 @@ def test_the_index_is_of_the_labels_there_are(folder):
     ("changes", "message"),
     [
         (Changes(add=[Label("x", id="topic1")]), "add: label 'topic1'.*is not yet in.*update"),
-        (Changes(update=[Label("x", id="other")]), "update: label 'other'.*is in.*add"),
+        (Changes(update=[Label("x", id="other")]), "update: label 'other'.*is in.*leave it out"),
         (Changes(remove=["other"]), "remove: label 'other'"),
         (Changes(remove=["topic1", "topic1"]), "once, got it again"),
         (Changes(add=[Label("x")]), "without"),

@@ -1006,7 +1006,7 @@ def test_a_full_disk_is_one_line(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shards, "write", full)
     listed = write_list(tmp_path / "urls.jsonl", [f"{server.base}/ok/{i}" for i in range(5)])
     assert fetch.main(command(listed, tmp_path / "out")[3:]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("fetch: [Errno 28]")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fetch: no space left on device")
     monkeypatch.undo()
     assert fetch.main(command(listed, tmp_path / "out")[3:]) == 0
     assert server.requests == 5  # nothing was lost

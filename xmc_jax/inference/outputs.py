@@ -286,8 +286,7 @@ class PipeSink:
 
     def add(self, ids, ranking, problems) -> None:
         """See `Sink`."""
-        with atomic.naming(self._path):
-            self._file.write(self._lines(ids, ranking, problems))
+        self._file.write(self._lines(ids, ranking, problems))
         self._file.flush()
 
     def due(self) -> bool:
@@ -319,7 +318,8 @@ class LineSink:
 
     def add(self, ids, ranking, problems) -> None:
         """See `Sink`."""
-        self._file.write(self._lines(ids, ranking, problems))
+        with atomic.naming(self._path):
+            self._file.write(self._lines(ids, ranking, problems))
 
     def due(self) -> bool:
         """See `Sink`."""
