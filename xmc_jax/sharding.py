@@ -195,9 +195,14 @@ def num_shards(logical: str, mesh: Mesh) -> int:
     return _extent(mesh, RULES[logical])
 
 
-def row_multiple(mesh: Mesh) -> int:
-    """What the places of a row of texts are a multiple of, as products on these devices like it."""
-    return 64 if mesh.devices.flat[0].platform == "cpu" else 128
+def row_multiple(mesh: Mesh, least: bool = False) -> int:
+    """What the places of a row of texts are a multiple of, as products on these devices like it.
+
+    Args:
+        mesh: see `make_mesh`.
+        least: what they may be a multiple of where lengths are known; see `rows.suited`.
+    """
+    return (8 if least else 64) if mesh.devices.flat[0].platform == "cpu" else 128
 
 
 def local_rows(size: int, mesh: Mesh) -> np.ndarray:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from xmc_jax.data import rows
+from xmc_jax.types import NO_PROMPTS
 
 
 def by_a_loop(lengths, places, most):
@@ -48,3 +49,11 @@ def test_rows_of_titles_are_full():
 def test_an_item_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="items of at most 8 tokens, got 9"):
         rows.first_fit(np.array([9, 1]), 8, 4)
+
+
+def test_rows_suit_the_lengths():
+    """Short ones where items come in halves, whole ones where they are all cut."""
+    layout = rows.layout(NO_PROMPTS, "image_text", "contiguous", 32, 0, 64)
+    for lengths, expected in (([20] * 100, 40), ([32] * 100, 32)):
+        assert rows.suited(layout, np.array(lengths), 8, 384).width == expected
+    assert rows.suited(layout, np.array([20] * 100), 128, 384).width == 128

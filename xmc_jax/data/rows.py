@@ -13,6 +13,8 @@ import numpy as np
 from xmc_jax.types import NO_PROMPTS, Inputs, Prompts, Rows, own_tokens
 
 _SHORTEST = 4  # tokens of an item, of which as many as fit may share a row
+_LENGTHS = 1 << 15  # of items, that the places of a row are chosen by
+_ATTENTION = 0.6  # the cost of a place in attention by that of its D numbers elsewhere, of a layer
 _HEADS = 16  # a row has so many times the places of its head, so that the head is a small part
 
 
@@ -86,6 +88,28 @@ def layout(
         width = -(-max(width, _HEADS * len(prompts.head)) // multiple) * multiple
         per_row = width // _SHORTEST
     return Layout(prompts, order, positions, length, images, width, per_row)
+
+
+def suited(layout: Layout, lengths: np.ndarray, multiple: int, hidden: int) -> Layout:
+    """The layout with as many places in a row as make a model fastest.
+
+    Short rows cost attention less; how full they are depends on the lengths.
+
+    Args:
+        layout: see `Layout`, for as many items in a row as fit.
+        lengths: i[n], own tokens of items like those that will be laid out.
+        multiple: what the places of a row are a multiple of.
+        hidden: D of the model.
+    """
+    lengths = lengths[:: 1 + len(lengths) // _LENGTHS]
+    least = -(-max(layout.head + layout.longest, _HEADS * layout.head) // multiple) * multiple
+    found = []
+    for width in range(least, 2 * least + 1, multiple):
+        one = dataclasses.replace(layout, width=width, per_row=width // _SHORTEST)
+        # Of a place: what is computed once, and what attention computes with each place of its row.
+        cost = 1 + _ATTENTION * width / hidden
+        found.append((fit(one, lengths).rows * width * cost, one))
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 def longest(prompts: Prompts, length: int, images: int) -> int:

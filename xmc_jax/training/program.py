@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from flax.core import meta
@@ -37,6 +38,7 @@ class Program:
         shape: counts of the dataset.
         prompts: what stands around every text of a decoder; none for encoders.
         devices: what it runs on, or would; all devices of all processes by default.
+        lengths: i[n], own tokens of items, which rows are made to suit; None is not known.
 
     Attributes:
         config: as given, but with a `train.batch_size` of no more than there are documents.
@@ -65,6 +67,7 @@ class Program:
         shape: DataShape,
         prompts: Prompts = NO_PROMPTS,
         devices: Sequence[jax.Device] | None = None,
+        lengths: np.ndarray | None = None,
     ):
         self.mesh = sharding.make_mesh(config.mesh, devices)
         shards = sharding.num_shards("batch", self.mesh)
@@ -120,6 +123,9 @@ class Program:
         self.layout = row_layout.layout(
             *(prompts, order, positions, shape.length, shape.images_per_item, of_row)
         )
+        if of_row is not None and lengths is not None:
+            least = sharding.row_multiple(self.mesh, least=True)
+            self.layout = row_layout.suited(self.layout, lengths, least, self.sizes.hidden)
         fusion.check(
             backbone.is_decoder(self.sizes),
             len(prompts.head) + self.layout.longest,

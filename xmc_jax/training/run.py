@@ -53,7 +53,9 @@ class Run(Program):
         prompts: Prompts = NO_PROMPTS,
         devices: Sequence[jax.Device] | None = None,
     ):
-        super().__init__(config, data.shape, prompts, devices)
+        splits = (getattr(data, name) for name in ("train", "label"))
+        lengths = [split.own_tokens(np.arange(len(split)), prompts) for split in splits]
+        super().__init__(config, data.shape, prompts, devices, np.concatenate(lengths))
         memory.check(self)
         self.data = data
         config = self.config
