@@ -179,7 +179,7 @@ def test_without_padding_a_step_is_the_same(fields, sections):
     assert_close(packed.params, padded.params, 1e-5 * largest + 2e-7, rtol=0)
     assert_close(packed.tables, padded.tables)
     batch = program.sampler.build(np.arange(200, dtype=np.int32), 0, 0)
-    assert len(batch.items.tokens) < batch.items.slots.size
+    assert (batch.items.slots % batch.items.per_row).any()  # some share a row
     if batch.columns is not None:
         assert len(np.unique(batch.columns)) < len(batch.columns)  # some were sampled twice
 
