@@ -133,18 +133,30 @@ def test_processes_build_the_same_global_batches(alone, several):
     np.testing.assert_array_equal(np.sort(rows), whole["rows"])
     joined = {name: np.concatenate([part[name] for part in parts]) for name in whole}
     for name, array in whole.items():
-        assert len(joined[name]) == len(array) and len(parts[0][name]) < len(array), name
-    # Labels are dealt to the devices, so where they stand depends on how many there are.
+        assert len(parts[0][name]) < len(array), name
+    # Labels are dealt to the devices, so where they lie depends on how many devices there are.
     by_sample = [
         {
-            name: array[batch[f"{name[0]}/.columns"]] if "/.label" in name else array
+            name: array[batch[f"{name[0]}/.columns"]] if name.endswith(".label_ids") else array
             for name, array in batch.items()
-            if name != "rows" and not name.endswith(".columns")
+            if name != "rows" and not name.endswith(".columns") and ".items." not in name
         }
         for batch in (joined, whole)
     ]
     for name, array in by_sample[1].items():
         np.testing.assert_array_equal(by_sample[0][name], array, err_msg=name)
+    for number in {name[0] for name in by_sample[1]}:
+        assert texts(joined, number) == texts(whole, number)
+
+
+def texts(batch: dict[str, np.ndarray], number: str) -> list[list[int]]:
+    """The tokens of all items of a batch, sorted."""
+    tokens, segments = (batch[f"{number}/.items.{name}"] for name in ("tokens", "segments"))
+    return sorted(
+        row[segment == item].tolist()
+        for row, segment in zip(tokens, segments)
+        for item in range(segment.max() + 1)
+    )
 
 
 def test_processes_train_as_one_does(alone, several):

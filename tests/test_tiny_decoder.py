@@ -76,6 +76,7 @@ def test_trains_adapters_alone(program, straight):
     assert "token_embedding" in frozen and "final_norm" in frozen
 
 
+@pytest.mark.reliability
 def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, terminated_after):
     terminated_after(9, 16)
     for stop in (9, 16):

@@ -53,10 +53,8 @@ def straight(still, data, tmp_path_factory):
     return losses(workdir)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "devices", [2, *(pytest.param(n, marks=pytest.mark.reliability) for n in (1, 8))]
-)
+@pytest.mark.reliability
+@pytest.mark.parametrize("devices", [1, 2, 8])
 def test_saved_on_four_devices(still, data, straight, tmp_path, terminated_after, devices, figures):
     four, other = on(still, data, 4), on(still, data, devices)
     until(four, tmp_path, terminated_after, SAVED)
