@@ -49,7 +49,7 @@ scale: $(VENV)/.dev
 	$(BIN)/python -m pytest -m scale $(PYTEST_FLAGS)
 
 reliability: $(VENV)/.dev
-	$(BIN)/python -m pytest -m reliability --no-loadscope-reorder $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m reliability $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)

@@ -35,12 +35,24 @@ KEPT = (
 )
 
 
+# The files that take longest, so that no process is left with one of them at the end.
+LONGEST_FIRST = (
+    *("test_main.py", "test_step.py", "test_resume.py", "test_multimodal.py"),
+    *("test_distributed.py", "test_small_runs.py", "test_losses.py", "test_segments.py"),
+    *("test_labels.py", "test_configs.py", "test_interrupted_changes.py", "test_compilation.py"),
+    *("test_tiny_decoder.py", "test_meshes.py", "test_benchmarks.py", "test_health.py"),
+    *("test_checkpoint_damage.py", "test_remote_workdir.py", "test_decoder.py", "test_changes.py"),
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items) -> None:
-    """What takes a minute or more is slow, too."""
+    """Marks as slow what takes a minute or more, and puts the longest files first."""
     for item in items:
         if item.get_closest_marker("scale") or item.get_closest_marker("reliability"):
             item.add_marker(pytest.mark.slow)
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="module")

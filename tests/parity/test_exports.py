@@ -66,7 +66,7 @@ def run_of(backbone, suffix, pooling, topics, tmp_path):
     fields["encoder"]["frozen_dtype"] = "float32"  # as sentence-transformers reads the base
     fields["fusion"]["suffix"] = suffix
     fields["prime"]["free_vectors"] = 16
-    fields["train"]["batch_size"] = 40
+    fields["train"] |= {"batch_size": 40, "n_chunks": 1}
     run = build.run(fields)
     state = run.initial_state()
     noise = np.random.default_rng(0)
