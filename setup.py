@@ -91,7 +91,7 @@ setup(
             "data/bundled/**/*",
             "reporting/*.css",
             "reporting/templates/*",
-            "serve/static/*",
+            "shipping/serve/static/*",
         ]
     },
     install_requires=CORE,

@@ -36,8 +36,8 @@ from benchmarks import raw_data
 from benchmarks.environment import environment, save
 from benchmarks.raw_data import RawData
 from configs import vixml
-from xmc_jax import build, rng
-from xmc_jax.training import curriculum
+from xmc_jax.runtime import rng
+from xmc_jax.training import build, curriculum
 
 PACKAGES = ("jax", "jaxlib", "numpy", "scikit-learn")
 _NAMES = ("ours", "reference")

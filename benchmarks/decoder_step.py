@@ -54,13 +54,14 @@ from benchmarks.decoder_workload import (
     real_tokens,
 )
 from benchmarks.environment import environment, save
-from xmc_jax import rng, sharding
 from xmc_jax.data import rows as row_layout
+from xmc_jax.data.types import Batch, Inputs
 from xmc_jax.models import decoder_config, dual, layers
 from xmc_jax.models.decoder_config import DecoderConfig
+from xmc_jax.runtime import rng, sharding
 from xmc_jax.training import losses, optimizer, tables
+from xmc_jax.training.state import Tables, TrainState
 from xmc_jax.training.step import Step
-from xmc_jax.types import Batch, Inputs, Tables, TrainState
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 WARM_UP = 2  # steps before those that are timed

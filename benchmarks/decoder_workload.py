@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xmc_jax import rng
+from xmc_jax.data.types import Inputs, Prompts, own_tokens
 from xmc_jax.models import dual, layers
 from xmc_jax.models.decoder_config import DecoderConfig, RopeScaling
-from xmc_jax.types import Inputs, Prompts, own_tokens
+from xmc_jax.runtime import rng
 
 EPOCHS = 30  # of the schedule
 LENGTHS = ("lognormal", "26k")

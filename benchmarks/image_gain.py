@@ -28,15 +28,15 @@ import numpy as np
 from benchmarks import accuracy
 from benchmarks.environment import environment, save
 from configs import vixml
-from xmc_jax import build
-from xmc_jax.data import images
+from xmc_jax.data import image_vectors
 from xmc_jax.data.store import SPLITS, Store
 from xmc_jax.retrieval.evaluate import format_table
+from xmc_jax.training import build
 
 SHOWN = ("P@1", "P@5", "nDCG@5", "PSP@1", "R@100")
 
 
-def shuffled(real: images.ImageStore, seed: int = 0) -> str:
+def shuffled(real: image_vectors.ImageStore, seed: int = 0) -> str:
     """Deals a folder's images out anew within each split; returns the new folder's name.
 
     Args:
@@ -47,7 +47,7 @@ def shuffled(real: images.ImageStore, seed: int = 0) -> str:
     facts, rng = real.manifest, np.random.default_rng(seed)
     identity = {key: facts["encoder"][key] for key in ("name", "revision", "digest")}
     source = facts["source"] | {"shuffled": seed, "of": real.digest}
-    with images.Writer(
+    with image_vectors.Writer(
         folder, facts["counts"], real.width, facts["dataset"], identity, source
     ) as writer:
         for split in SPLITS:
@@ -118,7 +118,7 @@ def main() -> None:
         workdir = arguments.workdir / accuracy.run_folder(of, overrides)
         found[run] = {s: accuracy.run(of, s, workdir, overrides) for s in arguments.seeds}
     known = oracles(data, fields)
-    print(f"\n{images.report(data.images.folder)}")
+    print(f"\n{image_vectors.report(data.images.folder)}")
     results = {}
     for kind in ("plain", "augmented"):
         by_run = {run: {s: m[kind] for s, m in by.items()} for run, by in found.items()}

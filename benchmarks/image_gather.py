@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment, save
-from xmc_jax.data import images
+from xmc_jax.data import image_vectors
 
 PACKAGES = ("numpy",)
 LABELS = 0.4  # of all items; the others are training documents
@@ -81,7 +81,7 @@ def write(folder: pathlib.Path, settings: Settings) -> None:
     encoder = {"name": "drawn", "revision": None, "digest": str(s.seed)}
     items = {split: len(of[split]) for split in of}
     source = {"rows": s.rows, "images_per_item": s.images_per_item}
-    with images.Writer(folder, items, s.width, "Synthetic", encoder, source) as writer:
+    with image_vectors.Writer(folder, items, s.width, "Synthetic", encoder, source) as writer:
         for split in of:
             for start in range(writer.done[split], items[split], _ITEMS):
                 block = of[split][start : start + _ITEMS]
@@ -106,7 +106,7 @@ def measure(folder: pathlib.Path, settings: Settings, cold: bool) -> dict[str, A
     s = settings
     for file in sorted(folder.glob("*.npy")):
         _drop(file) if cold else _read(file)
-    store = images.open(folder)
+    store = image_vectors.open(folder)
     generator = np.random.default_rng(s.seed + 1)
     seconds, anonymous, mapped = [], 0, 0
     faults = _major_faults()
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         start = time.perf_counter()
         write(folder, settings)
         written = time.perf_counter() - start
-        found = images.open(folder).manifest
+        found = image_vectors.open(folder).manifest
         results: dict[str, Any] = {
             "items": found["counts"],
             "images": sum(found["images"].values()),

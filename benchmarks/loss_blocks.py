@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.environment import environment, save
 from xmc_jax.training import flops, losses
 from xmc_jax.training.losses import LossConfig
-from xmc_jax.types import Pairs
+from xmc_jax.training.state import Pairs
 
 PACKAGES = ("jax", "jaxlib", "numpy")
 

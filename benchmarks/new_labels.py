@@ -44,7 +44,6 @@ import numpy as np
 from benchmarks import accuracy
 from benchmarks.environment import environment, save
 from configs import vixml
-from xmc_jax import build
 from xmc_jax.data import bundled, raw_folder
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.raw import Items
@@ -54,7 +53,7 @@ from xmc_jax.retrieval import augmented, exact, new_labels
 from xmc_jax.retrieval.evaluate import format_table
 from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document, metrics
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
-from xmc_jax.training import loop
+from xmc_jax.training import build, loop
 
 Found = dict[str, dict[str, float]]
 """Kind of retrieval, "plain" or "augmented" -> metric -> fraction."""

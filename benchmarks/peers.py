@@ -47,8 +47,9 @@ import numpy as np
 from benchmarks import raw_data
 from benchmarks.environment import environment, save
 from configs import vixml
-from xmc_jax import build, command, packaged
-from xmc_jax.data import rows
+from xmc_jax.data import packaged, rows
+from xmc_jax.runtime import command
+from xmc_jax.training import build
 from xmc_jax.training.run import Run
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")

@@ -39,7 +39,7 @@ def draw(folder: pathlib.Path, count: int, seed: int, out: pathlib.Path) -> None
         seed: of the choice.
         out: file to write.
     """
-    from xmc_jax.inference import artifact
+    from xmc_jax.shipping import artifact
 
     there = artifact.open(folder, verify=False).documents
     words = [text.split() for text in there.texts]
@@ -55,26 +55,26 @@ def draw(folder: pathlib.Path, count: int, seed: int, out: pathlib.Path) -> None
 
 def worker(arguments: argparse.Namespace) -> None:
     """Makes one output in this process, and prints what it took as JSON."""
-    from xmc_jax import command
+    from xmc_jax.runtime import command
 
     command.keep_freed_memory()
-    from xmc_jax import compilation
-    from xmc_jax.inference import artifact, files
-    from xmc_jax.inference.config import PredictConfig
+    from xmc_jax.runtime import compilation
+    from xmc_jax.shipping import artifact, predict_files
+    from xmc_jax.shipping.predict_config import PredictConfig
 
     compilation.keep(None)
     loaded = {}
 
-    class Noted(files.Tower):
+    class Noted(predict_files.Tower):
         def __init__(self, *given):
             super().__init__(*given)
             loaded["rss"] = _status("VmRSS")
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak, from here on
 
-    files.Tower = Noted
+    predict_files.Tower = Noted
     config = PredictConfig(k=arguments.k, batch_size=arguments.batch_size, index=arguments.index)
     opened = artifact.open(arguments.artifact)
-    report = files.predict(opened, config, arguments.source, arguments.target)
+    report = predict_files.predict(opened, config, arguments.source, arguments.target)
     print(
         json.dumps(
             {
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.worker:
         worker(arguments)
         return
-    from xmc_jax.inference import artifact
+    from xmc_jax.shipping import artifact
 
     opened = artifact.open(arguments.artifact)
     with tempfile.TemporaryDirectory() as folder:

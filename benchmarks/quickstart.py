@@ -11,7 +11,8 @@ import pathlib
 
 from benchmarks import tfidf
 from benchmarks.raw_data import RawData
-from xmc_jax.data import bundled, known, records
+from xmc_jax.data import bundled, known
+from xmc_jax.data.records import own_records
 from xmc_jax.retrieval.evaluate import format_index, format_table
 
 _ROWS = {"zero-shot": "zero-shot", "plain": "trained", "augmented": "trained + augmented"}
@@ -27,7 +28,7 @@ def main() -> None:
     if split == "test":
         raw = pathlib.Path(data["raw_dir"])
         if data.get("records") is not None:
-            raw = records.folder(data["data_dir"], data["dataset"])
+            raw = own_records.folder(data["data_dir"], data["dataset"])
         elif data["raw_dir"] == "bundled":
             raw = bundled.path(data["dataset"])
         constants = data["propensity_a"], data["propensity_b"]

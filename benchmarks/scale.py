@@ -110,8 +110,7 @@ def write_raw(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
 
 def make_folder(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     """The dataset folder, by `prepare`."""
-    from xmc_jax import packaged
-    from xmc_jax.data import prepare
+    from xmc_jax.data import packaged, prepare
 
     start = time.perf_counter()
     made = prepare.prepare(_config(folder, s))
@@ -167,7 +166,7 @@ def cluster_documents(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     """The leaves of the curriculum's first clustering."""
     import jax
 
-    from xmc_jax import rng
+    from xmc_jax.runtime import rng
     from xmc_jax.training import curriculum
 
     table = jax.device_put(np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False))
@@ -185,7 +184,7 @@ def cluster_labels(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     """Which free vector each label uses, and their first values."""
     import jax
 
-    from xmc_jax import rng
+    from xmc_jax.runtime import rng
     from xmc_jax.training import tables
 
     table = jax.device_put(np.load(folder / "label.npy", mmap_mode="r", allow_pickle=False))
@@ -236,8 +235,8 @@ def search_exact(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     """The best labels of the test documents, from a memory-mapped file of labels."""
     import jax
 
-    from xmc_jax import sharding
     from xmc_jax.retrieval import exact
+    from xmc_jax.runtime import sharding
 
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     labels, queries = (
@@ -316,7 +315,7 @@ def run_stage(name: str, folder: pathlib.Path, s: Settings) -> dict[str, Any]:
 
 
 def _config(folder: pathlib.Path, s: Settings):
-    from xmc_jax import packaged
+    from xmc_jax.data import packaged
     from xmc_jax.data.prepare import PrepareConfig
 
     return PrepareConfig(

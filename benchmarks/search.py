@@ -32,9 +32,10 @@ import numpy as np
 
 from benchmarks.environment import environment, save
 from configs import vixml
-from xmc_jax import build, command, sharding
 from xmc_jax.data import raw, raw_folder
 from xmc_jax.retrieval import exact, scann
+from xmc_jax.runtime import command, sharding
+from xmc_jax.training import build
 
 PACKAGES = ("jax", "jaxlib", "numpy", "scann")
 FLOOR = scann.ScannConfig(brute_force_below=0, leaves_searched=1e-6, reorder=1.0)

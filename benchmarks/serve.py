@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment, save
-from xmc_jax.inference import artifact
+from xmc_jax.shipping import artifact
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "fastapi", "httptools", "numpy", "uvicorn", "uvloop")

@@ -2,7 +2,7 @@
 
 python -m benchmarks.vision_embed --model=so400m-384 --batch=128
 
-Timed is what `xmc_jax.vision.embed` runs on a device: pixels as bytes, which lie there already, to
+Timed is what `xmc_jax.images.embed` runs on a device: pixels as bytes, which lie there already, to
 vectors. A batch is computed --steps times in a row and waited for once, as a pipeline that is never
 short of images would; of --repeats such times the best counts. Weights and pixels are drawn, so
 that nothing is read and nothing of it means anything.
@@ -38,8 +38,8 @@ from flax import traverse_util
 
 from benchmarks.decoder_step import matmul_rate, memory
 from benchmarks.environment import environment, save
-from xmc_jax import rng, sharding
 from xmc_jax.models.vision import Vision, VisionConfig
+from xmc_jax.runtime import rng, sharding
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 DTYPES = ("bfloat16", "float32")
@@ -51,7 +51,7 @@ MODELS = {
     "so400m-384": VisionConfig("siglip", 1152, 27, 16, 4304, 384, 14),
     "vit-base-224": VisionConfig("vit", 768, 12, 12, 3072, 224, 16, eps=1e-12, hidden_act="gelu"),
 }
-_FLOAT32 = ("norm", "position_embedding", "class_token")  # as `xmc_jax.vision.encoders` keeps them
+_FLOAT32 = ("norm", "position_embedding", "class_token")  # as `xmc_jax.images.encoders` keeps them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def flops(sizes: VisionConfig) -> int:
 
 
 class Program:
-    """The jitted encoder on one device, as `xmc_jax.vision.encoders.Tower` makes it.
+    """The jitted encoder on one device, as `xmc_jax.images.encoders.Tower` makes it.
 
     Args:
         settings: what is measured.

@@ -60,7 +60,7 @@ BASE = {
         "propensity_b": 2.6,
         "validation_fraction": 0.0,  # > 0: held-out training documents instead of the test split
         "validation_seed": 0,
-        "images": {  # see xmc_jax.vision.embed
+        "images": {  # see xmc_jax.images.embed
             "name": config_dict.placeholder(str),  # folder images-<name>; None: text alone
             "source": config_dict.placeholder(str),  # where it is made from; None: raw_dir
             "encoder": "google/siglip2-so400m-patch14-384",  # [V] supp. A

@@ -87,7 +87,7 @@ def terminated_after(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory) -> None:
     """What is compiled is kept for the session: for both processes of tests and what they start."""
-    from xmc_jax import compilation
+    from xmc_jax.runtime import compilation
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders lie in one
@@ -133,8 +133,7 @@ def backbone(tmp_path_factory) -> pathlib.Path:
     """A two-layer BERT of width 32 with random weights and MiniLM's tokenizer, as a folder."""
     from flax.core import meta
 
-    from xmc_jax import packaged
-    from xmc_jax.data import tokenizer
+    from xmc_jax.data import packaged, tokenizer
     from xmc_jax.models import dual, hf_export
     from xmc_jax.models.bert import BertConfig
 
@@ -186,7 +185,7 @@ def fields(topics, backbone, tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def with_random_images():
     """A function that gives a dataset 0 to 3 random vectors per item, in a folder of their own."""
-    from xmc_jax.data import images
+    from xmc_jax.data import image_vectors
     from xmc_jax.data.store import SPLITS
 
     def add(data, folder: pathlib.Path, per_item: int = 2, width: int = 8, seed: int = 0):
@@ -194,10 +193,12 @@ def with_random_images():
         counts = {split: len(getattr(data, split)) for split in SPLITS}
         uids = {s: data.manifest["files"][f"{s}.uids.txt"]["sha256"] for s in SPLITS}
         encoder = {"name": "random", "revision": None, "digest": str(seed)}
-        with images.Writer(folder, counts, width, data.name, encoder, {"uids": uids}) as writer:
+        with image_vectors.Writer(
+            folder, counts, width, data.name, encoder, {"uids": uids}
+        ) as writer:
             for split in SPLITS:
                 each = generator.integers(4, size=counts[split])
                 writer.extend(split, 0, each, generator.standard_normal((each.sum(), width)))
-            return data.with_images(images.open(writer.finish()), per_item)
+            return data.with_images(image_vectors.open(writer.finish()), per_item)
 
     return add

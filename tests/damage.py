@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xmc_jax import checkpoint
+from xmc_jax.training import checkpoint
 
 HISTORY = {"records": [{"step": 0}], "pending": [], "seconds": {"step": 1.5}}
 

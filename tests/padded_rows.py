@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from xmc_jax.types import Rows
+from xmc_jax.data.types import Rows
 
 
 def places_of(tokens, lengths, positions=None):

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from xmc_jax.data import texts
+from xmc_jax.data.types import Prompts
 from xmc_jax.files.digests import sha256
-from xmc_jax.inference import artifact, thumbnails, tower
 from xmc_jax.retrieval.augmented import AugmentedConfig
-from xmc_jax.serve.config import ServeConfig
-from xmc_jax.types import Prompts
+from xmc_jax.shipping import artifact, packed_thumbnails, tower
+from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 CONFIG = ServeConfig(
     port=0, max_batch=8, max_k=10, max_queries=4, max_exclude=40, max_only=20, max_text=200,
@@ -102,7 +102,7 @@ def write(
     if any(pictures.values()):
         (folder / "thumbnails").mkdir()
         counts = {
-            kind: thumbnails.save(folder / "thumbnails", kind, _small(pictures[kind]))
+            kind: packed_thumbnails.save(folder / "thumbnails", kind, _small(pictures[kind]))
             for kind in pictures
         }
         content["thumbnails"] = {"folder": "thumbnails"} | counts
@@ -119,10 +119,10 @@ def write(
 
 
 def _small(files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    from xmc_jax.vision import images
+    from xmc_jax.images import decoding
 
     for uid, file in files.items():
-        yield uid, images.thumbnail(images.decode(file), 96)
+        yield uid, decoding.thumbnail(decoding.decode(file), 96)
 
 
 class Served:
@@ -137,8 +137,8 @@ class Served:
     def __init__(self, predictor: Any, config: ServeConfig):
         import uvicorn
 
-        from xmc_jax.serve import server
-        from xmc_jax.serve.service import Service
+        from xmc_jax.shipping.serve import server
+        from xmc_jax.shipping.serve.service import Service
 
         self.predictor = predictor
         self._socket = socket.create_server(("127.0.0.1", 0))

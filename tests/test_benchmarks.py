@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks import decoder_peer, decoder_step, decoder_workload, remat
 from benchmarks.decoder_workload import MODELS, Settings
+from xmc_jax.data.types import Prompts
 from xmc_jax.models import decoder_config
-from xmc_jax.types import Prompts
 
 PUBLISHED = pathlib.Path(__file__).parent / "models" / "published"
 FILES = {

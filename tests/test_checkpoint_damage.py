@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from golden import make_checkpoint
 
-from xmc_jax import checkpoint, proof, verify, workdirs
-from xmc_jax.files import digests
-from xmc_jax.training import loop
+from xmc_jax.files import digests, workdirs
+from xmc_jax.training import checkpoint, loop, proof, verify
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "checkpoint"

@@ -46,7 +46,7 @@ CALLS = (
 # What is needed: the C library's own settings of memory; and the file that --config names, which is
 # run again to say what its variants are.
 ALLOWED = {
-    ("xmc_jax/command.py", "ctypes"),
+    ("xmc_jax/runtime/command.py", "ctypes"),
     ("xmc_jax/files/atomic.py", "ctypes"),  # renameat2, of the C library alone
     ("xmc_jax/main.py", "runpy"),
 }

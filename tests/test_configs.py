@@ -14,18 +14,20 @@ from flax.core import meta
 from ml_collections import config_dict, config_flags
 
 from configs import vixml
-from xmc_jax import build, modes, packaged, sharding
+from xmc_jax import modes
+from xmc_jax.data import packaged
 from xmc_jax.data.known import KNOWN
-from xmc_jax.data.records import RecordsConfig
-from xmc_jax.data.synthetic import SyntheticConfig
+from xmc_jax.data.records.own_records import RecordsConfig
+from xmc_jax.data.synthetic.product_set import SyntheticConfig
+from xmc_jax.data.types import Prompts
+from xmc_jax.images.embed import ImagesConfig
 from xmc_jax.models import dual
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
-from xmc_jax.training import optimizer
+from xmc_jax.runtime import sharding
+from xmc_jax.training import build, optimizer
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
-from xmc_jax.types import Prompts
-from xmc_jax.vision.embed import ImagesConfig
 
 SMALL_ENCODER = BertConfig(vocab_size=64, hidden=8, layers=1, heads=2, ff=16, max_positions=16)
 SMALL_DECODER = DecoderConfig(

@@ -6,7 +6,7 @@ import socket
 import processes
 import pytest
 
-from xmc_jax import distributed, peers
+from xmc_jax.runtime import distributed, peers
 
 # Of three processes the last has another config, and the last two share a host.
 VALUES = """

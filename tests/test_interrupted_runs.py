@@ -17,11 +17,12 @@ import pytest
 import write_faults
 from etils import epath
 
-from xmc_jax import build, modes, report
+from xmc_jax import modes
 from xmc_jax.data.store import Store
 from xmc_jax.reporting import workdir_contents
 from xmc_jax.retrieval import saved_predictions
-from xmc_jax.training import loop
+from xmc_jax.runtime import metrics_log
+from xmc_jax.training import build, loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
@@ -50,7 +51,7 @@ def training(fields, tmp_path_factory) -> types.SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "run", lambda fields, workdir: run)
         # So that the number of writes does not depend on how fast the machine is.
-        patch.setattr(report, "_FLUSH_SECONDS", math.inf)
+        patch.setattr(metrics_log, "_FLUSH_SECONDS", math.inf)
         with pytest.MonkeyPatch.context() as stopped:
             told = {5: loop.Interrupted(signal.SIGTERM, 5)}
             stopped.setattr(loop._Signals, "at", lambda self, step: told.get(step))

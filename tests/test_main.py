@@ -15,9 +15,10 @@ import pytest
 from etils import epath
 
 from tests.padded_rows import rows_of
-from xmc_jax import modes, report
+from xmc_jax import modes
 from xmc_jax.data import store
 from xmc_jax.models import hf
+from xmc_jax.runtime import metrics_log
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -73,7 +74,7 @@ def test_train_learns_and_leaves_everything(trained):
     assert losses[-1] < losses[0] and records[-2]["eval/P@1"] == found["plain"]["P@1"]
     shares = {name: x for name, x in records[-1].items() if name.startswith("time/share/")}
     assert sum(shares.values()) == pytest.approx(1)
-    assert all(shares[f"time/share/{phase}"] > 0 for phase in report.PHASES)
+    assert all(shares[f"time/share/{phase}"] > 0 for phase in metrics_log.PHASES)
     assert "min: " in done.stderr.splitlines()[-1] and "data_wait" in done.stderr
     # No terminal: a line for each record instead of a bar.
     assert "\r" not in done.stderr and "] step 60 of 60: loss 0." in done.stderr

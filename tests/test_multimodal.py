@@ -15,15 +15,16 @@ import safetensors
 from PIL import Image
 
 from configs import vixml
-from xmc_jax import build, workdirs
-from xmc_jax.data import batches, synthetic
-from xmc_jax.export import write
+from xmc_jax.data import batches
+from xmc_jax.data.synthetic import product_set
+from xmc_jax.data.types import ORDERS
+from xmc_jax.files import workdirs
+from xmc_jax.images import descriptor
 from xmc_jax.models import hf
-from xmc_jax.training import loop
+from xmc_jax.shipping import exporting
+from xmc_jax.training import build, loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
-from xmc_jax.types import ORDERS
-from xmc_jax.vision import descriptor
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,8 +35,8 @@ DECODERS = [ORDERS[0], *(pytest.param(order, marks=pytest.mark.scale) for order 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("raw") / "Products"
-    config = synthetic.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
-    synthetic.generate(config, folder)
+    config = product_set.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
+    product_set.generate(config, folder)
     return folder
 
 
@@ -109,8 +110,8 @@ def test_the_dataset_has_the_pictures_of_its_items(program, raw):
     data = program.data
     assert data.shape.image_width == descriptor.WIDTH
     assert data.images.manifest["encoder"]["name"] == "hog-colour"
-    shop = synthetic.Shop(
-        synthetic.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
+    shop = product_set.Shop(
+        product_set.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
     )
     for split in ("train", "test", "label"):
         items = list(shop.items(split))
@@ -175,7 +176,7 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, terminated
 def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
     """The exported folder is a backbone like any other, with its projection or without."""
     _, state, _ = stepped
-    folder = write.encoder(with_images, program, state, tmp_path)
+    folder = exporting.encoder(with_images, program, state, tmp_path)
     with safetensors.safe_open(folder / hf.PROJECTION, "np") as file:
         projection = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata()["encoder.name"] == "hog-colour"
@@ -205,7 +206,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
     fields = changed(decoder_fields, fusion={"order": order})
     program = build.run(fields)
     _, state, _ = run(program)
-    folder = write.encoder(fields, program, state, tmp_path)
+    folder = exporting.encoder(fields, program, state, tmp_path)
     again = changed(
         fields,
         encoder={
@@ -226,7 +227,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
 def test_a_projection_of_other_images_is_refused(
     with_images, program, stepped, with_random_images, tmp_path
 ):
-    folder = write.encoder(with_images, program, stepped[1], tmp_path)
+    folder = exporting.encoder(with_images, program, stepped[1], tmp_path)
     data = with_random_images(program.data, tmp_path / "images-x")
     again = changed(with_images, encoder={"backbone": str(folder)})
     with pytest.raises(ValueError, match=r"of images 8 wide, found one of \[32, 452\]") as refused:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from xmc_jax import packaged
+from xmc_jax.data import packaged
 
 
 def installed() -> bool:

@@ -68,11 +68,11 @@ def test_metadata(metadata):
 
 # What imports the extra `vision`: there at the top, elsewhere within functions.
 PICTURES = (
-    "vision/",
-    "data/pictures.py",
-    "data/synthetic.py",
-    "data/record_parquet.py",
-    "inference/outputs.py",
+    "images/",
+    "data/synthetic/product_pictures.py",
+    "data/synthetic/product_set.py",
+    "data/tables/parquet_tables.py",
+    "shipping/outputs.py",
 )
 
 
@@ -124,7 +124,7 @@ import xmc_jax
 from xmc_jax.data import bundled, raw
 assert pathlib.Path(xmc_jax.__file__).is_relative_to({str(site)!r}), xmc_jax.__file__
 for module in pkgutil.walk_packages(xmc_jax.__path__, "xmc_jax."):
-    if not module.name.startswith("xmc_jax.vision."):  # these need the extra
+    if not module.name.startswith("xmc_jax.images."):  # these need the extra
         importlib.import_module(module.name)
 folder = bundled.path("LF-DebianTitles-3K")
 assert folder.is_relative_to({str(site)!r}), folder

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from xmc_jax import peers
+from xmc_jax.runtime import peers
 
 HOST, LONG = "127.0.0.1", 20
 

@@ -23,13 +23,15 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from xmc_jax import checkpoint, report, sharding, workdirs
 from xmc_jax.data import rows
-from xmc_jax.export import replacing
+from xmc_jax.data.types import NO_PROMPTS, Inputs
+from xmc_jax.files import workdirs
 from xmc_jax.models import bert, hf_export
 from xmc_jax.retrieval import encode, evaluate, saved_predictions
 from xmc_jax.retrieval.scann import ScannConfig, ScannIndex
-from xmc_jax.types import NO_PROMPTS, Inputs
+from xmc_jax.runtime import metrics_log, sharding
+from xmc_jax.shipping import replacing
+from xmc_jax.training import checkpoint
 
 if importlib.util.find_spec("gcsfs") is None:  # the environment comes before its import
     pytest.skip("gcsfs is not installed", allow_module_level=True)
@@ -192,7 +194,7 @@ def events(data: bytes) -> list[tuple[str, int, float]]:
 
 
 def test_metrics_and_events_are_written_whole_each_time(workdir, server, monkeypatch):
-    monkeypatch.setattr(report, "_FLUSH_SECONDS", -1)  # at every record
+    monkeypatch.setattr(metrics_log, "_FLUSH_SECONDS", -1)  # at every record
     versions: dict[str, list[bytes]] = {}
 
     def keep(name):
@@ -200,8 +202,8 @@ def test_metrics_and_events_are_written_whole_each_time(workdir, server, monkeyp
             versions.setdefault(name, []).append(server.objects[name].data)
 
     monkeypatch.setattr(server, "before_write", keep)
-    clock = report.Clock()
-    with report.Reporter(workdir, 1, 2, 4, clock) as reporter, clock.within("step"):
+    clock = metrics_log.Clock()
+    with metrics_log.Reporter(workdir, 1, 2, 4, clock) as reporter, clock.within("step"):
         for loss in (4.0, 3.0, 2.0):
             reporter.step({"loss": jnp.float32(loss), "violators": jnp.float32(0)}, 8)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

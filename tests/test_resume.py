@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build, checkpoint, workdirs
+from xmc_jax.files import workdirs
 from xmc_jax.retrieval import encode
-from xmc_jax.training import loop
+from xmc_jax.training import build, checkpoint, loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 

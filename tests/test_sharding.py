@@ -12,12 +12,12 @@ from flax.core import meta
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from xmc_jax import sharding
 from xmc_jax.models import backbone, dual, vision
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.models.layers import LoraConfig
-from xmc_jax.sharding import MeshConfig
+from xmc_jax.runtime import sharding
+from xmc_jax.runtime.sharding import MeshConfig
 
 PUBLISHED = pathlib.Path(__file__).parent / "models" / "published"
 ENCODERS = {

@@ -12,13 +12,12 @@ import oracle
 import pytest
 
 from configs import vixml
-from xmc_jax import build, sharding
-from xmc_jax.export import write
-from xmc_jax.inference import artifact, files
-from xmc_jax.inference.config import PredictConfig
-from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.retrieval import exact
-from xmc_jax.training import loop
+from xmc_jax.runtime import sharding
+from xmc_jax.shipping import artifact, exporting, predict_files
+from xmc_jax.shipping.predict_config import PredictConfig
+from xmc_jax.shipping.predictor import Predictor, Query
+from xmc_jax.training import build, loop
 
 pytestmark = pytest.mark.slow
 CASES = pathlib.Path(__file__).parent / "cases" / "records"
@@ -82,7 +81,7 @@ def test_a_recipe_ranks_as_its_formulas_say(
     small = run.config.train.batch_size < fields["train"]["batch_size"]
     assert ("train.batch_size" in caplog.text) == small
     check_evaluation(run, trained, fields["eval"])
-    folder = write.whole(fields, run, trained.step, trained.state, tmp_path)
+    folder = exporting.whole(fields, run, trained.step, trained.state, tmp_path)
     check_predictions(folder, fields["eval"]["augmented"], k)
     if "x01_exclude" in str(records):
         check_file(folder, CASES / "x01_exclude" / "new.jsonl", tmp_path / "out.jsonl", k)
@@ -139,7 +138,7 @@ def check_predictions(folder, mix, k) -> None:
 def check_file(folder, source, target, k) -> None:
     """A document that excludes most labels gets as many as any other."""
     opened = artifact.open(folder)
-    files.predict(opened, PredictConfig(k=k), str(source), str(target))
+    predict_files.predict(opened, PredictConfig(k=k), str(source), str(target))
     asked = [json.loads(line) for line in source.read_text().splitlines()]
     for record, line in zip(asked, target.read_text().splitlines(), strict=True):
         found = [label["id"] for label in json.loads(line)["labels"]]

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import stopping
 from xmc_jax.retrieval import exact
+from xmc_jax.runtime import stopping
 from xmc_jax.training import curriculum
 
 ROWS = np.eye(8, dtype=np.float32)

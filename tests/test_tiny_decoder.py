@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import build
 from xmc_jax.data import bundled
-from xmc_jax.export import write
 from xmc_jax.models import hf
-from xmc_jax.training import loop
+from xmc_jax.shipping import exporting
+from xmc_jax.training import build, loop
 
 pytestmark = pytest.mark.slow
 LABELS, DOCUMENTS, STEPS = 300, 1024, 64
@@ -91,7 +90,7 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, 
 
 def test_goes_on_from_its_export(fields, program, straight, tmp_path):
     """The exported folder is a backbone like any other: same prompts, same embeddings."""
-    folder = write.encoder(fields, program, straight.state, tmp_path)
+    folder = exporting.encoder(fields, program, straight.state, tmp_path)
     again = fields | {
         "encoder": fields["encoder"]
         | {
@@ -111,7 +110,7 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
     assert hf.resolve(str(folder)).digest
     with pytest.raises(ValueError, match=r"export\.format: expected 'merged'"):
-        write.encoder(again, merged, straight.state, tmp_path)
+        exporting.encoder(again, merged, straight.state, tmp_path)
     other = again | {"fusion": fields["fusion"] | {"prefix": "Another text"}}
     with pytest.raises(ValueError, match="prefix there 'This product text', here 'Another text'"):
         build.run(other)

@@ -10,7 +10,7 @@ import time
 import processes
 import pytest
 
-from xmc_jax import workdirs
+from xmc_jax.files import workdirs
 
 pytestmark = pytest.mark.slow
 SECONDS = 60  # until the second one is refused; it takes about as long as to import JAX

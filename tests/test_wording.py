@@ -1,4 +1,4 @@
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 
 def test_numbers_with_their_nouns():

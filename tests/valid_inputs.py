@@ -16,13 +16,13 @@ import pytest
 import safetensors.numpy
 import served
 
-from xmc_jax import workdirs
-from xmc_jax.data import image_maps, images, prepare, priors, raw, records, store, texts, tokenizer
+from xmc_jax.data import image_maps, image_vectors, prepare, priors, raw, store, texts, tokenizer
+from xmc_jax.files import workdirs
 from xmc_jax.files.digests import sha256
-from xmc_jax.inference import artifact, documents
 from xmc_jax.models import bert, dual, hf, hf_names
 from xmc_jax.retrieval import tuned, tuning
 from xmc_jax.retrieval.augmented import AugmentedConfig
+from xmc_jax.shipping import artifact, documents
 
 Read = Callable[[pathlib.Path], None]
 
@@ -153,8 +153,8 @@ def image_files(folder: pathlib.Path) -> None:
     counts = dict(zip(store.SPLITS, (TRAIN, TEST, LABELS)))
     facts = {"name": "random", "revision": None, "digest": "0"}
     uids = {split: [str(i) for i in range(count)] for split, count in counts.items()}
-    source = {"uids": images.digests(uids)}
-    with images.Writer(folder, counts, 4, "ToyTitles", facts, source) as writer:
+    source = {"uids": image_vectors.digests(uids)}
+    with image_vectors.Writer(folder, counts, 4, "ToyTitles", facts, source) as writer:
         for split, count in counts.items():
             writer.extend(split, 0, [1] * count, np.ones((count, 4)))
         writer.finish()
@@ -251,10 +251,10 @@ def read_dataset(folder: pathlib.Path) -> None:
 
 
 def read_images(folder: pathlib.Path) -> None:
-    opened = images.open(folder)
+    opened = image_vectors.open(folder)
     for split in store.SPLITS:
         getattr(opened, split).gather(np.arange(2), 2)
-    assert opened.width and images.report(folder)
+    assert opened.width and image_vectors.report(folder)
 
 
 def read_encoder(folder: pathlib.Path) -> None:
@@ -329,7 +329,7 @@ class Inputs:
                 assert one.problem is None or "\n" not in one.problem
 
         def own_records(where: pathlib.Path) -> None:
-            records.check(records.RecordsConfig(where))
+            own_records.check(own_records.RecordsConfig(where))
 
         def of(name: str) -> Callable[[pathlib.Path], pathlib.Path]:
             return lambda where: where / name
@@ -414,9 +414,9 @@ class Asked:
 
     def __init__(self) -> None:
         pytest.importorskip("fastapi", reason='needs the extra "serve"')
-        from xmc_jax.serve import app
-        from xmc_jax.serve.config import ServeConfig
-        from xmc_jax.serve.service import Service
+        from xmc_jax.shipping.serve import app
+        from xmc_jax.shipping.serve.serve_config import ServeConfig
+        from xmc_jax.shipping.serve.service import Service
 
         self._app = app.create(Service(ServeConfig(port=0)))
 

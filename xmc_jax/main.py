@@ -46,9 +46,9 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from xmc_jax import command
-from xmc_jax.inference.config import LabelsConfig, PredictConfig
-from xmc_jax.serve.config import ServeConfig
+from xmc_jax.runtime import command
+from xmc_jax.shipping.predict_config import LabelsConfig, PredictConfig
+from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 
 def _settings(section: str, kind: type) -> Callable[[], Any]:
@@ -171,7 +171,8 @@ def main(argv: list[str]) -> int:
     """Runs the mode that the flags name; returns the exit code."""
     del argv
     # Imported here, so that a mistyped flag is answered at once.
-    from xmc_jax import distributed, modes
+    from xmc_jax import modes
+    from xmc_jax.runtime import distributed
 
     if _WORKDIR.value == "":
         raise ValueError("--workdir: expected a folder, got none")
@@ -199,7 +200,7 @@ def main(argv: list[str]) -> int:
 
 def _fields() -> dict[str, Any] | None:
     """The config of --config, else of the run in --workdir; None with --artifact alone."""
-    from xmc_jax import workdirs
+    from xmc_jax.files import workdirs
 
     if _CONFIG.value is not None:
         return _CONFIG.value.to_dict()
@@ -322,7 +323,7 @@ def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 def _start() -> None:
     """Makes this process one of a run's; only process 0 prints, the others' logs have a number."""
-    from xmc_jax import compilation, distributed
+    from xmc_jax.runtime import compilation, distributed
 
     distributed.initialize(
         **_cluster(),
@@ -357,7 +358,7 @@ class _Numbered(logging.PythonFormatter):
     """Log lines that begin with the number of the process."""
 
     def format(self, record: py_logging.LogRecord) -> str:
-        from xmc_jax import distributed
+        from xmc_jax.runtime import distributed
 
         return f"[process {distributed.number()}] {super().format(record)}"
 
@@ -401,7 +402,7 @@ def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_for_users)
     sys.unraisablehook, threading.excepthook = _show_unraisable, _show_of_thread
-    from xmc_jax import distributed
+    from xmc_jax.runtime import distributed
 
     try:
         distributed.check(**_cluster())

@@ -10,26 +10,25 @@ import jax
 from absl import logging
 from etils import epath
 
-from xmc_jax import build, distributed, report, workdirs
-from xmc_jax.data import image_import, images, prepare
+from xmc_jax.data import image_import, image_vectors, prepare
 from xmc_jax.data.store import Store
-from xmc_jax.export import write
-from xmc_jax.files import atomic
-from xmc_jax.inference import artifact, documents, labels
-from xmc_jax.inference import files as prediction_files
-from xmc_jax.inference.config import LabelsConfig, PredictConfig
-from xmc_jax.planning import report as planning_report
+from xmc_jax.files import atomic, workdirs
+from xmc_jax.planning import summary as planning_report
 from xmc_jax.reporting import page, workdir_contents
 from xmc_jax.retrieval import evaluate, exact, scann, tuned, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
-from xmc_jax.serve import command as serving
-from xmc_jax.serve.config import ServeConfig
-from xmc_jax.training import loop
+from xmc_jax.runtime import distributed, metrics_log
+from xmc_jax.runtime.wording import counted
+from xmc_jax.shipping import artifact, documents, exporting, labels
+from xmc_jax.shipping import predict_files as prediction_files
+from xmc_jax.shipping.predict_config import LabelsConfig, PredictConfig
+from xmc_jax.shipping.serve import start as serving
+from xmc_jax.shipping.serve.serve_config import ServeConfig
+from xmc_jax.training import build, loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
-from xmc_jax.types import TrainState
-from xmc_jax.wording import counted
+from xmc_jax.training.state import TrainState
 
 _ROWS = {"plain": "trained", "augmented": "trained + augmented"}
 _OF_FOLDER = (("encoder", "pooling"), ("fusion", "prefix"), ("fusion", "label_prefix"))
@@ -142,7 +141,7 @@ def _prepare(asked: Asked) -> int:
     data = build.data(asked.fields)
     print(prepare.report(data.folder))
     if data.images is not None:
-        print(images.report(data.images.folder))
+        print(image_vectors.report(data.images.folder))
         image_import.check_shares(data.name, data.images.shares)
     return 0
 
@@ -167,7 +166,7 @@ def _train(asked: Asked) -> int:
                 trained = loop.train(run, folder, asked.profile)
             except loop.Interrupted as interrupted:
                 return _interrupted(interrupted)
-            logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
+            logging.info("%s: %s", folder, metrics_log.format_seconds(trained.seconds))
             zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
             found = _write(folder, trained.step, zero_shot, trained.evaluation)
             if distributed.is_first():
@@ -216,7 +215,7 @@ def _tune(asked: Asked) -> int:
                 trained = loop.train(run, folder)
             except loop.Interrupted as interrupted:
                 return _interrupted(interrupted)
-            logging.info("%s: %s", folder, report.format_seconds(trained.seconds))
+            logging.info("%s: %s", folder, metrics_log.format_seconds(trained.seconds))
         step, state = loop.restore(run, folder, asked.step)
         choice = run.tune(state)
     if choice is not None:
@@ -281,9 +280,9 @@ def _index(asked: Asked, run: Run, step: int, state: TrainState) -> None:
 
 def _export(asked: Asked, run: Run, step: int, state: TrainState) -> None:
     if run.config.export.format == "adapter":
-        folder = write.encoder(asked.fields, run, state, asked.workdir, asked.overwrite)
+        folder = exporting.encoder(asked.fields, run, state, asked.workdir, asked.overwrite)
     else:
-        folder = write.whole(asked.fields, run, step, state, asked.workdir, asked.overwrite)
+        folder = exporting.whole(asked.fields, run, step, state, asked.workdir, asked.overwrite)
     print(f"wrote {folder}")
 
 
@@ -346,7 +345,7 @@ def _opened(asked: Asked, verify: bool = True) -> artifact.Artifact:
         asked = _filled(asked)
         run, step, state = _restored(asked)
         logging.info("%s: no exported model yet; exporting step %d", folder, step)
-        write.whole(asked.fields, run, step, state, asked.workdir)
+        exporting.whole(asked.fields, run, step, state, asked.workdir)
         return artifact.open(folder, verify)
     opened = artifact.open(folder, verify)
     if (asked.workdir / "checkpoints").exists():
@@ -394,7 +393,7 @@ def _show(
     """Prints which images there are and the tables, the rows of the baseline first."""
     side_by_side = rows
     if data.images is not None:
-        print(f"{images.report(data.images.folder)}\n")
+        print(f"{image_vectors.report(data.images.folder)}\n")
     if baseline:
         name = f"text + {data.images.encoder}"
         side_by_side = baseline | {f"{name}: {row}": found for row, found in rows.items()}

@@ -6,7 +6,7 @@ import pytest
 
 from xmc_jax.data import batches, rows, store
 from xmc_jax.data.csr import Csr
-from xmc_jax.types import NO_PROMPTS
+from xmc_jax.data.types import NO_PROMPTS
 
 
 @pytest.fixture

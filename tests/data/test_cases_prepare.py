@@ -4,8 +4,9 @@ import pathlib
 
 import pytest
 
-from xmc_jax.data import prepare, raw, record_report, records, store
-from xmc_jax.data.records import RecordsConfig
+from xmc_jax.data import prepare, raw, store
+from xmc_jax.data.records import data_report, own_records
+from xmc_jax.data.records.own_records import RecordsConfig
 
 CASES = pathlib.Path(__file__).parents[1] / "cases" / "records"
 
@@ -36,8 +37,8 @@ CASES = pathlib.Path(__file__).parents[1] / "cases" / "records"
     ],
 )
 def test_what_is_odd_is_said(case, options, remark):
-    report, _ = records.check(RecordsConfig(CASES / case, **options))
-    assert f"! {remark}" in record_report.text(report).splitlines()
+    report, _ = own_records.check(RecordsConfig(CASES / case, **options))
+    assert f"! {remark}" in data_report.text(report).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -66,15 +67,15 @@ def test_texts_of_labels_without_any_are_their_ids(tmp_path):
     folder.mkdir()
     (folder / "labels.csv").write_text((CASES / "c14_notext" / "labels.csv").read_text())
     (folder / "train.csv").write_text("text,labels\nhow to,php\nwhen to,php\n")
-    records.convert(RecordsConfig(folder), tmp_path / "raw")
+    own_records.convert(RecordsConfig(folder), tmp_path / "raw")
     items = raw.read_items(tmp_path / "raw" / "lbl.json")
     assert (items.uids, items.titles) == (["php"], ["php"])
 
 
 @pytest.mark.parametrize("case", ["c13_space", "c14_notext"])
 def test_one_document_can_be_checked_but_not_split(tmp_path, case):
-    report, _ = records.check(RecordsConfig(CASES / case))
+    report, _ = own_records.check(RecordsConfig(CASES / case))
     message = "expected documents of two groups at least, to train on and to test with, found 1"
     assert message in report["refusal"]
     with pytest.raises(ValueError, match=message):
-        records.convert(RecordsConfig(CASES / case), tmp_path / "raw")
+        own_records.convert(RecordsConfig(CASES / case), tmp_path / "raw")

@@ -8,8 +8,9 @@ import pathlib
 
 import pytest
 
-from xmc_jax.data import record_table, records
-from xmc_jax.data.records import RecordsConfig
+from xmc_jax.data.records import own_records
+from xmc_jax.data.records.own_records import RecordsConfig
+from xmc_jax.data.tables import table_format
 
 CASES = pathlib.Path(__file__).parents[1] / "cases" / "records"
 FOUR = {
@@ -24,7 +25,7 @@ TAGS = ("labels=tags",)
 def labels_of(folder: pathlib.Path, **options) -> dict[str, list[str]]:
     """Text of each document -> ids of its labels, of records in a folder."""
     items: dict[str, list[dict]] = {"label": [], "document": []}
-    records.check(
+    own_records.check(
         RecordsConfig(folder, **options), lambda kind, item, images: items[kind].append(item)
     )
     ids = [item["uid"] for item in items["label"]]
@@ -70,7 +71,7 @@ def labels_of(folder: pathlib.Path, **options) -> dict[str, list[str]]:
 def test_forms_that_are_read(case, options, expected, dialect):
     folder = CASES / case
     assert labels_of(folder, **options) == expected
-    said = records.describe(RecordsConfig(folder, **options))
+    said = own_records.describe(RecordsConfig(folder, **options))
     assert f" ({dialect}): " in said if dialect else "(" not in said
 
 
@@ -90,7 +91,7 @@ def test_forms_that_are_read(case, options, expected, dialect):
 )
 def test_forms_that_are_refused_with_the_remedy(case, options, said):
     with pytest.raises(ValueError) as error:
-        records.check(RecordsConfig(CASES / case, **options))
+        own_records.check(RecordsConfig(CASES / case, **options))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -120,14 +121,14 @@ def test_decimals_of_parquet_are_whole_numbers(tmp_path):
 )
 def test_types_of_parquet_without_a_meaning_are_to_be_cast(tmp_path, columns, said):
     with pytest.raises(ValueError) as error:
-        records.check(RecordsConfig(write_parquet(tmp_path, **columns)))
+        own_records.check(RecordsConfig(write_parquet(tmp_path, **columns)))
     assert said in str(error.value)
     assert str(error.value).endswith("; cast the column to text, as pandas does with astype(str)")
 
 
 def test_a_list_is_no_text(tmp_path):
     with pytest.raises(ValueError, match=r"column text: .*\['a'\]; join the list into one text"):
-        records.check(RecordsConfig(write_parquet(tmp_path, text=[["a"], ["b"]])))
+        own_records.check(RecordsConfig(write_parquet(tmp_path, text=[["a"], ["b"]])))
 
 
 # What is no table, and what only its name hides
@@ -174,7 +175,7 @@ def test_what_a_file_is_follows_from_its_bytes(tmp_path, name, content, expected
         assert found == {"one": ["7"], "two": ["7", "8"]}
     else:
         with pytest.raises(ValueError, match=expected) as error:
-            records.check(RecordsConfig(tmp_path))
+            own_records.check(RecordsConfig(tmp_path))
         assert "\n" not in str(error.value)
 
 
@@ -193,13 +194,13 @@ def test_what_a_file_is_follows_from_its_bytes(tmp_path, name, content, expected
     ],
 )
 def test_lists_as_python_writes_them(tmp_path, cell, expected):
-    from xmc_jax.data import record_cells
+    from xmc_jax.data.tables import cell_values
 
     if expected is None:
         with pytest.raises(ValueError, match=r"expected an id|expected a list in brackets"):
-            record_cells.identifiers(cell, "|")
+            cell_values.identifiers(cell, "|")
     else:
-        assert record_cells.identifiers(cell, "|") == expected
+        assert cell_values.identifiers(cell, "|") == expected
 
 
 @pytest.mark.parametrize(
@@ -213,9 +214,9 @@ def test_lists_as_python_writes_them(tmp_path, cell, expected):
     ],
 )
 def test_iris_in_angle_brackets(cell, expected):
-    from xmc_jax.data import record_cells
+    from xmc_jax.data.tables import cell_values
 
-    assert record_cells.identifiers(cell, "|") == expected
+    assert cell_values.identifiers(cell, "|") == expected
 
 
 # One list of objects
@@ -246,7 +247,7 @@ def json_list(path: pathlib.Path, content: str) -> pathlib.Path:
 def test_a_damaged_list_is_refused_with_its_line(tmp_path, content, said):
     folder = json_list(tmp_path / "train.jsonl", content)
     with pytest.raises(ValueError) as error:
-        records.check(RecordsConfig(folder))
+        own_records.check(RecordsConfig(folder))
     assert f"train.jsonl{said}" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -260,7 +261,7 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     for size in (1, 64, 7):
         monkeypatch.setattr(text_files, "BLOCK", size)
         assert len(labels_of(folder)) == 40
-    monkeypatch.setattr(record_table, "MAX_RECORD", 40)
+    monkeypatch.setattr(table_format, "MAX_RECORD", 40)
     with pytest.raises(ValueError, match=r"train.json:2: expected a JSON object, whole and of at"):
         labels_of(folder)
     monkeypatch.undo()
@@ -268,7 +269,7 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     json_list(tmp_path / "train.json", json.dumps(rows, indent=1, ensure_ascii=False))
     line = content.splitlines()[: content[: content.index("e 30")].count("\n")]
     with pytest.raises(ValueError, match=rf"train.json:{len(line)}: column labels: .* found '9'"):
-        records.check(RecordsConfig(folder))
+        own_records.check(RecordsConfig(folder))
 
 
 # A row per pair, a column per label
@@ -289,16 +290,16 @@ def test_rows_of_one_document(tmp_path, rows, said):
         assert labels_of(tmp_path, row_per_pair=True) == {"a": ["7", "8"]}
     else:
         with pytest.raises(ValueError, match=said):
-            records.check(RecordsConfig(tmp_path, row_per_pair=True))
+            own_records.check(RecordsConfig(tmp_path, row_per_pair=True))
 
 
 def test_columns_of_labels_hold_nothing_else(tmp_path):
     (tmp_path / "train.csv").write_text("text,7,8\na,1,True\nb,,0.0\nc,2,0\n")
     (tmp_path / "labels.csv").write_text("id,text\n7,seven\n8,eight\n")
     with pytest.raises(ValueError, match=r"train.csv:4: column 7: expected 0 or 1 .* found '2'"):
-        records.check(RecordsConfig(tmp_path, label_columns=("7", "8")))
+        own_records.check(RecordsConfig(tmp_path, label_columns=("7", "8")))
     with pytest.raises(ValueError, match="expected a column 9, as --label_columns says, found te"):
-        records.check(RecordsConfig(tmp_path, label_columns=("7", "9")))
+        own_records.check(RecordsConfig(tmp_path, label_columns=("7", "9")))
 
 
 # Paths of images
@@ -313,5 +314,5 @@ def test_images_stay_in_the_folder_of_their_records(tmp_path, path):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "labels.csv").write_text("id,text\n7,seven\n")
     with pytest.raises(ValueError, match=r"train.jsonl:1: column images: .* within the folder"):
-        records.check(RecordsConfig(folder))
-    assert records.check(RecordsConfig(folder, allow_paths=True, test_fraction=0.5))
+        own_records.check(RecordsConfig(folder))
+    assert own_records.check(RecordsConfig(folder, allow_paths=True, test_fraction=0.5))

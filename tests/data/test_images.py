@@ -16,7 +16,7 @@ import pytest
 import write_faults
 
 from benchmarks import image_gather
-from xmc_jax.data import image_import, image_maps, images
+from xmc_jax.data import image_import, image_maps, image_vectors
 from xmc_jax.data.store import SPLITS
 from xmc_jax.files import atomic
 
@@ -38,9 +38,9 @@ def make_items(seed: int = 0) -> dict[str, list[np.ndarray]]:
     }
 
 
-def writer(folder, **changes) -> images.Writer:
+def writer(folder, **changes) -> image_vectors.Writer:
     fields = {"counts": COUNTS, "width": WIDTH, "dataset": "Toy", "encoder": ENCODER}
-    return images.Writer(folder, **fields | changes)
+    return image_vectors.Writer(folder, **fields | changes)
 
 
 def write(folder, items, **changes) -> pathlib.Path:
@@ -65,7 +65,7 @@ def folder(tmp_path) -> pathlib.Path:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 9])
 def test_gather_is_the_first_images_and_zeros(folder, limit):
-    opened = images.open(folder, expect=COUNTS, verify=True)
+    opened = image_vectors.open(folder, expect=COUNTS, verify=True)
     generator = np.random.default_rng(1)
     for split, items in make_items().items():
         rows = getattr(opened, split)
@@ -81,7 +81,7 @@ def test_gather_is_the_first_images_and_zeros(folder, limit):
 
 
 def test_manifest(folder):
-    opened = images.open(folder)
+    opened = image_vectors.open(folder)
     assert opened.manifest["encoder"] == ENCODER | {"E": WIDTH} and opened.width == WIDTH
     assert opened.manifest["counts"] == COUNTS and opened.manifest["dataset"] == "Toy"
     for split, items in make_items().items():
@@ -98,7 +98,7 @@ def test_manifest(folder):
 
 def test_a_dataset_without_any_image(tmp_path):
     none = {split: [np.zeros((0, WIDTH))] * count for split, count in COUNTS.items()}
-    opened = images.open(write(tmp_path / "images-none", none), verify=True)
+    opened = image_vectors.open(write(tmp_path / "images-none", none), verify=True)
     found, count = opened.label.gather(np.array([3, 0]), 2)
     assert found.shape == (2, 2, WIDTH) and not found.any() and count.tolist() == [0, 0]
     assert opened.shares == {"train": 0, "test": 0, "label": 0}
@@ -106,15 +106,15 @@ def test_a_dataset_without_any_image(tmp_path):
 
 def test_sizes_types_and_offsets_are_checked(folder):
     with pytest.raises(ValueError, match=r"label items: expected 12, found 11"):
-        images.open(folder, expect=COUNTS | {"label": 12})
+        image_vectors.open(folder, expect=COUNTS | {"label": 12})
     path = folder / "test.indptr.npy"
     good = path.read_bytes()
     path.write_bytes(good[:-1])
     with pytest.raises(ValueError, match=rf"indptr\.npy: bytes: expected {len(good)}, found \d+"):
-        images.open(folder)
+        image_vectors.open(folder)
     np.save(path, np.zeros(6, np.float64))
     with pytest.raises(ValueError, match=r"indptr\.npy: dtype: expected int64, found float64"):
-        images.open(folder)
+        image_vectors.open(folder)
     offsets = np.load(io.BytesIO(good))
     for at, value, message in (
         (0, 1, r"first and last offset: expected \(0, \d+\), found \(1, \d+\)"),
@@ -125,22 +125,22 @@ def test_sizes_types_and_offsets_are_checked(folder):
         changed[at] = value
         np.save(path, changed)
         with pytest.raises(ValueError, match=rf"test\.indptr\.npy: {message}"):
-            images.open(folder)
+            image_vectors.open(folder)
     path.write_bytes(b"x" * len(good))
     with pytest.raises(ValueError, match="expected a NumPy array file, found a damaged one"):
-        images.open(folder)
+        image_vectors.open(folder)
     path.unlink()
     with pytest.raises(ValueError, match=r"bytes: expected \d+, found 0"):
-        images.open(folder)
+        image_vectors.open(folder)
 
 
 def test_damaged_rows_are_found_on_request(folder):
     content = bytearray((folder / "label.rows.npy").read_bytes())
     content[-1] ^= 1
     (folder / "label.rows.npy").write_bytes(content)
-    images.open(folder)
+    image_vectors.open(folder)
     with pytest.raises(ValueError, match=r"label\.rows\.npy: sha256: expected \w+, found \w+"):
-        images.open(folder, verify=True)
+        image_vectors.open(folder, verify=True)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"files": {}}'])
@@ -150,13 +150,13 @@ def test_manifest_refusals(folder, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=r"with a manifest\.json, found none that can be read"):
-        images.open(folder)
+        image_vectors.open(folder)
 
 
 @pytest.mark.parametrize("dataset, name", [("a/b", "x"), ("..", "x"), ("", "x"), ("a", "x/y")])
 def test_names_are_parts_of_a_path(dataset, name):
     with pytest.raises(ValueError, match="expected a name without slashes"):
-        images.path("data", dataset, name)
+        image_vectors.path("data", dataset, name)
 
 
 # Writing
@@ -277,7 +277,7 @@ def test_a_folder_stays_until_the_new_one_is_whole(folder):
                 opened.append(split, item, items[split][item])
         opened.finish()
     assert contents(folder) == contents(write(folder.with_name("images-other"), items))
-    assert not images._partial(folder).exists()
+    assert not image_vectors._partial(folder).exists()
 
 
 def test_what_else_is_in_a_folder_is_not_removed(folder):
@@ -341,7 +341,7 @@ def test_items_come_in_order_and_in_shape(tmp_path):
         with pytest.raises(ValueError, match=r"expected {'train': 23.*items, got {'train': 1"):
             opened.finish()
     with pytest.raises(ValueError, match="found an unfinished one"):
-        images.open(tmp_path / "images-x")
+        image_vectors.open(tmp_path / "images-x")
     with pytest.raises(ValueError, match="counts of train, test and label"):
         writer(tmp_path / "images-y", counts={"train": 1})
 
@@ -351,7 +351,7 @@ def test_progress_that_does_not_fit_its_files_is_refused(tmp_path):
     with writer(place) as opened:
         opened.append("train", 0, np.ones((3, WIDTH)))
         opened.commit()
-    partial = images._partial(place)
+    partial = image_vectors._partial(place)
     with (partial / "train.rows.npy").open("r+b") as file:
         file.truncate(150)
     with pytest.raises(ValueError, match=r"rows\.npy: bytes: expected at least 164 .* found 150"):
@@ -404,7 +404,7 @@ def test_a_kill_and_a_full_disk_at_each_write(tmp_path, monkeypatch, kind):
             with pytest.raises(OSError, match="No space left"):
                 act()
             fatal = 0
-        for file in images._partial(place).glob("*.npy"):
+        for file in image_vectors._partial(place).glob("*.npy"):
             with file.open("ab") as torn:
                 torn.write(b"torn")
         act()
@@ -419,7 +419,7 @@ SMALL = image_gather.Settings(rows=300, width=8, batch=4, batches=3)
 def test_the_benchmark_counts_what_it_gathers(tmp_path, cold):
     place = tmp_path / "images-rows"
     image_gather.write(place, SMALL)
-    written = images.open(place).manifest["images"]
+    written = image_vectors.open(place).manifest["images"]
     assert sum(written.values()) == 300
     found = image_gather.measure(place, SMALL, cold)
     assert found["items"] == 3 * 2 * 4 and found["items_per_second"] > 0
@@ -759,7 +759,7 @@ def imported(place, data_dir, items, encoder="siglip2", name="x", **fields):
 
 
 def check_imported(folder, items):
-    opened = images.open(folder, verify=True)
+    opened = image_vectors.open(folder, verify=True)
     for split, vectors in items.items():
         found, count = getattr(opened, split).gather(np.arange(len(vectors)), 3)
         assert count.tolist() == [len(v) for v in vectors]
@@ -777,7 +777,7 @@ def test_the_published_layout(published, tmp_path):
     assert opened.encoder == "siglip2" and opened.width == 4
     assert opened.manifest["source"]["per_item"] == 3
     assert set(opened.manifest["source"]["uids"]) == set(items)
-    lines = images.report(folder).splitlines()
+    lines = image_vectors.report(folder).splitlines()
     share = 100 * np.mean([len(v) > 0 for v in items["train"]])
     assert lines[0] == f"Toy in {folder}: siglip2, 4 wide"
     assert f"train  items 9,000  images {sum(map(len, items['train'])):,}" in lines[1]
@@ -791,7 +791,7 @@ def test_the_published_layout(published, tmp_path):
     ):
         imported(*arguments, encoder="minus")
     imported(*arguments, encoder="minus", overwrite=True)
-    assert images.open(folder).encoder == "minus"
+    assert image_vectors.open(folder).encoder == "minus"
 
 
 def test_published_embeddings_are_compared_by_contents(published, tmp_path, monkeypatch, caplog):
@@ -800,15 +800,15 @@ def test_published_embeddings_are_compared_by_contents(published, tmp_path, monk
     file = place / "trn_embs_imgs_3_4_siglip2.npy"
     before = file.read_bytes()
     os.utime(file, ns=(1, 1))
-    assert image_import.is_current(images.open(folder), place)
+    assert image_import.is_current(image_vectors.open(folder), place)
     with monkeypatch.context() as patched:
         patched.setattr(image_import, "sha256", lambda _: pytest.fail("read again"))
-        assert image_import.is_current(images.open(folder), place)
+        assert image_import.is_current(image_vectors.open(folder), place)
     file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"trn_embs\S*: expected .*sha256 .* found .*--overwrite"):
-        image_import.is_current(images.open(folder), place)
+        image_import.is_current(image_vectors.open(folder), place)
     file.unlink()
-    assert image_import.is_current(images.open(folder), place)
+    assert image_import.is_current(image_vectors.open(folder), place)
     assert "are not in" in caplog.text and str(place) in caplog.text
 
 
@@ -868,7 +868,7 @@ def test_one_file_of_embeddings_for_all_splits(published, tmp_path):
 def test_an_import_goes_on_after_an_interruption(published, tmp_path, monkeypatch):
     place, items = published
     straight = imported(place, tmp_path / "a", items)
-    whole, calls = images.Writer.extend, []
+    whole, calls = image_vectors.Writer.extend, []
 
     def interrupted(self, *arguments):
         calls.append(arguments[:2])
@@ -877,7 +877,7 @@ def test_an_import_goes_on_after_an_interruption(published, tmp_path, monkeypatc
         whole(self, *arguments)
         self.commit()
 
-    monkeypatch.setattr(images.Writer, "extend", interrupted)
+    monkeypatch.setattr(image_vectors.Writer, "extend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         imported(place, tmp_path / "b", items)
     imported(place, tmp_path / "b", items)

@@ -17,10 +17,10 @@ import pytest
 import write_faults
 
 from configs import vixml
-from xmc_jax import build
 from xmc_jax.data import bundled, known, prepare, prompts, raw, store
 from xmc_jax.data import raw_folder as raw_folders
 from xmc_jax.data import tokenizer as tokenizers
+from xmc_jax.training import build
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, processors
 
 from xmc_jax.data import prompts
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.types import ORDERS, Prompts
+from xmc_jax.data.types import ORDERS, Prompts
 
 TEXTS = ["red lamp", "", "Red GREEN blue small large", "unheard of", "red"]
 

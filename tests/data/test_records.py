@@ -19,21 +19,12 @@ import write_faults
 from hypothesis import strategies as st
 
 from configs import vixml
-from xmc_jax import build
-from xmc_jax.data import (
-    bundled,
-    holdout,
-    prepare,
-    raw,
-    raw_folder,
-    record_cells,
-    record_report,
-    record_table,
-    records,
-    store,
-)
-from xmc_jax.data.records import RecordsConfig
+from xmc_jax.data import bundled, holdout, prepare, raw, raw_folder, store
+from xmc_jax.data.records import data_report, own_records
+from xmc_jax.data.records.own_records import RecordsConfig
+from xmc_jax.data.tables import cell_values, table_format
 from xmc_jax.files import manifests
+from xmc_jax.training import build
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs the extra vision")
 pq = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra vision")
@@ -102,7 +93,7 @@ def contents(folder: pathlib.Path, *but: str) -> dict[str, bytes]:
 
 def convert(folder: pathlib.Path, out: pathlib.Path, **options) -> dict:
     """The report."""
-    return records.convert(RecordsConfig(folder, **options), out)[0]
+    return own_records.convert(RecordsConfig(folder, **options), out)[0]
 
 
 def read(folder: pathlib.Path) -> raw_folder.RawDataset:
@@ -156,7 +147,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 ids = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n"), min_size=1, max_size=6
 )
-ids = ids.map(record_cells.normal).filter(bool)
+ids = ids.map(cell_values.normal).filter(bool)
 
 
 @st.composite
@@ -300,7 +291,7 @@ DOCUMENTS = [{"id": i, "text": f"t{i}", "labels": ["a"]} for i in range(6)]
 def refused(folder: pathlib.Path, **options) -> str:
     """The error's only line, without the folder's name."""
     with pytest.raises(ValueError) as error:
-        records.check(RecordsConfig(folder, **options))
+        own_records.check(RecordsConfig(folder, **options))
     assert not isinstance(error.value, UnicodeError)
     (line,) = str(error.value).splitlines()
     return line.replace(f"{folder}/", "")
@@ -412,7 +403,7 @@ def test_lines_of_json(own, line, message):
     lines = (folder / "train.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "train.jsonl").write_bytes(b"".join([*lines[:2], line + b"\n", *lines[2:]]))
     if message is None:
-        records.check(RecordsConfig(folder, test_fraction=0.5))
+        own_records.check(RecordsConfig(folder, test_fraction=0.5))
     else:
         found = refused(folder)
         assert found.startswith("train.jsonl:3: ") and message in found
@@ -547,7 +538,7 @@ def test_damaged_and_missing_files(own, kind, monkeypatch):
         path.write_bytes(b"")
         assert f"train.{kind}: expected " in refused(folder)
     path.write_bytes(content)
-    monkeypatch.setattr(record_table, "MAX_RECORD", 40)
+    monkeypatch.setattr(table_format, "MAX_RECORD", 40)
     long = "x" * 60 if "json" in kind else "x\n" * 30
     write(path, [{"id": 1, "text": "x", "labels": "a"}, {"id": 2, "text": long, "labels": "a"}])
     found = refused(folder)
@@ -560,7 +551,7 @@ def test_damaged_and_missing_files(own, kind, monkeypatch):
 
 def test_a_text_in_parquet_may_not_be_huge(own, monkeypatch):
     folder = own("parquet")
-    monkeypatch.setattr(record_table, "MAX_RECORD", 1)
+    monkeypatch.setattr(table_format, "MAX_RECORD", 1)
     assert "row 0: column text: expected at most 1 characters, found 2" in refused(folder)
 
 
@@ -607,7 +598,7 @@ def test_files_by_their_names(own, tmp_path, capsys):
     (folder / "train.csv").rename(tmp_path / "items.CSV")
     (folder / "labels.csv").rename(tmp_path / "tags.csv")
     files = {"records": tmp_path / "items.CSV", "labels": tmp_path / "tags.csv"}
-    records.convert(RecordsConfig(**files), tmp_path / "files")
+    own_records.convert(RecordsConfig(**files), tmp_path / "files")
     found = [contents(tmp_path / name, "records.json") for name in ("folder", "files")]
     assert found[0] == found[1]
     flags = [f"--{role}={path}" for role, path in files.items()]
@@ -636,10 +627,10 @@ def test_named_columns_that_are_not_there(tmp_path, columns, message):
     write(tmp_path / "train.csv", rows)
     write(tmp_path / "labels.csv", [{"id": "a", "name": "x"}])
     if message is None:
-        records.check(RecordsConfig(tmp_path, columns=tuple(columns), test_fraction=0.5))
+        own_records.check(RecordsConfig(tmp_path, columns=tuple(columns), test_fraction=0.5))
         return
     with pytest.raises(ValueError) as error:
-        records.check(RecordsConfig(tmp_path, columns=tuple(columns)))
+        own_records.check(RecordsConfig(tmp_path, columns=tuple(columns)))
     assert message in str(error.value)
 
 
@@ -776,7 +767,7 @@ def test_a_column_says_the_split(own, tmp_path):
         "train.csv:3: column split: expected train or validation, since files of their own have "
         "the others, found 'test'; --column split= leaves the column out"
     ) in refused(folder)
-    found, _ = records.check(RecordsConfig(folder, columns=("split=",)))
+    found, _ = own_records.check(RecordsConfig(folder, columns=("split=",)))
     assert (found["train"]["documents"], found["test"]["documents"]) == (6, 1)
 
 
@@ -930,7 +921,7 @@ def test_report(tmp_path, capsys):
         "train.jsonl",
     ]
     said = capsys.readouterr().out
-    report, _ = records.check(RecordsConfig(tmp_path))
+    report, _ = own_records.check(RecordsConfig(tmp_path))
     none = {"with_image": 0, "images": 0, "images_missing": 0}
     assert report["train"] == {
         "documents": 4,
@@ -1002,12 +993,12 @@ def snapshot(folder: pathlib.Path) -> dict:
 
 def test_the_same_records_leave_the_folder_alone(own, tmp_path):
     folder = own()
-    report, made = records.convert(RecordsConfig(folder), tmp_path / "raw")
+    report, made = own_records.convert(RecordsConfig(folder), tmp_path / "raw")
     before = snapshot(tmp_path / "raw")
     assert made and "groups.tsv" not in before
-    assert records.convert(RecordsConfig(folder), tmp_path / "raw") == (report, False)
+    assert own_records.convert(RecordsConfig(folder), tmp_path / "raw") == (report, False)
     moved = folder.rename(tmp_path / "moved")
-    assert records.convert(RecordsConfig(moved), tmp_path / "raw") == (report, False)
+    assert own_records.convert(RecordsConfig(moved), tmp_path / "raw") == (report, False)
     assert snapshot(tmp_path / "raw") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [".raw.lock", "moved", "raw"]
 
@@ -1053,10 +1044,8 @@ def test_a_folder_of_an_earlier_version_is_taken(own, tmp_path):
         del made[name]
     made["files"] |= manifests.files(out, ["report.json"])
     (out / "records.json").write_text(json.dumps(made))
-    assert records.convert(RecordsConfig(folder, test_fraction=0.4), out) == (report, False)
-    assert "documents                                    4           2" in record_report.text(
-        report
-    )
+    assert own_records.convert(RecordsConfig(folder, test_fraction=0.4), out) == (report, False)
+    assert "documents                                    4           2" in data_report.text(report)
 
 
 @pytest.mark.parametrize("kind", write_faults.KINDS)
@@ -1116,7 +1105,7 @@ def test_memory_does_not_hold_the_texts(tmp_path):
 def test_images_are_where_vision_looks_for_them(tmp_path, monkeypatch):
     """Paths from the file's folder on, in order, also after that of the command has changed."""
     pytest.importorskip("PIL", reason="pictures need the extra vision")
-    from xmc_jax.vision import sources
+    from xmc_jax.images import image_sources
 
     folder = tmp_path / "own"
     (folder / "pictures").mkdir(parents=True)
@@ -1140,10 +1129,12 @@ def test_images_are_where_vision_looks_for_them(tmp_path, monkeypatch):
         found = {}
         for split, name in (("train", "trn"), ("test", "tst")):
             uids = [json.loads(line)["uid"] for line in (out / f"{name}.json").open()]
-            for item, _, data in sources.open(out, split, uids, allow_paths=True).read(limit=5):
+            for item, _, data in image_sources.open(out, split, uids, allow_paths=True).read(
+                limit=5
+            ):
                 found.setdefault(uids[item], []).append(data)
         assert found == {"1": [b"b.png", b"a.png"], "2": [b"c, d.png"]}
-        assert sources.open(out, "label", ["a", "b"]).items_with_images == 0
+        assert image_sources.open(out, "label", ["a", "b"]).items_with_images == 0
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").rename(tmp_path / "elsewhere")
     with pytest.raises(
@@ -1291,7 +1282,7 @@ def test_the_variant_own_asks_for_records(tmp_path):
 
 
 def test_records_may_move_between_two_starts(own_fields, tmp_path):
-    from xmc_jax import workdirs
+    from xmc_jax.files import workdirs
 
     workdirs.write_config(tmp_path, own_fields)
     (tmp_path / "own").rename(tmp_path / "moved")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xmc_jax.data import rows
-from xmc_jax.types import NO_PROMPTS
+from xmc_jax.data.types import NO_PROMPTS
 
 
 def by_a_loop(lengths, places, most):

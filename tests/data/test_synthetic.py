@@ -16,8 +16,9 @@ pq = pytest.importorskip("pyarrow.parquet", reason="pictures need the extra visi
 
 from PIL import Image  # noqa: E402
 
-from xmc_jax.data import raw_folder, synthetic  # noqa: E402
-from xmc_jax.data.synthetic import Shop, SyntheticConfig  # noqa: E402
+from xmc_jax.data import raw_folder  # noqa: E402
+from xmc_jax.data.synthetic import product_set  # noqa: E402
+from xmc_jax.data.synthetic.product_set import Shop, SyntheticConfig  # noqa: E402
 
 SMALL = SyntheticConfig(documents=101, test_documents=40, labels=90, pixels=24)
 
@@ -26,7 +27,7 @@ SMALL = SyntheticConfig(documents=101, test_documents=40, labels=90, pixels=24)
 def made(tmp_path_factory):
     """A raw folder of SMALL."""
     folder = tmp_path_factory.mktemp("synthetic") / "Synthetic-100"
-    synthetic.generate(SMALL, folder)
+    product_set.generate(SMALL, folder)
     return folder
 
 
@@ -65,13 +66,13 @@ def test_seeds_and_splits_are_different_shops():
     titles = [
         tuple(item.title for item in itertools.islice(Shop(config).items(split), 20))
         for config in (SMALL, dataclasses.replace(SMALL, seed=1))
-        for split in synthetic.SPLITS
+        for split in product_set.SPLITS
     ]
     assert len(set(titles)) == 6
 
 
 def test_the_same_config_gives_the_same_bytes(made, tmp_path):
-    synthetic.generate(SMALL, tmp_path / "again" / made.name)
+    product_set.generate(SMALL, tmp_path / "again" / made.name)
     files = sorted(path.name for path in made.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "again" / made.name).iterdir())
     for name in files:
@@ -105,7 +106,7 @@ def test_siblings_show_one_product_and_stay_together(made):
 
 def test_pictures_lie_in_the_order_of_items(made):
     shop = Shop(SMALL)
-    for split, name in synthetic.SPLITS.items():
+    for split, name in product_set.SPLITS.items():
         rows = [(row["uid"], row["k"]) for row in pictures(made, name)]
         assert rows == [(item.uid, k) for item in shop.items(split) for k in range(item.images)]
     row = pictures(made, "tst")[5]
@@ -115,10 +116,10 @@ def test_pictures_lie_in_the_order_of_items(made):
 
 
 def test_pictures_are_read_by_the_embedding_command(made):
-    from xmc_jax.vision import sources
+    from xmc_jax.images import image_sources
 
     uids = read(made).splits["label"].uids
-    found = list(sources.open(made, "label", uids).read(limit=3))
+    found = list(image_sources.open(made, "label", uids).read(limit=3))
     expected = [(uids.index(row["uid"]), row["k"], row["bytes"]) for row in pictures(made, "lbl")]
     assert found == expected
 
@@ -167,7 +168,7 @@ def test_titles_state_some_attributes_and_nothing_of_the_others(shop):
         for told, value, names in zip(
             item.stated,
             item.attributes,
-            (synthetic.SHAPES, synthetic.COLOURS, synthetic.PATTERNS),
+            (product_set.SHAPES, product_set.COLOURS, product_set.PATTERNS),
         ):
             found = {n for n, ways in enumerate(names) for way in ways if f" {way} " in words}
             assert found == ({value} if told else set()), item.title
@@ -208,7 +209,7 @@ def test_label_frequencies_have_a_head_and_a_tail(shop):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_default_difficulty_leaves_room_for_images(seed):
-    found = synthetic.oracles(Shop(SyntheticConfig(test_documents=1000, seed=seed)))
+    found = product_set.oracles(Shop(SyntheticConfig(test_documents=1000, seed=seed)))
     assert 0.5 < found["text"] < 0.6
     assert found["text and image"] > found["text"] + 0.2
     assert found["image"] < 0.5
@@ -217,9 +218,9 @@ def test_the_default_difficulty_leaves_room_for_images(seed):
 
 
 def test_oracles_know_what_they_are_shown():
-    told = synthetic.oracles(Shop(dataclasses.replace(SMALL, stated=1.0, image_share=0.0)))
+    told = product_set.oracles(Shop(dataclasses.replace(SMALL, stated=1.0, image_share=0.0)))
     assert told["text"] == told["attributes"] == told["text and image"]
-    shown = synthetic.oracles(Shop(dataclasses.replace(SMALL, stated=0.0, image_share=1.0)))
+    shown = product_set.oracles(Shop(dataclasses.replace(SMALL, stated=0.0, image_share=1.0)))
     assert shown["text and image"] == shown["attributes"] > shown["text"] + 0.3
 
 
@@ -227,24 +228,24 @@ def test_stats_say_what_was_asked_and_found(made):
     found = json.loads((made / "stats.json").read_text())
     assert found["name"] == "Synthetic-100"
     assert found["synthetic"] == {"format": 1, **dataclasses.asdict(SMALL)}
-    images = {split: len(pictures(made, name)) for split, name in synthetic.SPLITS.items()}
+    images = {split: len(pictures(made, name)) for split, name in product_set.SPLITS.items()}
     assert {split: found[split]["images"] for split in images} == images
     per_document = read(made).splits["train"].positives.counts().mean()
     assert found["train"]["labels_per_document"] == pytest.approx(per_document, abs=1e-3)
-    assert found["P@1 of oracles"] == synthetic.oracles(Shop(SMALL))
+    assert found["P@1 of oracles"] == product_set.oracles(Shop(SMALL))
 
 
 def test_the_command_makes_a_folder_once(tmp_path, capsys):
     flags = ["--documents=6", "--labels=5", "--pixels=16", f"--out={tmp_path / 'made'}"]
-    assert synthetic.main(flags) == 0
+    assert product_set.main(flags) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["synthetic"]["test_documents"] == printed["test"]["count"] == 3
     when = (tmp_path / "made" / "stats.json").stat().st_mtime_ns
-    assert synthetic.main(flags) == 0
+    assert product_set.main(flags) == 0
     assert json.loads(capsys.readouterr().out) == printed
     assert (tmp_path / "made" / "stats.json").stat().st_mtime_ns == when
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
-    assert synthetic.main([*flags, "--seed=1"]) == 1
+    assert product_set.main([*flags, "--seed=1"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "choose another folder or delete it" in error
 
@@ -254,11 +255,11 @@ def test_an_interrupted_run_leaves_no_folder(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(synthetic, "oracles", interrupt)
+        patched.setattr(product_set, "oracles", interrupt)
         flags = ["--documents=3", "--labels=5", "--pixels=16", f"--out={tmp_path / 'made'}"]
-        assert synthetic.main(flags) == 130
+        assert product_set.main(flags) == 130
     assert not (tmp_path / "made").exists()
-    assert synthetic.main(flags) == 0
+    assert product_set.main(flags) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
     assert "run the same command again" in capsys.readouterr().err
 
@@ -276,13 +277,13 @@ def test_an_interrupted_run_leaves_no_folder(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_flags_are_refused_in_one_line(tmp_path, capsys, flag, message):
-    assert synthetic.main([f"--out={tmp_path / 'made'}", flag]) == 2
+    assert product_set.main([f"--out={tmp_path / 'made'}", flag]) == 2
     error = capsys.readouterr().err
     assert error.startswith("synthetic: ") and error.count("\n") == 1 and message in error
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert synthetic.main([f"--out={tmp_path / 'made'}"]) == 1
+    assert product_set.main([f"--out={tmp_path / 'made'}"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "pip install 'xmc_jax[vision]'" in error

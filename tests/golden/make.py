@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import xmc_jax
-from xmc_jax import packaged
+from xmc_jax.data import packaged
 
 HERE = pathlib.Path(__file__).parent
 TITLES = pathlib.Path(xmc_jax.__file__).parent / "data/bundled/LF-DebianTitles-3K/lbl.json.gz"

@@ -1,7 +1,7 @@
 """Writes checkpoints as a version of the code makes them: `python tests/golden/make_checkpoint.py`.
 
 checkpoint/format<N>/: the workdir of one checkpoint, of step 7; N is 1 before digests, then what
-`xmc_jax.proof.FORMAT` says. To be run once, with the code of that format; older ones stay.
+`xmc_jax.training.proof.FORMAT` says. To be run once, with the code of that format; older ones stay.
 """
 
 import pathlib
@@ -29,10 +29,10 @@ def state() -> dict:
 
 
 def main() -> None:
-    from xmc_jax import checkpoint
+    from xmc_jax.training import checkpoint
 
     try:
-        from xmc_jax.proof import FORMAT
+        from xmc_jax.training.proof import FORMAT
     except ImportError:
         FORMAT = 1
     target = HERE / "checkpoint" / f"format{FORMAT}"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import places_of, rows_of
-from xmc_jax import packaged
+from xmc_jax.data import packaged
 from xmc_jax.models import bert, dual, hf, layers
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

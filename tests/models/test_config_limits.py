@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from xmc_jax import packaged
+from xmc_jax.data import packaged
 from xmc_jax.models import decoder_config, vision
 
 QWEN = json.loads((packaged.tiny_decoder() / "config.json").read_text())

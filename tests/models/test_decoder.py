@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import places_of, rows_of
-from xmc_jax import sharding
 from xmc_jax.models import backbone, decoder, decoder_config, dual, hf, layers
 from xmc_jax.models.decoder_config import RopeScaling
+from xmc_jax.runtime import sharding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import places_of, rows_of
-from xmc_jax import sharding
 from xmc_jax.models import dual
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.combiner import SumCombiner
 from xmc_jax.models.layers import normalize
+from xmc_jax.runtime import sharding
 
 TINY = BertConfig(vocab_size=50, hidden=16, layers=2, heads=4, ff=32, max_positions=12)
 

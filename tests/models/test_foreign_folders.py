@@ -10,10 +10,11 @@ import pytest
 import safetensors.numpy
 from tokenizers import Tokenizer
 
-from xmc_jax import build, sharding
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.models import dual, hf, hf_adapters, hf_modules, hf_names
 from xmc_jax.models.pooled_dense import DenseConfig
+from xmc_jax.runtime import sharding
+from xmc_jax.training import build
 
 UNQUANTISED = "take the model that they were made from"
 

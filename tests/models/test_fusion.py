@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from xmc_jax.data import rows
+from xmc_jax.data.types import ORDERS, Inputs, Prompts
 from xmc_jax.models import dual, fusion
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
-from xmc_jax.types import ORDERS, Inputs, Prompts
 
 T, K, E = 6, 3, 5
 DECODER = DecoderConfig(

@@ -16,8 +16,9 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from xmc_jax import packaged, sharding
+from xmc_jax.data import packaged
 from xmc_jax.models import bert, decoder_config, dual, hf, hf_names
+from xmc_jax.runtime import sharding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FAMILIES = (*bert.FAMILIES, *decoder_config.FAMILIES)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from xmc_jax import sharding
 from xmc_jax.models import backbone, bert, decoder_config, dual, hf, hf_export, hf_modules, hf_names
 from xmc_jax.models.layers import NO_LORA, LoraConfig
+from xmc_jax.runtime import sharding
 from xmc_jax.training.config import ExportConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

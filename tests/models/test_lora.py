@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import rows_of
-from xmc_jax import sharding
 from xmc_jax.models import backbone, bert, decoder, dual, layers
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.models.layers import NO_LORA, LoraConfig
+from xmc_jax.runtime import sharding
 
 DECODER = DecoderConfig(
     family="qwen3",

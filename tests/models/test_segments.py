@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import sharding
 from xmc_jax.data import rows
+from xmc_jax.data.types import Inputs, Prompts
 from xmc_jax.models import decoder_config, dual, layers
 from xmc_jax.models.bert import BertConfig
-from xmc_jax.types import Inputs, Prompts
+from xmc_jax.runtime import sharding
 
 N, T, K, E = 24, 9, 3, 5
 ENCODER = BertConfig(vocab_size=50, hidden=16, layers=2, heads=4, ff=32, max_positions=16)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from xmc_jax import sharding
 from xmc_jax.models import hf, vision
 from xmc_jax.models.vision import VisionConfig
+from xmc_jax.runtime import sharding
 
 PUBLISHED = pathlib.Path(__file__).parent / "published" / "vision"
 SIZES = {

@@ -11,8 +11,8 @@ import safetensors.numpy
 
 from tests.padded_rows import places_of
 from xmc_jax.data import rows
+from xmc_jax.data.types import Inputs, Prompts
 from xmc_jax.models import decoder, decoder_config, dual, hf, hf_export
-from xmc_jax.types import Inputs, Prompts
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

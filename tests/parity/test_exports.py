@@ -11,9 +11,10 @@ import pytest
 from etils import epath
 
 from configs import vixml
-from xmc_jax import build, packaged
-from xmc_jax.export import write
-from xmc_jax.inference.predictor import Predictor
+from xmc_jax.data import packaged
+from xmc_jax.shipping import exporting
+from xmc_jax.shipping.predictor import Predictor
+from xmc_jax.training import build
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -100,7 +101,7 @@ def test_decoders(family, pooling, topics, tmp_path):
     for kind in ("merged", "adapter"):
         asked = copy.deepcopy(fields) | {"export": {"format": kind, "dtype": "float32"}}
         run = build.run(asked)
-        folder = write.encoder(asked, run, state, tmp_path / "run")
+        folder = exporting.encoder(asked, run, state, tmp_path / "run")
         model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
         theirs = model.encode(titles(topics), batch_size=16)
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5, err_msg=kind)
@@ -112,7 +113,7 @@ def test_an_encoder(fields, topics, tmp_path):
     fields["data"]["max_length"] = 8
     run = build.run(fields)
     state = run.initial_state()
-    folder = write.encoder(fields, run, state, tmp_path)
+    folder = exporting.encoder(fields, run, state, tmp_path)
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     ours = run.embed(state.params, "train")[:100]
     np.testing.assert_allclose(model.encode(titles(topics)), ours, rtol=0, atol=1e-5)
@@ -121,7 +122,7 @@ def test_an_encoder(fields, topics, tmp_path):
 def test_an_artifact_opens_in_sentence_transformers_and_predicts_the_same(fields, topics, tmp_path):
     """Their embeddings against the labels in the folder: the ranking of `Predictor`."""
     run = build.run(fields)
-    folder = write.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
+    folder = exporting.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
     texts = titles(topics)
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     predictor = Predictor.open(folder)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import rows_of
-from xmc_jax import build
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.export import write
 from xmc_jax.models import dual, hf, hf_modules
+from xmc_jax.shipping import exporting
+from xmc_jax.training import build
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -89,7 +89,7 @@ def test_an_exported_folder_gives_our_embeddings(name, fields, tmp_path):
     run = build.run(fields)
     state = run.initial_state()
     assert run.data.train.lengths.min() < run.data.train.lengths.max() == 12
-    out = write.encoder(fields, run, state, tmp_path / "run")
+    out = exporting.encoder(fields, run, state, tmp_path / "run")
     model = opened(out)
     theirs = model.encode(titles[:32], batch_size=8)
     np.testing.assert_allclose(run.embed(state.params, "train"), theirs, rtol=0, atol=1e-5)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import places_of, rows_of
-from xmc_jax import packaged
-from xmc_jax.data import tokenizer
+from xmc_jax.data import packaged, tokenizer
 from xmc_jax.models import bert, dual, hf, hf_export
 from xmc_jax.models.combiner import TransformerCombiner
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from tests.images.odd_images import IMAGES, SATURATED
 
-from tests.vision.odd_images import IMAGES, SATURATED
+from xmc_jax.images import decoding
 from xmc_jax.models import hf, vision
-from xmc_jax.vision import images
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -179,11 +179,11 @@ def opened(name: str) -> Image.Image:
 )
 def test_pixels_are_those_of_the_processor(path):
     raw = json.loads(path.read_text(encoding="utf-8"))
-    ours, theirs = images.from_hf(raw), processor_of(raw)
+    ours, theirs = decoding.from_hf(raw), processor_of(raw)
     for name in IMAGES:
         out = theirs(images=opened(name), do_convert_rgb=True, return_tensors="np")
         expected = out["pixel_values"][0].transpose(1, 2, 0)
-        pixels = ours(images.decode(IMAGES[name]))
+        pixels = ours(decoding.decode(IMAGES[name]))
         assert pixels.shape == expected.shape and pixels.dtype == expected.dtype == np.float32
         # normalised, so that a level is 2/255: they are the same
         np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-6, err_msg=name)
@@ -193,11 +193,11 @@ def test_pixels_are_those_of_the_processor(path):
 @pytest.mark.parametrize("name", [name for name in IMAGES if name not in SATURATED])
 def test_alpha_dropped_is_what_load_image_gives(name):
     theirs = transformers.image_utils.load_image(Image.open(io.BytesIO(IMAGES[name])))
-    np.testing.assert_array_equal(images.decode(IMAGES[name], alpha="drop"), theirs)
+    np.testing.assert_array_equal(decoding.decode(IMAGES[name], alpha="drop"), theirs)
 
 
 def test_processor_as_transformers_writes_it(tmp_path):
     raw = json.loads((PUBLISHED / "siglip2-base-patch16-224.preprocessor.json").read_text())
     processor_of(raw).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert images.from_hf(written) == images.from_hf(raw)
+    assert decoding.from_hf(written) == decoding.from_hf(raw)

@@ -18,7 +18,7 @@ from configs import vixml
 from xmc_jax.planning import plan, programs, topology
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
-from xmc_jax.types import DataShape
+from xmc_jax.data.types import DataShape
 
 def memory(field):
     with open("/proc/self/status") as file:

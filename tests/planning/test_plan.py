@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import build
-from xmc_jax.planning import plan, programs, report, shape, topology
+from xmc_jax.data.types import DataShape
+from xmc_jax.planning import plan, programs, shape, summary, topology
 from xmc_jax.planning.hlo import Costs
 from xmc_jax.planning.plan import Compiled
+from xmc_jax.training import build
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.flops import Flops
 from xmc_jax.training.program import Program
-from xmc_jax.types import DataShape
 
 COUNTS = DataShape(documents=640, test=64, labels=320, length=16, pairs=1000, positives=3)
 
@@ -159,9 +159,9 @@ def test_what_cannot_fit_is_not_compiled(config, costly):
 
 
 def test_the_verdict_says_what_is_missing(where):
-    enough = report._verdict(planned(where, compiled("train_step", 2**30)))
+    enough = summary._verdict(planned(where, compiled("train_step", 2**30)))
     assert enough.startswith(f"fits: 1.00 of {where.memory / 2**30:,.2f} GiB")
-    short = report._verdict(planned(where, compiled("train_step", 2 * where.memory)))
+    short = summary._verdict(planned(where, compiled("train_step", 2 * where.memory)))
     assert short.startswith("does not fit")
 
 
@@ -211,7 +211,7 @@ def test_prompts_without_a_tokenizer_have_a_token_per_word(tmp_path):
 @pytest.mark.parametrize("name", [pytest.param("cpu:2", marks=pytest.mark.scale), "gpu:h100x8"])
 def test_a_run_is_planned_whole(fields, name):
     build.data(fields)  # makes the dataset folder, whose counts are planned with
-    text, fits = report.make(fields, name)
+    text, fits = summary.make(fields, name)
     assert fits
     assert ("ESTIMATE" in text) == name.startswith("gpu")
     assert ("ms collectives" in text and "epoch" in text) and "fits: " in text

@@ -11,7 +11,7 @@ import processes
 import pytest
 
 from configs import vixml
-from xmc_jax.data import synthetic
+from xmc_jax.data.synthetic import product_set
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 def full(fields, tmp_path_factory) -> dict:
     """PRIME, pictures, a curriculum that clusters and doubles, evaluations, dropout."""
     raw = tmp_path_factory.mktemp("raw") / "Products"
-    config = synthetic.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
-    synthetic.generate(config, raw)
+    config = product_set.SyntheticConfig(documents=120, test_documents=40, labels=60, pixels=32)
+    product_set.generate(config, raw)
     fields = copy.deepcopy(fields)
     fields["name"] = "products"
     fields["data"] |= {

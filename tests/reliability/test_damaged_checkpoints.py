@@ -10,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 
-from xmc_jax import checkpoint
+from xmc_jax.training import checkpoint
 
 pytestmark = pytest.mark.reliability
 FLIPS = 300

@@ -26,7 +26,7 @@ import valid_inputs
 
 from xmc_jax.data import raw
 from xmc_jax.files.digests import sha256
-from xmc_jax.inference import documents
+from xmc_jax.shipping import documents
 
 REFUSED, HARMLESS = "refused", "harmless"
 CANARY = "canary"  # a file that a payload makes
@@ -576,7 +576,7 @@ PICTURES: dict[str, Make] = {
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.reliability
 def test_pictures(tmp_path, name):
-    vision = pytest.importorskip("xmc_jax.vision.images", reason='needs the extra "vision"')
+    vision = pytest.importorskip("xmc_jax.images.decoding", reason='needs the extra "vision"')
     where = tmp_path / "pictures"
     where.mkdir()
     (where / "a.png").write_bytes(PICTURES[name](where))

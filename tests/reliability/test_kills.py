@@ -13,8 +13,7 @@ import numpy as np
 import processes
 import pytest
 
-from xmc_jax import build
-from xmc_jax.training import loop
+from xmc_jax.training import build, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 20  # of the run
@@ -88,7 +87,7 @@ def test_the_same_command_twice_has_the_same_digests(straight):
     _, _, folder = straight
     said = []
     for name in ("first", "second"):
-        words = [sys.executable, "-m", "xmc_jax.verify", str(folder / name), "--arrays"]
+        words = [sys.executable, "-m", "xmc_jax.training.verify", str(folder / name), "--arrays"]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.splitlines())

@@ -19,8 +19,8 @@ import numpy as np
 import processes
 import pytest
 
-from xmc_jax import build, peers
-from xmc_jax.training import loop
+from xmc_jax.runtime import peers
+from xmc_jax.training import build, loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build
 from xmc_jax.data import batches, pipeline
-from xmc_jax.training import curriculum, loop
+from xmc_jax.training import build, curriculum, loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 

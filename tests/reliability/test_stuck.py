@@ -8,7 +8,7 @@ import signal
 import processes
 import pytest
 
-from xmc_jax import peers
+from xmc_jax.runtime import peers
 
 pytestmark = pytest.mark.slow
 AT = "xmc_jax.training.loop:_Signals.at"  # called after each step
@@ -44,7 +44,9 @@ def stuck(done: processes.Done, workdir: pathlib.Path, process: int = 0) -> str:
             "xmc_jax.training.run:Run.put", "pipeline.py", marks=pytest.mark.reliability
         ),
         pytest.param(
-            "xmc_jax.checkpoint:Checkpoints.save", "in train\n", marks=pytest.mark.reliability
+            "xmc_jax.training.checkpoint:Checkpoints.save",
+            "in train\n",
+            marks=pytest.mark.reliability,
         ),
     ],
 )

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import packaged
-from xmc_jax.data import prepare, store
+from xmc_jax.data import packaged, prepare, store
 from xmc_jax.reporting import workdir_contents
 from xmc_jax.retrieval import evaluate, saved_predictions
 from xmc_jax.retrieval.evaluate import Evaluation

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xmc_jax import packaged
-from xmc_jax.data import prepare, store
+from xmc_jax.data import packaged, prepare, store
+from xmc_jax.images import image_sources
 from xmc_jax.reporting import embedded_images, page
-from xmc_jax.vision import sources
 
 
 def colour(split: str, i: int) -> tuple[int, int, int]:
@@ -19,7 +18,7 @@ def colour(split: str, i: int) -> tuple[int, int, int]:
 
 
 @pytest.fixture(scope="module")
-def source(data, tmp_path_factory) -> sources.Place:
+def source(data, tmp_path_factory) -> image_sources.Place:
     """A picture of one colour for every item whose number is no multiple of five."""
     folder = tmp_path_factory.mktemp("pictures")
     for split in ("train", "test", "label"):
@@ -29,7 +28,7 @@ def source(data, tmp_path_factory) -> sources.Place:
                 picture = Image.new("RGB", (240, 120), colour(split, i))
                 picture.save(folder / split / f"{uid}.png")
     (folder / "test" / f"{data.uids('test')[1]}.png").write_bytes(b"no picture")
-    return sources.Place(folder)
+    return image_sources.Place(folder)
 
 
 def opened(uri: str) -> Image.Image:
@@ -98,7 +97,7 @@ def test_it_says_why_there_are_none(
     finished, source, data, tmp_path, monkeypatch, name, value, said
 ):
     if name == "source":
-        source = sources.Place(tmp_path / value)
+        source = image_sources.Place(tmp_path / value)
     if value == "damaged":
         source.path.mkdir()
         (source.path / "test.parquet").write_bytes(b"PAR1" * 9)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import report, sharding
 from xmc_jax.data import rows as row_layout
+from xmc_jax.data.types import NO_PROMPTS, Inputs
 from xmc_jax.models import segments
 from xmc_jax.retrieval import encode, exact
-from xmc_jax.types import NO_PROMPTS, Inputs
+from xmc_jax.runtime import metrics_log, sharding
 
 ONE = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
 EIGHT = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
@@ -119,7 +119,7 @@ def test_nothing_to_encode_is_an_error():
 
 
 def test_progress_is_logged_where_there_is_no_terminal(monkeypatch, caplog):
-    monkeypatch.setattr(report, "_PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(metrics_log, "_PROGRESS_SECONDS", 0)
     with caplog.at_level("INFO"):
         encode.to_host(encoder()[0], items(9, 4, multiple=None, name="labels"))
     said = [record.getMessage() for record in caplog.records]

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import sharding
 from xmc_jax.data.csr import Csr
 from xmc_jax.retrieval import exact
+from xmc_jax.runtime import sharding
 
 
 def sorted_search(queries, database, k):

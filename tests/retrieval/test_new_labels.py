@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import sharding
 from xmc_jax.models.combiner import SumCombiner, TransformerCombiner
 from xmc_jax.retrieval import exact, new_labels
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
+from xmc_jax.runtime import sharding
 
 D = 8
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import strategies as st
 
 from configs import vixml
-from xmc_jax import sharding
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Split, Store
-from xmc_jax.inference import artifact
-from xmc_jax.inference.predictor import Predictor, Query
 from xmc_jax.retrieval import evaluate, scann, tuning
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.evaluate import EvalConfig
+from xmc_jax.runtime import sharding
+from xmc_jax.shipping import artifact
+from xmc_jax.shipping.predictor import Predictor, Query
 
 D = 8
 SMALL = st.integers(1, 20)

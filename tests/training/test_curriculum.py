@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import sharding
+from xmc_jax.runtime import sharding
 from xmc_jax.training import curriculum
 from xmc_jax.training.curriculum import CurriculumConfig
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import report
 from xmc_jax.data import pipeline
+from xmc_jax.runtime import metrics_log
 from xmc_jax.training import loop
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.profiling import Profile
-from xmc_jax.types import Health
+from xmc_jax.training.state import Health
 
 STEPS, EVERY, SAVED, BATCH = 7, 3, 5, 8
 TOKENS, FLOPS = 60, 1e9  # of a step
@@ -58,7 +58,7 @@ class Fakes:
         self.data = types.SimpleNamespace(uids=lambda split: uids)
         self.frozen = self.rows = self.put = None
         self.time, self.workdir, self.losses = Time(), workdir, losses
-        self.clock = report.Clock(self.time)
+        self.clock = metrics_log.Clock(self.time)
         self.dispatched: list[Metric] = []
         self.saved: list[tuple[int, dict]] = []
         self.most = 1 + loop._IN_FLIGHT
@@ -91,7 +91,7 @@ class Fakes:
         tables = types.SimpleNamespace(leaf_order=np.arange(STEPS * BATCH, dtype=np.int32))
         state = types.SimpleNamespace(tables=tables)
         with (
-            report.Reporter(self.workdir, EVERY, STEPS, STEPS, self.clock) as reporter,
+            metrics_log.Reporter(self.workdir, EVERY, STEPS, STEPS, self.clock) as reporter,
             loop._Signals() as signals,
         ):
             timer = loop._SaveTimer(self.config.train.checkpoint_minutes)
@@ -201,7 +201,7 @@ def test_too_many_skipped_in_a_row_end_the_run(fakes):
 
 def test_what_is_compiled_is_taken_off_the_phase_once():
     time = Time()
-    with report.Clock(time) as clock:
+    with metrics_log.Clock(time) as clock:
         with clock.within("eval"):
             time.passes(1)
             for seconds in (1, 2, 4):  # tracing: the last called the one before; then, lowering
@@ -217,11 +217,11 @@ def test_what_is_compiled_is_taken_off_the_phase_once():
     assert {phase: x for phase, x in seconds.items() if x} == {"compile": 8, "eval": 4}
     clock.add(seconds)
     time.passes(8)
-    assert clock.shares() == dict.fromkeys(report.PHASES, 0.0) | {
+    assert clock.shares() == dict.fromkeys(metrics_log.PHASES, 0.0) | {
         "compile": 0.5,
         "eval": 0.25,
         "other": 0.25,
     }
-    assert report.format_seconds(clock.seconds()).startswith(
+    assert metrics_log.format_seconds(clock.seconds()).startswith(
         "wall time 0.5 min: compile 50.0%, eval 25.0%, other 25.0%, step 0.0%"
     )

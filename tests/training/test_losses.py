@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import sharding
-from xmc_jax.sharding import MeshConfig
+from xmc_jax.runtime import sharding
+from xmc_jax.runtime.sharding import MeshConfig
 from xmc_jax.training import losses
 from xmc_jax.training.losses import LossConfig
-from xmc_jax.types import Pairs
+from xmc_jax.training.state import Pairs
 
 # (rows, columns, negatives): fewer than there are, all there are, more than there are.
 SHAPES = [(6, 9, 3), (7, 5, 5), (4, 12, 20), (9, 8, 7), (3, 16, 1)]

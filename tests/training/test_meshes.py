@@ -11,17 +11,18 @@ import optax
 import pytest
 from flax.core import meta
 
-from xmc_jax import sharding
 from xmc_jax.data import rows
+from xmc_jax.data.types import Batch, Inputs, Prompts, Rows
 from xmc_jax.models import dual, layers
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.models.layers import LoraConfig
-from xmc_jax.sharding import MeshConfig
+from xmc_jax.runtime import sharding
+from xmc_jax.runtime.sharding import MeshConfig
 from xmc_jax.training import losses, optimizer, tables
 from xmc_jax.training.optimizer import OptimizerConfig
+from xmc_jax.training.state import Tables, TrainState
 from xmc_jax.training.step import Step, in_chunks
-from xmc_jax.types import Batch, Inputs, Prompts, Rows, Tables, TrainState
 
 STEPS = 10
 B, T, K, E = 16, 6, 2, 5

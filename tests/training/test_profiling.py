@@ -10,8 +10,7 @@ import optax
 import pytest
 from jax.profiler import ProfileData
 
-from xmc_jax import build
-from xmc_jax.training import flops, loop, optimizer
+from xmc_jax.training import build, flops, loop, optimizer
 from xmc_jax.training.profiling import Profile
 
 SCOPES = ("tower", "prototypes", "loss", "optimizer", "tables")

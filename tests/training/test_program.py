@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from configs import vixml
-from xmc_jax import build
-from xmc_jax.export import write
+from xmc_jax.data.types import Prompts
 from xmc_jax.models import fusion, hf
-from xmc_jax.training import memory
+from xmc_jax.shipping import exporting
+from xmc_jax.training import build, memory
 from xmc_jax.training.config import ExportConfig, RunConfig
 from xmc_jax.training.run import Run
-from xmc_jax.types import Prompts
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +70,7 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
 
 def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder, initial, tmp_path):
     fields = copy.deepcopy(decoder_fields)
-    folder = write.encoder(fields, decoder, initial, tmp_path)
+    folder = exporting.encoder(fields, decoder, initial, tmp_path)
     fields["encoder"] |= {"backbone": str(folder), "init": "pretrained"}
     read = build.run(fields)
     for path, leaf in paths(decoder.frozen).items():
@@ -152,7 +151,7 @@ def test_adapters_need_a_pretrained_model(decoder_fields, decoder, tmp_path):
     decoder.config, whole = config, decoder.config
     try:
         with pytest.raises(ValueError, match=r"expected 'merged' for a backbone with random weigh"):
-            write.encoder(asked, decoder, decoder.abstract, tmp_path)
+            exporting.encoder(asked, decoder, decoder.abstract, tmp_path)
     finally:
         decoder.config = whole
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from xmc_jax import build, sharding
 from xmc_jax.data import batches
-from xmc_jax.training import loop, losses
+from xmc_jax.runtime import sharding
+from xmc_jax.training import build, loop, losses
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.training.step import in_chunks

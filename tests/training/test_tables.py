@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xmc_jax import sharding
+from xmc_jax.runtime import sharding
 from xmc_jax.training import tables
+from xmc_jax.training.state import Tables
 from xmc_jax.training.tables import TablesConfig
-from xmc_jax.types import Tables
 
 
 def csr(rng, documents, labels):

@@ -5,9 +5,8 @@ import types
 import processes
 import pytest
 
-from xmc_jax import peers
-from xmc_jax.training import watchdog
-from xmc_jax.training.watchdog import Watchdog
+from xmc_jax.runtime import peers, watchdog
+from xmc_jax.runtime.watchdog import Watchdog
 
 LIMIT = 8.0  # seconds; the thread wakes every second
 
@@ -75,7 +74,7 @@ def test_time_in_which_the_process_was_suspended_does_not_count(watch):
 STUCK = """
 import threading, time
 from xmc_jax import report
-from xmc_jax.training.watchdog import Watchdog
+from xmc_jax.runtime.watchdog import Watchdog
 
 def never_comes():
     threading.Event().wait()

@@ -1,1 +1,1 @@
-
+"""From files of users to batches: datasets on disk, tokens, rows, image vectors."""

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from xmc_jax import rng
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
-from xmc_jax.types import NO_PROMPTS, Batch, Rows
+from xmc_jax.data.types import NO_PROMPTS, Batch, Rows
+from xmc_jax.runtime import rng
 
 _SAMPLES = 32  # batches in random order, which the number of rows of a batch follows from
 _LARGER = (1.0, 1.1, 1.25)  # numbers of rows, by the one for documents in random order

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from xmc_jax.data import image_maps, images
+from xmc_jax.data import image_maps, image_vectors
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
 from xmc_jax.files.digests import sha256
@@ -94,7 +94,7 @@ def import_published(
     Raises:
         ValueError: files are missing, damaged, or other than published; or see `images.Writer`.
     """
-    folder = images.path(data_dir, dataset, name)
+    folder = image_vectors.path(data_dir, dataset, name)
     files = _find(pathlib.Path(embeddings), encoder)
     per_item = published(embeddings)[encoder]
     rows = {split: _load_rows(file) for split, (file, _) in files.items()}
@@ -126,9 +126,11 @@ def import_published(
         # The weights are not at hand; their vectors are.
         "digest": hashlib.sha256("".join(digests[n] for n in vectors).encode()).hexdigest(),
     }
-    source = {"uids": images.digests(uids), "per_item": per_item, "published": digests}
+    source = {"uids": image_vectors.digests(uids), "per_item": per_item, "published": digests}
     origin = _origin(pathlib.Path(embeddings), digests)
-    with images.Writer(folder, items, widths[0], dataset, identity, source, overwrite) as writer:
+    with image_vectors.Writer(
+        folder, items, widths[0], dataset, identity, source, overwrite
+    ) as writer:
         total, done = sum(items.values()), sum(writer.done.values())
         with tqdm.tqdm(
             total=total, initial=done, desc="importing", unit="item", disable=None
@@ -141,7 +143,7 @@ def import_published(
         return writer.finish(origin)
 
 
-def is_current(opened: images.ImageStore, embeddings) -> bool:
+def is_current(opened: image_vectors.ImageStore, embeddings) -> bool:
     """Whether published embeddings are those that a folder was made of.
 
     Files of the same sizes and times are not read. Files that are not there any more are no change.
@@ -154,8 +156,8 @@ def is_current(opened: images.ImageStore, embeddings) -> bool:
         ValueError: a file has changed; names it and both digests.
     """
     folder, recorded = pathlib.Path(embeddings), opened.manifest["source"]["published"]
-    before = images.read_origin(opened.folder).get("files", {})
-    now = {name: images.stamp_of(folder / name) for name in recorded}
+    before = image_vectors.read_origin(opened.folder).get("files", {})
+    now = {name: image_vectors.stamp_of(folder / name) for name in recorded}
     if None in now.values():
         logging.warning(
             "%s: the embeddings that it was made of are not in %s any more; whether they have "
@@ -168,15 +170,16 @@ def is_current(opened: images.ImageStore, embeddings) -> bool:
         if now[name] != before.get(name) and (found := sha256(folder / name)) != digest:
             raise ValueError(
                 f"{folder / name}: expected the embeddings that {opened.folder} was made of "
-                f"(sha256 {digest:.12}...), found others (sha256 {found:.12}...); {images.REMEDY}"
+                f"(sha256 {digest:.12}...), found others (sha256 {found:.12}...); "
+                f"{image_vectors.REMEDY}"
             )
     if now != before:
-        images.write_origin(opened.folder, _origin(folder, recorded))
+        image_vectors.write_origin(opened.folder, _origin(folder, recorded))
     return True
 
 
 def _origin(folder: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
-    files = {name: images.stamp_of(folder / name) for name in names}
+    files = {name: image_vectors.stamp_of(folder / name) for name in names}
     return {"source": str(folder.expanduser().absolute()), "files": files}
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from xmc_jax.data.csr import Csr
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 _BYTES_PER_ITEM = 1024  # far more than the rows of one item take
 _DEPTH = 8  # of marks on the stack; an array in an array takes five

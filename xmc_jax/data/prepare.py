@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from xmc_jax import command, packaged
-from xmc_jax.data import bundled, known, raw_folder, record_report, record_scan, records, store
+from xmc_jax.data import bundled, known, packaged, raw_folder, store
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.raw import Items
-from xmc_jax.data.record_scan import Scan
+from xmc_jax.data.records import data_report, own_records, record_scan
+from xmc_jax.data.records.record_scan import Scan
 from xmc_jax.files import array_files, atomic, json_files, locks, manifests
-from xmc_jax.wording import counted
+from xmc_jax.runtime import command
+from xmc_jax.runtime.wording import counted
 
 _CHECKED = 1 << 20  # characters of texts that are tokenised at a time when records are checked
 _CUT = "texts_cut.json"  # split -> texts that were cut at max_length
@@ -176,20 +177,22 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run("prepare", lambda: _parse(arguments), lambda parsed: _act(*parsed))
 
 
-def _act(config: PrepareConfig, own: records.RecordsConfig | None, only_check: bool) -> None:
+def _act(config: PrepareConfig, own: own_records.RecordsConfig | None, only_check: bool) -> None:
     if own is not None:
-        print(f"{records.describe(own)}\n", flush=True)
+        print(f"{own_records.describe(own)}\n", flush=True)
         if only_check:
             found, refusal = _check(own, config)
-            print(record_report.text(found), flush=True)
+            print(data_report.text(found), flush=True)
             if refusal is not None:
                 raise ValueError(refusal)
             return
-        print(f"{record_report.text(records.convert(own, pathlib.Path(config.raw))[0])}\n")
+        print(f"{data_report.text(own_records.convert(own, pathlib.Path(config.raw))[0])}\n")
     print(report(prepare(config)))
 
 
-def _check(own: records.RecordsConfig, config: PrepareConfig) -> tuple[dict[str, Any], str | None]:
+def _check(
+    own: own_records.RecordsConfig, config: PrepareConfig
+) -> tuple[dict[str, Any], str | None]:
     """The report on records, with the texts that would be cut; nothing is written.
 
     Also why `prepare` would refuse them; None if it would not.
@@ -213,7 +216,7 @@ def _check(own: records.RecordsConfig, config: PrepareConfig) -> tuple[dict[str,
         if size[of] > _CHECKED:
             count(of)
 
-    found, scan = records.check(own, keep)
+    found, scan = own_records.check(own, keep)
     for of in waiting:
         count(of)
     found |= {"cut": cut | {"max_length": config.max_length, "tokenizer": config.short_name}}
@@ -221,7 +224,7 @@ def _check(own: records.RecordsConfig, config: PrepareConfig) -> tuple[dict[str,
 
 
 def _refusal(
-    own: records.RecordsConfig, config: PrepareConfig, report: Mapping[str, Any], scan: Scan
+    own: own_records.RecordsConfig, config: PrepareConfig, report: Mapping[str, Any], scan: Scan
 ) -> str | None:
     """Why the dataset of these records could not be prepared; None if it could."""
     validation = report.get("validation", {"documents": 0, "pairs": 0})
@@ -244,7 +247,7 @@ def _refusal(
 
 def _parse(
     arguments: list[str] | None,
-) -> tuple[PrepareConfig, records.RecordsConfig | None, bool]:
+) -> tuple[PrepareConfig, own_records.RecordsConfig | None, bool]:
     """What to prepare, the records to make its raw folder of, and whether only to check these."""
     parser = command.Parser(prog="python -m xmc_jax.data.prepare", allow_abbrev=False)
     names = ", ".join(known.KNOWN)
@@ -280,7 +283,7 @@ def _parse(
     own = parser.add_argument_group(
         "own records", "JSONL, CSV or Parquet in place of raw files; see docs/data.md"
     )
-    defaults = records.RecordsConfig
+    defaults = own_records.RecordsConfig
     own.add_argument(
         "--records", help="a folder with train.*, perhaps test.*, and labels.*; or a file"
     )
@@ -347,7 +350,7 @@ def _parse(
             raise ValueError("--raw: expected none with --records, of which raw files are made")
         if fields["encoding"] != "utf-8":
             raise ValueError("--encoding: expected utf-8, as records are")
-        fields["raw"] = records.folder(fields["data_dir"], fields["dataset"])
+        fields["raw"] = own_records.folder(fields["data_dir"], fields["dataset"])
     if fields["propensity"]:
         fields["propensity"] = tuple(fields["propensity"])
     if fields["tokenizer"] == packaged.MINILM_NAME:

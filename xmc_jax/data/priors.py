@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from xmc_jax.data import record_cells, record_files
 from xmc_jax.data.store import Store
-from xmc_jax.wording import counted
+from xmc_jax.data.tables import cell_values, table_files
+from xmc_jax.runtime.wording import counted
 
 FREQUENCY = "frequency"
 """The prior that needs no file."""
@@ -39,7 +39,7 @@ def read(source: str, store: Store) -> np.ndarray:
         raise ValueError(
             f"eval.augmented.prior: expected a file or {FREQUENCY!r}, found no file {source!r}"
         )
-    labels = list(map(record_cells.normal, store.uids("label")))
+    labels = list(map(cell_values.normal, store.uids("label")))
     numbers: dict[str, float] = dict.fromkeys(labels, math.nan)
     for where, label, number in _numbers(path):
         if label in numbers:
@@ -58,13 +58,13 @@ def read(source: str, store: Store) -> np.ndarray:
 
 def _numbers(path: pathlib.Path) -> Iterator[tuple[str, str, float]]:
     """Place, id of the label and number of each record."""
-    table = record_files.open_table(path, headerless=_COLUMNS)
+    table = table_files.open_table(path, headerless=_COLUMNS)
     if absent := [name for name in _COLUMNS if table.columns and name not in table.columns]:
         found = ", ".join(table.columns)[:200]
         raise ValueError(f"{path}: expected columns id and prior, found {found}; no {absent[0]}")
     for place, cells in table.rows(_COLUMNS) if table.columns else ():
         try:
-            label, number = record_cells.identifier(cells[0]), _number(cells[1])
+            label, number = cell_values.identifier(cells[0]), _number(cells[1])
         except ValueError as error:
             raise ValueError(f"{table.at(place)}: {error}") from None
         yield table.at(place), label, number

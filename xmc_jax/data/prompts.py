@@ -14,8 +14,8 @@ from typing import Any
 from etils import epath
 
 from xmc_jax.data import tokenizer as tokenizers
+from xmc_jax.data.types import ORDERS, Prompts
 from xmc_jax.files import json_files
-from xmc_jax.types import ORDERS, Prompts
 
 SETTINGS = "xmc_jax.json"
 """Of an exported decoder; see `Settings`."""

@@ -19,7 +19,7 @@ import numpy as np
 from xmc_jax.data.csr import Csr, concatenated
 from xmc_jax.files import text_files
 from xmc_jax.files.text_files import TextFile
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 # Possessive quantifiers: no backtracking, so that no line takes more than linear time.
 _ENTRY = rb"\d++:[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d++)?+"

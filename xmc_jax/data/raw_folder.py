@@ -13,7 +13,7 @@ from xmc_jax.data.csr import Csr, concatenated
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.raw import Items
 from xmc_jax.files.digests import sha256
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 # Names in use, in the order they are looked for: the repository's, then those of the archives of
 # MM-AmazonTitles-300K and Renee, and of DeepXML. Each may end in .gz.

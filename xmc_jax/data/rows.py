@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 
-from xmc_jax.types import NO_PROMPTS, Inputs, Prompts, Rows, own_tokens
+from xmc_jax.data.types import NO_PROMPTS, Inputs, Prompts, Rows, own_tokens
 
 _SHORTEST = 4  # tokens of an item, of which as many as fit may share a row
 _LENGTHS = 1 << 15  # of items, that the places of a row are chosen by

@@ -22,9 +22,9 @@ import numpy as np
 from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
+from xmc_jax.data.types import DataShape, Inputs, Prompts, own_tokens
 from xmc_jax.files import array_files
 from xmc_jax.files.digests import sha256
-from xmc_jax.types import DataShape, Inputs, Prompts, own_tokens
 
 FORMAT = 1
 """Version of the folder's layout."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from xmc_jax.models import layers, pooled_dense, segments
 from xmc_jax.models.pooled_dense import DenseConfig
-from xmc_jax.sharding import Axis
+from xmc_jax.runtime.sharding import Axis
 
 FAMILIES = ("bert", "distilbert")
 ACTIVATIONS = {

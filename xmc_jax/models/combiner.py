@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xmc_jax import sharding
 from xmc_jax.models import layers
+from xmc_jax.runtime import sharding
 
 COMBINERS = ("transformer", "sum")
 

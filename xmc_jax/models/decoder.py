@@ -9,7 +9,7 @@ import numpy as np
 
 from xmc_jax.models import layers, pooled_dense, segments
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
-from xmc_jax.sharding import Axis
+from xmc_jax.runtime.sharding import Axis
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 

@@ -4,16 +4,17 @@ import contextlib
 import dataclasses
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from xmc_jax import rng, sharding
+from xmc_jax.data.types import Array, Rows
 from xmc_jax.models import backbone, layers, segments
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
 from xmc_jax.models.layers import NO_LORA, LoraConfig
 from xmc_jax.models.segments import POOLINGS
-from xmc_jax.types import EncoderOutput, Rows
+from xmc_jax.runtime import rng, sharding
 
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
@@ -22,6 +23,19 @@ _FREE_VECTOR_INITS = {
     "cluster_mean": nn.initializers.zeros,  # set once the labels are encoded
     "zero": nn.initializers.zeros,
 }
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """Embeddings of n items.
+
+    Attributes:
+        pooled: f32[n, D], before normalisation; the label prototype network combines these.
+        unit: f32[n, D], L2-normalised; what similarities are taken of.
+    """
+
+    pooled: Array
+    unit: Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from xmc_jax.types import NO_PROMPTS, ORDERS, Prompts
+from xmc_jax.data.types import NO_PROMPTS, ORDERS, Prompts
 
 POSITIONS = ("contiguous", "padded")
 

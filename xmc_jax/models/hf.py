@@ -17,7 +17,7 @@ import safetensors
 from absl import logging
 from flax import traverse_util
 
-from xmc_jax import packaged
+from xmc_jax.data import packaged
 from xmc_jax.files import json_files
 from xmc_jax.files.digests import sha256
 from xmc_jax.models import backbone, hf_adapters, hf_files, hf_names, pooled_dense, vision

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from xmc_jax import sharding
-from xmc_jax.sharding import Axis
+from xmc_jax.runtime import sharding
+from xmc_jax.runtime.sharding import Axis
 
 Initializer = Callable[..., jax.Array]
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from xmc_jax import sharding
 from xmc_jax.models import layers
+from xmc_jax.runtime import sharding
 
 POOLINGS = ("mean", "cls", "last", "max")
 

@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xmc_jax import sharding
 from xmc_jax.models import layers
-from xmc_jax.sharding import Axis
+from xmc_jax.runtime import sharding
+from xmc_jax.runtime.sharding import Axis
 
 FAMILIES = ("siglip", "vit")
 ACTIVATIONS = {

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xmc_jax import sharding
 from xmc_jax.retrieval import augmented, exact
+from xmc_jax.runtime import sharding
 from xmc_jax.training import curriculum, tables
 from xmc_jax.training.program import Program
 

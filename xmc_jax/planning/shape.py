@@ -5,14 +5,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from xmc_jax import build
-from xmc_jax.data import images, prepare, store, tokenizer
+from xmc_jax.data import image_vectors, prepare, store, tokenizer
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.prompts import tokenize
-from xmc_jax.types import DataShape, Prompts
+from xmc_jax.data.types import DataShape, Prompts
+from xmc_jax.training import build
 
 # E of image encoders: the hidden_size of their published config.json; "hog-colour" as
-# vision/descriptor.py makes it.
+# images/descriptor.py makes it.
 _WIDTHS = {
     "google/siglip2-so400m-patch14-384": 1152,
     "google/siglip2-large-patch16-256": 1024,
@@ -95,7 +95,7 @@ def _images(section: Mapping[str, Any]) -> tuple[int, int, str]:
         return 0, 0, "no images"
     folder = pathlib.Path(section["data_dir"]) / section["dataset"] / f"images-{asked['name']}"
     if (folder / "manifest.json").is_file():
-        return images.open(folder).width, asked["per_item"], f"images of {folder}"
+        return image_vectors.open(folder).width, asked["per_item"], f"images of {folder}"
     if asked["encoder"] not in _WIDTHS:
         raise ValueError(
             f"plan: expected the image folder {folder}, or an image encoder of "

@@ -67,8 +67,6 @@ def data_uris(
 
 
 def _of_split(source: Any, data: Store, split: str, items: np.ndarray) -> dict[Item, str]:
-    from xmc_jax.vision import images  # what it imports is an extra
-
     name, rows, raw_rows = split, items, data.raw_rows()
     if split in raw_rows:
         # Held-out documents are some of the raw training documents.
@@ -79,16 +77,18 @@ def _of_split(source: Any, data: Store, split: str, items: np.ndarray) -> dict[I
     found = {}
     for row, _, image in opened.read(1, np.sort(rows)):
         if isinstance(image, bytes):
-            picture = _decoded(images, image)
+            picture = _decoded(image)
             if picture is not None:
                 found[split, item_of[row]] = _uri(picture)
     return found
 
 
-def _decoded(images, data: bytes):
+def _decoded(data: bytes):
     """The picture, or None of what is none; its encoding has told which these are."""
+    from xmc_jax.images import decoding  # what it imports is an extra
+
     try:
-        return images.decode(data)
+        return decoding.decode(data)
     except ValueError:
         return None
 

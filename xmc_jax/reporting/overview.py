@@ -17,7 +17,7 @@ from xmc_jax.reporting.charts import Series, axis
 from xmc_jax.reporting.rendering import duration, number, ordered_rows, percent, row_label
 from xmc_jax.reporting.workdir_contents import RunContents, metric_prefix
 from xmc_jax.retrieval import evaluate
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 _TILES = {
     "P@1": "first predictions that are right",

@@ -15,7 +15,7 @@ from xmc_jax.reporting.charts import Ridge, Series, axis
 from xmc_jax.reporting.overview import Figure
 from xmc_jax.reporting.rendering import number, ordered_rows, percent, row_label
 from xmc_jax.reporting.workdir_contents import RankedLabels
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

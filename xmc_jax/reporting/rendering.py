@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 PERCENT = "\N{NO-BREAK SPACE}%"
 

@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from xmc_jax import workdirs
-from xmc_jax.files import atomic, json_files
+from xmc_jax.files import atomic, json_files, workdirs
 from xmc_jax.retrieval import saved_predictions
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.retrieval.saved_predictions import RankedLabels
@@ -56,7 +55,7 @@ def write_facts(workdir: epath.PathLike, seconds: Mapping[str, float]) -> None:
 
     Args:
         workdir: of the run.
-        seconds: by phase, see `xmc_jax.report.Clock`.
+        seconds: by phase, see `xmc_jax.runtime.metrics_log.Clock`.
     """
     devices = jax.devices()
     facts = {

@@ -1,1 +1,1 @@
-
+"""Maximum inner product search, the augmented ranking, metrics, evaluation and tuning."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xmc_jax.data.csr import Csr
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 Nearest = tuple[np.ndarray, np.ndarray]
 """f32[M, K] inner products, best first, and i32[M, K] ids; -inf and -1 where there are no more."""

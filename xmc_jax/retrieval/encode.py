@@ -16,12 +16,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from xmc_jax import distributed, report, sharding, stopping
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.store import Split
+from xmc_jax.data.types import Rows
 from xmc_jax.files import array_files, atomic
 from xmc_jax.retrieval import exact
-from xmc_jax.types import Rows
+from xmc_jax.runtime import distributed, metrics_log, sharding, stopping
 
 Encode = Callable[[Rows, jax.Array], jax.Array]
 """Jitted (rows of b slots, ids i32[b]) -> [b, D]; ids are for what a model keeps per item."""
@@ -229,7 +229,7 @@ def _encoded(encode, items: Items, ids: np.ndarray, blocks: _Blocks) -> Iterator
     """`encode` of one block of ids after another, the next one under way when one is given."""
     shards, mesh, pending = sharding.num_shards("batch", items.mesh), items.mesh, None
     mine = sharding.local_rows(shards, mesh)
-    with report.Progress(f"encoding {items.name}", len(blocks.order), "block") as progress:
+    with metrics_log.Progress(f"encoding {items.name}", len(blocks.order), "block") as progress:
         for order in blocks.order:
             stopping.check()
             slots = order[mine].reshape(-1)

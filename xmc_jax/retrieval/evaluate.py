@@ -8,7 +8,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from xmc_jax import distributed
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic
@@ -16,6 +15,7 @@ from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.metrics import KS, NAMES, first, metrics
 from xmc_jax.retrieval.scann import ScannConfig
+from xmc_jax.runtime import distributed
 
 _COMPARED = 1_000  # at most this many test documents measure an index's recall and speed
 _LOOKED_AT = 50_000  # test documents, see `sample`

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xmc_jax import sharding, stopping
 from xmc_jax.data.csr import Csr
+from xmc_jax.runtime import sharding, stopping
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would else multiply in bfloat16 or TF32
 # Rows that share a maximum. The k groups of highest maxima hold the k best rows, so that what is

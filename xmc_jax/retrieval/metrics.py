@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 NAMES = ("P", "nDCG", "PSP", "PSnDCG", "R", "Hit", "MAP", "MRR")
 KS = (1, 3, 5, 10, 100)

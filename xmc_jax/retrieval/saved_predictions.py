@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from xmc_jax.wording import counted
+from xmc_jax.runtime.wording import counted
 
 _BLOCK_BYTES = 1 << 24  # of predictions read at a time
 

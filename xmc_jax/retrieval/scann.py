@@ -18,12 +18,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xmc_jax import command, sharding
 from xmc_jax.data.csr import Csr
 from xmc_jax.files import atomic
 from xmc_jax.files.digests import sha256
 from xmc_jax.retrieval import exact
 from xmc_jax.retrieval.metrics import drop_filtered
+from xmc_jax.runtime import command, sharding
 
 _MANIFEST = "index.json"
 _ASSETS = "scann_assets.pbtxt"

@@ -7,9 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from xmc_jax import workdirs
 from xmc_jax.data.store import Store
-from xmc_jax.files import atomic, manifests
+from xmc_jax.files import atomic, manifests, workdirs
 from xmc_jax.retrieval.augmented import RETIRED, AugmentedConfig
 from xmc_jax.retrieval.tuning import FIELDS, Choice, TuneConfig, values_of
 

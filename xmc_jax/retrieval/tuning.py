@@ -15,14 +15,14 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from xmc_jax import distributed
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval import augmented, evaluate, exact
 from xmc_jax.retrieval.augmented import AugmentedConfig, Mixture, Nearest
 from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.retrieval.metrics import NAMES, Truth
-from xmc_jax.wording import counted
+from xmc_jax.runtime import distributed
+from xmc_jax.runtime.wording import counted
 
 FIELDS = (
     *("mode", "labels", "documents", "temperature", "label_weight", "separate_softmax"),

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from xmc_jax import sharding
 from xmc_jax.data import batches
 from xmc_jax.models import dual, fusion, hf_export
 from xmc_jax.retrieval import evaluate, tuning
+from xmc_jax.runtime import sharding
 from xmc_jax.training import curriculum, health, losses, optimizer, tables
 
 

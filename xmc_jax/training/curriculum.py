@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from xmc_jax import rng, sharding, stopping
+from xmc_jax.runtime import rng, sharding, stopping
 
 ITERATIONS = 20  # of 2-means, at each level, at most
 TOLERANCE = 1e-4  # pyxclib's; see `balanced_kmeans`

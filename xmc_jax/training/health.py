@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from xmc_jax.data.store import Store
-from xmc_jax.types import Health
+from xmc_jax.training.state import Health
 
 POLICIES = ("stop", "skip")
 _SHOWN = 5

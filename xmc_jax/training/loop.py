@@ -13,17 +13,17 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from xmc_jax import checkpoint, command, distributed, report, stopping
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
-from xmc_jax.training import curriculum, health, losses, optimizer
+from xmc_jax.runtime import command, distributed, metrics_log, stopping
+from xmc_jax.runtime.watchdog import Watchdog
+from xmc_jax.runtime.wording import counted
+from xmc_jax.training import checkpoint, curriculum, health, losses, optimizer
 from xmc_jax.training.config import TrainConfig
 from xmc_jax.training.profiling import Profile
 from xmc_jax.training.run import Run
-from xmc_jax.training.watchdog import Watchdog
-from xmc_jax.types import Health, TrainState
-from xmc_jax.wording import counted
+from xmc_jax.training.state import Health, TrainState
 
 _IN_FLIGHT = 2  # steps the host may be ahead of the devices; more would delay a signal's save
 # Rows of an evaluation -> prefix of their names in metrics.jsonl.
@@ -86,7 +86,7 @@ def train(run: Run, workdir: epath.PathLike, profile: tuple[int, int] | None = N
     """
     config = run.config.train
     with (
-        report.Clock() as clock,
+        metrics_log.Clock() as clock,
         Watchdog(clock, config.stuck_after, workdir),
         _Signals() as signals,
     ):
@@ -123,7 +123,7 @@ def train(run: Run, workdir: epath.PathLike, profile: tuple[int, int] | None = N
             evaluation = None
             timer = _SaveTimer(config.checkpoint_minutes)
             with (
-                report.Reporter(
+                metrics_log.Reporter(
                     workdir, config.log_every, run.steps_per_epoch, total, clock, history
                 ) as reporter,
                 Profile(profile, workdir, step, total) as traced,
@@ -212,7 +212,7 @@ def _steps(
     state: TrainState,
     epoch: int,
     step: int,
-    reporter: report.Reporter,
+    reporter: metrics_log.Reporter,
     checkpoints: checkpoint.Checkpoints,
     signals: "_Signals",
     timer: "_SaveTimer",
@@ -293,7 +293,7 @@ def _most_in_flight() -> int:
 
 def _not_applied(
     run: Run,
-    reporter: report.Reporter,
+    reporter: metrics_log.Reporter,
     metrics: Mapping[str, jax.Array],
     seen: Health,
     documents: np.ndarray,
@@ -322,7 +322,7 @@ def _boundary(
     state: TrainState,
     epoch: int,
     step: int,
-    reporter: report.Reporter,
+    reporter: metrics_log.Reporter,
     checkpoints: checkpoint.Checkpoints,
 ) -> TrainState:
     """The state after the boundary that follows an epoch's steps; saves that before if stopped."""
@@ -353,7 +353,7 @@ def _evaluate(
     run: Run,
     state: TrainState,
     step: int,
-    reporter: report.Reporter,
+    reporter: metrics_log.Reporter,
     checkpoints: checkpoint.Checkpoints,
 ) -> Evaluation:
     """Evaluates a state that is saved, and adds the result to its checkpoint."""
@@ -373,7 +373,7 @@ def _evaluate(
 
 
 def _evaluate_zero_shot(
-    run: Run, state: TrainState, reporter: report.Reporter, workdir: epath.PathLike
+    run: Run, state: TrainState, reporter: metrics_log.Reporter, workdir: epath.PathLike
 ) -> None:
     with reporter.clock.within("eval"), _interruptible(0):
         found = run.evaluate_zero_shot(state)
@@ -384,12 +384,12 @@ def _evaluate_zero_shot(
     reporter.record(0, _prefixed("zero-shot", found.metrics["plain"]))
 
 
-def _record_shares(step: int, reporter: report.Reporter) -> None:
+def _record_shares(step: int, reporter: metrics_log.Reporter) -> None:
     shares = reporter.clock.shares()
     reporter.record(step, {f"time/share/{name}": share for name, share in shares.items()})
 
 
-def _history(reporter: report.Reporter, config: TrainConfig) -> dict[str, Any]:
+def _history(reporter: metrics_log.Reporter, config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint holds beside the state; the epochs are those of the learning rate."""
     return reporter.history() | {"epochs": config.epochs}
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from xmc_jax import sharding
-from xmc_jax.types import Pairs
+from xmc_jax.runtime import sharding
+from xmc_jax.training.state import Pairs
 
 # In order of importance: `violators` is of the first one in use.
 _TERMS = (

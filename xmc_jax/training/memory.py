@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from xmc_jax import sharding
+from xmc_jax.runtime import sharding
 from xmc_jax.training.program import Program
 
 # Arrays as large as the label bank that a step holds in float32: unit texts and prototypes of all

@@ -9,9 +9,9 @@ import jax
 from absl import logging
 from etils import epath
 
-from xmc_jax import distributed
 from xmc_jax.files import atomic
-from xmc_jax.wording import counted
+from xmc_jax.runtime import distributed
+from xmc_jax.runtime.wording import counted
 
 FOLDER = "profile"
 """Name of the traces' folder in a workdir."""

@@ -8,16 +8,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from xmc_jax import rng, sharding
 from xmc_jax.data import batches, priors, store
+from xmc_jax.data.types import NO_PROMPTS, Batch, Prompts
 from xmc_jax.files import array_files, atomic
 from xmc_jax.models import backbone, hf
 from xmc_jax.retrieval import encode, evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
+from xmc_jax.runtime import rng, sharding
 from xmc_jax.training import curriculum, memory, optimizer, tables
 from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
-from xmc_jax.types import NO_PROMPTS, Batch, Prompts, Tables, TrainState
+from xmc_jax.training.state import Tables, TrainState
 
 _NAMES = {
     "train": "training documents",

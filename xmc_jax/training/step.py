@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xmc_jax import rng, sharding
+from xmc_jax.data.types import Batch, Rows
 from xmc_jax.models import layers
-from xmc_jax.models.dual import DualEncoder
+from xmc_jax.models.dual import DualEncoder, EncoderOutput
+from xmc_jax.runtime import rng, sharding
 from xmc_jax.training import losses, optimizer, tables
-from xmc_jax.types import Batch, EncoderOutput, Health, Pairs, Rows, Tables, TrainState
+from xmc_jax.training.state import Health, Pairs, Tables, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

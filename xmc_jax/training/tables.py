@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from xmc_jax import sharding
+from xmc_jax.runtime import sharding
+from xmc_jax.runtime.wording import counted
 from xmc_jax.training import curriculum
-from xmc_jax.types import Tables
-from xmc_jax.wording import counted
+from xmc_jax.training.state import Tables
 
 PAIRS = 16384  # of a document and a label, that are added to the centroids at a time
 _IN_FLIGHT = 32  # blocks of pairs on the devices, or on their way

@@ -1,1 +1,0 @@
-"""From a run to a folder that is shipped: the encoder, what it ranks, cards."""

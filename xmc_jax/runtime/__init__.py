@@ -1,0 +1,1 @@
+"""Processes and devices: a command's start and end, several processes as one, meshes, streams."""

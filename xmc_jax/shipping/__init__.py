@@ -1,0 +1,1 @@
+"""A trained model in use, apart from its run: exported, opened, predicting, served."""

@@ -1,0 +1,291 @@
+"""Ranked labels for a file of documents, whatever its size: `--mode=predict`.
+
+A thread reads ahead and one writes behind, while blocks of one size are encoded, so that what is
+found for a document depends on nothing else that is in the file.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import tqdm
+
+from xmc_jax.retrieval import scann
+from xmc_jax.runtime.wording import counted
+from xmc_jax.shipping import documents, outputs
+from xmc_jax.shipping.artifact import Artifact
+from xmc_jax.shipping.documents import Document, Source
+from xmc_jax.shipping.outputs import Output, Progress, Sink
+from xmc_jax.shipping.predict_config import PredictConfig
+from xmc_jax.shipping.predictor import Predictor, Ranking
+from xmc_jax.shipping.tower import Tower
+
+T = TypeVar("T")
+
+_ROWS = (64,)  # of every block
+_AHEAD = 2  # batches that are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        done: all that is there now.
+        before: documents that were there before.
+        seconds: for the others.
+        complete: whether all was there before.
+    """
+
+    done: Progress
+    before: int
+    seconds: float
+    complete: bool = False
+
+    def __str__(self) -> str:
+        done = self.done
+        said = [f"{counted(done.documents, 'document')}"]
+        if self.complete:
+            return f"is complete: {said[0]}"
+        if self.before:
+            said.append(f"{done.documents - self.before:,} of them now")
+        if done.errors:
+            said.append(f"{done.errors:,} with an error in place of labels")
+        if done.cut:
+            said.append(f"{done.cut:,} longer than the model takes, and cut")
+        rate = (done.documents - self.before) / max(self.seconds, 1e-9)
+        digits = 1 if rate < 10 else 0
+        return f"{', '.join(said)}; {self.seconds:,.1f} s, {rate:,.{digits}f} documents/s"
+
+
+def predict(
+    opened: Artifact, config: PredictConfig, source: str, target: str, overwrite: bool = False
+) -> Report:
+    """Ranks labels for the documents of a file.
+
+    Args:
+        opened: see `artifact.open`.
+        config: see `PredictConfig`.
+        source: a file of documents, or "-" for JSONL from standard input; see `documents`.
+        target: .jsonl or .parquet, or "-" for JSONL to standard output, which no run can go on
+            with; see `outputs`.
+        overwrite: replace a target that was made of others.
+
+    Raises:
+        ValueError: bad records, or settings that do not fit; or a target that is there already.
+    """
+    only, exclude = (documents.ids_of(path) for path in (config.only, config.exclude))
+    restricted = only is not None or exclude is not None
+    if config.index == "scann" and restricted:
+        raise ValueError(
+            "predict.index: expected exact with predict.only or predict.exclude, whose labels are "
+            "searched exactly, got scann"
+        )
+    with_index = opened.index is not None and scann.available() and not restricted
+    approximate = config.index == "scann" or (config.index == "auto" and with_index)
+    index = "scann" if approximate else "exact"
+
+    def load() -> Predictor:
+        predictor = Predictor(opened, Tower(opened), index)
+        if not restricted:
+            return predictor
+        for path, ids in ((config.only, only), (config.exclude, exclude)):
+            for name, line in (ids or {}).items():
+                try:
+                    predictor.row(name)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{line}: {error}") from None
+        kept = set(opened.labels.ids if only is None else only)
+        return predictor.restricted(kept.difference(exclude or ()))
+
+    read = Source(
+        source,
+        opened.model,
+        config.columns,
+        delimiter=config.delimiter,
+        allow_paths=config.allow_paths,
+    )
+    if target == outputs.STDOUT:
+        return _run(load(), read, config, outputs.PipeSink(sys.stdout.buffer, opened.labels), None)
+    path = pathlib.Path(target)
+    if source != documents.STDIN and path.exists() and path.samefile(source):
+        raise ValueError(f"{path}: expected another file than the input, got the same")
+    made_of = {
+        "artifact": opened.digest,
+        "input": read.digest or "standard input",
+        "k": config.k,
+        "index": index,
+        "ranking": config.ranking,
+        "only": _digest(only),
+        "exclude": _digest(exclude),
+        "columns": sorted(config.columns),
+        **({"delimiter": config.delimiter} if config.delimiter else {}),
+    }
+    with outputs.begin(path, made_of, overwrite) as output:
+        if output.complete:
+            read.check_ends(output.done.documents, output.done.digest)
+            return Report(output.done, output.done.documents, 0.0, complete=True)
+        sink = outputs.sink(output, opened.labels)
+        return _run(load(), read, config, sink, output)
+
+
+def _run(
+    predictor: Predictor,
+    source: Source,
+    config: PredictConfig,
+    sink: Sink,
+    output: Output | None,
+) -> Report:
+    before = Progress() if output is None else output.done
+    behind = _Behind(sink, output, before)
+    batches = source.batches(config.batch_size, before.documents, before.digest)
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        ahead = stack.enter_context(contextlib.closing(_ahead(batches)))
+        bar = stack.enter_context(
+            tqdm.tqdm(
+                desc="predict",
+                unit="document",
+                total=source.total,
+                initial=before.documents,
+                disable=None,
+            )
+        )
+        try:
+            for batch in ahead:
+                ranking, problems = _ranked(predictor, batch, config)
+                if problems and config.on_error == "stop":
+                    number = min(problems)
+                    raise ValueError(
+                        f"{batch[number].at}: {problems[number]}; --predict.on_error=skip writes "
+                        "that in place of its labels and goes on"
+                    )
+                behind.write(batch, ranking, problems)
+                bar.update(len(batch))
+        except (ValueError, KeyboardInterrupt):
+            behind.keep()
+            raise
+        behind.finish()
+    return Report(behind.done, before.documents, time.perf_counter() - start)
+
+
+def _ranked(
+    predictor: Predictor, batch: list[Document], config: PredictConfig
+) -> tuple[Ranking, dict[int, str]]:
+    """The ranking of a batch, and why some documents have no labels."""
+    problems = {i: document.problem for i, document in enumerate(batch) if document.problem}
+    whole = [i for i in range(len(batch)) if i not in problems]
+    found: dict[int, str] = {}
+    queries = [batch[i].query for i in whole]
+    ranked = predictor.rank(queries, config.k, config.ranking, _ROWS, found)
+    shape = len(batch), ranked.rows.shape[1]
+    ranking = Ranking(
+        np.full(shape, -np.inf, np.float32),
+        np.full(shape, -1, np.int32),
+        np.zeros(len(batch), bool),
+    )
+    for of_all, of_whole in zip(ranking, ranked):
+        of_all[whole] = of_whole
+    return ranking, problems | {whole[i]: problem for i, problem in found.items()}
+
+
+class _Behind:
+    """A thread that writes a batch while the next is ranked, and records what is on the disk.
+
+    Attributes:
+        done: what the sink has. Only the thread changes it, with the sink, so that an interrupt
+            never comes between the two.
+    """
+
+    def __init__(self, sink: Sink, output: Output | None, done: Progress):
+        self._sink, self._output, self.done = sink, output, done
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
+
+    def write(
+        self,
+        batch: list[Document],
+        ranking: Ranking,
+        problems: dict[int, str],
+    ) -> None:
+        """Begins to write a batch, when the one before is written."""
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._thread.submit(self._write, batch, ranking, problems)
+
+    def keep(self) -> None:
+        """Has what was written so far on the disk, after an error elsewhere."""
+        self._thread.shutdown()
+        if self._writing is not None and self._writing.exception() is None:
+            self._commit()
+
+    def finish(self) -> None:
+        """Has all on the disk, under its name."""
+        self._thread.shutdown()
+        if self._writing is not None:
+            self._writing.result()
+        if self._output is not None:
+            self._output.finish(self._sink.finish(), self.done)
+
+    def _write(self, batch, ranking, problems) -> None:
+        self._sink.add([document.id for document in batch], ranking, problems)
+        self.done = dataclasses.replace(
+            self.done,
+            documents=self.done.documents + len(batch),
+            errors=self.done.errors + len(problems),
+            cut=self.done.cut + int(ranking.cut.sum()),
+            digest=batch[-1].digest,
+        )
+        if self._sink.due():
+            self._commit()
+
+    def _commit(self) -> None:
+        if self._output is not None:
+            self._output.commit(dataclasses.replace(self.done, written=self._sink.sync()))
+
+
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, of which a thread makes some in advance."""
+    made: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(_AHEAD)
+    ended = threading.Event()
+
+    def make() -> None:
+        try:
+            for item in items:
+                room.acquire()
+                if ended.is_set():
+                    return
+                made.put((item, None))
+            made.put((None, StopIteration()))
+        except BaseException as error:  # raised where the items are taken
+            made.put((None, error))
+
+    # A thread that waits for a pipe does not keep the process.
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+            room.release()
+    finally:
+        ended.set()
+        room.release()
+
+
+def _digest(ids: Iterable[str] | None) -> str | None:
+    return None if ids is None else hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
