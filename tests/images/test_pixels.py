@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+
 from tests.images import odd_images
 from tests.images.odd_images import IMAGES, encoded, oriented, picture, png, png_of, tiff
-
 from xmc_jax.images import decoding, isolated
 from xmc_jax.images.decoding import Limits, Processor
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from tests.images.odd_images import IMAGES, SATURATED
 
+from tests.images.odd_images import IMAGES, SATURATED
 from xmc_jax.images import decoding
 from xmc_jax.models import hf, vision
 

@@ -8,9 +8,9 @@ import pathlib
 
 import numpy as np
 import pytest
-from tests.shipping.conftest import ROWS
 
 from configs import vixml
+from tests.shipping.conftest import ROWS
 from xmc_jax.data.synthetic import product_set
 from xmc_jax.shipping import artifact, documents, exporting, predict_files
 from xmc_jax.shipping.predict_config import PredictConfig

@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 import pytest
-from tests.shipping.conftest import ROWS
 
+from tests.shipping.conftest import ROWS
 from xmc_jax.data import texts
 from xmc_jax.shipping.predictor import Predictor, Query
 
