@@ -328,7 +328,7 @@ class Inputs:
             for one in documents.Source(str(where / "queries.jsonl"), model).documents():
                 assert one.problem is None or "\n" not in one.problem
 
-        def own_records(where: pathlib.Path) -> None:
+        def checked(where: pathlib.Path) -> None:
             own_records.check(own_records.RecordsConfig(where))
 
         def of(name: str) -> Callable[[pathlib.Path], pathlib.Path]:
@@ -359,10 +359,10 @@ class Inputs:
             ),
             "jsonl": (
                 *("jsonl", ["train.jsonl"]),
-                own_records,
+                checked,
             ),
-            "csv": ("csv", ["train.csv"], own_records),
-            "parquet": ("parquet", ["train.parquet"], own_records),
+            "csv": ("csv", ["train.csv"], checked),
+            "parquet": ("parquet", ["train.parquet"], checked),
             "prior": (
                 *("some", ["prior.tsv"]),
                 lambda where: priors.read(str(where / "prior.tsv"), labels),

@@ -615,7 +615,7 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
 def test_pyarrow_is_imported_only_for_parquet(tmp_path):
     image_files(tmp_path / "f")
     code = (
-        "import sys; from xmc_jax.images import sources; "
+        "import sys; from xmc_jax.images import image_sources; "
         f"assert list(sources.open({str(tmp_path / 'f')!r}, 'test', ['b']).read(1)); "
         "assert 'pyarrow' not in sys.modules"
     )
