@@ -125,7 +125,7 @@ def test_flags_that_contradict_each_other_are_named(given, said):
     assert "\n" not in str(raised.value)
 
 
-ALONE = "from xmc_jax import distributed; distributed.initialize(); import jax; "
+ALONE = "from xmc_jax.runtime import distributed; distributed.initialize(); import jax; "
 SLURM = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
 
 
@@ -216,7 +216,7 @@ def test_a_killed_process_ends_all(killed):
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
 def test_another_number_of_processes_is_an_error(counts):
     source = (
-        "import sys; from xmc_jax import distributed; "
+        "import sys; from xmc_jax.runtime import distributed; "
         "distributed.initialize('auto', sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timeout=5)"
     )
     address = f"127.0.0.1:{processes.free_port()}"

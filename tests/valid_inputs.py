@@ -17,6 +17,7 @@ import safetensors.numpy
 import served
 
 from xmc_jax.data import image_maps, image_vectors, prepare, priors, raw, store, texts, tokenizer
+from xmc_jax.data.records import own_records
 from xmc_jax.files import workdirs
 from xmc_jax.files.digests import sha256
 from xmc_jax.models import bert, dual, hf, hf_names

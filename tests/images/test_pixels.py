@@ -400,7 +400,9 @@ def test_a_picture_that_ends_its_process_costs_no_other(fresh, end, why):
 def test_processor_time_is_limited(fresh):
     """To none here, and the second that has begun."""
     endless = "decoding.decode_here = lambda *_: any(iter(int, 1)); isolated.serve(1 << 30, 0)"
-    code = f"import sys; sys.path[:] = {sys.path!r}; from xmc_jax.images import decoding, isolated; "
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from xmc_jax.images import decoding, isolated; "
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     isolated._idle.append(subprocess.Popen([sys.executable, "-c", code + endless], **pipes))
     assert refused(encoded(picture(9, 9), "AVIF")).endswith("takes more time")
