@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 _PROLOGUE = """\
 import json, sys
 import jax, numpy as np
-from xmc_jax import distributed
+from xmc_jax.runtime import distributed
 address, count, own = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 distributed.initialize("auto", address, count, own, timeout=60, preemption=True)
 """

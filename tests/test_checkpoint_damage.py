@@ -257,7 +257,7 @@ CHILD = """
 import os, resource, subprocess, sys
 sys.path.insert(0, "tests")
 import damage, failing_calls, jax.numpy as jnp
-from xmc_jax import checkpoint
+from xmc_jax.training import checkpoint
 workdir, how = sys.argv[1:]
 mount = lambda *words: subprocess.run(["mount", *words], check=True)
 if how in ("full", "read-only"):

@@ -9,7 +9,7 @@ import pytest
 SOURCE = """
 import sys
 import jax, jax.numpy as jnp
-from xmc_jax import compilation
+from xmc_jax.runtime import compilation
 hits = []
 jax.monitoring.register_event_listener(
     lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None
@@ -79,7 +79,8 @@ def test_by_default_the_folder_is_the_users_own(tmp_path):
 STEP = """
 import hashlib, json, sys
 import jax, numpy as np
-from xmc_jax import build, compilation
+from xmc_jax.training import build
+from xmc_jax.runtime import compilation
 compilation.keep(sys.argv[1])
 run = build.run(json.loads(sys.argv[2]))
 generator = np.random.default_rng(0)

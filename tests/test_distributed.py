@@ -38,7 +38,7 @@ for step in range(1, 17):
     if decision.after(step, own == 0 and 5 <= step <= 8):
         out["decided"].append(step)
 
-from xmc_jax import sharding
+from xmc_jax.runtime import sharding
 mesh, compiled = sharding.make_mesh(sharding.MeshConfig()), []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
@@ -230,7 +230,7 @@ def test_another_number_of_processes_is_an_error(counts):
 
 STOPS = """
 import os, signal
-from xmc_jax import stopping
+from xmc_jax.runtime import stopping
 batch = 0
 try:
     with stopping.Signals():

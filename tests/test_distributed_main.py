@@ -45,7 +45,8 @@ def test_another_config_is_named_by_all(config, tmp_path):
 # As a damaged folder on one host would.
 BREAKS = """
 import sys
-from xmc_jax import build, main
+from xmc_jax.training import build
+from xmc_jax import main
 
 def damaged(*_, **__):
     raise ValueError("data: this copy is damaged")

@@ -323,7 +323,10 @@ address, index, folder, other = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, index)
 import numpy as np
-from xmc_jax import checkpoint, report, sharding, workdirs
+from xmc_jax.training import checkpoint
+from xmc_jax.runtime import metrics_log
+from xmc_jax.runtime import sharding
+from xmc_jax.files import workdirs
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
 def put(array, *axes):
     array = np.asarray(array)
@@ -338,7 +341,7 @@ def state(seed):
     }
 # Each process has a folder of its own for reports: nothing may come into the second one's.
 def reporter():
-    return report.Reporter((folder, other)[index], 2, 4, 8, report.Clock())
+    return metrics_log.Reporter((folder, other)[index], 2, 4, 8, metrics_log.Clock())
 def history(reporter):
     with reporter.clock.within("step"):
         reporter.step({"loss": put(np.float32(2.5)), "violators": put(np.float32(0))}, 8)

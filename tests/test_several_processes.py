@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 
 _TRAIN = """
 import ast, pathlib
-from xmc_jax import build, sharding
+from xmc_jax.training import build
+from xmc_jax.runtime import sharding
 from xmc_jax.data import batches
 from xmc_jax.training import curriculum, loop
 

@@ -9,7 +9,7 @@ import pytest
 
 PRINTS = """
 import sys
-from xmc_jax import command
+from xmc_jax.runtime import command
 def act(_):
     with open(sys.argv[1], "w") as file:
         print("a line")

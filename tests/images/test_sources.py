@@ -616,7 +616,7 @@ def test_pyarrow_is_imported_only_for_parquet(tmp_path):
     image_files(tmp_path / "f")
     code = (
         "import sys; from xmc_jax.images import image_sources; "
-        f"assert list(sources.open({str(tmp_path / 'f')!r}, 'test', ['b']).read(1)); "
+        f"assert list(image_sources.open({str(tmp_path / 'f')!r}, 'test', ['b']).read(1)); "
         "assert 'pyarrow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -395,7 +395,7 @@ _MEASURED = """
 import json, resource, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax.core import meta
-from xmc_jax import sharding
+from xmc_jax.runtime import sharding
 from xmc_jax.models import dual, hf
 
 def status(field):

@@ -174,7 +174,8 @@ REFUSED = """
 import resource, sys
 sys.path.insert(0, "tests")
 import failing_calls
-from xmc_jax import main, proof
+from xmc_jax import main
+from xmc_jax.training import proof
 
 how = sys.argv.pop(1)
 if how == "limit":  # of a file's size
@@ -212,7 +213,7 @@ def test_the_command_cannot_write(short, trained, tmp_path, how, left):
 _CHOOSE = """
 sys.path.insert(0, "tests")
 import damage
-from xmc_jax import checkpoint
+from xmc_jax.training import checkpoint
 workdir = sys.argv[1]
 mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
 everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

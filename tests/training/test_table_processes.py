@@ -23,7 +23,7 @@ import numpy as np
 port, process, data, out = sys.argv[1:]
 jax.config.update("jax_enable_x64", True)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
-from xmc_jax import sharding
+from xmc_jax.runtime import sharding
 from xmc_jax.retrieval import exact
 from xmc_jax.training import curriculum, tables
 

@@ -73,13 +73,13 @@ def test_time_in_which_the_process_was_suspended_does_not_count(watch):
 
 STUCK = """
 import threading, time
-from xmc_jax import report
+from xmc_jax.runtime import metrics_log
 from xmc_jax.runtime.watchdog import Watchdog
 
 def never_comes():
     threading.Event().wait()
 
-with report.Clock() as clock, Watchdog(clock, 1, sys.argv[1]):
+with metrics_log.Clock() as clock, Watchdog(clock, 1, sys.argv[1]):
     end = time.monotonic() + 1
     with clock.within("step"):
         for _ in clock.awaiting(iter(lambda: time.monotonic() < end, False)):
