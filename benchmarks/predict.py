@@ -65,13 +65,13 @@ def worker(arguments: argparse.Namespace) -> None:
     compilation.keep(None)
     loaded = {}
 
-    class Noted(predict_files.Tower):
+    class Noted(predict_files.QueryEncoder):
         def __init__(self, *given):
             super().__init__(*given)
             loaded["rss"] = _status("VmRSS")
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak, from here on
 
-    predict_files.Tower = Noted
+    predict_files.QueryEncoder = Noted
     config = PredictConfig(k=arguments.k, batch_size=arguments.batch_size, index=arguments.index)
     opened = artifact.open(arguments.artifact)
     report = predict_files.predict(opened, config, arguments.source, arguments.target)

@@ -18,7 +18,7 @@ from xmc_jax.data import texts
 from xmc_jax.data.types import Prompts
 from xmc_jax.files.digests import sha256
 from xmc_jax.retrieval.augmented import AugmentedConfig
-from xmc_jax.shipping import artifact, packed_thumbnails, tower
+from xmc_jax.shipping import artifact, packed_thumbnails, query_encoder
 from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 CONFIG = ServeConfig(
@@ -107,11 +107,11 @@ def write(
         }
         content["thumbnails"] = {"folder": "thumbnails"} | counts
     artifact.write_manifest(folder, content)
-    encoder = tower.Tower(artifact.open(folder, verify=False))
+    encoder = query_encoder.QueryEncoder(artifact.open(folder, verify=False))
     for kind, items in items_of.items():
         files = [pictures[kind].get(item["uid"]) for item in items]
         asked = [
-            tower.Item(item["title"], [file] if file and images else [])
+            query_encoder.Item(item["title"], [file] if file and images else [])
             for item, file in zip(items, files)
         ]
         np.save(folder / kind / "embeddings.npy", encoder.encode(asked, rows=(8,)))

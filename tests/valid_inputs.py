@@ -326,7 +326,7 @@ class Inputs:
         sizes = TEST, LABELS
 
         def queries(where: pathlib.Path) -> None:
-            for one in documents.Source(str(where / "queries.jsonl"), model).documents():
+            for one in documents.DocumentFile(str(where / "queries.jsonl"), model).documents():
                 assert one.problem is None or "\n" not in one.problem
 
         def checked(where: pathlib.Path) -> None:

@@ -315,7 +315,7 @@ def _labels(asked: Asked) -> int:
     }
     lines = documents.ids_of(config.remove) or {}
     places = {uid: f"{config.remove}:{line}" for uid, line in lines.items()}
-    changes = labels.Changes(**read, remove=list(lines), remove_at=places)
+    changes = labels.LabelChanges(**read, remove=list(lines), remove_at=places)
     how = {} if config.how == "auto" else {"how": config.how}
     found = labels.change(opened.folder, changes, NewLabelsConfig(**how), config.out or None)
     recall = "" if found.recall is None else f"; the index finds {found.recall:.2%}"

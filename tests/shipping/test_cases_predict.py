@@ -21,7 +21,7 @@ NEITHER = "expected a text or a picture, found neither"
 
 def read(path: pathlib.Path | str, model=TEXTS, **options) -> list[tuple[str, str, str | None]]:
     """Id, text and problem of each document."""
-    source = documents.Source(str(path), model, **options)
+    source = documents.DocumentFile(str(path), model, **options)
     return [(one.id, one.query.text, one.problem) for one in source.documents()]
 
 
@@ -55,7 +55,7 @@ def test_names_of_columns_may_have_capitals_and_what_is_not_read_is_logged(tmp_p
     caplog.set_level("INFO", logger="absl")
     path = tmp_path / "new.csv"
     path.write_text("ID;Title;Price\n7;gimp;3\n")
-    source = documents.Source(str(path), TEXTS)
+    source = documents.DocumentFile(str(path), TEXTS)
     assert [(one.id, one.query.text) for one in source.documents()] == [("7", "gimp")]
     assert "new.csv: separated by semicolons" in caplog.text
     assert "new.csv: not read: Price" in caplog.text
@@ -80,7 +80,7 @@ def test_an_error_about_labels_names_their_flag_or_line(tmp_path, options, messa
 @pytest.mark.slow
 def test_every_case_is_predicted(predictor, tmp_path, monkeypatch):
     """From the file to the output; what cannot be ranked is told in its place."""
-    monkeypatch.setattr(predict_files, "Tower", lambda _: predictor._tower)
+    monkeypatch.setattr(predict_files, "QueryEncoder", lambda _: predictor._tower)
     config = PredictConfig(k=2, on_error="skip")
     for path in sorted(CASES.iterdir()):
         out = tmp_path / f"{path.name}.jsonl"
@@ -123,7 +123,7 @@ def test_no_id_is_there_twice(tmp_path):
 
 def test_ids_are_compared_without_blanks_and_in_one_form(tmp_path):
     row = {"id": " caf\u0065\u0301 ", "text": "a", "only": ["caf\u0065\u0301"], "exclude": " b |c"}
-    (document,) = documents.Source(str(lines(tmp_path / "a.jsonl", [row])), TEXTS).documents()
+    (document,) = documents.DocumentFile(str(lines(tmp_path / "a.jsonl", [row])), TEXTS).documents()
     assert document.id == "caf\u00e9"
     assert (document.query.only, document.query.exclude) == (("caf\u00e9",), ("b", "c"))
     (tmp_path / "only.txt").write_text(" caf\u0065\u0301\u00a0\n\nb\n")
@@ -156,7 +156,7 @@ def test_an_unknown_id_that_is_several_or_a_part_is_explained():
 )
 def test_an_empty_list_of_labels_is_not_none(tmp_path, caplog, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    found = [d.query.only for d in documents.Source(str(tmp_path / name), TEXTS).documents()]
+    found = [d.query.only for d in documents.DocumentFile(str(tmp_path / name), TEXTS).documents()]
     assert found == expected
     said = caplog.text.count("is empty: no label may be predicted for this document")
     assert said == (b"a,\n" in content or b'""' in content)

@@ -28,7 +28,7 @@ def again(exported, workdir: pathlib.Path, **options) -> None:
 
 def change_labels(folder: pathlib.Path) -> None:
     for name in ("topic3", "topic4"):
-        labels.change(folder, labels.Changes(remove=[name]), NewLabelsConfig())
+        labels.change(folder, labels.LabelChanges(remove=[name]), NewLabelsConfig())
 
 
 def forget_digests(folder: pathlib.Path) -> None:

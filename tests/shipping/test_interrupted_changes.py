@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 KINDS = pytest.mark.parametrize("kind", write_faults.KINDS)
 # At each write, or at some.
 STEPS = pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.reliability), 5])
-GONE = labels.Changes(remove=["topic3"])
+GONE = labels.LabelChanges(remove=["topic3"])
 OURS = "who ships this says so\n"
 
 
@@ -45,7 +45,7 @@ def test_labels_in_place(workdir, kind, step):
             labels.change(folder, GONE, NewLabelsConfig())
         left = len(artifact.open(folder).labels)
         assert left in (39, 40) and (folder / "LICENSE.md").read_text() == OURS
-        changes = GONE if left == 40 else labels.Changes(remove=["topic4"])
+        changes = GONE if left == 40 else labels.LabelChanges(remove=["topic4"])
         assert labels.change(folder, changes, NewLabelsConfig()).labels == left - 1
         parts = [path.name for path in folder.iterdir() if path.name.startswith("labels")]
         assert parts == [artifact.open(folder).manifest["labels"]["folder"]]

@@ -13,9 +13,9 @@ from etils import epath
 
 from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.shipping import artifact, exporting, labels
-from xmc_jax.shipping.labels import Changes, Label
+from xmc_jax.shipping.labels import Label, LabelChanges
 from xmc_jax.shipping.predictor import Predictor, Query
-from xmc_jax.shipping.tower import Tower
+from xmc_jax.shipping.query_encoder import QueryEncoder
 from xmc_jax.training import build
 
 pytestmark = pytest.mark.slow
@@ -65,7 +65,7 @@ def test_a_label_in_its_own_words_stays_what_it_was(each_folder):
     before = artifact.open(each_folder)
     rows = range(0, len(before.labels), 3)
     changes = [Label(before.labels.texts[r], id=before.labels.ids[r]) for r in rows]
-    found = labels.change(each_folder, Changes(update=changes), NEAREST)
+    found = labels.change(each_folder, LabelChanges(update=changes), NEAREST)
     after = artifact.open(each_folder)
     assert (found.updated, found.added, found.removed) == (len(changes), 0, 0)
     np.testing.assert_allclose(after.labels.embeddings, before.labels.embeddings, atol=2e-6)
@@ -78,7 +78,7 @@ def test_a_label_in_other_words_keeps_its_free_vector_and_centroid(each_folder):
     row = int(np.flatnonzero(before.labels.frequency)[2])
     name, text = before.labels.ids[row], before.labels.texts[row + 1]
     old = before.prototypes()
-    labels.change(each_folder, Changes(update=[Label(text, id=name)]), NEAREST)
+    labels.change(each_folder, LabelChanges(update=[Label(text, id=name)]), NEAREST)
     after = artifact.open(each_folder)
     assert after.labels.texts[row] == text
     new = after.prototypes()
@@ -98,12 +98,12 @@ def test_added_labels_are_what_the_definition_says(each_folder, how):
     combine = labels._combiner(made_of)
     texts = [f"{before.labels.texts[3]} {before.labels.texts[5]}", before.labels.texts[7]]
     new = [Label(text, id=f"new{i}") for i, text in enumerate(texts)]
-    found = labels.change(each_folder, Changes(add=new), config)
+    found = labels.change(each_folder, LabelChanges(add=new), config)
     assert (found.added, found.borrowing) == (2, 2 if how == "nearest" else 0)
     after = artifact.open(each_folder)
     assert list(after.labels.ids)[-2:] == ["new0", "new1"] and after.labels.frequency[-1] == 0
 
-    pooled = Tower(before).encode(new, pooled=True)
+    pooled = QueryEncoder(before).encode(new, pooled=True)
     expected = unit(pooled)
     if how == "nearest":
         trained = np.flatnonzero(before.labels.frequency)
@@ -123,14 +123,16 @@ def test_added_labels_are_what_the_definition_says(each_folder, how):
     np.testing.assert_array_equal(after.labels.embeddings[:-2], before.labels.embeddings)
 
     # In other words it is made anew, as if it had been added so.
-    labels.change(each_folder, Changes(update=[Label(texts[1], id="new0")]), config)
+    labels.change(each_folder, LabelChanges(update=[Label(texts[1], id="new0")]), config)
     again = artifact.open(each_folder).labels.embeddings
     np.testing.assert_allclose(again[-2], again[-1], atol=1e-5)
 
 
 def test_a_new_label_is_predicted(folder):
     text = "quite another subject than any"
-    labels.change(folder, Changes(add=[Label(text, id="new")]), NewLabelsConfig("text", scale=1.0))
+    labels.change(
+        folder, LabelChanges(add=[Label(text, id="new")]), NewLabelsConfig("text", scale=1.0)
+    )
     predictor = Predictor.open(folder)
     assert predictor.predict([text], 1, "plain")[0][0].id == "new"
     assert "new" in {label.id for label in predictor.predict([text], 10, "augmented")[0]}
@@ -142,7 +144,7 @@ def test_a_removed_label_is_not_predicted_and_others_as_if_it_were_excluded(fold
     gone = [before.artifact.labels.ids[i] for i in (0, 4, 5, 39)]
     excluded = [Query(text, exclude=gone) for text in texts]
     expected = before.predict(excluded, 36, "plain")
-    found = labels.change(folder, Changes(remove=gone), NEAREST)
+    found = labels.change(folder, LabelChanges(remove=gone), NEAREST)
     assert (found.removed, found.labels) == (4, 36)
     after = Predictor.open(folder, index="exact")
     assert after.predict(texts, 36, "plain") == expected
@@ -158,7 +160,9 @@ def test_a_removed_label_is_not_predicted_and_others_as_if_it_were_excluded(fold
 
 def test_the_index_is_of_the_labels_there_are(folder):
     text = "quite another subject than any"
-    found = labels.change(folder, Changes(add=[Label(text, id="new")], remove=["topic3"]), NEAREST)
+    found = labels.change(
+        folder, LabelChanges(add=[Label(text, id="new")], remove=["topic3"]), NEAREST
+    )
     assert found.recall == 1.0  # few labels are searched exhaustively
     by_index = Predictor.open(folder, index="scann").predict([text], 40, "plain")[0]
     exactly = Predictor.open(folder, index="exact").predict([text], 40, "plain")[0]
@@ -169,13 +173,19 @@ def test_the_index_is_of_the_labels_there_are(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (Changes(add=[Label("x", id="topic1")]), "add: label 'topic1'.*is not yet in.*update"),
-        (Changes(update=[Label("x", id="other")]), "update: label 'other'.*is in.*leave it out"),
-        (Changes(remove=["other"]), "remove: label 'other'"),
-        (Changes(remove=["topic1", "topic1"]), "once, got it again"),
-        (Changes(add=[Label("x")]), "without"),
-        (Changes(remove=[f"topic{i}" for i in range(40)]), "labels to be left"),
-        (Changes(add=[Label("x", [b"GIF89a"], "new", "a.csv:2")]), "a.csv:2: expected no pictures"),
+        (LabelChanges(add=[Label("x", id="topic1")]), "add: label 'topic1'.*is not yet in.*update"),
+        (
+            LabelChanges(update=[Label("x", id="other")]),
+            "update: label 'other'.*is in.*leave it out",
+        ),
+        (LabelChanges(remove=["other"]), "remove: label 'other'"),
+        (LabelChanges(remove=["topic1", "topic1"]), "once, got it again"),
+        (LabelChanges(add=[Label("x")]), "without"),
+        (LabelChanges(remove=[f"topic{i}" for i in range(40)]), "labels to be left"),
+        (
+            LabelChanges(add=[Label("x", [b"GIF89a"], "new", "a.csv:2")]),
+            "a.csv:2: expected no pictures",
+        ),
     ],
 )
 def test_what_does_not_fit_changes_nothing(folder, changes, message):
@@ -194,10 +204,10 @@ def test_killed_before_the_manifest_nothing_has_changed(folder, monkeypatch):
 
     monkeypatch.setattr(artifact, "write_manifest", killed)
     with pytest.raises(KeyboardInterrupt):
-        labels.change(folder, Changes(remove=["topic3"]), NEAREST)
+        labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
     assert Predictor.open(folder).predict(["some words"], 40) == before
     monkeypatch.setattr(artifact, "write_manifest", write_manifest)
-    labels.change(folder, Changes(remove=["topic3"]), NEAREST)
+    labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
     parts = {path.name for path in folder.iterdir() if path.name.startswith("labels")}
     assert len(parts) == 1 and len(artifact.open(folder).labels) == 39
 
@@ -208,7 +218,7 @@ def test_changed_elsewhere_the_original_stays_and_texts_for_people_go_along(fold
     (folder / "notes" / "first.html").write_text("of people\n")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     before, out = contents(folder), tmp_path / "changed"
-    labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=out)
+    labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST, out=out)
     assert contents(folder) == before
     assert len(artifact.open(out).labels) == 39
     for name in ("LICENSE.md", "DATA_CARD.md", "notes/first.html", ".gitattributes"):
@@ -217,15 +227,15 @@ def test_changed_elsewhere_the_original_stays_and_texts_for_people_go_along(fold
     assert card.startswith(before["README.md"].rstrip()) and b"1 removed; 39 now" in card
     assert {path.name for path in tmp_path.iterdir()} == {"export", "changed"}
     with pytest.raises(ValueError, match="expected no such folder, found one"):
-        labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=out)
+        labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST, out=out)
     with pytest.raises(ValueError, match="expected no such folder, found a part of"):
-        labels.change(folder, Changes(remove=["topic3"]), NEAREST, out=folder / "changed")
+        labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST, out=folder / "changed")
 
 
 def test_one_process_changes_a_folder_at_a_time(folder):
     with artifact.locked(folder), pytest.raises(ValueError, match="expected no other process, fo"):
-        labels.change(folder, Changes(remove=["topic3"]), NEAREST)
-    labels.change(folder, Changes(remove=["topic3"]), NEAREST)
+        labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
+    labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
     assert not (folder / ".lock").exists()
 
 
@@ -235,7 +245,7 @@ def test_without_what_prototypes_are_made_of_it_says_so(fields, tmp_path):
     run = build.run(fields)
     folder = exporting.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
     with pytest.raises(ValueError, match=r"export with --config\.export\.prototypes=True"):
-        labels.change(folder, Changes(add=[Label("x", id="new")]), NEAREST)
+        labels.change(folder, LabelChanges(add=[Label("x", id="new")]), NEAREST)
     with pytest.raises(ValueError, match=r"export with --config\.export\.documents=True"):
         Predictor.open(folder).predict(["x"], ranking="augmented")
 
@@ -246,9 +256,9 @@ def test_without_prototypes_a_new_label_is_its_text(fields, tmp_path):
     fields["optimizer"]["weight_decay"] = ((".*", 0.01),)
     run = build.run(fields)
     folder = exporting.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
-    labels.change(folder, Changes(add=[Label("some words", id="new")]), NEAREST)
+    labels.change(folder, LabelChanges(add=[Label("some words", id="new")]), NEAREST)
     opened = artifact.open(folder)
-    expected = Tower(opened).encode([Label("some words")])[0]
+    expected = QueryEncoder(opened).encode([Label("some words")])[0]
     np.testing.assert_allclose(opened.labels.embeddings[-1], expected, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ from xmc_jax.data.synthetic import product_set
 from xmc_jax.shipping import artifact, documents, exporting, predict_files
 from xmc_jax.shipping.predict_config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor, Query
-from xmc_jax.shipping.tower import Tower
+from xmc_jax.shipping.query_encoder import QueryEncoder
 from xmc_jax.training import build
 
 pytestmark = pytest.mark.slow
@@ -117,7 +117,7 @@ def test_records_bring_pictures_in_every_form(predictor, items, tmp_path):
 
 def predict(predictor, source, target, **changes) -> predict_files.Report:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict_files, "Tower", lambda _: predictor._tower)
+        patch.setattr(predict_files, "QueryEncoder", lambda _: predictor._tower)
         config = dataclasses.replace(PredictConfig(k=5, batch_size=7), **changes)
         return predict_files.predict(predictor.artifact, config, str(source), str(target))
 
@@ -167,7 +167,7 @@ def test_texts_alone_need_no_encoder_of_pictures(predictor, items):
     ):
         images = dataclasses.replace(there.model.images, **changes)
         other = dataclasses.replace(there, model=dataclasses.replace(there.model, images=images))
-        one = Predictor(other, Tower(other))
+        one = Predictor(other, QueryEncoder(other))
         assert len(one.predict(["a lamp"], k=3)[0]) == 3
         with pytest.raises(ValueError, match=message) as caught:
             one.predict([Query("a lamp", [picture])], k=3)
@@ -178,5 +178,5 @@ def test_a_model_of_texts_leaves_pictures_out(exported, tmp_path, caplog):
     opened = artifact.open(exported.folder, verify=False)
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "x", "images": ["https://example.org/a.png"]}\n')
-    (document,) = documents.Source(str(source), opened.model).documents()
+    (document,) = documents.DocumentFile(str(source), opened.model).documents()
     assert document.problem is None and not document.query.images

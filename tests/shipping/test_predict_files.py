@@ -32,7 +32,7 @@ def opened(exported):
 def one_predictor(opened, predictor):
     """Models are loaded once for all files of this module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict_files, "Tower", lambda _: predictor._tower)
+        patch.setattr(predict_files, "QueryEncoder", lambda _: predictor._tower)
         yield
 
 
@@ -175,7 +175,7 @@ def test_titles_contents_columns_and_numbers(opened, exported, tmp_path):
         run(opened, source, tmp_path / "other.jsonl", True, columns=columns)
         assert (tmp_path / "other.jsonl").read_bytes() == lines
     model = dataclasses.replace(opened.model, text="title_content")
-    whole = documents.Source(str(write(tmp_path / "other.csv", titles)), model)
+    whole = documents.DocumentFile(str(write(tmp_path / "other.csv", titles)), model)
     assert [d.query.text for d in whole.documents()] == [f"{text} and more" for text in texts]
 
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from xmc_jax.shipping import artifact, exporting
 from xmc_jax.shipping.predictor import Predictor
-from xmc_jax.shipping.tower import Item
+from xmc_jax.shipping.query_encoder import Item
 from xmc_jax.training import build
 
 pytestmark = pytest.mark.slow

@@ -118,7 +118,6 @@ def axis(
 
     Args:
         values: the values to show.
-        name: see `Axis`.
         zero: whether it has to begin at 0.
         percent: values are fractions, written in percent.
         whole: ticks are whole numbers.
@@ -183,7 +182,6 @@ def lines(
     """Values over a quantity, each series a line with its name at the end.
 
     Args:
-        description: see `Plot`.
         series: what to draw, in ascending x.
         x: the quantity's axis.
         y: the values' axis.
@@ -260,7 +258,6 @@ def columns(
     """One column for each name, its value above it.
 
     Args:
-        description: see `Plot`.
         names: below the columns.
         values: fractions, the heights of the columns.
         x_name: what the names are.
@@ -303,7 +300,6 @@ def ridges(
     """Histograms one below the other, all on one scale; the two of a row share their base.
 
     Args:
-        description: see `Plot`.
         rows: of n bins each.
         edges: f64[n + 1].
         x: the axis of the quantity.

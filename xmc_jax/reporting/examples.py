@@ -71,12 +71,7 @@ def examples(matched: MatchedPredictions, source: Any | None) -> dict[str, Any]:
 
 
 def _card(matched: MatchedPredictions, row: int) -> dict[str, Any]:
-    """A document: its number, and labels by number.
-
-    `predicted` has each label's score and whether it is right, `missed` the rank of a positive
-    beyond the first ones (None if it is not predicted), `more` the number of other missed ones, and
-    `before` the first predictions of zero-shot.
-    """
+    """A document: its number, and labels by number."""
     hits, scores = matched.hits["plain"], matched.rankings["plain"].scores
     part = slice(matched.positives.indptr[row], matched.positives.indptr[row + 1])
     found = sorted(zip(hits.rank[part].tolist(), matched.positives.indices[part].tolist()))

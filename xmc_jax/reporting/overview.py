@@ -252,19 +252,7 @@ def _figure(
     write: Callable[[float], str] = number,
     named: bool | None = None,
 ) -> Figure | None:
-    """A plot of values in the records; None without values.
-
-    Args:
-        run: the run.
-        epochs: its epochs.
-        title: of the plot.
-        names: name in the records -> name in the plot, and style. A series of the style "zero" is a
-            level to compare the others with.
-        note: what the values are.
-        zero: whether the y axis has to begin at 0.
-        write: gives the text of a value.
-        named: whether to write the names; by default if there are several.
-    """
+    """A plot of values in the records; None without values."""
     series, size = [], 1
     for record_name, (name, style) in names.items():
         found = curve(run.records, record_name)

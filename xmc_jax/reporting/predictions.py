@@ -28,7 +28,6 @@ class MatchedPredictions:
         positives: [m, L].
         bins: of the labels.
         rankings: by row of metrics.json, in the order of `ordered_rows`.
-        hits: likewise.
     """
 
     data: Store

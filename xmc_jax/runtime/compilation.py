@@ -76,11 +76,7 @@ def _machine() -> str:
 
 
 def _tidy(folder: pathlib.Path) -> None:
-    """Removes what a killed process left half-written: JAX would stumble over it at each start.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full.
-    """
+    """Removes what a killed process left half-written: JAX would stumble over it at each start."""
     if shutil.disk_usage(folder).free < _MIN_FREE_BYTES:
         raise OSError("the disk is full")
     with filelock.FileLock(folder / ".lockfile", timeout=10):  # JAX's own

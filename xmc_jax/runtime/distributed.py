@@ -324,10 +324,7 @@ def _flags(address: str | None, count: int | None, own: int | None) -> dict[str,
 
 
 def _is_lone_task() -> bool:
-    """Whether SLURM started one task, as in an interactive job.
-
-    JAX would make it one of one, and take all GPUs but the first from it.
-    """
+    """Whether SLURM started one task, as in an interactive job."""
     return os.environ.get("SLURM_NTASKS") == "1" and "OMPI_MCA_orte_hnp_uri" not in os.environ
 
 
@@ -415,11 +412,7 @@ _link: peers.Hub | peers.Spoke | None = None
 
 
 def _meet(silence: int, timeout: int) -> None:
-    """Connects process 0 with each of the others.
-
-    Raises:
-        ValueError: they do not reach each other.
-    """
+    """Connects process 0 with each of the others."""
     global _link
     if number() == 0:
         _link = peers.Hub(jax_distributed.global_state.num_processes, silence, _told)

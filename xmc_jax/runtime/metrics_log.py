@@ -169,14 +169,7 @@ class Progress:
 
 
 class _Events:
-    """TensorBoard events; those of a remote folder are written locally and copied whole.
-
-    Object stores cannot append, and tensorboardX would ask for another client than `epath`'s.
-
-    Args:
-        folder: for the file of events.
-        first_step: events of this step and later ones that are there already are void.
-    """
+    """TensorBoard events; those of a remote folder are written locally and copied whole."""
 
     def __init__(self, folder: epath.Path, first_step: int):
         self._folder, self._local = folder, None
@@ -219,7 +212,6 @@ class Reporter:
     Attributes:
         steps: reported up to now, those of a restored run with them.
         skipped_in_a_row: how many of the latest changed nothing.
-        clock: as given.
     """
 
     def __init__(

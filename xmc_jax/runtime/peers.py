@@ -27,7 +27,6 @@ class Hub:
     Args:
         count: processes of the run.
         silence: seconds after which a host that does not answer is gone.
-        ended: see `Ended`.
 
     Attributes:
         address: "port token", for the others.
@@ -112,8 +111,6 @@ class Spoke:
         host: of process 0.
         address: `Hub.address`.
         process: this one's number.
-        silence: see `Hub`.
-        ended: see `Ended`.
         timeout: seconds that connecting may take.
 
     Raises:
@@ -148,12 +145,7 @@ class Spoke:
 
 
 class _Link:
-    """One connection: JSON values, a line each.
-
-    Attributes:
-        process: number of the process at the other end, 0 until a hub knows it.
-        host: its host.
-    """
+    """One connection: JSON values, a line each."""
 
     def __init__(self, connection: socket.socket, silence: int):
         self._connection, self._read = connection, b""
@@ -181,11 +173,7 @@ class _Link:
             self._connection.sendall(json.dumps(value).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """Waits for data, and gives the messages that are complete.
-
-        Raises:
-            OSError: nothing more will come.
-        """
+        """Waits for data, and gives the messages that are complete."""
         data = self._connection.recv(_LINE)
         *lines, self._read = (self._read + data).split(b"\n")
         if not data or len(self._read) > _LINE:

@@ -110,9 +110,7 @@ def spec(
     Args:
         logical: one name of `RULES`, "table_width" or None for each axis.
         shape: the array's shape.
-        mesh: see `make_mesh`.
         name: what to call the array in an error; None if it may be padded.
-        replicate: see `MeshConfig`.
 
     Raises:
         ValueError: a mesh axis does not divide the array's axis.
@@ -152,8 +150,6 @@ def of_params(boxed: Any, mesh: Mesh, replicate: Sequence[str] = ()) -> Any:
     Args:
         boxed: tree (abstract or not) whose leaves are `nn.LogicallyPartitioned`, or plain arrays,
             which are replicated.
-        mesh: see `make_mesh`.
-        replicate: see `MeshConfig`.
 
     Raises:
         ValueError: an axis does not divide; names the parameter.
@@ -199,7 +195,6 @@ def row_multiple(mesh: Mesh, least: bool = False) -> int:
     """What the places of a row of texts are a multiple of, as products on these devices like it.
 
     Args:
-        mesh: see `make_mesh`.
         least: what they may be a multiple of where lengths are known; see `rows.suited`.
     """
     return (8 if least else 64) if mesh.devices.flat[0].platform == "cpu" else 128
@@ -210,7 +205,6 @@ def local_rows(size: int, mesh: Mesh) -> np.ndarray:
 
     Args:
         size: rows of the global batch.
-        mesh: see `make_mesh`.
 
     Raises:
         ValueError: the batch does not divide over the devices.
@@ -229,7 +223,6 @@ def put_batch(local: Any, size: int, mesh: Mesh) -> Any:
         local: pytree of arrays. The first axis has the rows `local_rows(size, mesh)`, or the same
             part of another number of rows.
         size: rows of the global batch.
-        mesh: see `make_mesh`.
     """
     rows = len(local_rows(size, mesh))
 
@@ -270,7 +263,6 @@ def constrain(x: jax.Array, *logical: Axis, name: str | None = None) -> jax.Arra
     Args:
         x: an array.
         *logical: as of `spec`; axes after those named are not split.
-        name: as of `spec`.
 
     Raises:
         ValueError: it has a name, and a mesh axis does not divide one of its axes.

@@ -72,8 +72,6 @@ class ImageInput:
         digest: of its weights; another encoder is refused.
         width: E.
         per_item: K, images taken of an item.
-        layout: see `vision.encoders`.
-        alpha: see `vision.images.decode`.
         dtype: of the encoder's products.
         folder: within the artifact; None where it is only named.
     """
@@ -107,10 +105,6 @@ class ModelInput:
         document_prompt: what is put before the text of a document before both are tokenised, for
             encoders.
         label_prompt: the same of a label.
-        pooling: see `dual.EncoderConfig`.
-        compute_dtype: likewise.
-        order: see `fusion.FusionConfig`.
-        positions: likewise.
         text: what an item's text is, "title" or "title_content", the title and then the content.
         images: None for text only.
     """
@@ -233,9 +227,7 @@ class Artifact:
         folder: where it lies.
         manifest: artifact.json.
         digest: SHA-256 of artifact.json: two with the same are the same.
-        model: see `ModelInput`.
         ranking: weights of the score, see `AugmentedConfig`; not enabled without documents.
-        labels: see `Labels`.
         documents: None where they were left out.
         index: folder of the labels' ScaNN index; None without.
         thumbnails: pictures of "labels" and "documents", where some have one.
@@ -425,12 +417,7 @@ def folders(content: Mapping[str, Any]) -> set[str]:
 
 
 def _files(folder: pathlib.Path, content: Mapping[str, Any]) -> Iterator[tuple[str, pathlib.Path]]:
-    """What a manifest has to name: all but itself, texts for people and parts that were replaced.
-
-    Args:
-        folder: local.
-        content: of artifact.json.
-    """
+    """Files that a manifest has to name: not itself, texts for people, and replaced parts."""
     used = folders(content)
     for name in manifests.names(folder):
         hidden = any(part.startswith(".") for part in name.split("/"))

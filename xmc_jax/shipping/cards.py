@@ -33,7 +33,6 @@ def make(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> dic
     Args:
         content: of artifact.json.
         fields: the config of the run.
-        run: see `Run`.
     """
     texts = (
         _model_card(content, fields, run),

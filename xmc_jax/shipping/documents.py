@@ -72,7 +72,7 @@ class Document:
     digest: str | None
 
 
-class Source:
+class DocumentFile:
     """A file of records, or standard input.
 
     Args:
@@ -81,7 +81,6 @@ class Source:
         columns: "field=column" for fields whose columns have other names; "field=" to leave one
             out.
         numbered: whether a record without an id has its number as one; otherwise it is a problem.
-        delimiter: see `record_files.open_table`.
         allow_paths: whether paths of images may lead out of the file's folder.
         section: of the flags that say all this, "predict" or "labels"; for errors.
         fields: those of `FIELDS` that are read.
@@ -317,18 +316,11 @@ def labels(
 ) -> Iterator[Label]:
     """Labels of a file: records as of documents, each with an id.
 
-    Args:
-        path: see `Source`.
-        model: see `Source`.
-        columns: see `Source`.
-        delimiter: see `Source`.
-        allow_paths: see `Source`.
-
     Raises:
-        ValueError: see `Source`; a label that cannot be read, or no column of ids.
+        ValueError: see `DocumentFile`; a label that cannot be read, or no column of ids.
     """
     fields = ("id", "text", "content", "images")
-    source = Source(path, model, columns, False, delimiter, allow_paths, "labels", fields)
+    source = DocumentFile(path, model, columns, False, delimiter, allow_paths, "labels", fields)
     for document in source.documents():
         if document.problem is not None:
             raise ValueError(f"{document.at}: {document.problem}")
@@ -354,11 +346,7 @@ def ids_of(path: str) -> dict[str, int] | None:
 
 
 class _Lines:
-    """Numbered lines of a pipe.
-
-    Attributes:
-        digest: SHA-256 of those that were taken.
-    """
+    """Numbered lines of a pipe."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._hash = file, hashlib.sha256()
@@ -388,11 +376,7 @@ def _listed(cell: Any) -> list[Any]:
 
 
 def _picture(cell: Any, folder: pathlib.Path, allow_paths: bool) -> bytes:
-    """A picture's file, of what a record says of it.
-
-    Raises:
-        ValueError: it cannot be read, is a URL, or lies outside the folder.
-    """
+    """A picture's file, of what a record says of it."""
     if isinstance(cell, dict):  # Hugging Face's Image
         held = cell.get("bytes")
         cell = cell.get("path") if held is None else held

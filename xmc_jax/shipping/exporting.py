@@ -40,10 +40,8 @@ def encoder(
 
     Args:
         fields: the config of the run.
-        run: see `Run`.
         state: what to export.
         workdir: gets `export/`, or `export-adapter/`, which is returned; see `replacing.replaced`.
-        overwrite: likewise.
 
     Raises:
         ValueError: adapters are asked for and there are none, or nothing to load them onto; or
@@ -69,11 +67,9 @@ def whole(
 
     Args:
         fields: the config of the run.
-        run: see `Run`.
         step: optimizer steps done.
         state: what to export.
         workdir: gets `export/`, which is returned; see `replacing.replaced`.
-        overwrite: likewise.
 
     Raises:
         ValueError: an image encoder that is to be carried and is not there; or work of people

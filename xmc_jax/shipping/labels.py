@@ -31,7 +31,7 @@ from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.runtime import rng
 from xmc_jax.shipping import artifact
 from xmc_jax.shipping.artifact import Artifact, Documents, Prototypes
-from xmc_jax.shipping.tower import Item, Tower
+from xmc_jax.shipping.query_encoder import Item, QueryEncoder
 
 _CARD, _TITLE = "README.md", b"\n\n## Labels changed since training"
 _BLOCK = 4_096  # labels encoded at a time
@@ -57,7 +57,7 @@ class Label(Item):
 
 
 @dataclasses.dataclass(frozen=True)
-class Changes:
+class LabelChanges:
     """What is to change.
 
     Attributes:
@@ -96,19 +96,7 @@ class Changed:
 
 @dataclasses.dataclass(eq=False)
 class _Table:
-    """Per-label arrays as they will be; the first rows are old ones, kept in order.
-
-    Attributes:
-        ids: L identifiers.
-        texts: L texts.
-        embeddings: f32[L, D].
-        frequency: i64[L].
-        prior: f64[L], or None; new labels have the lowest that is not 0.
-        text: f32[L, D], pooled; like the next three, None without PRIME.
-        centroids: f32[L, D].
-        free_vector_of: i32[L].
-        free_vectors: f32[C, D].
-    """
+    """Per-label arrays as they will be; the first rows are old ones, kept in order."""
 
     ids: list[str]
     texts: list[str]
@@ -121,7 +109,7 @@ class _Table:
     free_vectors: np.ndarray | None = None
 
 
-def change(folder, changes: Changes, config: NewLabelsConfig, out=None) -> Changed:
+def change(folder, changes: LabelChanges, config: NewLabelsConfig, out=None) -> Changed:
     """Changes the labels of an artifact.
 
     Args:
@@ -157,7 +145,7 @@ def change(folder, changes: Changes, config: NewLabelsConfig, out=None) -> Chang
 def _change(
     folder: pathlib.Path,
     opened: Artifact,
-    changes: Changes,
+    changes: LabelChanges,
     rows: Mapping[str, int],
     config: NewLabelsConfig,
 ) -> Changed:
@@ -180,7 +168,7 @@ def _change(
 def _write_parts(
     folder: pathlib.Path,
     opened: Artifact,
-    changes: Changes,
+    changes: LabelChanges,
     rows: Mapping[str, int],
     config: NewLabelsConfig,
 ) -> tuple[Changed, dict[str, Any], bytes]:
@@ -197,7 +185,7 @@ def _write_parts(
         table.ids[row], table.texts[row] = label.id, label.text
     borrowing = 0
     if len(updated) or len(added):
-        pooled = _encode(Tower(opened), [*changes.update, *changes.add])
+        pooled = _encode(QueryEncoder(opened), [*changes.update, *changes.add])
         borrowing = _embed(table, pooled, updated, added, made_of, config)
     number = _next_number(folder)
     content = {k: v for k, v in opened.manifest.items() if k not in ("format", "files")}
@@ -226,7 +214,7 @@ def _write_parts(
     return changed, content, _noted(folder / _CARD, content, entry, count)
 
 
-def _check(opened: Artifact, changes: Changes) -> dict[str, int]:
+def _check(opened: Artifact, changes: LabelChanges) -> dict[str, int]:
     """Identifier, see `record_cells.normal`, -> row, after the changes are found to fit."""
     rows = {cell_values.normal(name): row for row, name in enumerate(opened.labels.ids)}
     prime = _setting(opened, "prime", "enabled", bool)
@@ -302,12 +290,8 @@ def _kept(opened: Artifact, made_of: Prototypes | None, kept: np.ndarray, more: 
     )
 
 
-def _encode(tower: Tower, labels: Sequence[Label]) -> np.ndarray:
-    """f32[n, D], pooled.
-
-    Raises:
-        ValueError: a label that cannot be encoded; names its place, or its identifier.
-    """
+def _encode(tower: QueryEncoder, labels: Sequence[Label]) -> np.ndarray:
+    """f32[n, D], pooled."""
     found = []
     for start in range(0, len(labels), _BLOCK):
         block, problems = labels[start : start + _BLOCK], {}
@@ -449,10 +433,7 @@ def _remove_unused(folder: pathlib.Path) -> None:
 
 
 def _noted(card: pathlib.Path, content: dict[str, Any], entry: Mapping[str, Any], n: int) -> bytes:
-    """The model card with one line more: what it says of metrics is of the labels before.
-
-    A card that nobody has edited is still known as such: its digest in the content follows.
-    """
+    """The model card with one line more: what it says of metrics is of the labels before."""
     text = card.read_bytes() if card.is_file() else b""
     is_unedited = content.get("cards", {}).get(_CARD) == hashlib.sha256(text).hexdigest()
     if _TITLE not in text:
@@ -465,10 +446,7 @@ def _noted(card: pathlib.Path, content: dict[str, Any], entry: Mapping[str, Any]
 
 
 def _copy(opened: Artifact, out: pathlib.Path) -> None:
-    """Copies an artifact with all that people put into it.
-
-    The files that its manifest names are shared where the file system can: nobody edits them.
-    """
+    """Copies an artifact with all that people put into it."""
     recorded = opened.manifest["files"]
     for name in [*recorded, artifact.MANIFEST, *artifact.others(opened.folder, opened.manifest)]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)

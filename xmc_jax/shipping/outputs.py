@@ -35,7 +35,7 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class OutputProgress:
     """What is on the disk.
 
     Attributes:
@@ -58,12 +58,11 @@ class Output:
 
     Attributes:
         path: the output.
-        done: see `Progress`.
         complete: whether it is there already, made of the same.
     """
 
     def __init__(
-        self, path: pathlib.Path, made_of: Mapping[str, Any], done: Progress, complete: bool
+        self, path: pathlib.Path, made_of: Mapping[str, Any], done: OutputProgress, complete: bool
     ):
         self.path, self.done, self.complete = path, done, complete
         self._made_of = made_of
@@ -73,7 +72,7 @@ class Output:
         """The file, or of Parquet the folder, that holds what is there so far."""
         return _beside(self.path, "partial")
 
-    def commit(self, done: Progress, size: int | None = None) -> None:
+    def commit(self, done: OutputProgress, size: int | None = None) -> None:
         """Records what is on the disk; with the size of the whole file, that it is whole."""
         content = {
             "format": _FORMAT,
@@ -85,7 +84,7 @@ class Output:
         atomic.write(_beside(self.path, "progress.json"), json.dumps(content, indent=1) + "\n")
         self.done = done
 
-    def finish(self, whole: pathlib.Path, done: Progress) -> None:
+    def finish(self, whole: pathlib.Path, done: OutputProgress) -> None:
         """Gives the whole file, which is on the disk, its name."""
         self.commit(done, whole.stat().st_size)
         self._name(whole)
@@ -119,8 +118,8 @@ def begin(
     with locks.locked(_beside(path, "lock"), str(path), remove=True, remedy=remedy):
         output = _resumed(path, made_of, overwrite)
         if output is None:
-            output = Output(path, made_of, Progress(), complete=False)
-            output.commit(Progress())  # before there is anything that it would have to count
+            output = Output(path, made_of, OutputProgress(), complete=False)
+            output.commit(OutputProgress())  # before there is anything that it would have to count
         yield output
 
 
@@ -148,8 +147,8 @@ def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) ->
                     "another file; choose another --output, or replace it with --overwrite"
                 )
         return None
-    fields = {field.name for field in dataclasses.fields(Progress)}
-    done = Progress(**{name: value for name, value in recorded.items() if name in fields})
+    fields = {field.name for field in dataclasses.fields(OutputProgress)}
+    done = OutputProgress(**{name: value for name, value in recorded.items() if name in fields})
     output = Output(path, made_of, done, complete=recorded["complete"])
     if not output.complete:
         if path.exists() and not overwrite:
@@ -226,7 +225,6 @@ def sink(output: Output, labels: Labels) -> Sink:
     """What writes an output.
 
     Args:
-        output: see `begin`.
         labels: what rows are of.
 
     Raises:

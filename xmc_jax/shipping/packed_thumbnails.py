@@ -23,7 +23,6 @@ class Thumbnails:
     """The pictures of one kind, memory-mapped.
 
     Args:
-        folder: see the module.
         kind: one of KINDS.
 
     Raises:

@@ -24,11 +24,11 @@ from xmc_jax.retrieval import scann
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping import documents, outputs
 from xmc_jax.shipping.artifact import Artifact
-from xmc_jax.shipping.documents import Document, Source
-from xmc_jax.shipping.outputs import Output, Progress, Sink
+from xmc_jax.shipping.documents import Document, DocumentFile
+from xmc_jax.shipping.outputs import Output, OutputProgress, Sink
 from xmc_jax.shipping.predict_config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor, Ranking
-from xmc_jax.shipping.tower import Tower
+from xmc_jax.shipping.query_encoder import QueryEncoder
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Report:
         complete: whether all was there before.
     """
 
-    done: Progress
+    done: OutputProgress
     before: int
     seconds: float
     complete: bool = False
@@ -74,8 +74,6 @@ def predict(
     """Ranks labels for the documents of a file.
 
     Args:
-        opened: see `artifact.open`.
-        config: see `PredictConfig`.
         source: a file of documents, or "-" for JSONL from standard input; see `documents`.
         target: .jsonl or .parquet, or "-" for JSONL to standard output, which no run can go on
             with; see `outputs`.
@@ -96,7 +94,7 @@ def predict(
     index = "scann" if approximate else "exact"
 
     def load() -> Predictor:
-        predictor = Predictor(opened, Tower(opened), index)
+        predictor = Predictor(opened, QueryEncoder(opened), index)
         if not restricted:
             return predictor
         for path, ids in ((config.only, only), (config.exclude, exclude)):
@@ -108,7 +106,7 @@ def predict(
         kept = set(opened.labels.ids if only is None else only)
         return predictor.restricted(kept.difference(exclude or ()))
 
-    read = Source(
+    read = DocumentFile(
         source,
         opened.model,
         config.columns,
@@ -141,12 +139,12 @@ def predict(
 
 def _run(
     predictor: Predictor,
-    source: Source,
+    source: DocumentFile,
     config: PredictConfig,
     sink: Sink,
     output: Output | None,
 ) -> Report:
-    before = Progress() if output is None else output.done
+    before = OutputProgress() if output is None else output.done
     behind = _Behind(sink, output, before)
     batches = source.batches(config.batch_size, before.documents, before.digest)
     start = time.perf_counter()
@@ -200,14 +198,9 @@ def _ranked(
 
 
 class _Behind:
-    """A thread that writes a batch while the next is ranked, and records what is on the disk.
+    """A thread that writes a batch while the next is ranked, and records what is on the disk."""
 
-    Attributes:
-        done: what the sink has. Only the thread changes it, with the sink, so that an interrupt
-            never comes between the two.
-    """
-
-    def __init__(self, sink: Sink, output: Output | None, done: Progress):
+    def __init__(self, sink: Sink, output: Output | None, done: OutputProgress):
         self._sink, self._output, self.done = sink, output, done
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None

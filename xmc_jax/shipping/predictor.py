@@ -24,7 +24,7 @@ from xmc_jax.runtime import sharding
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping import artifact, predict_config
 from xmc_jax.shipping.artifact import Artifact
-from xmc_jax.shipping.tower import ROWS, Encoded, Item, Tower
+from xmc_jax.shipping.query_encoder import ROWS, Encoded, Item, QueryEncoder
 
 _CHECKED = 65_536  # rows looked at at a time
 _STEP = 256  # searches are for so many, or a multiple, so that few are compiled
@@ -88,19 +88,16 @@ class Predictor:
     """A model and what it ranks. Methods may be called from several threads; one runs at a time.
 
     Args:
-        opened: see `Artifact`.
         tower: its encoder.
-        index: see `PredictConfig`.
 
     Attributes:
-        artifact: as opened.
         labels: i32[l], rows of the artifact's labels that are ranked.
     """
 
     def __init__(
         self,
         opened: Artifact,
-        tower: Tower,
+        tower: QueryEncoder,
         index: str = "auto",
         labels: np.ndarray | None = None,
     ):
@@ -133,15 +130,12 @@ class Predictor:
 
         Args:
             folder: what `--mode=export` wrote.
-            index: see `PredictConfig`.
-            verify: see `artifact.open`.
-            mesh: see `Tower`.
 
         Raises:
             ValueError: no such folder, or parts that do not fit; see `artifact.open`.
         """
         opened = artifact.open(folder, verify)
-        return cls(opened, Tower(opened, mesh), index)
+        return cls(opened, QueryEncoder(opened, mesh), index)
 
     def predict(
         self, documents: str | Query | Iterable[str | Query], k: int = 10, ranking: str = "auto"
@@ -151,7 +145,6 @@ class Predictor:
         Args:
             documents: texts or `Query`; a single one is a list of one document.
             k: labels per document; fewer where fewer may be predicted.
-            ranking: see `PredictConfig`.
 
         Raises:
             ValueError: a document that is neither, a label id that is not there, a picture that
@@ -177,11 +170,6 @@ class Predictor:
         """`predict` as arrays, with at most as many columns as there are labels.
 
         Args:
-            documents: see `predict`.
-            k: see `predict`.
-            ranking: see `predict`.
-            rows: see `Tower.encode_measured`. With one size, the result of a document is the same
-                to the bit whatever it is ranked with.
             problems: gets the number of each document that cannot be ranked, and the reason; such a
                 document has no labels. Without `problems`, the first such document is an error.
 
@@ -215,7 +203,7 @@ class Predictor:
         rows: tuple[int, ...],
         problems: dict[int, str] | None = None,
     ) -> Encoded:
-        """See `Tower.encode_measured`; a query with neither text nor picture is a problem."""
+        """See `encode_measured`; a query with neither text nor picture is a problem."""
         blank = {
             number: "expected a text or a picture, got neither"
             for number, query in enumerate(queries)
@@ -237,8 +225,9 @@ class Predictor:
         rows: tuple[int, ...] = ROWS,
         problems: dict[int, str] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows as of `rank`, of f32[n, D] embeddings; documents that `problems` already
-        has are left out.
+        """Scores and rows as of `rank`, of f32[n, D] embeddings.
+
+        Documents that `problems` already has are left out.
         """
         k = min(_count(k), len(self.labels))
         mix = self._mix(ranking)
@@ -347,7 +336,7 @@ class Predictor:
         return cell_values.hint(name)
 
     def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
-        """See `Tower.prepare`; several threads may."""
+        """See `QueryEncoder.prepare`; several threads may."""
         return self._tower.prepare(image, limits)
 
     def warm_up(
@@ -362,7 +351,6 @@ class Predictor:
 
         Args:
             k: labels per document, at most.
-            rows: see `Tower.encode`.
             exclude: labels that are excluded of a document, likewise.
             neighbours: training documents per document, likewise.
             progress: called before each program, and at the end, with the numbers of programs that
@@ -396,7 +384,7 @@ class Predictor:
             progress(len(programs), len(programs))
 
     def warm_up_pictures(self) -> None:
-        """See `Tower.warm_up_pictures`."""
+        """See `QueryEncoder.warm_up_pictures`."""
         with self._lock:
             self._tower.warm_up_pictures()
 
@@ -434,11 +422,7 @@ class Predictor:
         return columns[ranked].astype(np.int32)
 
     def _rows_of(self, ids: Iterable[str], where: str) -> np.ndarray:
-        """i32[m], ascending, of label ids, each once.
-
-        Raises:
-            ValueError: there is no such label, or something else than a collection of ids.
-        """
+        """i32[m], ascending, of label ids, each once."""
         if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
             raise ValueError(f"{where}: expected a list of label ids, got {ids!r:.60}")
         try:
@@ -454,15 +438,7 @@ class Predictor:
         mix: augmented.AugmentedConfig | None,
         rows: tuple[int, ...],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """f32[n, k] and i32[n, k] rows of the artifact, as `evaluate.evaluate` ranks documents.
-
-        Args:
-            embedded: f32[n, D].
-            allowed: of each, see `_allowed`.
-            k: labels.
-            mix: None for labels by inner product.
-            rows: sizes of blocks.
-        """
+        """f32[n, k] and i32[n, k] rows of the artifact, as `evaluate.evaluate` ranks documents."""
         out_scores = np.full((len(embedded), k), -np.inf, np.float32)
         out_rows = np.full((len(embedded), k), -1, np.int32)
         depth, near = k, None
@@ -506,15 +482,7 @@ class Predictor:
         excluded: Csr,
         mixed: bool,
     ) -> augmented.Nearest:
-        """The nearest columns of `labels` that may be predicted.
-
-        Args:
-            embedded: f32[n, D].
-            k: to find of each.
-            rows: sizes of blocks.
-            excluded: [n, l], of each document.
-            mixed: whether labels whose prior is 0 are left out.
-        """
+        """The nearest columns of `labels` that may be predicted."""
         if mixed and self._prior is not None and not self._prior.all():
             columns, database = self._of_positive_prior
             scores, places = database.search(embedded, k, rows, excluded.select(columns))
@@ -532,10 +500,7 @@ class Predictor:
         mix: augmented.AugmentedConfig | None,
         near: augmented.Nearest | None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """f32[k] and i32[k], the ranking of a document among a few columns of `labels`, i[m].
-
-        On the host: a program for every number of rows would take longer to compile than a search.
-        """
+        """f32[k] and i32[k], the ranking of a document among a few columns of `labels`, i[m]."""
         prior = self._prior if mix is not None else None
         if prior is not None:
             columns = columns[prior[columns] > 0]
@@ -614,11 +579,7 @@ class Predictor:
 
 
 def _queries(documents: Any) -> list[Query]:
-    """Documents as queries.
-
-    Raises:
-        ValueError: something that is neither a text nor a `Query`, nor a collection of these.
-    """
+    """Documents as queries."""
     if isinstance(documents, (str, Query)):
         documents = [documents]
     if isinstance(documents, (bytes, Mapping)) or not isinstance(documents, Iterable):
@@ -633,11 +594,7 @@ def _queries(documents: Any) -> list[Query]:
 
 
 def _count(k: Any) -> int:
-    """A number of labels or documents as an int.
-
-    Raises:
-        ValueError: it is no whole number of at least 1.
-    """
+    """A number of labels or documents as an int."""
     try:
         if isinstance(k, (bool, np.bool_)) or operator.index(k) < 1:
             raise TypeError
@@ -670,11 +627,7 @@ class _Rows:
     def search(
         self, queries: np.ndarray, k: int, rows: tuple[int, ...], excluded: Csr | None = None
     ) -> augmented.Nearest:
-        """The best min(k, rows there are) of each query, see `exact.search`.
-
-        Queries go in blocks of the sizes of `rows`. As many are searched for as any such k needs,
-        so that few programs are compiled.
-        """
+        """The best min(k, rows there are) of each query, see `exact.search`."""
         if self._placed is None or not len(queries):
             count = 0 if self._placed is None else min(k, self._placed.count)
             nothing = np.zeros((len(queries), count), np.float32)

@@ -101,13 +101,7 @@ def _changed_labels(content: Mapping[str, Any]) -> list[str]:
 def _changed_files(
     folder: epath.Path, names: list[str], written: Mapping[str, str] | None
 ) -> list[str]:
-    """Of files, those that are not as they were written.
-
-    Args:
-        folder: where they are.
-        names: theirs.
-        written: name -> SHA-256; None where an earlier version kept none.
-    """
+    """Of files, those that are not as they were written."""
     if written is None:
         texts = [name for name in names if name in cards.NAMES]
         edited = [f"{_listed(texts)}, perhaps edited (no digests were kept)"] if texts else []

@@ -90,7 +90,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
             made.append(Query(item.text, images, only, exclude))
         return made
 
-    @app.post("/v1/predict", response_model=schema.Predictions, responses=of_post)
+    @app.post("/v1/predict", response_model=schema.PredictionsAnswer, responses=of_post)
     async def predict(body: requests.predict, request: fastapi.Request) -> fastapi.Response:
         """The best labels of each query."""
         model = service.model()
@@ -108,7 +108,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
 
     @app.post(
         "/v1/neighbours",
-        response_model=schema.Neighbourhoods,
+        response_model=schema.NeighboursAnswer,
         responses=of_post | {403: _refusal(403)},
     )
     async def neighbours(body: requests.neighbours, request: fastapi.Request) -> fastapi.Response:
@@ -126,7 +126,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
         results = found.model.results(found.scores, found.rows, found.cut, body.k, NEIGHBOURS)
         return _json({"results": results})
 
-    @app.get("/v1/info", response_model=schema.Info, responses={503: _refusal(503)})
+    @app.get("/v1/info", response_model=schema.InfoAnswer, responses={503: _refusal(503)})
     async def info() -> fastapi.Response:
         """What is served, and within which limits."""
         return _json(service.model().info(service.config))
@@ -147,7 +147,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
 
     @app.get(
         "/v1/labels/{name:path}",
-        response_model=schema.Label,
+        response_model=schema.LabelAnswer,
         responses={404: _refusal(404), 503: _refusal(503)},
     )
     async def label(name: str) -> fastapi.Response:
@@ -159,13 +159,13 @@ def _routes(service: Service) -> fastapi.FastAPI:
         frequency = int(model.artifact.labels.frequency[row])
         return _json(model.label(row) | {"frequency": frequency})
 
-    @app.get("/healthz", response_model=schema.Health, responses={503: _refusal(503)})
+    @app.get("/healthz", response_model=schema.HealthAnswer, responses={503: _refusal(503)})
     async def healthz() -> fastapi.Response:
         """Whether the process answers, and its ranking thread goes on."""
         service.check_not_stuck()
         return _json({"status": service.state})
 
-    @app.get("/readyz", response_model=schema.Health, responses={503: _refusal(503)})
+    @app.get("/readyz", response_model=schema.HealthAnswer, responses={503: _refusal(503)})
     async def readyz() -> fastapi.Response:
         """Whether it answers queries."""
         if service.state != READY:
@@ -226,7 +226,7 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
 
 
 def _refusal(status: int) -> dict[str, Any]:
-    return {"model": schema.Error, "description": _REFUSALS[status]}
+    return {"model": schema.ErrorAnswer, "description": _REFUSALS[status]}
 
 
 async def _refused(request: fastapi.Request, error: HTTPException) -> fastapi.Response:

@@ -66,7 +66,6 @@ class Batcher:
 
     Args:
         model: the model, warmed up for `config`, see `warm_up`.
-        config: see `ServeConfig`.
         observe: told of each batch: its queries, and seconds it took; by another thread.
     """
 
@@ -106,7 +105,6 @@ class Batcher:
 
         Args:
             queries: n of them.
-            kind: see `model.PLAIN`.
 
         Raises:
             Full: too many wait.
@@ -169,13 +167,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(_deliver, batch, answers)
 
     def _gather(self, company: int, seconds: float) -> list[_Request]:
-        """What is ranked next; [] at the end.
-
-        Args:
-            company: requests that the last batch and those that waited for its end were; who got
-                an answer may ask again, and is waited for.
-            seconds: that the last batch took; no more than a part of it is waited.
-        """
+        """What is ranked next; [] at the end."""
         wait = min(self._config.max_wait_ms / 1000, seconds * _WAITED)
         with self._changed:
             self._company = company

@@ -62,9 +62,7 @@ class Body:
     """The body of a request, read as a whole.
 
     Args:
-        config: see `ServeConfig`.
         held: counts its bytes, until `free`.
-        receive: see ASGI.
     """
 
     def __init__(self, config: ServeConfig, held: Held, receive: Receive):
@@ -162,11 +160,7 @@ class _Gzip:
         self._unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
 
     def unpack(self, part: bytes) -> Iterator[bytes]:
-        """Pieces of at most `_UNPACKED` bytes.
-
-        Raises:
-            Refused: the part is not of gzip.
-        """
+        """Pieces of at most `_UNPACKED` bytes."""
         try:
             while part:
                 yield self._unpacker.decompress(part, _UNPACKED)
@@ -177,11 +171,7 @@ class _Gzip:
             raise _bad(400, f"{_GZIP} more after its end")
 
     def end(self) -> bytes:
-        """The last bytes.
-
-        Raises:
-            Refused: not all parts were there.
-        """
+        """The last bytes."""
         last = self._unpacker.flush()
         if not self._unpacker.eof:
             raise _bad(400, f"{_GZIP} a part of it")

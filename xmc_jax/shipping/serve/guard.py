@@ -43,7 +43,6 @@ class Guard:
 
     Args:
         app: gets the whole body of a request at once.
-        config: see `ServeConfig`.
         metrics: are told of each request.
         posts: paths to which JSON is posted; other bodies are not looked at.
     """

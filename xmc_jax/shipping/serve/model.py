@@ -26,7 +26,6 @@ class ServedModel:
     """An artifact as answers show it.
 
     Args:
-        predictor: see `Predictor`.
         no_images: why queries may not have images; None if they may.
     """
 
@@ -77,7 +76,6 @@ class ServedModel:
             rows: i32[n, K] of labels or documents; -1 where there are no more.
             cut: bool[n], whether a text was cut; said only where it was.
             k: at most K are shown.
-            kind: see `PLAIN`.
         """
         what, show = ("documents", self._document) if kind == NEIGHBOURS else ("labels", self.label)
         return [

@@ -103,10 +103,7 @@ class Protocol(HttpToolsProtocol):
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
 
     def _parse_without_upgrade(self, rest: bytes) -> None:
-        """Takes a request as if it asked for no other protocol, as some clients always do.
-
-        The parser takes all that follows such a head for the other protocol, a body, too.
-        """
+        """Takes a request as if it asked for no other protocol, as some clients always do."""
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
             self._refuse(405, "CONNECT: Method Not Allowed")

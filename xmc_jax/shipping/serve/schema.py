@@ -62,14 +62,14 @@ def requests(config: ServeConfig) -> Requests:
         taken = list[Id] | str | float | dict
         return Annotated[several(Id, most), BeforeValidator(listed, json_schema_input_type=taken)]
 
-    class Item(_Given):
+    class ItemBody(_Given):
         text: Text | None = ""
         images: several(str) | None = Field(
             [],
             description="Image files in base64, or as data: URLs; nothing is fetched.",
         )
 
-    class Query(Item):
+    class QueryBody(ItemBody):
         only: ids(config.max_only) | None = Field(
             None,
             description="Ids of the labels that may be ranked; all if left out. Written as in a "
@@ -79,8 +79,8 @@ def requests(config: ServeConfig) -> Requests:
             [], description="Ids of labels that may not be ranked, likewise."
         )
 
-    class Predict(_Given):
-        queries: Annotated[several(Query, config.max_queries), Field(min_length=1)]
+    class PredictBody(_Given):
+        queries: Annotated[several(QueryBody, config.max_queries), Field(min_length=1)]
         k: int | None = count
         ranking: Literal["auto", "plain", "augmented"] | None = Field(
             "auto",
@@ -88,37 +88,37 @@ def requests(config: ServeConfig) -> Requests:
             "training documents; auto: as the model was exported.",
         )
 
-    class Neighbours(_Given):
-        queries: Annotated[several(Item, config.max_queries), Field(min_length=1)]
+    class NeighboursBody(_Given):
+        queries: Annotated[several(ItemBody, config.max_queries), Field(min_length=1)]
         k: int | None = count
 
-    return Requests(Predict, Neighbours)
+    return Requests(PredictBody, NeighboursBody)
 
 
-class Error(_Strict):
+class ErrorAnswer(_Strict):
     """Why a request was refused."""
 
     error: str = Field(description="One line.")
 
 
-class Named(_Strict):
+class NamedAnswer(_Strict):
     """A label."""
 
     id: str
     text: str
 
 
-class Ranked(Named):
+class RankedAnswer(NamedAnswer):
     """A label or a document that was ranked."""
 
     score: float = Field(description="Inner product in [-1, 1]; augmented, a share in [0, 1].")
     image: str | None = Field(description="Path of a small picture of it, if there is one.")
 
 
-class Document(Ranked):
+class DocumentAnswer(RankedAnswer):
     """A training document."""
 
-    labels: list[Named] = Field(description="Its first labels.")
+    labels: list[NamedAnswer] = Field(description="Its first labels.")
 
 
 class _OfQuery(_Strict):
@@ -128,39 +128,39 @@ class _OfQuery(_Strict):
     )
 
 
-class Labels(_OfQuery):
+class QueryLabels(_OfQuery):
     """The labels of a query, best first."""
 
-    labels: list[Ranked]
+    labels: list[RankedAnswer]
 
 
-class Documents(_OfQuery):
+class QueryDocuments(_OfQuery):
     """The training documents near a query, nearest first."""
 
-    documents: list[Document]
+    documents: list[DocumentAnswer]
 
 
-class Predictions(_Strict):
+class PredictionsAnswer(_Strict):
     """Of each query, in their order."""
 
     ranking: Literal["plain", "augmented"]
-    results: list[Labels]
+    results: list[QueryLabels]
 
 
-class Neighbourhoods(_Strict):
+class NeighboursAnswer(_Strict):
     """Of each query, in their order."""
 
-    results: list[Documents]
+    results: list[QueryDocuments]
 
 
-class Label(Named):
+class LabelAnswer(NamedAnswer):
     """A label, and how many training documents have it."""
 
     frequency: int
     image: str | None
 
 
-class ImageInput(_Strict):
+class ImagesAnswer(_Strict):
     """Whether queries may have images."""
 
     possible: bool
@@ -168,7 +168,7 @@ class ImageInput(_Strict):
     per_query: int = Field(description="At most so many.")
 
 
-class Info(_Strict):
+class InfoAnswer(_Strict):
     """What is served."""
 
     name: str
@@ -180,13 +180,13 @@ class Info(_Strict):
     documents: int
     shows_documents: bool = Field(description="Whether answers may hold training documents.")
     rankings: list[str] = Field(description="The first is the default.")
-    images: ImageInput
+    images: ImagesAnswer
     metrics: dict[str, dict[str, float]] = Field(description="On the test set, as fractions.")
     limits: dict[str, float]
     examples: list[str] = Field(description="Texts of some training documents.")
 
 
-class Health(_Strict):
+class HealthAnswer(_Strict):
     """Whether the server does what it is for."""
 
     status: str

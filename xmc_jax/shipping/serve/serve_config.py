@@ -91,5 +91,5 @@ class ServeConfig:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Sizes of the blocks that are compiled; see `inference.tower.Tower.encode`."""
+        """Sizes of the blocks that are compiled; see `query_encoder.QueryEncoder.encode`."""
         return tuple(size for size in (1, 8) if size < self.max_batch) + (self.max_batch,)

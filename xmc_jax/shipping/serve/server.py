@@ -33,7 +33,6 @@ def run(find: Callable[[], pathlib.Path], config: ServeConfig) -> None:
     Args:
         find: gives what `--mode=export` wrote; it may take long, and is called when the address is
             known to be free.
-        config: see `ServeConfig`.
 
     Raises:
         ValueError: no such artifact, or an address that cannot be listened at.
@@ -124,12 +123,7 @@ def _allow_connections(config: ServeConfig) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which warms up while it listens, and has signals of its own.
-
-    Attributes:
-        failure: what ended it, if not a signal.
-        left_at_work: exit code if a thread still computes at the end; None if none does.
-    """
+    """uvicorn's, which warms up while it listens, and has signals of its own."""
 
     def __init__(
         self, config: uvicorn.Config, service: Service, folder: pathlib.Path, predictor: Predictor

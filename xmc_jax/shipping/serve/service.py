@@ -34,13 +34,8 @@ Answer = TypeVar("Answer")
 class Service:
     """A model that is served, and perhaps replaced; of one event loop.
 
-    Args:
-        config: see `ServeConfig`.
-
     Attributes:
-        config: likewise.
         state: STARTING, READY or ENDING.
-        metrics: see `Metrics`.
     """
 
     def __init__(self, config: ServeConfig):
@@ -204,11 +199,7 @@ async def in_thread(function: Callable[..., Answer], *arguments: Any) -> Answer:
 async def _unless_gone(
     request: fastapi.Request, awaited: Awaitable[Answer], seconds: float
 ) -> Answer | None:
-    """What is awaited; None if the client has gone before.
-
-    Raises:
-        TimeoutError: it takes longer.
-    """
+    """What is awaited; None if the client has gone before."""
     gone = asyncio.ensure_future(request.receive())
     task = asyncio.ensure_future(awaited)
     try:

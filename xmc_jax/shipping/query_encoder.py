@@ -42,8 +42,8 @@ class Item:
 
     Attributes:
         text: perhaps empty.
-        images: its pictures, as bytes of image files, or as `Tower.prepare` makes them of these;
-            more than the model takes are left out.
+        images: bytes of image files, or what `QueryEncoder.prepare` makes of them; those beyond
+            what the model takes are left out.
     """
 
     text: str
@@ -65,16 +65,7 @@ class Encoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Block:
-    """Items that are encoded in one call.
-
-    Attributes:
-        items: i[m], which.
-        layout: of the rows.
-        fitted: where the m items lie; a group is a device's part.
-        rows: of a device.
-        at: i[m], the slot of each item.
-        slots: of a device.
-    """
+    """Items that are encoded in one call."""
 
     items: np.ndarray
     layout: row_layout.Layout
@@ -84,11 +75,10 @@ class _Block:
     slots: int
 
 
-class Tower:
+class QueryEncoder:
     """The encoder, on all local devices. Not for several threads at a time: see `Predictor`.
 
     Args:
-        artifact: see `Artifact`.
         mesh: what it is split over; all local devices by rows by default.
 
     Raises:
@@ -196,11 +186,7 @@ class Tower:
         return Encoded(out, cut)
 
     def programs(self, rows: tuple[int, ...] = ROWS) -> list[Callable[[], Any]]:
-        """Calls that compile all that `encode` of texts may need, one program each.
-
-        Args:
-            rows: see `encode`.
-        """
+        """Calls that compile all that `encode` of texts may need, one program each."""
         images, none = self._input.images, np.zeros(0, np.int32)
         nothing = Inputs(np.zeros((0, self._input.max_length), np.int32), none)
         if images is not None:
@@ -225,7 +211,6 @@ class Tower:
 
         Args:
             image: an image file.
-            limits: see `vision.images.Limits`.
 
         Raises:
             ValueError: see `encode`.
@@ -363,12 +348,7 @@ class Tower:
 
 
 def _problem_of(item: Item, with_images: bool) -> str | None:
-    """Why an item cannot be encoded, before its pictures are decoded; None if it can be.
-
-    Args:
-        item: of any content: its fields may come from outside.
-        with_images: whether the model takes pictures.
-    """
+    """Why an item cannot be encoded, before its pictures are decoded; None if it can be."""
     text, images = item.text, item.images
     if not isinstance(text, str):
         return f"expected a text, got {text!r:.60}"
@@ -396,12 +376,7 @@ class _Pictures:
     def encode(
         self, images: Sequence[Sequence[bytes | np.ndarray]], problems: dict[int, str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """f16[n, K, E] and i32[n]; needs the encoder only where there are pictures.
-
-        Args:
-            images: of each of n items.
-            problems: gets the number of each item with one that cannot be read, and why.
-        """
+        """f16[n, K, E] and i32[n]; needs the encoder only where there are pictures."""
         limit = self._asked.per_item
         counts = np.array([min(len(of_item), limit) for of_item in images], np.int32)
         vectors = np.zeros((len(images), limit, self._asked.width), np.float16)
@@ -447,7 +422,7 @@ class _Pictures:
             return str(error)
 
     def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
-        """See `Tower.prepare`."""
+        """See `QueryEncoder.prepare`."""
         encoder = self._loaded()
         from xmc_jax.images import decoding
 
@@ -456,7 +431,7 @@ class _Pictures:
         )
 
     def warm_up(self) -> None:
-        """See `Tower.warm_up_pictures`."""
+        """See `QueryEncoder.warm_up_pictures`."""
         encoder = self._loaded()
         from xmc_jax.images import decoding
 
