@@ -80,19 +80,10 @@ def whole(workdir: pathlib.Path, data: Store) -> None:
         assert (workdir / "report.html").read_text().rstrip().endswith("</html>")
 
 
-# What happens, whether the run goes on from half of it, and at which of its writes.
-CASES = [
-    ("full disk", True, slice(5, None, 19)),  # of the config, the metrics and the predictions
-    *(
-        pytest.param(kind, resumes, slice(None), marks=pytest.mark.reliability)
-        for kind in write_faults.KINDS
-        for resumes in (False, True)
-    ),
-]
-
-
-@pytest.mark.parametrize(("kind", "resumes", "which"), CASES)
-def test_training(training, tmp_path, kind, resumes, which):
+@pytest.mark.reliability
+@pytest.mark.parametrize("kind", write_faults.KINDS)
+@pytest.mark.parametrize("resumes", [False, True])
+def test_training(training, tmp_path, kind, resumes):
     workdir = tmp_path / "run"
 
     def restart():
@@ -104,7 +95,7 @@ def test_training(training, tmp_path, kind, resumes, which):
     writes = write_faults.count(workdir, lambda: training.train(workdir), APART)
     assert writes > 25
     expected = loop.restore(training.run, training.straight)[1]
-    for number in range(writes)[which]:
+    for number in range(writes):
         restart()
         with write_faults.at(workdir, number, kind, APART):
             training.train(workdir)

@@ -375,7 +375,7 @@ print("done", index)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_two_processes_write_what_one_process_reads(workdir, server):
     other = workdir.parent / f"{workdir.name}-other"
     with socket.socket() as free:

@@ -57,7 +57,7 @@ def assert_identical(ours, theirs):
     [
         pytest.param((3,), marks=pytest.mark.reliability),
         pytest.param((5,), marks=pytest.mark.reliability),
-        (6, 8),
+        pytest.param((6, 8), marks=pytest.mark.reliability),
         (10, 14, 15),
     ],
 )
@@ -196,8 +196,8 @@ main.run()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kill_in", [pytest.param(1, marks=pytest.mark.reliability), 4])
+@pytest.mark.reliability
+@pytest.mark.parametrize("kill_in", [1, 4])
 def test_killed_inside_a_save(fields, straight, program, tmp_path, kill_in):
     """SIGKILL when the files are written and the checkpoint is not committed yet."""
     fields = copy.deepcopy(fields)

@@ -55,13 +55,18 @@ def sets(matrix) -> list[set[int]]:
 @pytest.mark.parametrize(
     ("variant", "records", "k", "devices"),
     [
-        ("minilm_l6/own", CASES / "f01_readme_shop", 100, 1),
         ("minilm_l6/own,margin", CASES / "few_labels", 3, 8),
         ("tiny,ngame", (1, 1, 1), 2, 8),
-        ("tiny,ema", (19, 17, 17), 20, 2),
         ("minilm_l6/own", (2, 20, 3), 20, 1),
-        ("tiny", (20, 9, 4), 5, 8),
         ("minilm_l6/own", CASES / "x01_exclude" / "records", 10, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.reliability)
+            for case in (
+                ("minilm_l6/own", CASES / "f01_readme_shop", 100, 1),
+                ("tiny,ema", (19, 17, 17), 20, 2),
+                ("tiny", (20, 9, 4), 5, 8),
+            )
+        ),
     ],
 )
 def test_a_recipe_ranks_as_its_formulas_say(

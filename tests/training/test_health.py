@@ -114,13 +114,8 @@ def test_a_run_that_skips_goes_on_with_finite_parameters(program, tmp_path):
     assert text.count('"train/skipped": 1') == 2  # each epoch visits the document once
 
 
-@pytest.mark.parametrize(
-    "policy, ending",
-    [
-        ("stop", ""),
-        pytest.param("skip", "; 3 in a row, more than ", marks=pytest.mark.reliability),
-    ],
-)
+@pytest.mark.reliability
+@pytest.mark.parametrize("policy, ending", [("stop", ""), ("skip", "; 3 in a row, more than ")])
 def test_processes_stop_at_the_same_step_and_name_the_same(fields, tmp_path, policy, ending):
     """A learning rate at which parameters leave the range of their dtype."""
     fields = copy.deepcopy(fields)

@@ -81,7 +81,7 @@ def test_chunks_and_devices_do_not_change_a_step(without_dropout, on_one_device,
     assert not np.allclose(whole.tables.document_bank[:40], 0)
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 @pytest.mark.parametrize(
     ("labels", "sections"), [("sampled", {}), ("all", ALL_LABELS)], ids=["sampled", "all"]
 )

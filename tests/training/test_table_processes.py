@@ -48,7 +48,7 @@ np.savez(out, order=order, leaf_of=leaf_of, vector_of=vector_of, centroids=centr
 """
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_two_processes_find_what_one_finds(tmp_path):
     rows = np.random.default_rng(0).normal(size=(203, 16))
     np.save(tmp_path / "rows.npy", rows)
