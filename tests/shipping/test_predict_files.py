@@ -394,7 +394,7 @@ from xmc_jax.shipping import artifact, outputs
 from xmc_jax.shipping.predictor import Ranking
 
 labels = artifact.Labels([f"l{i}" for i in range(9)], [f"label {i}" for i in range(9)], None, None)
-outputs._SECONDS = outputs._PART_SECONDS = 0
+outputs._SECONDS = 0
 outputs._GROUP = 8
 COUNT = 22
 
@@ -402,7 +402,7 @@ def make(path, size=5):
     with outputs.begin(path, {"of": "these"}) as output:
         if output.complete:
             return
-        sink, done = outputs.sink(output, labels), output.done
+        sink, done = outputs.LineSink(output, labels), output.done
         while done.documents < COUNT:
             ids = range(COUNT)[done.documents:][:size]
             generator = [np.random.default_rng(i) for i in ids]
@@ -413,7 +413,8 @@ def make(path, size=5):
             done = dataclasses.replace(done, documents=done.documents + len(ids))
             if sink.due():
                 output.commit(dataclasses.replace(done, written=sink.sync()))
-        output.finish(sink.finish(), done)
+        sink.close()
+        output.finish(done)
 
 def child(path, at, size):
     # Dies before the at-th call that changes the disk, or has it written.
@@ -476,7 +477,7 @@ import os, signal, sys
 from xmc_jax import main
 from xmc_jax.shipping import outputs
 
-outputs._SECONDS = outputs._PART_SECONDS = 0
+outputs._SECONDS = 0
 commit, left = outputs.Output.commit, int(os.environ["COMMITS"])
 
 def counted(self, *arguments):

@@ -1,22 +1,21 @@
-"""Ranked labels to a file that is there only when it is whole, and that a killed run goes on with.
+"""Ranked labels to a file that appears when it is whole, and that a killed run goes on with.
 
 While `out.jsonl` is made, `out.jsonl.partial`, `out.jsonl.progress.json` and `out.jsonl.lock` lie
-beside it. The progress is written when what it counts is on the disk, and the file gets its name
-when the progress says that it is whole. The progress stays: it says what the file was made of.
-What is written does not depend on where runs were killed.
+beside it. The partial file holds lines of JSON; those of `out.parquet` are converted at the end.
+The progress is written when the lines that it counts are on the disk. It stays, since it says what
+the output was made of. The output does not depend on where runs were killed.
 """
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Protocol
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from xmc_jax.files import atomic, locks
 from xmc_jax.shipping.artifact import Labels
@@ -27,8 +26,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 STDOUT = "-"
 
 _FORMAT = 1
-_SECONDS = 1.0  # between two commits of lines
-_PART_SECONDS = 30.0  # likewise of Parquet, each of which is a file
+_SECONDS = 1.0  # between two commits
 _GROUP = 16_384  # documents of a row group
 _KEPT = 65_536  # labels whose JSON is kept
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -40,10 +38,10 @@ class OutputProgress:
 
     Attributes:
         documents: how many.
-        errors: of those, without labels since something was wrong.
-        cut: of those, with a text that has more tokens than the model takes.
+        errors: documents with an error in place of labels.
+        cut: documents with a text that has more tokens than the model takes.
         digest: of the pipe's lines that they were made of; None of files.
-        written: what the sink goes on with.
+        written: {"bytes": bytes of the lines}; {} before the first.
     """
 
     documents: int = 0
@@ -54,23 +52,25 @@ class OutputProgress:
 
 
 class Output:
-    """An output that is being made, or is there.
+    """An output that is being made, or is complete.
 
     Attributes:
         path: the output.
-        complete: whether it is there already, made of the same.
+        done: see `OutputProgress`.
+        complete: whether the output is there already, made of the same.
+        partial: the file of lines.
     """
 
     def __init__(
         self, path: pathlib.Path, made_of: Mapping[str, Any], done: OutputProgress, complete: bool
     ):
         self.path, self.done, self.complete = path, done, complete
+        self.partial = _beside(path, "partial")
         self._made_of = made_of
-
-    @property
-    def partial(self) -> pathlib.Path:
-        """The file, or of Parquet the folder, that holds what is there so far."""
-        return _beside(self.path, "partial")
+        self._is_parquet = path.suffix.lower() == ".parquet"
+        self._whole = _beside(path, "whole") if self._is_parquet else self.partial
+        if self._is_parquet:
+            _arrow(path)
 
     def commit(self, done: OutputProgress, size: int | None = None) -> None:
         """Records what is on the disk; with the size of the whole file, that it is whole."""
@@ -84,30 +84,36 @@ class Output:
         atomic.write(_beside(self.path, "progress.json"), json.dumps(content, indent=1) + "\n")
         self.done = done
 
-    def finish(self, whole: pathlib.Path, done: OutputProgress) -> None:
-        """Gives the whole file, which is on the disk, its name."""
-        self.commit(done, whole.stat().st_size)
-        self._name(whole)
+    def finish(self, done: OutputProgress) -> None:
+        """Gives the output its name, when all its lines are on the disk."""
+        if self._is_parquet:
+            _convert(self.partial, self._whole)
+        self.commit(done, self._whole.stat().st_size)
+        self.name_whole()
         self.complete = True
 
-    def _name(self, whole: pathlib.Path) -> None:
-        atomic.move_file(whole, self.path)
-        shutil.rmtree(self.partial, ignore_errors=True)
+    def name_whole(self) -> bool:
+        """Moves the whole file to its name; False if there is none."""
+        there = self._whole.is_file()
+        if there:
+            atomic.move_file(self._whole, self.path)
+        self.partial.unlink(missing_ok=True)
+        return there
 
 
 @contextlib.contextmanager
 def begin(
     path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool = False
 ) -> Iterator[Output]:
-    """Begins an output or goes on with it; no other process does meanwhile.
+    """Begins an output or goes on with it, and keeps other processes from doing so.
 
     Args:
         path: the output.
         made_of: JSON of all that it follows from.
-        overwrite: replace what is there, which else is only gone on with if it is of the same.
+        overwrite: replace an output that was made of something else.
 
     Raises:
-        ValueError: another process is at it, or something else is there.
+        ValueError: another process makes the output, or there is another file.
     """
     if not path.name.lower().endswith(SUFFIXES):
         raise ValueError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}, or -")
@@ -119,36 +125,20 @@ def begin(
         output = _resumed(path, made_of, overwrite)
         if output is None:
             output = Output(path, made_of, OutputProgress(), complete=False)
-            output.commit(OutputProgress())  # before there is anything that it would have to count
+            output.commit(OutputProgress())  # before there are lines that it would have to count
+            shutil.rmtree(output.partial, ignore_errors=True)  # the folder of an earlier version
         yield output
 
 
 def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> Output | None:
-    """What is there to go on with, or is complete; None for nothing."""
+    """The output to go on with, or that is complete; None to begin."""
     progress = _beside(path, "progress.json")
     recorded = _read(progress)
-    same = recorded is not None and recorded["made_of"] == made_of
-    if not same:
-        nothing = recorded is not None and not recorded["documents"] and not path.exists()
-        if overwrite or nothing:
-            return None
-        if recorded is not None:
-            then = recorded["made_of"]
-            name = next(n for n in (*made_of, *then) if then.get(n) != made_of.get(n))
-            raise ValueError(
-                f"{progress}: expected {name} {json.dumps(made_of.get(name))}, found "
-                f"{json.dumps(then.get(name)):.100}: {path.name} is of another run; choose another "
-                "--output, or replace it with --overwrite"
-            )
-        for there in (path, _beside(path, "partial")):
-            if there.exists():
-                raise ValueError(
-                    f"{there}: expected nothing, or what a run of this command left, found "
-                    "another file; choose another --output, or replace it with --overwrite"
-                )
+    if recorded is None or recorded["made_of"] != made_of:
+        _check_nothing_is_lost(path, progress, recorded, made_of, overwrite)
         return None
-    fields = {field.name for field in dataclasses.fields(OutputProgress)}
-    done = OutputProgress(**{name: value for name, value in recorded.items() if name in fields})
+    names = [field.name for field in dataclasses.fields(OutputProgress)]
+    done = OutputProgress(**{name: recorded[name] for name in names if name in recorded})
     output = Output(path, made_of, done, complete=recorded["complete"])
     if not output.complete:
         if path.exists() and not overwrite:
@@ -157,18 +147,41 @@ def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) ->
                 "documents), found a file; go on and replace it with --overwrite"
             )
         return output
-    whole = _whole(output.partial)
-    if whole.is_file():  # killed before it had its name
-        output._name(whole)
-    elif not path.exists() or overwrite:
+    if not output.name_whole() and (not path.exists() or overwrite):
         return None
     if path.stat().st_size != recorded["bytes"]:
         raise ValueError(
             f"{path}: expected {recorded['bytes']} bytes, as {progress.name} says, found "
             f"{path.stat().st_size}; make it anew with --overwrite"
         )
-    shutil.rmtree(output.partial, ignore_errors=True)
     return output
+
+
+def _check_nothing_is_lost(
+    path: pathlib.Path,
+    progress: pathlib.Path,
+    recorded: Mapping[str, Any] | None,
+    made_of: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    """Raises ValueError for files of another origin."""
+    if overwrite:
+        return
+    if recorded is None:
+        for file in (path, _beside(path, "partial")):
+            if file.exists():
+                raise ValueError(
+                    f"{file}: expected nothing, or what a run of this command left, found "
+                    "another file; choose another --output, or replace it with --overwrite"
+                )
+    elif recorded["documents"] or path.exists():
+        then = recorded["made_of"]
+        name = next(n for n in (*made_of, *then) if then.get(n) != made_of.get(n))
+        raise ValueError(
+            f"{progress}: expected {name} {json.dumps(made_of.get(name))}, found "
+            f"{json.dumps(then.get(name)):.100}: {path.name} is of another run; choose another "
+            "--output, or replace it with --overwrite"
+        )
 
 
 def _read(progress: pathlib.Path) -> dict[str, Any] | None:
@@ -177,6 +190,8 @@ def _read(progress: pathlib.Path) -> dict[str, Any] | None:
         kinds = (("complete", bool), ("made_of", dict), ("documents", int), ("written", dict))
         if content["format"] != _FORMAT or any(type(content[n]) is not t for n, t in kinds):
             raise ValueError("another format")
+        if not content["complete"] and content["written"].keys() - {"bytes"}:
+            raise ValueError("written by an earlier version")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -191,264 +206,128 @@ def _beside(path: pathlib.Path, name: str) -> pathlib.Path:
     return path.with_name(f"{path.name}.{name}")
 
 
-def _whole(partial: pathlib.Path) -> pathlib.Path:
-    """The file that gets the output's name."""
-    return partial / "whole" if ".parquet." in partial.name.lower() else partial
-
-
-# Formats
-
-
-class Sink(Protocol):
-    """What takes ranked labels, in order."""
-
-    def add(self, ids: Sequence[str], ranking: Ranking, problems: Mapping[int, str]) -> None:
-        """Takes n documents more.
-
-        Args:
-            ids: theirs.
-            ranking: of the n documents.
-            problems: number -> why a document has none.
-        """
-
-    def due(self) -> bool:
-        """Whether it is time to `sync`."""
-
-    def sync(self) -> dict[str, int]:
-        """Has all of it on the disk; returns what a later run goes on with."""
-
-    def finish(self) -> pathlib.Path:
-        """Has all of it on the disk, as the file that is returned."""
-
-
-def sink(output: Output, labels: Labels) -> Sink:
-    """What writes an output.
-
-    Args:
-        labels: what rows are of.
-
-    Raises:
-        ValueError: what was written before is not there, or pyarrow is missing.
-    """
-    kind = ParquetSink if output.path.suffix.lower() == ".parquet" else LineSink
-    return kind(output.partial, labels, output.done.written)
-
-
 class Lines:
-    """Ranked labels as lines of JSON.
-
-    Args:
-        labels: what rows are of.
-    """
+    """Ranked labels as lines of JSON. `labels` are those that rows are of."""
 
     def __init__(self, labels: Labels):
         self._labels = labels
-        self._begin = functools.lru_cache(_KEPT)(self._begun)
+        self._label = functools.lru_cache(_KEPT)(self._encode_label)
 
     def __call__(self, ids: Sequence[str], ranking: Ranking, problems: Mapping[int, str]) -> bytes:
-        """Lines of n documents, with `"cut": true` where a text was cut; see `Sink.add`."""
+        """The lines of n documents.
+
+        Args:
+            ids: of the documents.
+            ranking: of the documents.
+            problems: number of a document -> why it has no labels.
+        """
         lines = []
-        # As few digits as tell a float32 from others.
-        digits = ranking.scores.astype("U16").tolist()
+        digits = ranking.scores.astype("U16").tolist()  # as few as tell a float32 from others
         cut = ranking.cut.tolist()
-        for number, (uid, found) in enumerate(zip(ids, ranking.rows.tolist())):
+        for number, (uid, rows) in enumerate(zip(ids, ranking.rows.tolist())):
             if number in problems:
                 lines.append(_encode({"id": uid, "error": problems[number]}))
                 continue
-            listed = ", ".join(
-                [
-                    f"{self._begin(row)}{score}}}"
-                    for row, score in zip(found, digits[number])
-                    if row >= 0
-                ]
+            labels = ", ".join(
+                f"{self._label(row)}{score}}}"
+                for row, score in zip(rows, digits[number])
+                if row >= 0
             )
             note = ', "cut": true' if cut[number] else ""
-            lines.append(f'{{"id": {_encode(uid)}{note}, "labels": [{listed}]}}')
+            lines.append(f'{{"id": {_encode(uid)}{note}, "labels": [{labels}]}}')
         return "".join(f"{line}\n" for line in lines).encode()
 
-    def _begun(self, row: int) -> str:
+    def _encode_label(self, row: int) -> str:
         label = {"id": self._labels.ids[row], "text": self._labels.texts[row]}
         return f'{_encode(label)[:-1]}, "score": '
 
 
 class PipeSink:
-    """Lines to a pipe, at once; nothing to go on with.
-
-    Args:
-        file: where to.
-        labels: what rows are of.
-    """
+    """Writes lines to a pipe, at once; no run can go on with them."""
 
     def __init__(self, file: BinaryIO, labels: Labels):
         self._file, self._lines = file, Lines(labels)
 
-    def add(self, ids, ranking, problems) -> None:
-        """See `Sink`."""
+    def add(self, ids: Sequence[str], ranking: Ranking, problems: Mapping[int, str]) -> None:
+        """Writes the lines of some documents; see `Lines`."""
         self._file.write(self._lines(ids, ranking, problems))
         self._file.flush()
 
     def due(self) -> bool:
-        """See `Sink`."""
+        """Whether it is time to `sync`."""
         return False
 
 
 class LineSink:
-    """Lines in a file, of which a later run keeps as many bytes as were counted.
+    """Writes lines to the partial file of an output, of which it keeps those that were counted.
 
-    Args:
-        partial: the file.
-        labels: what rows are of.
-        written: what `sync` gave; empty for none.
+    Raises:
+        ValueError: the file lacks lines that were counted.
     """
 
-    def __init__(self, partial: pathlib.Path, labels: Labels, written: Mapping[str, int]):
-        self._lines, self._path = Lines(labels), partial
-        size = written.get("bytes", 0)
-        found = partial.stat().st_size if partial.is_file() else 0
-        if found < size:
+    def __init__(self, output: Output, labels: Labels):
+        self._lines, self._path = Lines(labels), output.partial
+        size = output.done.written.get("bytes", 0)
+        there = self._path.stat().st_size if self._path.is_file() else 0
+        if there < size:
             raise ValueError(
-                f"{partial}: expected at least {size} bytes, found {found}; begin anew with "
+                f"{self._path}: expected at least {size} bytes, found {there}; begin anew with "
                 "--overwrite"
             )
-        self._file = partial.open("ab")
+        self._file = self._path.open("ab")
         self._file.truncate(size)
         self._synced = time.monotonic()
 
-    def add(self, ids, ranking, problems) -> None:
-        """See `Sink`."""
+    def add(self, ids: Sequence[str], ranking: Ranking, problems: Mapping[int, str]) -> None:
+        """Writes the lines of some documents; see `Lines`."""
         with atomic.naming(self._path):
             self._file.write(self._lines(ids, ranking, problems))
 
     def due(self) -> bool:
-        """See `Sink`."""
+        """Whether it is time to `sync`."""
         return time.monotonic() - self._synced >= _SECONDS
 
     def sync(self) -> dict[str, int]:
-        """See `Sink`."""
+        """Brings the lines to the disk; returns `OutputProgress.written`."""
         with atomic.naming(self._path):
             atomic.to_disk(self._file)
         self._synced = time.monotonic()
         return {"bytes": self._file.tell()}
 
-    def finish(self) -> pathlib.Path:
-        """See `Sink`."""
-        atomic.to_disk(self._file)
-        self._file.close()
-        return self._path
-
-
-class ParquetSink:
-    """Parquet files of some documents each, in a folder; in the end one with even row groups.
-
-    Columns are `id`, `cut` (whether the text has more tokens than the model takes), `labels` (a
-    list of structs of `id`, `text` and `score`, null where there is an error) and `error`.
-
-    Args:
-        partial: the folder.
-        labels: what rows are of.
-        written: what `sync` gave; empty for none.
-    """
-
-    def __init__(self, partial: pathlib.Path, labels: Labels, written: Mapping[str, int]):
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ValueError(
-                f"{partial}: expected the package pyarrow to write Parquet, found none; pip "
-                'install "xmc_jax[vision]", or write .jsonl'
-            ) from error
-        self._arrow, self._folder, self._labels = pyarrow, partial, labels
-        text = pyarrow.string()
-        label = pyarrow.struct([("id", text), ("text", text), ("score", pyarrow.float32())])
-        self._schema = pyarrow.schema(
-            [
-                ("id", text),
-                ("cut", pyarrow.bool_()),
-                ("labels", pyarrow.list_(label)),
-                ("error", text),
-            ]
-        )
-        self._parts = written.get("parts", 0)
-        self._held: list[tuple[Any, ...]] = []
-        self._count = 0
-        self._synced = time.monotonic()
-        partial.mkdir(exist_ok=True)
-        names = [self._part(number).name for number in range(self._parts)]
-        for path in partial.iterdir():
-            if path.name not in names:  # what no progress counts
-                path.unlink()
-        for name in names:
-            if not (partial / name).is_file():
-                raise ValueError(
-                    f"{partial / name}: expected a part of the output, found none; begin anew with "
-                    "--overwrite"
-                )
-
-    def add(self, ids, ranking, problems) -> None:
-        """See `Sink`."""
-        self._held.append((ids, ranking, problems))
-        self._count += len(ids)
-
-    def due(self) -> bool:
-        """See `Sink`."""
-        late = time.monotonic() - self._synced >= _PART_SECONDS
-        return self._count >= _GROUP or (late and self._count > 0)
-
-    def sync(self) -> dict[str, int]:
-        """See `Sink`."""
-        if self._count:
-            table = self._arrow.concat_tables([self._table(*held) for held in self._held])
-            with atomic.replaced(self._part(self._parts)) as file:
-                self._arrow.parquet.write_table(table, file)
-            self._parts += 1
-            self._held, self._count = [], 0
-        self._synced = time.monotonic()
-        return {"parts": self._parts}
-
-    def finish(self) -> pathlib.Path:
-        """See `Sink`; row groups are the same whatever the parts are."""
+    def close(self) -> None:
+        """Brings the lines to the disk and closes the file."""
         self.sync()
-        arrow, whole = self._arrow, _whole(self._folder)
-        with (
-            atomic.replaced(whole) as file,
-            arrow.parquet.ParquetWriter(file, self._schema) as writer,
-        ):
-            left = self._schema.empty_table()
-            for number in range(self._parts):
-                part = arrow.parquet.read_table(self._part(number))
-                # A part that an earlier version wrote has no column `cut`.
-                left = arrow.concat_tables([left, part], promote_options="default")
-                while len(left) >= _GROUP:
-                    writer.write_table(left.slice(0, _GROUP).combine_chunks(), _GROUP)
-                    left = left.slice(_GROUP)
-            if len(left) or not self._parts:
-                writer.write_table(left.combine_chunks(), _GROUP)
-        return whole
+        self._file.close()
 
-    def _part(self, number: int) -> pathlib.Path:
-        return self._folder / f"{number:06d}"
 
-    def _table(self, ids, ranking, problems) -> Any:
-        """The documents of one `add` as a table."""
-        arrow, (scores, rows, cut) = self._arrow, ranking
-        wrong = np.zeros(len(ids), bool)
-        wrong[list(problems)] = True
-        there = (rows >= 0) & ~wrong[:, None]
-        known, places = np.unique(rows[there], return_inverse=True)
-        places = arrow.array(places)
-        texts = [
-            arrow.array([column[row] for row in known.tolist()], arrow.string()).take(places)
-            for column in (self._labels.ids, self._labels.texts)
-        ]
-        fields = list(self._schema.field("labels").type.value_type)
-        labels = arrow.StructArray.from_arrays([*texts, arrow.array(scores[there])], fields=fields)
-        offsets = np.concatenate([[0], np.cumsum(there.sum(axis=1))]).astype(np.int32)
-        listed = arrow.ListArray.from_arrays(
-            arrow.array(offsets), labels, self._schema.field("labels").type, mask=arrow.array(wrong)
-        )
-        errors = arrow.array([problems.get(i) for i in range(len(ids))], arrow.string())
-        return arrow.Table.from_arrays(
-            [arrow.array(ids, arrow.string()), arrow.array(cut), listed, errors],
-            schema=self._schema,
-        )
+def _arrow(path: pathlib.Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: expected the package pyarrow to write Parquet, found none; pip install "
+            '"xmc_jax[vision]", or write .jsonl'
+        ) from error
+    return pyarrow
+
+
+def _convert(lines: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes a Parquet file of lines.
+
+    Its columns are `id`, `cut`, `labels` (a list of structs of `id`, `text` and `score`, null where
+    there is an error) and `error`.
+    """
+    arrow = _arrow(target)
+    text = arrow.string()
+    label = arrow.struct([("id", text), ("text", text), ("score", arrow.float32())])
+    fields = [("id", text), ("cut", arrow.bool_()), ("labels", arrow.list_(label)), ("error", text)]
+    schema = arrow.schema(fields)
+    with (
+        lines.open("rb") as source,
+        atomic.replaced(target) as file,
+        arrow.parquet.ParquetWriter(file, schema) as writer,
+    ):
+        rows = ({"cut": False} | json.loads(line) for line in source)
+        while group := list(itertools.islice(rows, _GROUP)):
+            writer.write_table(arrow.Table.from_pylist(group, schema), _GROUP)

@@ -25,7 +25,7 @@ from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping import documents, outputs
 from xmc_jax.shipping.artifact import Artifact
 from xmc_jax.shipping.documents import Document, DocumentFile
-from xmc_jax.shipping.outputs import Output, OutputProgress, Sink
+from xmc_jax.shipping.outputs import LineSink, Output, OutputProgress, PipeSink
 from xmc_jax.shipping.predict_config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor, Ranking
 from xmc_jax.shipping.query_encoder import QueryEncoder
@@ -114,7 +114,7 @@ def predict(
         allow_paths=config.allow_paths,
     )
     if target == outputs.STDOUT:
-        return _run(load(), read, config, outputs.PipeSink(sys.stdout.buffer, opened.labels), None)
+        return _run(load(), read, config, PipeSink(sys.stdout.buffer, opened.labels), None)
     path = pathlib.Path(target)
     if source != documents.STDIN and path.exists() and path.samefile(source):
         raise ValueError(f"{path}: expected another file than the input, got the same")
@@ -133,15 +133,14 @@ def predict(
         if output.complete:
             read.check_ends(output.done.documents, output.done.digest)
             return Report(output.done, output.done.documents, 0.0, complete=True)
-        sink = outputs.sink(output, opened.labels)
-        return _run(load(), read, config, sink, output)
+        return _run(load(), read, config, LineSink(output, opened.labels), output)
 
 
 def _run(
     predictor: Predictor,
     source: DocumentFile,
     config: PredictConfig,
-    sink: Sink,
+    sink: LineSink | PipeSink,
     output: Output | None,
 ) -> Report:
     before = OutputProgress() if output is None else output.done
@@ -200,7 +199,7 @@ def _ranked(
 class _Behind:
     """A thread that writes a batch while the next is ranked, and records what is on the disk."""
 
-    def __init__(self, sink: Sink, output: Output | None, done: OutputProgress):
+    def __init__(self, sink: LineSink | PipeSink, output: Output | None, done: OutputProgress):
         self._sink, self._output, self.done = sink, output, done
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None
@@ -228,7 +227,8 @@ class _Behind:
         if self._writing is not None:
             self._writing.result()
         if self._output is not None:
-            self._output.finish(self._sink.finish(), self.done)
+            self._sink.close()
+            self._output.finish(self.done)
 
     def _write(self, batch, ranking, problems) -> None:
         self._sink.add([document.id for document in batch], ranking, problems)
