@@ -92,6 +92,7 @@ setup(
             "reporting/*.css",
             "reporting/templates/*",
             "shipping/serve/static/*",
+            "shipping/templates/*",
         ]
     },
     install_requires=CORE,
