@@ -80,7 +80,7 @@ def test_an_error_about_labels_names_their_flag_or_line(tmp_path, options, messa
 @pytest.mark.slow
 def test_every_case_is_predicted(predictor, tmp_path, monkeypatch):
     """From the file to the output; what cannot be ranked is told in its place."""
-    monkeypatch.setattr(predict_files, "QueryEncoder", lambda _: predictor._tower)
+    monkeypatch.setattr(predict_files, "QueryEncoder", lambda _: predictor._encoder)
     config = PredictConfig(k=2, on_error="skip")
     for path in sorted(CASES.iterdir()):
         out = tmp_path / f"{path.name}.jsonl"

@@ -117,7 +117,7 @@ def test_records_bring_pictures_in_every_form(predictor, items, tmp_path):
 
 def predict(predictor, source, target, **changes) -> predict_files.Report:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict_files, "QueryEncoder", lambda _: predictor._tower)
+        patch.setattr(predict_files, "QueryEncoder", lambda _: predictor._encoder)
         config = dataclasses.replace(PredictConfig(k=5, batch_size=7), **changes)
         return predict_files.predict(predictor.artifact, config, str(source), str(target))
 

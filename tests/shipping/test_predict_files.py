@@ -32,7 +32,7 @@ def opened(exported):
 def one_predictor(opened, predictor):
     """Models are loaded once for all files of this module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict_files, "QueryEncoder", lambda _: predictor._tower)
+        patch.setattr(predict_files, "QueryEncoder", lambda _: predictor._encoder)
         yield
 
 

@@ -19,7 +19,7 @@ def open_with(exported, **ranking) -> Predictor:
     """The predictor of another mixture than the exported one."""
     one = Predictor.open(exported.folder, verify=False)
     mix = dataclasses.replace(one.artifact.ranking, **ranking)
-    return Predictor(dataclasses.replace(one.artifact, ranking=mix), one._tower, "exact")
+    return Predictor(dataclasses.replace(one.artifact, ranking=mix), one._encoder, "exact")
 
 
 def same(scores, rows, expected_scores, expected_rows) -> None:
@@ -92,7 +92,7 @@ def test_only_and_exclude_by_hand(predictor, queries):
         )
         allowed.append(set(only if with_only else range(count)) - set(exclude))
     scores, rows, _ = predictor.rank(asked, K, "plain", ROWS)
-    embedded = predictor._tower.encode(asked, rows=ROWS)
+    embedded = predictor._encoder.encode(asked, rows=ROWS)
     for number, rest in enumerate(allowed):
         expected, expected_scores = by_hand(predictor, embedded[number], rest, K)
         left = len(expected)
@@ -137,7 +137,7 @@ def test_page_after_page_until_all_labels_were_seen(
         config = scann.ScannConfig(brute_force_below=1, leaves_searched=0.01, reorder=1.0)
         scann.ScannIndex.build(np.array(labels.embeddings), config).save(tmp_path)
         artifact = dataclasses.replace(artifact, index=pathlib.Path(tmp_path))
-    one = Predictor(artifact, predictor._tower, index)
+    one = Predictor(artifact, predictor._encoder, index)
     for kind in ("plain", "augmented"):
         expected = np.flatnonzero(stock) if prior and kind == "augmented" else np.arange(count)
         seen: list[str] = []
@@ -207,7 +207,7 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_ranked(predictor, queries
         4: (Query("x", images=[b"x"]), "expected no pictures, since the model was trained without"),
         5: (Query("a <beyond> b"), "expected token ids below 30522, the rows of the model's table"),
     }
-    predictor._tower._tokenizer.add_tokens(["<beyond>"])  # an entry without a row in the table
+    predictor._encoder._tokenizer.add_tokens(["<beyond>"])  # an entry without a row in the table
     some = [*queries[:6]]
     for number, (query, _) in bad.items():
         some[number] = query
@@ -274,7 +274,7 @@ def test_mistakes(predictor, call, message):
 
 def test_without_documents_nothing_is_mixed(exported):
     one = Predictor.open(exported.folder, verify=False)
-    alone = Predictor(dataclasses.replace(one.artifact, documents=None), one._tower)
+    alone = Predictor(dataclasses.replace(one.artifact, documents=None), one._encoder)
     alone.predict(["x"], ranking="plain")
     for call in (
         lambda: alone.predict(["x"], ranking="augmented"),
@@ -310,7 +310,7 @@ def test_an_index_ranks_as_it_says(exported, predictor, queries, tmp_path):
     config = scann.ScannConfig(brute_force_below=1, leaves_searched=1.0, reorder=8.0)
     scann.ScannIndex.build(np.array(predictor.artifact.labels.embeddings), config).save(tmp_path)
     opened = dataclasses.replace(predictor.artifact, index=pathlib.Path(tmp_path))
-    one = Predictor(opened, predictor._tower, "scann")
+    one = Predictor(opened, predictor._encoder, "scann")
     expected = predictor.rank(queries, 5, "plain", ROWS)
     whole = one.rank(queries, 5, "plain", ROWS)
     assert (whole[1] == expected[1]).mean() > 0.95
@@ -321,7 +321,7 @@ def test_an_index_ranks_as_it_says(exported, predictor, queries, tmp_path):
     scann.ScannIndex.build(other, config).save(tmp_path / "other")
     opened = dataclasses.replace(opened, index=tmp_path / "other")
     with pytest.raises(ValueError, match="expected an index of the given"):
-        Predictor(opened, predictor._tower, "auto")
+        Predictor(opened, predictor._encoder, "auto")
 
 
 def test_texts_of_labels_may_be_anything(tmp_path):

@@ -29,9 +29,9 @@ def test_an_exported_model_puts_them_before_texts(fields, tmp_path):
         getattr(embedded, "vectors", embedded), run.embed(state.params, "train"), rtol=0, atol=1e-5
     )
     items = [Item(title) for title in titles[40:]]
-    labels = predictor._tower.encode(items, kind="label")
+    labels = predictor._encoder.encode(items, kind="label")
     np.testing.assert_allclose(labels, run.embed(state.params, "label"), rtol=0, atol=1e-5)
-    assert np.abs(labels - predictor._tower.encode(items)).max() > 0.01
+    assert np.abs(labels - predictor._encoder.encode(items)).max() > 0.01
     assert "begin with 'query: ', those of labels with 'tools: '" in (out / "README.md").read_text()
 
     # a folder that an earlier version exported has none
