@@ -21,6 +21,7 @@ CORE = [
     "numpy>=2.1",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
+    "pydantic>=2.9,<3",
     "safetensors>=0.6.2,<1",
     # Wheels exist for these alone; elsewhere retrieval is exact.
     'scann>=1.4,<2; platform_system == "Linux" and platform_machine == "x86_64"'
@@ -54,7 +55,6 @@ EXTRAS = {
         "fastapi>=0.115",
         "httptools>=0.6",
         "prometheus-client>=0.21",
-        "pydantic>=2.9",
         "starlette>=0.40",
         "uvicorn>=0.32",
         "uvloop>=0.21; sys_platform != 'win32'",

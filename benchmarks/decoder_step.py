@@ -54,12 +54,20 @@ from benchmarks.decoder_workload import (
     real_tokens,
 )
 from benchmarks.environment import environment, save
+from xmc_jax.config import (
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PrimeConfig,
+    TablesConfig,
+)
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.types import Batch, Inputs
-from xmc_jax.models import decoder_config, dual, layers
+from xmc_jax.models import decoder_config, dual
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.runtime import rng, sharding
-from xmc_jax.training import losses, optimizer, tables
+from xmc_jax.training import optimizer
 from xmc_jax.training.state import Tables, TrainState
 from xmc_jax.training.step import Step
 
@@ -85,14 +93,14 @@ class Program:
 
     def __init__(self, settings: Settings, sizes: DecoderConfig, device: jax.Device):
         s = self.settings = settings
-        self.mesh = sharding.make_mesh(sharding.MeshConfig(data=1), [device])
+        self.mesh = sharding.make_mesh(MeshConfig(data=1), [device])
         self.model = dual.DualEncoder(
             sizes=sizes,
             compute_dtype=s.dtype,
             remat=s.remat,
-            lora=layers.LoraConfig(rank=s.lora_rank, alpha=256.0),
+            lora=LoraConfig(rank=s.lora_rank, alpha=256.0),
             image_width=s.image_width if s.images else 0,
-            prime=dual.PrimeConfig(
+            prime=PrimeConfig(
                 heads=s.combiner_heads, ff_dim=s.combiner_ff, dropout=s.combiner_dropout
             ),
             num_free_vectors=s.free_vectors,
@@ -104,7 +112,7 @@ class Program:
         self.rows = max(
             self._fitted(batch_of(s, sizes, step))[1].rows for step in range(WARM_UP + s.steps)
         )
-        config = optimizer.OptimizerConfig(
+        config = OptimizerConfig(
             lr=(("backbone/.*", 5e-5), (".*", 5e-4)),
             trainable=((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True)),
             clip_norm=1.0,
@@ -120,8 +128,8 @@ class Program:
         self.step = Step(
             model=self.model,
             transform=optimizer.build(config, trainable, EPOCHS * math.ceil(s.documents / s.batch)),
-            loss=losses.LossConfig(),
-            tables=tables.TablesConfig(),
+            loss=LossConfig(),
+            tables=TablesConfig(),
             n_chunks=s.chunks,
             seed=s.seed,
         )

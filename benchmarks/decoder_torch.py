@@ -26,10 +26,10 @@ import transformers
 from torch import nn
 
 from benchmarks.decoder_workload import EPOCHS, DrawnBatch, Settings, batch_of
+from xmc_jax.config import LossConfig
 from xmc_jax.data.types import Inputs, Prompts
 from xmc_jax.models import decoder_config
 from xmc_jax.models.decoder_config import DecoderConfig
-from xmc_jax.training.losses import LossConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NO_VIOLATOR = -50.0  # as in `xmc_jax.training.losses`

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xmc_jax.data.types import Inputs, Prompts, own_tokens
-from xmc_jax.models import dual, layers
+from xmc_jax.models import layers
 from xmc_jax.models.decoder_config import DecoderConfig, RopeScaling
 from xmc_jax.runtime import rng
 
@@ -108,7 +108,7 @@ class Settings:
         image_width: E.
         image_prompt_tokens: between text and images, where there are some.
         chunks: parts in which a batch is encoded.
-        remat: see `dual.EncoderConfig`.
+        remat: see `EncoderConfig`.
         dtype: of activations and products; the base is bfloat16, what is trained float32.
         lora_rank: R; alpha is 256, rsLoRA, on all seven projections.
         documents: N, rows of the document bank, float32.
@@ -161,7 +161,7 @@ class Settings:
             ("combiner_dropout", 0 <= self.combiner_dropout < 1, "a fraction in [0, 1)"),
             ("documents", self.documents >= self.batch, f"at least the batch, {self.batch}"),
             ("remat", self.remat in layers.REMAT, f"one of {layers.REMAT}"),
-            ("dtype", self.dtype in dual.DTYPES, f"one of {dual.DTYPES}"),
+            ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("chunks", self.batch % self.chunks == 0, f"a divisor of the batch, {self.batch}"),
         ):
             if not fits:

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.environment import environment, save
+from xmc_jax.config import LossConfig
 from xmc_jax.training import flops, losses
-from xmc_jax.training.losses import LossConfig
 from xmc_jax.training.state import Pairs
 
 PACKAGES = ("jax", "jaxlib", "numpy")

@@ -44,6 +44,7 @@ import numpy as np
 from benchmarks import accuracy
 from benchmarks.environment import environment, save
 from configs import vixml
+from xmc_jax.config import AugmentedConfig, NewLabelsConfig
 from xmc_jax.data import bundled, raw_folder
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.raw import Items
@@ -52,7 +53,6 @@ from xmc_jax.models import dual
 from xmc_jax.retrieval import augmented, exact, new_labels
 from xmc_jax.retrieval.evaluate import format_table
 from xmc_jax.retrieval.metrics import drop_filtered, filtered_per_document, metrics
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.training import build, loop
 
 Found = dict[str, dict[str, float]]
@@ -223,7 +223,7 @@ class Trained:
     combine: new_labels.Combine
     documents: np.ndarray
     positives: Csr
-    mix: augmented.AugmentedConfig
+    mix: AugmentedConfig
 
     def new(self, config: NewLabelsConfig, free: float = 1, centroids: float = 1) -> np.ndarray:
         """f32[L - O, D]: the new labels by a way of the package.

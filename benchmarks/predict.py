@@ -58,9 +58,9 @@ def worker(arguments: argparse.Namespace) -> None:
     from xmc_jax.runtime import command
 
     command.keep_freed_memory()
+    from xmc_jax.config import PredictConfig
     from xmc_jax.runtime import compilation
     from xmc_jax.shipping import artifact, predict_files
-    from xmc_jax.shipping.predict_config import PredictConfig
 
     compilation.keep(None)
     loaded = {}

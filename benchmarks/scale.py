@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment, save
+from xmc_jax.config import MeshConfig, ScannConfig
 
 PACKAGES = ("jax", "numpy", "scann", "tokenizers")
 _LINES = 1 << 14  # written at a time
@@ -238,7 +239,7 @@ def search_exact(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
     from xmc_jax.retrieval import exact
     from xmc_jax.runtime import sharding
 
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     labels, queries = (
         np.load(folder / f"{x}.npy", mmap_mode="r", allow_pickle=False) for x in ("label", "test")
     )
@@ -270,7 +271,7 @@ def search_scann(folder: pathlib.Path, s: Settings) -> dict[str, Any]:
         np.load(folder / "test.npy", allow_pickle=False),
     )
     start = time.perf_counter()
-    index = scann.ScannIndex.build(labels, scann.ScannConfig(), queries[::10], s.k)
+    index = scann.ScannIndex.build(labels, ScannConfig(), queries[::10], s.k)
     built = time.perf_counter() - start
     start = time.perf_counter()
     _, ids = index.search(queries, s.k)

@@ -32,13 +32,14 @@ import numpy as np
 
 from benchmarks.environment import environment, save
 from configs import vixml
+from xmc_jax.config import MeshConfig, ScannConfig
 from xmc_jax.data import raw, raw_folder
 from xmc_jax.retrieval import exact, scann
 from xmc_jax.runtime import command, sharding
 from xmc_jax.training import build
 
 PACKAGES = ("jax", "jaxlib", "numpy", "scann")
-FLOOR = scann.ScannConfig(brute_force_below=0, leaves_searched=1e-6, reorder=1.0)
+FLOOR = ScannConfig(brute_force_below=0, leaves_searched=1e-6, reorder=1.0)
 
 
 def varied(titles: list[str], count: int, generator: np.random.Generator) -> list[str]:
@@ -141,12 +142,12 @@ def measure(
     rows: np.ndarray, queries: np.ndarray, others: np.ndarray, settings: argparse.Namespace
 ) -> dict[str, Any]:
     """Product, exact search and an index tuned to --recall_target."""
-    mesh, k = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]), settings.k
+    mesh, k = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1]), settings.k
     database = exact.place(rows, mesh)
     multiply = jax.jit(lambda q, d: jnp.einsum("qd,ld->ql", q, d, precision="highest"))
     blocks = np.array_split(queries, -(-len(queries) // exact.QUERY_BLOCK))
     start = time.perf_counter()
-    config = scann.ScannConfig(brute_force_below=0, recall_target=settings.recall_target)
+    config = ScannConfig(brute_force_below=0, recall_target=settings.recall_target)
     index = scann.ScannIndex.build(rows, config, others, k)
     built = time.perf_counter() - start
     floor = scann.ScannIndex.build(rows, FLOOR, others, k)
@@ -182,11 +183,11 @@ def curve(
     rows: np.ndarray, queries: np.ndarray, others: np.ndarray, settings: argparse.Namespace
 ) -> dict[str, Any]:
     """Recall and speed of an index tuned to each of --curve, and the speed of exact search."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     database, points = exact.place(rows, mesh), []
     exactly = exact.search(queries, database, settings.k)[1]
     for target in settings.curve:
-        config = scann.ScannConfig(brute_force_below=0, recall_target=target)
+        config = ScannConfig(brute_force_below=0, recall_target=target)
         index = scann.ScannIndex.build(rows, config, others, settings.k)
         seconds = in_turn(
             {

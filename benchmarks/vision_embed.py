@@ -38,6 +38,7 @@ from flax import traverse_util
 
 from benchmarks.decoder_step import matmul_rate, memory
 from benchmarks.environment import environment, save
+from xmc_jax.config import MeshConfig
 from xmc_jax.models.vision import Vision, VisionConfig
 from xmc_jax.runtime import rng, sharding
 
@@ -110,7 +111,7 @@ class Program:
 
     def __init__(self, settings: Settings, device: jax.Device):
         self.settings, self.sizes = settings, MODELS[settings.model]
-        self.mesh = sharding.make_mesh(sharding.MeshConfig(), [device])
+        self.mesh = sharding.make_mesh(MeshConfig(), [device])
         self.whole = sharding.replicated(self.mesh)
         model = Vision(self.sizes, jnp.dtype(settings.dtype))
         side = self.sizes.image_size

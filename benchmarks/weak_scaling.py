@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.environment import environment, save
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.planning import plan, programs, shape, topology
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
 
 VARIANT = "qwen25_3b/amazontitles_131k"

@@ -21,6 +21,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from xmc_jax.config import RunConfig
+from xmc_jax.config.declare import options
+
 DEFAULT = "minilm_l6/debian_3k"
 
 
@@ -33,207 +36,18 @@ def _lr(backbone: float, rest: float) -> tuple[tuple[str, float], ...]:
     return (("backbone/.*", backbone), *((group, rest) for group in groups))
 
 
-BASE = {
-    "data": {
-        "dataset": "",
-        "raw_dir": "",  # folder of the raw files, or "bundled"
-        # In its place, own records: a folder with train.* and labels.*, or a file; docs/data.md.
-        "records": config_dict.placeholder(str),
-        "records_options": {
-            "labels": config_dict.placeholder(str),  # their file; None: labels.* in the folder
-            "columns": (),  # "field=column"
-            "separator": "|",
-            "delimiter": "",
-            "label_columns": (),
-            "row_per_pair": False,
-            "test_fraction": 0.1,  # where neither a file test.* nor a column says which they are
-            "split_seed": 0,
-            "unknown_labels": "error",
-            "allow_paths": False,
-        },
-        "data_dir": "data",  # dataset folders are made here
-        "max_length": 32,  # [V] supp. A: tokens of a title
-        "encoding": "utf-8",  # Departs: the reference reads UTF-8 files as latin-1
-        "text": "title",
-        "tokenizer": config_dict.placeholder(str),  # None: the backbone's own
-        "propensity_a": 0.6,  # [script] and pyxclib, for all Amazon sets
-        "propensity_b": 2.6,
-        "validation_fraction": 0.0,  # > 0: held-out training documents instead of the test split
-        "validation_seed": 0,
-        "images": {  # see xmc_jax.images.embed
-            "name": config_dict.placeholder(str),  # folder images-<name>; None: text alone
-            "source": config_dict.placeholder(str),  # where it is made from; None: raw_dir
-            "encoder": "google/siglip2-so400m-patch14-384",  # [V] supp. A
-            "revision": config_dict.placeholder(str),
-            "per_item": 3,  # [V] supp. A: at most
-            "layout": "pad",  # reference code, download_amazon_imgs.py
-            "batch_size": 64,
-            "dtype": "bfloat16",  # Departs: the reference has fp16 autocast
-            "allow_paths": False,  # whether paths in a table may lead out of its folder
-        },
-        "synthetic": {"documents": 2000, "labels": 1000, "seed": 0},  # if raw_dir is "synthetic"
-    },
-    "encoder": {
-        "backbone": "",
-        "revision": config_dict.placeholder(str),
-        "layers": config_dict.placeholder(int),  # None: all
-        "pooling": config_dict.placeholder(str),  # None: as the backbone's folder says, or "mean"
-        "dropout": config_dict.placeholder(float),  # None: the model's own, 0.1
-        "compute_dtype": "float32",
-        "precision": config_dict.placeholder(str),  # None: "highest" for float32
-        "frozen_dtype": "float32",
-        "remat": "none",
-        "init": "pretrained",
-        "lora": {
-            "rank": 0,  # none: encoders are trained whole
-            "alpha": 256.0,  # [V] supp. A
-            "dropout": 0.0,  # [V] supp. A
-            "scaling": "rslora",  # [V] supp. A
-            "targets": ("query", "key", "value", "out", "gate", "up", "down"),  # [V] supp. A
-        },
-    },
-    "fusion": {  # encoders put images first, [V] eq. 3
-        "prefix": config_dict.placeholder(str),  # None: as the folder of an encoder says
-        "label_prefix": config_dict.placeholder(str),  # None: likewise; encoders alone
-        "image_prefix": "",
-        "suffix": "",
-        "order": "image_text",
-        "positions": "contiguous",  # [V] supp. A. Departs: in the reference padding takes some
-    },
-    "prime": {
-        "enabled": True,
-        "combiner": "transformer",
-        "heads": 8,  # [V] supp. A, [script]; PRIME's own code has 1
-        "ff_dim": 1024,  # [script]
-        "dropout": 0.1,  # [script]
-        "free_vectors": 65_536,  # [script]; [V] names no number per dataset
-        "private_vectors": 0,  # [script]: n_hlp
-        "free_vector_init": "xavier",  # [script]; the decoder script has cluster means
-    },
-    "loss": {
-        "kind": "margin",
-        "num_negatives": 10,  # [script]
-        "weighted": True,  # [script]: --agressive-loss
-        "margin_min": 0.1,  # [script]
-        "margin_max": 0.3,  # [script]
-        "weight_temperature": 0.1,  # reference code, loss.py
-        "softmax_temperature": 0.05,  # DEXML on LF-AmazonTitles-131K
-        "document_to_label": 1.0,  # reference code, utils.py: the terms are summed
-        "document_to_prototype": 1.0,
-        "label_to_document": 1.0,
-        "prototype_to_document": 0.0,  # not in the reference
-        "regularizer": 0.1,  # [script]: --mi_reg_weight
-        "regularizer_margin": 0.1,  # reference code, RegLoss
-        "block": config_dict.placeholder(int),  # None: all documents at once while that is small
-    },
-    "optimizer": {
-        "lr": _lr(5e-4, 5e-4),
-        # [script]. Departs: no norm of a backbone decays; the reference's name test misses
-        # those within DistilBERT's layers.
-        "weight_decay": (
-            (".*bias", 0.0),
-            ("backbone/.*norm.*", 0.0),
-            ("free_vectors", 0.0),
-            (".*", 0.01),
-        ),
-        "trainable": ((".*", True),),
-        "warmup_steps": 100,  # [script]
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-6,  # reference code
-        "clip_norm": config_dict.placeholder(float),  # reference code: none for encoders
-    },
-    "curriculum": {  # [script]; nothing is published for the text-only runs or the other datasets
-        "start": 10,
-        "update_every": 5,
-        "cluster_size": 16,
-        "double_at": (20, 40, 60, 80, 100, 120),
-    },
-    "tables": {
-        "centroids": "stale",  # [V] supp. A, [script]
-        "ema_decay": 0.95,  # [script]
-        "dtype": "float32",
-    },
-    "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "replicate": ()},
-    "train": {
-        "batch_size": 2048,  # [V] supp. A
-        "epochs": 300,  # [V] supp. A: encoders, text only; 150 with images
-        "seed": 0,
-        "n_chunks": 1,
-        "positives_per_document": 1,  # reference code
-        "sampling": "inverse_propensity",  # [script]: --pos_freq_sampling
-        "labels": "sampled",  # reference code
-        "packed": True,  # [ours]: no padding is computed
-        "encode_batch_size": 512,
-        "checkpoint_every": 1000,
-        "checkpoint_minutes": 15.0,
-        "log_every": 10,
-        "eval_every": 25,  # [script]
-        "zero_shot": True,
-        "keep": 2,
-        "prefetch": 2,
-        "non_finite": "stop",
-        "non_finite_limit": 10,
-        "stuck_after": 1800.0,
-    },
-    "eval": {
-        "ks": (1, 3, 5, 10, 100),
-        "k": 100,
-        "index": "exact",
-        "augmented": {
-            "enabled": True,
-            "mode": "split",
-            "labels": 100,  # [V] supp. E
-            "documents": 100,  # [V] supp. E
-            "temperature": 0.05,  # [V] supp. E
-            "label_weight": 0.9,  # [V] supp. E
-            "separate_softmax": False,
-            "normalize_rows": False,
-            "prior": config_dict.placeholder(str),  # a file, or "frequency"; None: no prior
-            "prior_weight": 1.0,
-            "weights": "config",  # or "tuned", by --mode=tune
-        },
-        "scann": {  # [ours]
-            "brute_force_below": 20_000,
-            "recall_target": 0.98,
-            # None: follows from labels and target.
-            "leaves": config_dict.placeholder(int),
-            "dimensions_per_block": config_dict.placeholder(int),
-            "leaves_searched": config_dict.placeholder(float),
-            "reorder": config_dict.placeholder(float),
-        },
-        "compare_scann": False,  # beside exact search: a ScaNN index, its recall and both speeds
-        "query_block": 256,
-        "database_block": 262_144,
-        "recall_target": 1.0,
-    },
-    "tune": {  # [ours]
-        "metric": "P@1+P@5+nDCG@5",
-        "validation_fraction": 0.14,
-        "max_documents": 5000,
-        "folds": 5,
-        "standard_errors": 2.0,
-        "seed": 0,
-        "labels": (50, 100, 200, 400),
-        "documents": (25, 50, 100, 200),
-        "temperature": (0.02, 0.03, 0.04, 0.05, 0.07, 0.1),
-        "label_weight": (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-        "separate_softmax": (False, True),
-        "normalize_rows": (False, True),
-        "prior_weight": (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0),
-    },
-    "export": {
-        "format": "merged",
-        "dtype": "float32",
-        "documents": True,
-        "prototypes": True,
-        "index": "auto",
-        "thumbnails": "auto",
-        "vision": "named",
-    },
-    # Another run, trained first and shown beside this one: its name, and the fields that differ.
-    "baseline": {},
-}
+def _defaults(kind: type = RunConfig) -> dict[str, Any]:
+    """The defaults of a section; a field that may be None takes values of its type from flags."""
+    values: dict[str, Any] = {}
+    for option in options(kind):
+        values[option.name] = _defaults(option.section) if option.section else option.default
+        if option.optional and option.default is None:
+            value_type = option.kind if option.kind in (int, float) else str
+            values[option.name] = config_dict.placeholder(value_type)
+    return values
+
+
+BASE = _defaults()
 
 _AMAZON = {"encoder": {"compute_dtype": "bfloat16"}}  # Departs: the reference has fp16 autocast
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from xmc_jax.config import AugmentedConfig, ServeConfig
 from xmc_jax.data import texts
 from xmc_jax.data.types import Prompts
 from xmc_jax.files.digests import sha256
-from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.shipping import artifact, packed_thumbnails, query_encoder
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 CONFIG = ServeConfig(
     port=0, max_batch=8, max_k=10, max_queries=4, max_exclude=40, max_only=20, max_text=200,

@@ -38,8 +38,9 @@ for step in range(1, 17):
     if decision.after(step, own == 0 and 5 <= step <= 8):
         out["decided"].append(step)
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.runtime import sharding
-mesh, compiled = sharding.make_mesh(sharding.MeshConfig()), []
+mesh, compiled = sharding.make_mesh(MeshConfig()), []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
 )

@@ -18,12 +18,12 @@ import write_faults
 from etils import epath
 
 from xmc_jax import modes
+from xmc_jax.config import RunConfig
 from xmc_jax.data.store import Store
 from xmc_jax.reporting import workdir_contents
 from xmc_jax.retrieval import saved_predictions
 from xmc_jax.runtime import metrics_log
 from xmc_jax.training import build, loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
 pytestmark = pytest.mark.slow

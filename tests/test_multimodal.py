@@ -15,6 +15,7 @@ import safetensors
 from PIL import Image
 
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import batches
 from xmc_jax.data.synthetic import product_set
 from xmc_jax.data.types import ORDERS
@@ -23,7 +24,6 @@ from xmc_jax.images import descriptor
 from xmc_jax.models import hf
 from xmc_jax.shipping import exporting
 from xmc_jax.training import build, loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
 pytestmark = pytest.mark.slow

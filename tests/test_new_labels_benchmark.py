@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks import accuracy, new_labels
 from configs import vixml
+from xmc_jax.config import NewLabelsConfig
 from xmc_jax.data import raw_folder
 from xmc_jax.data.csr import Csr
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.training import build, loop
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"

@@ -23,12 +23,13 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
+from xmc_jax.config import MeshConfig, ScannConfig
 from xmc_jax.data import rows
 from xmc_jax.data.types import NO_PROMPTS, Inputs
 from xmc_jax.files import workdirs
 from xmc_jax.models import bert, hf_export
 from xmc_jax.retrieval import encode, evaluate, saved_predictions
-from xmc_jax.retrieval.scann import ScannConfig, ScannIndex
+from xmc_jax.retrieval.scann import ScannIndex
 from xmc_jax.runtime import metrics_log, sharding
 from xmc_jax.shipping import replacing
 from xmc_jax.training import checkpoint
@@ -250,7 +251,7 @@ def test_results_arrive_whole(workdir):
 
     out = workdir / "embeddings" / "1" / "test.npy"
     out.parent.mkdir(parents=True, exist_ok=True)
-    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     layout = rows.layout(NO_PROMPTS, "image_text", "contiguous", 2, 0, None)
     items = encode.Items(Texts(), 2, one, layout)
     encode.to_file(jax.jit(lambda rows, ids: rows.tokens[rows.slots] * 1.5), items, out)

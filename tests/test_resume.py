@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import pytest
 
+from xmc_jax.config import RunConfig
 from xmc_jax.files import workdirs
 from xmc_jax.retrieval import encode
 from xmc_jax.training import build, checkpoint, loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
 STEPS_PER_EPOCH, STEPS = 5, 15

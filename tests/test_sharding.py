@@ -12,12 +12,11 @@ from flax.core import meta
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from xmc_jax.config import LoraConfig, PrimeConfig
 from xmc_jax.models import backbone, dual, vision
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
-from xmc_jax.models.layers import LoraConfig
 from xmc_jax.runtime import sharding
-from xmc_jax.runtime.sharding import MeshConfig
 
 PUBLISHED = pathlib.Path(__file__).parent / "models" / "published"
 ENCODERS = {
@@ -52,7 +51,7 @@ def tiny(**fields) -> dual.DualEncoder:
         DecoderConfig("qwen2", vocab_size=50, hidden=32, layers=2, qkv_bias=True, **sizes),
         lora=LoraConfig(rank=4),
         image_width=5,
-        prime=dual.PrimeConfig(heads=8, ff_dim=16),
+        prime=PrimeConfig(heads=8, ff_dim=16),
         num_free_vectors=7,
     )
 
@@ -71,7 +70,7 @@ def published(name: str):
         sizes, lora = backbone.from_hf(json.loads(raw)), LoraConfig(rank=256)
     return abstract(
         dual.DualEncoder(
-            sizes, lora=lora, image_width=1152, prime=dual.PrimeConfig(), num_free_vectors=65536
+            sizes, lora=lora, image_width=1152, prime=PrimeConfig(), num_free_vectors=65536
         )
     )
 
@@ -153,12 +152,3 @@ def test_tables_are_split_by_as_many_devices_as_divide_their_width():
     for sizes, width, shards in (((4, 2, 1), 16, 8), ((4, 2, 1), 12, 4), ((3, 2, 1), 8, 2)):
         where = sharding.named((None, "table_width"), (7, width), mesh_of(*sizes), "bank")
         assert where.shard_shape((7, width)) == (7, width // shards)
-
-
-def test_replicate_takes_names_of_axes_that_are_split():
-    with pytest.raises(
-        ValueError, match=r"mesh\.replicate: expected names of \('embed', .*'layers'\]"
-    ):
-        MeshConfig(replicate=("kv", "layers"))
-    with pytest.raises(ValueError, match=r"got \['k', 'v'\]"):
-        MeshConfig(replicate="kv")

@@ -12,10 +12,10 @@ import oracle
 import pytest
 
 from configs import vixml
+from xmc_jax.config import PredictConfig
 from xmc_jax.retrieval import exact
 from xmc_jax.runtime import sharding
 from xmc_jax.shipping import artifact, exporting, predict_files
-from xmc_jax.shipping.predict_config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor, Query
 from xmc_jax.training import build, loop
 

@@ -13,13 +13,11 @@ import pytest
 from etils import epath
 
 from xmc_jax import modes
+from xmc_jax.config import EvalConfig, RunConfig, TuneConfig
 from xmc_jax.data import raw_folder
 from xmc_jax.retrieval import tuned as tuned_file
 from xmc_jax.retrieval import tuning
-from xmc_jax.retrieval.evaluate import EvalConfig
-from xmc_jax.retrieval.tuning import TuneConfig
 from xmc_jax.training import build
-from xmc_jax.training.config import RunConfig
 
 pytestmark = pytest.mark.slow
 

@@ -16,13 +16,13 @@ import pytest
 import safetensors.numpy
 import served
 
+from xmc_jax.config import AugmentedConfig, PrimeConfig
 from xmc_jax.data import image_maps, image_vectors, prepare, priors, raw, store, texts, tokenizer
 from xmc_jax.data.records import own_records
 from xmc_jax.files import workdirs
 from xmc_jax.files.digests import sha256
-from xmc_jax.models import bert, dual, hf, hf_names
+from xmc_jax.models import bert, hf, hf_names
 from xmc_jax.retrieval import tuned, tuning
-from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.shipping import artifact, documents
 
 Read = Callable[[pathlib.Path], None]
@@ -190,7 +190,7 @@ def artifact_files(folder: pathlib.Path) -> None:
     np.save(folder / "documents" / "positives.indptr.npy", np.arange(TRAIN + 1, dtype=np.int64))
     flat = np.arange(TRAIN, dtype=np.int32) % LABELS
     np.save(folder / "documents" / "positives.indices.npy", flat)
-    prime = dual.PrimeConfig(combiner="sum")
+    prime = PrimeConfig(combiner="sum")
     made_of = folder / "prototypes"
     made_of.mkdir()
     for name in ("text", "centroids", "free_vectors"):
@@ -415,8 +415,8 @@ class Asked:
 
     def __init__(self) -> None:
         pytest.importorskip("fastapi", reason='needs the extra "serve"')
+        from xmc_jax.config import ServeConfig
         from xmc_jax.shipping.serve import app
-        from xmc_jax.shipping.serve.serve_config import ServeConfig
         from xmc_jax.shipping.serve.service import Service
 
         self._app = app.create(Service(ServeConfig(port=0)))

@@ -24,10 +24,8 @@ The modes evaluate, tune, embed, index, export, predict, labels, report and serv
 the run in --workdir if --config is not given.
 """
 
-import dataclasses
 import difflib
 import importlib.metadata
-import inspect
 import logging as py_logging
 import os
 import platform
@@ -46,40 +44,26 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from xmc_jax.config import LabelsConfig, PredictConfig, ServeConfig
+from xmc_jax.config.declare import options
 from xmc_jax.runtime import command
-from xmc_jax.shipping.predict_config import LabelsConfig, PredictConfig
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 
 def _settings(section: str, kind: type) -> Callable[[], Any]:
-    """Defines a flag --section.field=value for each field of a dataclass, of the field's type.
-
-    Returns:
-        What makes one of the flags' values.
-    """
+    """Defines a flag --section.field=value for each field of a section; returns what reads them."""
     define = {
         bool: flags.DEFINE_bool,
-        bool | None: flags.DEFINE_bool,
         float: flags.DEFINE_float,
         int: flags.DEFINE_integer,
-        str: flags.DEFINE_string,
-        tuple[str, ...]: flags.DEFINE_list,
+        tuple: flags.DEFINE_list,
     }
-    told = re.findall(r"^    (\w+): (.*\n(?:     +.*\n)*)", f"{inspect.getdoc(kind)}\n", re.M)
-    help_of = {name: " ".join(text.split()) for name, text in told}
-    types = typing.get_type_hints(kind)
     holders = {
-        field.name: define[types[field.name]](
-            f"{section}.{field.name}", field.default, help_of[field.name]
+        option.name: define.get(typing.get_origin(option.kind) or option.kind, flags.DEFINE_string)(
+            f"{section}.{option.name}", option.default, option.text
         )
-        for field in dataclasses.fields(kind)
+        for option in options(kind)
     }
-
-    def make() -> Any:
-        values = {name: holder.value for name, holder in holders.items()}
-        return kind(**{n: tuple(x) if isinstance(x, list) else x for n, x in values.items()})
-
-    return make
+    return lambda: kind(**{name: holder.value for name, holder in holders.items()})
 
 
 _CONFIG = config_flags.DEFINE_config_file(

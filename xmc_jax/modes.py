@@ -10,6 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from xmc_jax.config import LabelsConfig, NewLabelsConfig, PredictConfig, RunConfig, ServeConfig
 from xmc_jax.data import image_import, image_vectors, prepare
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic, workdirs
@@ -17,16 +18,12 @@ from xmc_jax.planning import summary as planning_report
 from xmc_jax.reporting import page, workdir_contents
 from xmc_jax.retrieval import evaluate, exact, scann, tuned, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.runtime import distributed, metrics_log
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping import artifact, documents, exporting, labels
 from xmc_jax.shipping import predict_files as prediction_files
-from xmc_jax.shipping.predict_config import LabelsConfig, PredictConfig
 from xmc_jax.shipping.serve import start as serving
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 from xmc_jax.training import build, loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.training.state import TrainState
 

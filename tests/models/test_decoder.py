@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import places_of, rows_of
+from xmc_jax.config import LoraConfig, MeshConfig
 from xmc_jax.models import backbone, decoder, decoder_config, dual, hf, layers
 from xmc_jax.models.decoder_config import RopeScaling
+from xmc_jax.models.segments import POOLINGS
 from xmc_jax.runtime import sharding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -66,7 +68,7 @@ def test_embedding_is_the_same_alone_and_at_any_padding():
 
     @jax.jit
     def encode(tokens, lengths):
-        models = [dual.DualEncoder(config, pooling=pooling) for pooling in dual.POOLINGS]
+        models = [dual.DualEncoder(config, pooling=pooling) for pooling in POOLINGS]
         variables, inputs = {"params": {"backbone": params}}, rows_of(tokens, lengths)
         pooled = [model.apply(variables, inputs, method="encode").pooled for model in models]
         return jnp.stack(pooled, axis=1)
@@ -267,7 +269,7 @@ def test_gradients_of_the_scan_are_those_of_a_loop(family):
 def gradient_with_dropout(remat):
     """Of all parameters, adapters among them; every kind of dropout is on."""
     config, params, file = golden("gemma3")
-    lora = layers.LoraConfig(rank=2, dropout=0.2)
+    lora = LoraConfig(rank=2, dropout=0.2)
     model = decoder.Decoder(config.with_dropout(0.2), remat=remat, lora=lora)
     inputs = places_of(file["tokens"], file["lengths"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]["layers"]
@@ -324,7 +326,7 @@ def test_eight_devices_give_what_one_gives(family):
     )
     params = {"backbone": params}
     expected = encode(params, inputs)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.of_params(boxed, mesh))

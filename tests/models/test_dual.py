@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import places_of, rows_of
+from xmc_jax.config import MeshConfig, PrimeConfig
 from xmc_jax.models import dual
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.combiner import SumCombiner
@@ -20,7 +21,7 @@ TINY = BertConfig(vocab_size=50, hidden=16, layers=2, heads=4, ff=32, max_positi
 
 
 def prime_model(**kwargs):
-    prime = dual.PrimeConfig(heads=4, ff_dim=24)
+    prime = PrimeConfig(heads=4, ff_dim=24)
     return dual.DualEncoder(TINY, prime=prime, num_free_vectors=10, **kwargs)
 
 
@@ -33,7 +34,7 @@ def test_parameter_tree_and_shardings():
     model = prime_model()
     boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
     assert set(boxed) == {"backbone", "combiner", "free_vectors"}
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = sharding.of_params(boxed, mesh)
     P = jax.sharding.PartitionSpec
     assert shardings["backbone"]["layers"]["query"]["kernel"].spec == P(
@@ -118,44 +119,13 @@ def test_eight_devices_give_what_one_gives():
     inputs = rows_of(tokens, jnp.arange(16) % 12 + 1)
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode").unit)
     expected = encode(params, inputs)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.of_params(boxed, mesh))
         inputs = inputs.replace(slots=np.arange(16) % 4)  # of each of four groups
         inputs = jax.device_put(inputs, sharding.of_batch(inputs, mesh))
         np.testing.assert_allclose(encode(spread, inputs), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: dual.EncoderConfig(pooling="sum"), r"encoder.pooling.*'mean', 'cls'.*'sum'"),
-        (lambda: dual.EncoderConfig(compute_dtype="float16"), "encoder.compute_dtype"),
-        (lambda: dual.EncoderConfig(remat="all"), "encoder.remat"),
-        (lambda: dual.EncoderConfig(init="zeros"), "encoder.init"),
-        (lambda: dual.EncoderConfig(dropout=1.0), "encoder.dropout"),
-        (lambda: dual.EncoderConfig(layers=0), "encoder.layers"),
-        (lambda: dual.PrimeConfig(combiner="mlp"), "prime.combiner"),
-        (lambda: dual.PrimeConfig(free_vector_init="zeros"), "prime.free_vector_init"),
-        (lambda: dual.PrimeConfig(dropout=-0.1), "prime.dropout"),
-        (lambda: dual.PrimeConfig(heads=0), "prime.heads"),
-        (lambda: dual.PrimeConfig(private_vectors=-1), "prime.private_vectors"),
-        (
-            lambda: dual.init_params(
-                dual.DualEncoder(TINY, prime=dual.PrimeConfig(heads=3), num_free_vectors=1), 0
-            ),
-            "prime.heads: expected a divisor of D = 16, got 3",
-        ),
-        (
-            lambda: dual.init_params(dual.DualEncoder(TINY, prime=dual.PrimeConfig(heads=4)), 0),
-            "at least one free vector, got 0",
-        ),
-    ],
-)
-def test_config_errors(make, message):
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(make)
 
 
 def test_sum_combiner_adds_unit_text_free_vector_and_unit_centroid():
@@ -199,3 +169,17 @@ def test_products_name_their_precision(fields, expected):
     assert {*named} - {"HIGHEST"} == expected - {"HIGHEST"}
     assert expected == {"HIGHEST"} or named.count("HIGHEST") == 4
     assert len(products) > 3 * 6  # kernels of a layer, forwards and both ways backwards
+
+
+@pytest.mark.parametrize(
+    ("heads", "free_vectors", "message"),
+    [
+        (3, 1, "prime.heads: expected a divisor of D = 16, got 3"),
+        (4, 0, "at least one free vector, got 0"),
+    ],
+)
+def test_prototypes_that_cannot_be_made_are_refused(heads, free_vectors, message):
+    prime = PrimeConfig(heads=heads)
+    model = dual.DualEncoder(TINY, prime=prime, num_free_vectors=free_vectors)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: dual.init_params(model, 0))

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 from tokenizers import Tokenizer
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.models import dual, hf, hf_adapters, hf_modules, hf_names
 from xmc_jax.models.pooled_dense import DenseConfig
@@ -100,7 +101,7 @@ def test_an_adapter_is_added_to_the_weights_of_its_base(tmp_path):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     same(merged["token_embedding"], base["token_embedding"])
     # split over devices, each reads its part of the products
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     kernel = merged["layers"]["query"]["kernel"]
     split = sharding.named((None, "embed", ("heads", 4)), kernel.shape, mesh, "x")
     leaf = jax.ShapeDtypeStruct(kernel.shape, np.float32, sharding=split)

@@ -13,6 +13,7 @@ from xmc_jax.data.types import ORDERS, Inputs, Prompts
 from xmc_jax.models import dual, fusion
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
+from xmc_jax.models.segments import POOLINGS
 
 T, K, E = 6, 3, 5
 DECODER = DecoderConfig(
@@ -174,7 +175,7 @@ def test_towers_by_a_composition_in_numpy(name, positions):
         "last": [x[-1] for x in hidden],
         "max": [x.max(0) for x in hidden],
     }
-    assert set(expected) == set(dual.POOLINGS)
+    assert set(expected) == set(POOLINGS)
     for pooling, vectors in expected.items():
         out = encode(name, weights, inputs, positions, pooling=pooling)
         np.testing.assert_allclose(out.pooled, np.stack(vectors), rtol=0, atol=1e-6)
@@ -287,10 +288,3 @@ def test_images_must_be_there_and_fit():
     ):
         with pytest.raises(ValueError, match=r"images: expected vectors [05] wide .*, got [056]"):
             apply(model, weights, rows.one_each(inputs))
-
-
-def test_config_errors():
-    with pytest.raises(ValueError, match=r"fusion.positions: .*'contiguous', 'padded'.*'absolute'"):
-        fusion.FusionConfig(positions="absolute")
-    with pytest.raises(ValueError, match=r"fusion.order: .*'text_image', 'image_text'.*'both'"):
-        fusion.FusionConfig(order="both")

@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data import packaged
 from xmc_jax.models import bert, decoder_config, dual, hf, hf_names
 from xmc_jax.runtime import sharding
@@ -298,7 +299,7 @@ def test_each_device_gets_its_part(family, axes, requests):
     config = hf.load_config(source)
     whole = hf.load_params(source, config)
     requests.clear()
-    mesh = sharding.make_mesh(sharding.MeshConfig(*axes))
+    mesh = sharding.make_mesh(MeshConfig(*axes))
     abstract = wanted(config, mesh)
     loaded = hf.load_params(source, config, abstract)
 
@@ -322,7 +323,7 @@ def test_the_largest_is_read_first_and_one_at_a_time(requests, monkeypatch):
     monkeypatch.setattr(hf, "_BLOCK_BYTES", 1000)
     source = hf.resolve(str(GOLDEN / "qwen2"))
     config = hf.load_config(source)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     abstract = traverse_util.flatten_dict(wanted(config, mesh), sep="/")
     of = {name: path for path in abstract for name in hf_names.of_path(path, config)}
     hf.load_params(source, config, traverse_util.unflatten_dict(abstract, sep="/"))
@@ -348,7 +349,7 @@ def test_only_what_is_asked_for_is_read(requests):
     config = hf.load_config(source)
     whole = hf.load_params(source, config)
     requests.clear()
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = sharding.make_mesh(MeshConfig())
     layers = wanted(config, mesh)["layers"]
     loaded = hf.load_params(source, config, {"layers": {"up": layers["up"]}})
     np.testing.assert_array_equal(
@@ -363,7 +364,7 @@ def test_parameters_in_bfloat16(requests):
     config = hf.load_config(source, layers=2)
     whole = hf.load_params(source, config)
     requests.clear()
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     loaded = hf.load_params(source, config, wanted(config, mesh, jnp.bfloat16))
     for ours, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(whole)):
         assert ours.dtype == jnp.bfloat16
@@ -405,7 +406,7 @@ def status(field):
 source = hf.resolve(sys.argv[1])
 config = hf.load_config(source)
 model = dual.DualEncoder(config, compute_dtype="bfloat16")
-mesh = sharding.make_mesh(sharding.MeshConfig())
+mesh = sharding.make_mesh(MeshConfig())
 boxed = jax.eval_shape(lambda: dual.init_params(model, 0))["backbone"]
 abstract = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=where),

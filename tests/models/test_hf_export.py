@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from xmc_jax.config import ExportConfig, LoraConfig, MeshConfig
 from xmc_jax.models import backbone, bert, decoder_config, dual, hf, hf_export, hf_modules, hf_names
-from xmc_jax.models.layers import NO_LORA, LoraConfig
+from xmc_jax.models.layers import NO_LORA
+from xmc_jax.models.segments import POOLINGS
 from xmc_jax.runtime import sharding
-from xmc_jax.training.config import ExportConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FAMILIES = (*bert.FAMILIES, *decoder_config.FAMILIES)
@@ -87,7 +88,7 @@ def test_files_of_sentence_transformers(pooling, name, tmp_path):
     fields = read(tmp_path / "1_Pooling" / "config.json")
     assert fields.pop("word_embedding_dimension") == config.hidden
     assert {field for field, on in fields.items() if on} == {f"pooling_mode_{name}"}
-    assert tuple(hf_modules.POOLINGS) == dual.POOLINGS
+    assert tuple(hf_modules.POOLINGS) == POOLINGS
     assert read(tmp_path / "sentence_bert_config.json")["max_seq_length"] == 24
     modules = [
         (one["path"], one["type"].rpartition(".")[2]) for one in read(tmp_path / "modules.json")
@@ -143,7 +144,7 @@ def test_bfloat16(tmp_path):
 
 def test_parameters_spread_over_devices(tmp_path):
     _, config, params = golden("llama")
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     boxed = jax.eval_shape(lambda: dual.init_params(dual.DualEncoder(config), 0))["backbone"]
     spread = jax.device_put(params, sharding.of_params(boxed, mesh))
     expected = merged(tmp_path / "one", params, config)

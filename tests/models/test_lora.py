@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import rows_of
+from xmc_jax.config import LoraConfig, MeshConfig
 from xmc_jax.models import backbone, bert, decoder, dual, layers
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
-from xmc_jax.models.layers import NO_LORA, LoraConfig
+from xmc_jax.models.layers import NO_LORA
 from xmc_jax.runtime import sharding
 
 DECODER = DecoderConfig(
@@ -49,7 +50,7 @@ def apply(module, params, x, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("scaling", "scale"), [("rslora", 6 / np.sqrt(3)), ("classic", 2.0)], ids=layers.SCALINGS
+    ("scaling", "scale"), [("rslora", 6 / np.sqrt(3)), ("classic", 2.0)], ids=["rslora", "classic"]
 )
 def test_adapters_add_their_scaled_product(scaling, scale):
     lora = LoraConfig(rank=3, alpha=6.0, scaling=scaling)
@@ -170,7 +171,7 @@ def test_a_new_model_is_the_pretrained_one(sizes):
 def test_adapters_are_split_like_their_kernels():
     model = dual.DualEncoder(DECODER, lora=LoraConfig(rank=4))
     boxed = jax.eval_shape(lambda: dual.init_params(model, 0))
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     stack = sharding.of_params(boxed, mesh)["backbone"]["layers"]
     P, fsdp, tensor = jax.sharding.PartitionSpec, ("fsdp",), ("tensor",)
     for name, (rows, columns) in {"gate": (fsdp, tensor), "down": (tensor, fsdp)}.items():
@@ -193,18 +194,3 @@ def test_unknown_targets():
     assert "\n" not in str(error.value)
     assert set(decoder.PROJECTIONS) == {*bert.PROJECTIONS, "gate"}
     backbone.build(BERT, "float32", "none", dataclasses.replace(lora, rank=0))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rank": -1}, "encoder.lora.rank: expected at least 0, got -1"),
-        ({"alpha": 0.0}, "encoder.lora.alpha: expected more than 0, got 0.0"),
-        ({"dropout": 1.0}, "encoder.lora.dropout: expected a fraction"),
-        ({"scaling": "sqrt"}, "encoder.lora.scaling: expected one of.*got 'sqrt'"),
-        ({"rank": 4, "targets": ()}, "encoder.lora.targets: expected at least one layer"),
-    ],
-)
-def test_config_errors(fields, message):
-    with pytest.raises(ValueError, match=message):
-        LoraConfig(**fields)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data import rows
 from xmc_jax.data.types import Inputs, Prompts
 from xmc_jax.models import decoder_config, dual, layers
 from xmc_jax.models.bert import BertConfig
+from xmc_jax.models.segments import POOLINGS
 from xmc_jax.runtime import sharding
 
 N, T, K, E = 24, 9, 3, 5
@@ -121,7 +123,7 @@ def test_as_with_padding(name, images, pooling, positions):
     assert_alike(encode(model, weights, shared), expected)
 
 
-@pytest.mark.parametrize("pooling", dual.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_an_item_without_a_token_is_the_head(pooling):
     name = "bare"
     TOWERS[name] = (DECODER, Prompts(head=(7, 3)), "image_text")
@@ -161,7 +163,7 @@ def test_where_there_is_no_token_nothing_is_looked_up():
 @pytest.mark.parametrize(("name", "images"), [("encoder", False), ("image_text", True)])
 def test_each_device_has_rows_of_its_own(name, images):
     model, inputs = tower(name, images), items(images)
-    weights, mesh = params(model), sharding.make_mesh(sharding.MeshConfig(4, 2, 1))
+    weights, mesh = params(model), sharding.make_mesh(MeshConfig(4, 2, 1))
     expected = encode(model, weights, apart(name, inputs))
     shared = packed(name, inputs, groups=8)
     shared = jax.device_put(shared, sharding.of_batch(shared, mesh))

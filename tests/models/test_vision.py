@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.models import hf, vision
 from xmc_jax.models.vision import VisionConfig
 from xmc_jax.runtime import sharding
@@ -229,7 +230,7 @@ def test_bfloat16_is_close(model, tmp_path):
 def test_parameters_in_parts_and_images_over_devices(model, tmp_path):
     folder = write(tmp_path, model)
     config, whole = load(folder)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))
+    mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
     images = pixels()
     boxed = jax.eval_shape(lambda: vision.Vision(config).init(jax.random.key(0), images))["params"]
     abstract = jax.tree.map(

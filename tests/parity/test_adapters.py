@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import rows_of
-from xmc_jax.models import backbone, dual, hf, hf_export, hf_names, layers
-from xmc_jax.models.layers import LoraConfig
+from xmc_jax.config import LoraConfig, choices
+from xmc_jax.models import backbone, dual, hf, hf_export, hf_names
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -101,7 +101,7 @@ def by_peft(model, config, lora, params):
 
 
 FAST = [("gemma3", "rslora")]
-ALL_CASES = [(family, scaling) for family in TARGETS for scaling in layers.SCALINGS]
+ALL_CASES = [(family, scaling) for family in TARGETS for scaling in choices(LoraConfig, "scaling")]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp
 from configs import vixml
 from xmc_jax.planning import plan, programs, topology
-from xmc_jax.training.config import RunConfig
+from xmc_jax.config import RunConfig
 from xmc_jax.training.program import Program
 from xmc_jax.data.types import DataShape
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data.types import DataShape
 from xmc_jax.planning import plan, programs, shape, summary, topology
 from xmc_jax.planning.hlo import Costs
 from xmc_jax.planning.plan import Compiled
 from xmc_jax.training import build
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.flops import Flops
 from xmc_jax.training.program import Program
 

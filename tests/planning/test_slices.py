@@ -20,7 +20,7 @@ CHILD = """
 import json, sys
 from configs import vixml
 from xmc_jax.planning import plan, programs, shape, topology
-from xmc_jax.training.config import RunConfig
+from xmc_jax.config import RunConfig
 from xmc_jax.training.program import Program
 
 variant, name, model, changes, only = json.loads(sys.argv[1])

@@ -19,9 +19,9 @@ import numpy as np
 import processes
 import pytest
 
+from xmc_jax.config import RunConfig
 from xmc_jax.runtime import peers
 from xmc_jax.training import build, loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
 pytestmark = pytest.mark.reliability

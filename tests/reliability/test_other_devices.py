@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from xmc_jax.config import RunConfig
 from xmc_jax.data import batches, pipeline
 from xmc_jax.training import build, curriculum, loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
 SAVED, MORE = 7, 5  # steps; five an epoch, so that the next clustering is in between

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
+from xmc_jax.config import AugmentedConfig, EvalConfig
 from xmc_jax.data import packaged, prepare, store
 from xmc_jax.reporting import workdir_contents
 from xmc_jax.retrieval import evaluate, saved_predictions
@@ -100,9 +101,9 @@ def evaluations(data) -> tuple[Evaluation, Evaluation]:
     moved = labels.copy()
     np.add.at(moved, positives.indices, 0.5 * test[positives.row_ids()])
     moved /= np.linalg.norm(moved, axis=1, keepdims=True)
-    alone = evaluate.EvalConfig(augmented=evaluate.AugmentedConfig(enabled=False))
+    alone = EvalConfig(augmented=AugmentedConfig(enabled=False))
     before = evaluate.evaluate(test, labels, data, alone)
-    after = evaluate.evaluate(test, moved, data, evaluate.EvalConfig(), train)
+    after = evaluate.evaluate(test, moved, data, EvalConfig(), train)
     return before, after
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from xmc_jax.config import AugmentedConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.retrieval import augmented
-from xmc_jax.retrieval.augmented import AugmentedConfig
 
 
 def softmax(x):
@@ -168,15 +168,3 @@ def test_a_prior_that_does_not_fit_is_named():
         mix(1e30 * ones, prior_weight=2.0)
     with pytest.raises(ValueError, match="the tuned weights themselves, got only their name"):
         mix(None, weights="tuned")
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("mode", "both"), ("labels", 0), ("temperature", 0.0), ("label_weight", 1.5)),
-        *(("prior_weight", float("inf")), ("weights", "best")),
-    ],
-)
-def test_bad_config_names_its_field(field, value):
-    with pytest.raises(ValueError, match=rf"eval\.augmented.*{field}.*got.*{value}"):
-        AugmentedConfig(**{field: value})

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.types import NO_PROMPTS, Inputs
 from xmc_jax.models import segments
 from xmc_jax.retrieval import encode, exact
 from xmc_jax.runtime import metrics_log, sharding
 
-ONE = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
-EIGHT = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+ONE = sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
+EIGHT = sharding.make_mesh(MeshConfig(2, 2, 2))
 MESHES = pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
 T = 7
 

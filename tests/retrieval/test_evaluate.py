@@ -7,12 +7,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from xmc_jax.config import AugmentedConfig, ScannConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Split, Store
 from xmc_jax.retrieval import evaluate as ev
-from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.metrics import NAMES, metrics
-from xmc_jax.retrieval.scann import ScannConfig
 
 N, M, L, D = 40, 17, 30, 8
 
@@ -130,7 +129,7 @@ def test_equals_dense_evaluation(store, mode, labels, long, prior):
 
 def test_fewer_labels_than_predictions_are_padded(store):
     result = ev.evaluate(
-        TEST, LABELS, store, ev.EvalConfig(augmented=ev.AugmentedConfig(enabled=False))
+        TEST, LABELS, store, ev.EvalConfig(augmented=AugmentedConfig(enabled=False))
     )
     assert list(result.metrics) == ["plain"]
     assert result.ids["plain"].shape == (M, 100)
@@ -187,16 +186,6 @@ def test_bad_input_is_named(store):
         ev.evaluate(TEST, LABELS[1:], store, ev.EvalConfig(), train=TRAIN)
     with pytest.raises(ValueError, match="expected train embeddings"):
         ev.evaluate(TEST, LABELS, store, ev.EvalConfig())
-    with pytest.raises(ValueError, match=r"eval\.index: expected exact or scann, got 'faiss'"):
-        ev.EvalConfig(index="faiss")
-    with pytest.raises(ValueError, match=r"eval\.k: expected at least 1 prediction, got 0"):
-        ev.EvalConfig(k=0)
-    with pytest.raises(ValueError, match=r"eval\.ks: .* at least 1, got \(0, 5\)"):
-        ev.EvalConfig(ks=(0, 5))
-
-
-def test_cut_offs_hold_1_and_none_above_k():
-    assert ev.EvalConfig(ks=(3, 100, 5), k=5).ks == (1, 3, 5)
 
 
 def test_documents_to_look_at_are_spread_evenly(monkeypatch):

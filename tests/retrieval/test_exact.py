@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.retrieval import exact
 from xmc_jax.runtime import sharding
@@ -74,7 +75,7 @@ def test_padding_is_never_returned_even_when_all_products_are_negative():
     "sizes", [*(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (2, 4, 1))), (2, 2, 2)]
 )
 def test_eight_devices_equal_one(sizes):
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
     # (9, 9): some devices hold padding alone; (40, 40): none holds any.
     for count, k in ((101, 20), (9, 9), (64, 5), (40, 40)):
         queries, database = integers(2, 11, 6), integers(3, count, 6)
@@ -105,7 +106,7 @@ def test_tpus_may_approximate_and_others_find_all():
     want = exact.search(queries, database, 4)
     for got, expected in zip(exact.search(queries, database, 4, recall_target=0.9), want):
         np.testing.assert_array_equal(got, expected)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     placed = exact.place(database, mesh)
     fields = {"k": 4, "block": placed.block, "mesh": mesh}
 
@@ -123,7 +124,7 @@ def test_tpus_may_approximate_and_others_find_all():
 def test_more_rows_than_the_host_hands_over_at_a_time(sizes, monkeypatch):
     monkeypatch.setattr(exact, "_ROWS", 7)
     rows = integers(6, 101, 6)
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     placed = exact.place(rows, mesh)
     np.testing.assert_array_equal(np.asarray(placed.rows)[:101], rows)
     assert not np.asarray(placed.rows)[101:].any()
@@ -135,7 +136,7 @@ def test_a_mapped_file_is_placed_in_order_and_searched(sizes, tmp_path):
     np.save(tmp_path / "rows.npy", rows.astype(np.float16))
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), devices)
+    mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
     for dtype in ("float32", "bfloat16"):
         database = exact.place(mapped, mesh, 7, dtype)
         assert database.block <= 7 and database.count == 101 and database.rows.dtype == dtype
@@ -148,7 +149,7 @@ def test_a_mapped_file_is_placed_in_order_and_searched(sizes, tmp_path):
 
 
 def test_a_database_written_on_the_devices_is_searched():
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = sharding.make_mesh(MeshConfig())
     shape, block, by_rows = exact.layout(101, 6, mesh, 5)
     rows, queries = integers(8, 101, 6), integers(9, 5, 6)
     padded = np.ones(shape, np.float32)  # padding is never returned, whatever it holds
@@ -160,7 +161,7 @@ def test_a_database_written_on_the_devices_is_searched():
 
 
 def test_what_is_not_finite_on_the_devices_is_named():
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = sharding.make_mesh(MeshConfig())
     rows = np.ones((20, 4), np.float32)
     rows[13, 1] = np.inf
     with pytest.raises(ValueError, match="row 13 of database"):

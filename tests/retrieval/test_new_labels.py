@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax.config import MeshConfig, NewLabelsConfig
 from xmc_jax.models.combiner import SumCombiner, TransformerCombiner
 from xmc_jax.retrieval import exact, new_labels
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.runtime import sharding
 
 D = 8
@@ -141,7 +141,7 @@ def test_tables_may_be_bfloat16(labels):
 
 def test_a_database_on_the_devices_serves(labels):
     new, known, *_ = labels
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config = NewLabelsConfig(neighbours=3)
     want, got = (
         new_labels.nearest(new, database, config) for database in (known, exact.place(known, mesh))
@@ -153,15 +153,6 @@ def test_a_database_on_the_devices_serves(labels):
 def test_no_labels_at_all(labels):
     _, *tables = labels
     assert made(np.zeros((0, D)), *tables, NewLabelsConfig(), add_up).shape == (0, D)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("how", "both"), ("neighbours", 0), ("threshold", 1.5), ("temperature", 0.0), ("scale", 0.0)],
-)
-def test_bad_config_names_its_field(field, value):
-    with pytest.raises(ValueError, match=rf"new_labels\.{field}: expected .*got '?{value}"):
-        NewLabelsConfig(**{field: value})
 
 
 def test_texts_of_another_width_are_refused(labels):

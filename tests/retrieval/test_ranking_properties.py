@@ -12,11 +12,10 @@ import pytest
 from hypothesis import strategies as st
 
 from configs import vixml
+from xmc_jax.config import AugmentedConfig, EvalConfig, MeshConfig, TuneConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Split, Store
 from xmc_jax.retrieval import evaluate, scann, tuning
-from xmc_jax.retrieval.augmented import AugmentedConfig
-from xmc_jax.retrieval.evaluate import EvalConfig
 from xmc_jax.runtime import sharding
 from xmc_jax.shipping import artifact
 from xmc_jax.shipping.predictor import Predictor, Query
@@ -170,7 +169,7 @@ def predictor_of(problem: Problem, mix: dict) -> Predictor:
         documents=documents,
         index=None,
     )
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     return Predictor(opened, types.SimpleNamespace(mesh=mesh), "exact")
 
 
@@ -220,7 +219,7 @@ def test_tuning(problem, mix, k):
     """Whatever is chosen, its metrics are those of an evaluation with it."""
     store = store_of(problem, validation={"fraction": 0.14, "seed": 0})
     config = EvalConfig(ks=(1, k), k=k, augmented=with_prior(problem, mix))
-    tune = tuning.TuneConfig(metric=f"P@1+nDCG@{k}", folds=2)
+    tune = TuneConfig(metric=f"P@1+nDCG@{k}", folds=2)
     given = problem.test, problem.labels, problem.train, store, config, tune
     if len(problem.test) < 2:
         with pytest.raises(ValueError, match=r"tune\.folds: "):

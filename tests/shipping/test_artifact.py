@@ -291,7 +291,7 @@ class Finder:
         return None if name.partition(".")[0] in refused else self._finder.find_spec(name, *rest)
 sys.meta_path[:] = map(Finder, sys.meta_path)
 from xmc_jax.shipping import artifact, predict_files as files
-from xmc_jax.shipping.predict_config import PredictConfig
+from xmc_jax.config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor
 from xmc_jax.retrieval import exact
 print(len(Predictor.open({str(exported.folder)!r}).predict(["abc"], k=3)[0]))

@@ -9,8 +9,8 @@ import types
 
 import pytest
 
+from xmc_jax.config import PredictConfig
 from xmc_jax.shipping import documents, predict_files
-from xmc_jax.shipping.predict_config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor
 
 CASES = pathlib.Path(__file__).parents[1] / "cases" / "predict"

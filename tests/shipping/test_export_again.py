@@ -7,8 +7,8 @@ import shutil
 import pytest
 from etils import epath
 
+from xmc_jax.config import NewLabelsConfig
 from xmc_jax.files import atomic
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.shipping import artifact, exporting, labels, replacing
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 import write_faults
 from etils import epath
 
+from xmc_jax.config import NewLabelsConfig
 from xmc_jax.files import manifests
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.shipping import artifact, exporting, labels
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
+from xmc_jax.config import NewLabelsConfig
 from xmc_jax.shipping import artifact, exporting, labels
 from xmc_jax.shipping.labels import Label, LabelChanges
 from xmc_jax.shipping.predictor import Predictor, Query

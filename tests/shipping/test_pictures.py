@@ -11,9 +11,9 @@ import pytest
 
 from configs import vixml
 from tests.shipping.conftest import ROWS
+from xmc_jax.config import PredictConfig
 from xmc_jax.data.synthetic import product_set
 from xmc_jax.shipping import artifact, documents, exporting, predict_files
-from xmc_jax.shipping.predict_config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor, Query
 from xmc_jax.shipping.query_encoder import QueryEncoder
 from xmc_jax.training import build

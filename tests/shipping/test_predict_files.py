@@ -15,8 +15,8 @@ import sys
 import numpy as np
 import pytest
 
+from xmc_jax.config import PredictConfig
 from xmc_jax.shipping import artifact, documents, outputs, predict_files
-from xmc_jax.shipping.predict_config import PredictConfig
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.shipping.conftest import ROWS
+from xmc_jax.config import ScannConfig
 from xmc_jax.data import texts
 from xmc_jax.shipping.predictor import Predictor, Query
 
@@ -134,7 +135,7 @@ def test_page_after_page_until_all_labels_were_seen(
     if index == "scann":
         if not scann.available():
             pytest.skip("scann is not installed")
-        config = scann.ScannConfig(brute_force_below=1, leaves_searched=0.01, reorder=1.0)
+        config = ScannConfig(brute_force_below=1, leaves_searched=0.01, reorder=1.0)
         scann.ScannIndex.build(np.array(labels.embeddings), config).save(tmp_path)
         artifact = dataclasses.replace(artifact, index=pathlib.Path(tmp_path))
     one = Predictor(artifact, predictor._encoder, index)
@@ -307,7 +308,7 @@ def test_an_index_ranks_as_it_says(exported, predictor, queries, tmp_path):
 
     if not scann.available():
         pytest.skip("scann is not installed")
-    config = scann.ScannConfig(brute_force_below=1, leaves_searched=1.0, reorder=8.0)
+    config = ScannConfig(brute_force_below=1, leaves_searched=1.0, reorder=8.0)
     scann.ScannIndex.build(np.array(predictor.artifact.labels.embeddings), config).save(tmp_path)
     opened = dataclasses.replace(predictor.artifact, index=pathlib.Path(tmp_path))
     one = Predictor(opened, predictor._encoder, "scann")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax.config import CurriculumConfig, MeshConfig
 from xmc_jax.runtime import sharding
 from xmc_jax.training import curriculum
-from xmc_jax.training.curriculum import CurriculumConfig
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_the_lowest_are_those_of_a_stable_sort(dtype):
 
 
 def width_split(x, sizes=(8, 1, 1)):
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
     return jax.device_put(x, sharding.named((None, "table_width"), x.shape, mesh, "bank"))
 
 
@@ -293,18 +293,3 @@ def test_leaves_must_be_a_power_of_two(leaves):
 def test_more_leaves_than_points_are_refused():
     with pytest.raises(ValueError, match="at most one per point, 5, got 8"):
         curriculum.balanced_kmeans(points(5), 8, jax.random.key(0))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"start": -1},
-        {"update_every": 0},
-        {"cluster_size": 1},
-        {"double_at": (4, 4)},
-        {"double_at": (6, 4)},
-    ],
-)
-def test_config_names_the_field_at_fault(fields):
-    with pytest.raises(ValueError, match=f"curriculum.{next(iter(fields))}: expected"):
-        CurriculumConfig(**fields)

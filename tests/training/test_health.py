@@ -8,9 +8,9 @@ import numpy as np
 import processes
 import pytest
 
+from xmc_jax.config import RunConfig
 from xmc_jax.data import batches
 from xmc_jax.training import build, checkpoint, health, loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
 pytestmark = pytest.mark.slow

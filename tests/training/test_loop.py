@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import pipeline
 from xmc_jax.runtime import metrics_log
 from xmc_jax.training import loop
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.profiling import Profile
 from xmc_jax.training.state import Health
 

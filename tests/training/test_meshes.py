@@ -11,16 +11,21 @@ import optax
 import pytest
 from flax.core import meta
 
+from xmc_jax.config import (
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PrimeConfig,
+    TablesConfig,
+)
 from xmc_jax.data import rows
 from xmc_jax.data.types import Batch, Inputs, Prompts, Rows
 from xmc_jax.models import dual, layers
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.decoder_config import DecoderConfig
-from xmc_jax.models.layers import LoraConfig
 from xmc_jax.runtime import sharding
-from xmc_jax.runtime.sharding import MeshConfig
-from xmc_jax.training import losses, optimizer, tables
-from xmc_jax.training.optimizer import OptimizerConfig
+from xmc_jax.training import optimizer
 from xmc_jax.training.state import Tables, TrainState
 from xmc_jax.training.step import Step, in_chunks
 
@@ -69,7 +74,7 @@ class Run:
         self.model = MODELS[kind].clone(
             compute_dtype=jnp.dtype(dtype).name,
             image_width=E,
-            prime=dual.PrimeConfig(combiner=combiner, heads=8, ff_dim=16, dropout=0.0),
+            prime=PrimeConfig(combiner=combiner, heads=8, ff_dim=16, dropout=0.0),
             num_free_vectors=C,
         )
         width = self.model.sizes.hidden
@@ -90,8 +95,8 @@ class Run:
         step = Step(
             model=self.model,
             transform=transform,
-            loss=losses.LossConfig(num_negatives=5, prototype_to_document=0.5, block=block),
-            tables=tables.TablesConfig(),
+            loss=LossConfig(num_negatives=5, prototype_to_document=0.5, block=block),
+            tables=TablesConfig(),
             n_chunks=2 if lora else 1,
             seed=0,
         )

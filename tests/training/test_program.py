@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from configs import vixml
+from xmc_jax.config import ExportConfig, RunConfig
 from xmc_jax.data.types import Prompts
 from xmc_jax.models import fusion, hf
 from xmc_jax.shipping import exporting
 from xmc_jax.training import build, memory
-from xmc_jax.training.config import ExportConfig, RunConfig
 from xmc_jax.training.run import Run
 
 pytestmark = pytest.mark.slow

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from xmc_jax.config import RunConfig
 from xmc_jax.data import batches
 from xmc_jax.runtime import sharding
 from xmc_jax.training import build, loop, losses
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 from xmc_jax.training.step import in_chunks
 

@@ -29,7 +29,7 @@ from xmc_jax.training import curriculum, tables
 
 assert jax.device_count() == 4 and jax.local_device_count() == 2
 rows = np.load(data)
-mesh = sharding.make_mesh(sharding.MeshConfig())
+mesh = sharding.make_mesh(MeshConfig())
 by_width = sharding.named((None, "table_width"), rows.shape, mesh, "table")
 table = jax.make_array_from_callback(rows.shape, by_width, lambda index: rows[index])
 assert not table.is_fully_addressable

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xmc_jax.config import MeshConfig, TablesConfig
 from xmc_jax.runtime import sharding
 from xmc_jax.training import tables
 from xmc_jax.training.state import Tables
-from xmc_jax.training.tables import TablesConfig
 
 
 def csr(rng, documents, labels):
@@ -53,7 +53,7 @@ def test_centroids_of_a_bank_split_by_width_stay_split(sizes):
     indptr, indices, _ = csr(rng, 60, 25)
     bank = rng.normal(size=(60, 16)).astype(np.float32)
     pairs = tables.label_pairs(indptr, indices, 25, 16)
-    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
     by_width = sharding.named((None, "table_width"), bank.shape, mesh, "bank")
     split = tables.centroids_of(jax.device_put(bank, by_width), pairs)
     assert split.sharding.is_equivalent_to(by_width, 2)
@@ -61,7 +61,7 @@ def test_centroids_of_a_bank_split_by_width_stay_split(sizes):
 
 
 def test_adding_a_block_of_pairs_is_local_to_each_device():
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = sharding.make_mesh(MeshConfig())
     by_width = sharding.named((None, "table_width"), (60, 16), mesh, "bank")
     bank = jax.ShapeDtypeStruct((60, 16), jnp.bfloat16, sharding=by_width)
     sums = jax.ShapeDtypeStruct((25, 16), jnp.float32, sharding=by_width)
@@ -118,7 +118,7 @@ def test_write_rows_keeps_the_last_write_of_a_row(dtype):
 
 
 def test_write_rows_of_a_table_split_by_width():
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = sharding.make_mesh(MeshConfig())
     by_width = sharding.named((None, "table_width"), (10, 16), mesh, "bank")
     by_row = sharding.named(("batch", None), (16, 16), mesh, "rows")
     table = jax.device_put(np.zeros((10, 16), np.float32), by_width)
@@ -203,7 +203,7 @@ def test_free_vectors_of_labels_split_by_width_are_those_of_one_device():
     with jax.enable_x64(True):
         labels = np.random.default_rng(9).normal(size=(101, 16))
         frequency, key = np.arange(101), jax.random.key(1)
-        mesh = sharding.make_mesh(sharding.MeshConfig())
+        mesh = sharding.make_mesh(MeshConfig())
         by_width = sharding.named((None, "table_width"), labels.shape, mesh, "labels")
         split = jax.device_put(labels, by_width)
         one = tables.free_vector_map(jnp.asarray(labels), frequency, 4, 3, key)
@@ -243,11 +243,3 @@ def test_with_vectors_enough_each_label_has_its_own(shared, private):
 def test_numbers_of_free_vectors_that_cannot_be_made(shared, private, message):
     with pytest.raises(ValueError, match=message):
         tables.num_free_vectors(20, shared, private)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"centroids": "fresh"}, {"ema_decay": 1.0}, {"dtype": "float16"}]
-)
-def test_config_names_the_field_at_fault(fields):
-    with pytest.raises(ValueError, match=f"tables.{next(iter(fields))}: expected"):
-        TablesConfig(**fields)

@@ -6,6 +6,7 @@ from xmc_jax.config.data_config import (
     RecordsOptions,
     SyntheticOptions,
 )
+from xmc_jax.config.declare import choices
 from xmc_jax.config.model_config import (
     EncoderConfig,
     FusionConfig,
@@ -56,4 +57,5 @@ __all__ = [
     "TablesConfig",
     "TrainConfig",
     "TuneConfig",
+    "choices",
 ]

@@ -150,9 +150,10 @@ def options(kind: type) -> Iterator[Option]:
         yield Option(name, hint, optional, default, field.description or "", nested)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A section as nested mappings."""
-    return dataclasses.asdict(config)
+def choices(kind: type, name: str) -> tuple[str, ...]:
+    """The values that a field of a section, or each value of a sequence, may have."""
+    hint = next(option.kind for option in options(kind) if option.name == name)
+    return typing.get_args(typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint)
 
 
 def nested(kind: type, text: str) -> Any:

@@ -17,6 +17,7 @@ from xmc_jax.config.declare import (
 )
 
 METRICS = ("P", "nDCG", "PSP", "PSnDCG", "R", "Hit", "MAP", "MRR")
+CUT_OFFS = (1, 3, 5, 10, 100)
 _FEWEST_ROWS = 16  # ScaNN quantises with 16 centers, and needs a row for each
 
 
@@ -91,7 +92,7 @@ class EvalConfig:
     """How test documents are evaluated."""
 
     ks: tuple[Count, ...] = Field(
-        (1, 3, 5, 10, 100), description="Cut-offs of the metrics; those above k are left out."
+        CUT_OFFS, description="Cut-offs of the metrics; those above k are left out."
     )
     k: Count = Field(100, description="Predictions kept per document.")
     index: Literal["exact", "scann"] = Field("exact", description="How labels are searched.")

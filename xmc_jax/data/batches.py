@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from xmc_jax.config import TrainConfig, choices
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
@@ -19,8 +20,8 @@ from xmc_jax.runtime import rng
 
 _SAMPLES = 32  # batches in random order, which the number of rows of a batch follows from
 _LARGER = (1.0, 1.1, 1.25)  # numbers of rows, by the one for documents in random order
-WEIGHTINGS = ("inverse_propensity", "uniform")
-LABELS = ("sampled", "all")
+WEIGHTINGS = choices(TrainConfig, "sampling")
+LABELS = choices(TrainConfig, "labels")
 
 
 def complete(order: np.ndarray, batch_size: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 from PIL import Image
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.files import json_files
 from xmc_jax.images import decoding, descriptor
 from xmc_jax.models import hf, hf_names
@@ -101,7 +102,7 @@ class Tower:
                 f"{list(sides)}, as {name} takes images, got {list(self._processor.size)}"
             )
         self._layout, self._batch_size, self._dtype = layout, batch_size, jnp.dtype(dtype)
-        self._mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
+        self._mesh = sharding.make_mesh(MeshConfig(), devices)
         self.width = self._config.hidden
         self.identity = {
             "name": self._source.name,

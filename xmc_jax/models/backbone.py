@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from xmc_jax.config import LoraConfig
 from xmc_jax.models import bert, decoder, decoder_config
 from xmc_jax.models.bert import Bert, BertConfig
 from xmc_jax.models.decoder import Decoder
 from xmc_jax.models.decoder_config import DecoderConfig
-from xmc_jax.models.layers import LoraConfig
 
 Sizes = BertConfig | DecoderConfig
 

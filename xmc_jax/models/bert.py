@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xmc_jax.config import LoraConfig
 from xmc_jax.models import layers, pooled_dense, segments
 from xmc_jax.models.pooled_dense import DenseConfig
 from xmc_jax.runtime.sharding import Axis
@@ -214,7 +215,7 @@ class Layer(nn.Module):
 
     config: BertConfig
     dtype: jnp.dtype
-    lora: layers.LoraConfig
+    lora: LoraConfig
     deterministic: bool
     hidden_states: bool
 
@@ -266,7 +267,7 @@ class Bert(nn.Module):
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
-    lora: layers.LoraConfig = layers.NO_LORA
+    lora: LoraConfig = layers.NO_LORA
 
     @nn.compact
     def __call__(

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from xmc_jax.models import layers
 from xmc_jax.runtime import sharding
 
-COMBINERS = ("transformer", "sum")
-
 
 class TransformerCombiner(nn.Module):
     """One post-norm transformer layer over the three vectors, their mean, L2-normalised.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xmc_jax.config import LoraConfig
 from xmc_jax.models import layers, pooled_dense, segments
 from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
 from xmc_jax.runtime.sharding import Axis
@@ -41,7 +42,7 @@ class Layer(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
-    lora: layers.LoraConfig
+    lora: LoraConfig
     deterministic: bool
     hidden_states: bool
 
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
-    lora: layers.LoraConfig = layers.NO_LORA
+    lora: LoraConfig = layers.NO_LORA
 
     @nn.compact
     def __call__(

@@ -1,23 +1,20 @@
 """The Siamese encoder: one backbone for documents and labels, and the prototype path of labels."""
 
 import contextlib
-import dataclasses
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from xmc_jax.config import LoraConfig, PrimeConfig
 from xmc_jax.data.types import Array, Rows
 from xmc_jax.models import backbone, layers, segments
 from xmc_jax.models.backbone import Sizes
-from xmc_jax.models.combiner import COMBINERS, SumCombiner, TransformerCombiner
-from xmc_jax.models.layers import NO_LORA, LoraConfig
-from xmc_jax.models.segments import POOLINGS
+from xmc_jax.models.combiner import SumCombiner, TransformerCombiner
+from xmc_jax.models.layers import NO_LORA
 from xmc_jax.runtime import rng, sharding
 
-DTYPES = ("float32", "bfloat16")
-PRECISIONS = ("default", "high", "highest")
 _FREE_VECTOR_INITS = {
     "xavier": nn.initializers.xavier_uniform(),
     "cluster_mean": nn.initializers.zeros,  # set once the labels are encoded
@@ -36,97 +33,6 @@ class EncoderOutput:
 
     pooled: Array
     unit: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """The backbone.
-
-    Attributes:
-        backbone: a local folder, a Hugging Face name, or "minilm-l6-packaged".
-        revision: of the Hugging Face repository: branch, tag or commit; None is its main branch.
-        layers: keep the first so many; None keeps all.
-        pooling: "mean" over the unmasked tokens, prompts included; "cls", the first token; "last",
-            the last one; or "max" over the tokens, number by number. None is what the folder of
-            the backbone says, see `hf_modules.read`, or "mean".
-        dropout: fraction; replaces the model's own, None keeps them.
-        compute_dtype: of activations and products.
-        precision: of products of float32, which GPUs would else take in TF32 and TPUs in bfloat16:
-            "highest", "high" or "default", as JAX calls them. None is "highest" where
-            `compute_dtype` is float32, and else the default.
-        frozen_dtype: of the parameters that are not trained; those that are, are float32.
-        remat: what of a layer is kept for the backward pass; see `layers.stack`.
-        init: "pretrained", or "random" for a model with no weights to load.
-        lora: low-rank adapters of the backbone.
-    """
-
-    backbone: str = "minilm-l6-packaged"
-    revision: str | None = None
-    layers: int | None = None
-    pooling: str | None = None
-    dropout: float | None = None
-    compute_dtype: str = "float32"
-    precision: str | None = None
-    frozen_dtype: str = "float32"
-    remat: str = "none"
-    init: str = "pretrained"
-    lora: LoraConfig = NO_LORA
-
-    def __post_init__(self):
-        _check_choice("encoder.pooling", self.pooling or POOLINGS[0], POOLINGS)
-        _check_choice("encoder.compute_dtype", self.compute_dtype, DTYPES)
-        if self.precision is not None:
-            _check_choice("encoder.precision", self.precision, PRECISIONS)
-        _check_choice("encoder.frozen_dtype", self.frozen_dtype, DTYPES)
-        _check_choice("encoder.remat", self.remat, layers.REMAT)
-        _check_choice("encoder.init", self.init, ("pretrained", "random"))
-        _check_fraction("encoder.dropout", self.dropout or 0.0)
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"encoder.layers: expected at least 1, got {self.layers}")
-
-
-@dataclasses.dataclass(frozen=True)
-class PrimeConfig:
-    """PRIME's label prototypes.
-
-    Attributes:
-        enabled: off trains on label text alone (the NGAME mode).
-        combiner: kind of label prototype network: "transformer" (PRIME's), or "sum", which has no
-            parameters, so that the next three fields are not used.
-        heads: of the combiner; PRIME's own default is 1.
-        ff_dim: of the combiner.
-        dropout: of the combiner, fraction.
-        free_vectors: vectors shared by clusters of labels.
-        private_vectors: vectors of their own, for as many of the most frequent labels.
-        free_vector_init: "xavier" (the reference's encoder script), "cluster_mean" of the labels'
-            initial embeddings (its decoder script), or "zero".
-
-    Source: ViXML supp. A; reference code, run scripts.
-    """
-
-    enabled: bool = True
-    combiner: str = "transformer"
-    heads: int = 8
-    ff_dim: int = 1024
-    dropout: float = 0.1
-    free_vectors: int = 65_536
-    private_vectors: int = 0
-    free_vector_init: str = "xavier"
-
-    def __post_init__(self):
-        _check_choice("prime.combiner", self.combiner, COMBINERS)
-        _check_choice("prime.free_vector_init", self.free_vector_init, tuple(_FREE_VECTOR_INITS))
-        _check_fraction("prime.dropout", self.dropout)
-        for name, least in (
-            ("heads", 1),
-            ("ff_dim", 1),
-            ("free_vectors", 1),
-            ("private_vectors", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"prime.{name}: expected at least {least}, got {getattr(self, name)}"
-                )
 
 
 class DualEncoder(nn.Module):
@@ -270,13 +176,3 @@ def init_params(model: DualEncoder, seed: int):
     if model.image_width:
         one = one.replace(images=jnp.zeros((1, 1, model.image_width)), image_places=zeros)
     return model.init(rng.key(seed, rng.Stream.INIT, 0), one)["params"]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a fraction in [0, 1), got {value}")

@@ -15,13 +15,12 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
+from xmc_jax.config import LoraConfig
 from xmc_jax.files import json_files
 from xmc_jax.models import backbone, hf, hf_modules, hf_names, pooled_dense
 from xmc_jax.models.backbone import Sizes
-from xmc_jax.models.layers import NO_LORA, LoraConfig
+from xmc_jax.models.layers import NO_LORA
 
-FORMATS = ("merged", "adapter")
-DTYPES = ("float32", "bfloat16")
 _SHARD = "2GB"  # a shard is in memory twice while it is written
 _ADAPTER = "adapter_model.safetensors"
 

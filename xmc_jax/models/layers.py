@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xmc_jax.config import EncoderConfig, LoraConfig, choices
 from xmc_jax.runtime import sharding
 from xmc_jax.runtime.sharding import Axis
 
 Initializer = Callable[..., jax.Array]
 
-
-REMAT = (
-    *("none", "nothing_saveable", "projections", "dots_saveable"),
-    "dots_with_no_batch_dims_saveable",
-)
-SCALINGS = ("rslora", "classic")
+REMAT = choices(EncoderConfig, "remat")
 MOST_LAYERS = 1024
 """More than any model has."""
 _LARGEST = 2**31 - 1
@@ -41,55 +36,6 @@ def check_sizes(sizes: Any) -> None:
             raise ValueError(f"{kind}.{field.name}: expected at most {most}, got {value:.3e}")
     if not 0 < sizes.eps < 1:
         raise ValueError(f"{kind}.eps: expected a fraction in (0, 1), got {sizes.eps}")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters: y = x W + scale * dropout(x) A B, in which A and B are trained.
-
-    Attributes:
-        rank: R; 0 is no adapters, and the backbone itself is trained or not.
-        alpha: numerator of the scale.
-        dropout: fraction of the adapters' input.
-        scaling: "rslora", alpha / sqrt(R), or "classic", alpha / R.
-        targets: names of the layers that get adapters: "query", "key", "value", "out", "up",
-            "down", and in decoders "gate".
-
-    Source: ViXML supp. A (rank 256, alpha 256, rsLoRA, all seven); Hu et al., arXiv 2106.09685;
-    Kalajdzievski, arXiv 2312.03732.
-    """
-
-    rank: int = 0
-    alpha: float = 256.0
-    dropout: float = 0.0
-    scaling: str = "rslora"
-    targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")
-
-    def __post_init__(self):
-        for name, fits, expected in (
-            ("rank", self.rank >= 0, "at least 0"),
-            ("alpha", self.alpha > 0, "more than 0"),
-            ("dropout", 0 <= self.dropout < 1, "a fraction in [0, 1)"),
-            ("scaling", self.scaling in SCALINGS, f"one of {SCALINGS}"),
-            ("targets", bool(self.targets) or not self.rank, "at least one layer"),
-        ):
-            if not fits:
-                raise ValueError(
-                    f"encoder.lora.{name}: expected {expected}, got {getattr(self, name)!r}"
-                )
-
-    @property
-    def scale(self) -> float:
-        """What the product of the adapters is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
-
-    def check_targets(self, known: tuple[str, ...]) -> None:
-        """Raises ValueError if a target is not one of a backbone's layers, `known`."""
-        unknown = [name for name in self.targets if name not in known]
-        if self.rank and unknown:
-            raise ValueError(
-                f"encoder.lora.targets: expected layers of this backbone, {known}, got {unknown}"
-            )
 
 
 NO_LORA = LoraConfig()

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from xmc_jax.config import EncoderConfig, choices
 from xmc_jax.models import layers
 from xmc_jax.runtime import sharding
 
-POOLINGS = ("mean", "cls", "last", "max")
+POOLINGS = choices(EncoderConfig, "pooling")
 
 
 def mask(
@@ -63,7 +64,7 @@ def place_images(x: jax.Array, images: jax.Array, places: jax.Array) -> jax.Arra
 
 
 def pool(hidden: jax.Array, segments: jax.Array, per_row: int, head: int, pooling: str):
-    """One vector of each segment, the head's tokens included; see `dual.EncoderConfig`.
+    """One vector of each segment, the head's tokens included; see `EncoderConfig`.
 
     Args:
         hidden: f[r, R, D], float32 or wider.

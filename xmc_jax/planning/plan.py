@@ -8,13 +8,13 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from xmc_jax.config import RunConfig
 from xmc_jax.planning import hardware, hlo, programs
 from xmc_jax.planning.hardware import Seconds
 from xmc_jax.planning.hlo import Costs
 from xmc_jax.planning.programs import Compilable
 from xmc_jax.planning.topology import Topology
 from xmc_jax.training import flops
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.flops import Flops
 from xmc_jax.training.memory import per_device
 from xmc_jax.training.program import Program

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xmc_jax.config import RunConfig
 from xmc_jax.data.types import DataShape
 from xmc_jax.planning import plan as planning
 from xmc_jax.planning import shape, topology
 from xmc_jax.planning.hardware import GIB
 from xmc_jax.planning.plan import Plan
 from xmc_jax.runtime.wording import counted
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program
 
 

@@ -7,16 +7,16 @@ Who ranks labels does it in this order, so that excluded labels never leave a li
     fill up     labels that were not mixed follow by inner product, until there are k
 """
 
-import dataclasses
 import functools
 import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from xmc_jax.config import AugmentedConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.runtime.wording import counted
 
@@ -28,66 +28,6 @@ RETIRED = ("filter_first",)
 
 _BLOCK = 128  # documents whose labels' scores are a matrix at a time
 _FAR = np.iinfo(np.int64).max  # rank of what was not found
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentedConfig:
-    """How labels and documents are searched and mixed.
-
-    Attributes:
-        enabled: whether it is done at all.
-        mode: "split" searches labels and documents apart, "joint" searches their union once.
-        labels: labels that are mixed in split mode, the nearest that may be predicted; joint mode
-            mixes the nearest `labels + documents` items.
-        documents: train documents that are mixed in split mode.
-        temperature: of the softmax over the inner products of what was retrieved.
-        label_weight: weight of the label side; the document side has `1 - label_weight`.
-        separate_softmax: one softmax per side instead of one over both.
-        normalize_rows: a document passes on its weight in equal parts to its labels, instead of
-            giving all of it to each.
-        prior: where each label's prior comes from, see `data.priors`; None for none.
-        prior_weight: exponent of the prior; negative ones favour labels of low prior. A label whose
-            prior is 0 is not ranked, whatever the exponent.
-        weights: "config" takes the values here; "tuned" those that `tuned.write` left in the
-            workdir, which whoever opens a run puts in their place.
-    """
-
-    enabled: bool = True
-    mode: Literal["split", "joint"] = "split"
-    labels: int = 100
-    documents: int = 100
-    temperature: float = 0.05
-    label_weight: float = 0.9
-    separate_softmax: bool = False
-    normalize_rows: bool = False
-    prior: str | None = None
-    prior_weight: float = 1.0
-    weights: Literal["config", "tuned"] = "config"
-
-    def __post_init__(self):
-        if self.mode not in ("split", "joint"):
-            raise ValueError(f"eval.augmented.mode: expected split or joint, got {self.mode!r}")
-        if min(self.labels, self.documents) < 1:
-            raise ValueError(
-                f"eval.augmented: expected labels and documents of at least 1, got {self.labels} "
-                f"and {self.documents}"
-            )
-        if not self.temperature > 0:
-            raise ValueError(
-                f"eval.augmented.temperature: expected a positive number, got {self.temperature}"
-            )
-        if not 0 <= self.label_weight <= 1:
-            raise ValueError(
-                f"eval.augmented.label_weight: expected a fraction, got {self.label_weight}"
-            )
-        if not math.isfinite(self.prior_weight):
-            raise ValueError(
-                f"eval.augmented.prior_weight: expected a finite number, got {self.prior_weight}"
-            )
-        if self.weights not in ("config", "tuned"):
-            raise ValueError(
-                f"eval.augmented.weights: expected config or tuned, got {self.weights!r}"
-            )
 
 
 def depths(config: AugmentedConfig, k: int) -> tuple[int, int]:

@@ -8,67 +8,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from xmc_jax.config import EvalConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic
 from xmc_jax.retrieval import augmented, exact, scann
-from xmc_jax.retrieval.augmented import AugmentedConfig
 from xmc_jax.retrieval.metrics import KS, NAMES, first, metrics
-from xmc_jax.retrieval.scann import ScannConfig
 from xmc_jax.runtime import distributed
 
 _COMPARED = 1_000  # at most this many test documents measure an index's recall and speed
 _LOOKED_AT = 50_000  # test documents, see `sample`
 COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@100")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """How test documents are evaluated.
-
-    Attributes:
-        ks: cut-offs of the metrics, ascending. 1 is always among them, and those above `k` are left
-            out.
-        k: predictions kept per document.
-        index: "exact" or "scann".
-        augmented: retrieval-augmented inference.
-        scann: of `index="scann"`.
-        compare_scann: with `index="exact"`, also build a ScaNN tree of the labels and report its
-            recall and both speeds, where scann is installed. Fewer labels than
-            `scann.brute_force_below` need no tree, and nothing is compared.
-        query_block: documents searched at a time by exact search.
-        database_block: labels or documents scored at a time by exact search, per device.
-        recall_target: of exact search; below 1 TPUs take a faster one, see `exact.search`.
-    """
-
-    ks: tuple[int, ...] = KS
-    k: int = 100
-    index: str = "exact"
-    augmented: AugmentedConfig = dataclasses.field(default_factory=AugmentedConfig)
-    scann: ScannConfig = dataclasses.field(default_factory=ScannConfig)
-    compare_scann: bool = False
-    query_block: int = exact.QUERY_BLOCK
-    database_block: int = exact.BLOCK
-    recall_target: float = 1.0
-
-    def __post_init__(self):
-        if self.index not in ("exact", "scann"):
-            raise ValueError(f"eval.index: expected exact or scann, got {self.index!r}")
-        if self.k < 1:
-            raise ValueError(f"eval.k: expected at least 1 prediction, got {self.k}")
-        if min(self.ks, default=1) < 1:
-            raise ValueError(f"eval.ks: expected cut-offs of at least 1, got {self.ks}")
-        cut_offs = {1, *(cut_off for cut_off in self.ks if cut_off <= self.k)}
-        object.__setattr__(self, "ks", tuple(sorted(cut_offs)))
-        if min(self.query_block, self.database_block) < 1:
-            raise ValueError(
-                f"eval: expected query_block and database_block of at least 1, got "
-                f"{self.query_block} and {self.database_block}"
-            )
-        if not 0 < self.recall_target <= 1:
-            raise ValueError(
-                f"eval.recall_target: expected a fraction in (0, 1], got {self.recall_target}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +75,7 @@ def evaluate(
         )
     excluded = Csr.of_pairs(store.filter("test"), store.num_test, store.num_labels)
     search = _Search(test, config, mesh)
-    k = max(min(config.k, store.num_labels), *config.ks)
+    k = max(min(config.k, store.num_labels), *config.cut_offs)
     depth, of_documents = augmented.depths(mix, k) if mix else (k, 0)
     nearest = search.labels(labels, depth, excluded)
     if mix is not None:
@@ -142,7 +92,9 @@ def evaluate(
             )
         truth = store.positives("test")
         measured = {
-            row: metrics(ids, truth.indptr, truth.indices, store.inverse_propensity, config.ks)
+            row: metrics(
+                ids, truth.indptr, truth.indices, store.inverse_propensity, config.cut_offs
+            )
             for row, (_, ids) in found.items()
         }
     measured, index = distributed.broadcast("evaluation", [measured, search.index])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.runtime import sharding, stopping
 
@@ -176,7 +177,7 @@ def search(
         raise ValueError(f"search: expected k in [1, {count}], the rows to search, got {k}")
     if not placed:
         if mesh is None:
-            mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+            mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
         database = place(database, mesh, database_block)
     mesh = database.rows.sharding.mesh
     bad = [("queries", row) for row in np.flatnonzero(~np.isfinite(queries).all(axis=1))]

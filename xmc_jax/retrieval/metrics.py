@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from xmc_jax.config.retrieval_config import CUT_OFFS, METRICS
 from xmc_jax.runtime.wording import counted
 
-NAMES = ("P", "nDCG", "PSP", "PSnDCG", "R", "Hit", "MAP", "MRR")
-KS = (1, 3, 5, 10, 100)
+NAMES, KS = METRICS, CUT_OFFS
 
 _BLOCK = 16_384  # positives compared with their documents' predictions at a time
 

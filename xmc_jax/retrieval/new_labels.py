@@ -12,50 +12,17 @@ Everything is arrays; what they take is O((n + L) D), never n times L.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
+from xmc_jax.config import NewLabelsConfig
 from xmc_jax.retrieval import exact
 
 Combine = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(pooled text embeddings, free vectors, centroids), each f32[m, D] -> unit prototypes [m, D]."""
 
 _BLOCK = 1_024  # new labels whose neighbours' vectors are gathered at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class NewLabelsConfig:
-    """How a label that was never trained gets its prototype.
-
-    Attributes:
-        how: "text", its text embedding alone; or "nearest", with the free vectors and centroids of
-            trained labels beside it.
-        neighbours: trained labels that a new one borrows from, at most.
-        threshold: cosine of two texts from which on they are neighbours, in [-1, 1]; a label
-            without a neighbour has its text alone.
-        temperature: of the softmax of these cosines, which weighs the neighbours.
-        scale: length of the prototypes, that of trained labels being 1. Below 1 new labels stand
-            back where both fit as well: what is borrowed is less to be relied on.
-    """
-
-    how: Literal["text", "nearest"] = "nearest"
-    neighbours: int = 5
-    threshold: float = -1.0
-    temperature: float = 1.0
-    scale: float = 0.95
-
-    def __post_init__(self):
-        for name, holds, what in (
-            ("how", self.how in ("text", "nearest"), "'text' or 'nearest'"),
-            ("neighbours", self.neighbours >= 1, "at least 1"),
-            ("threshold", -1 <= self.threshold <= 1, "a cosine in [-1, 1]"),
-            ("temperature", self.temperature > 0, "a positive number"),
-            ("scale", self.scale > 0, "a positive number"),
-        ):
-            if not holds:
-                raise ValueError(f"new_labels.{name}: expected {what}, got {getattr(self, name)!r}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

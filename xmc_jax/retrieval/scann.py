@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from xmc_jax.config import MeshConfig, ScannConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.files import atomic
 from xmc_jax.files.digests import sha256
@@ -42,53 +43,6 @@ _REORDERS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 # AMD EPYC, D = 384, 131,073 rows).
 _CANDIDATE = 50
 _TOGETHER = 4  # queries that a tree is given at a time
-_FEWEST_ROWS = 16  # ScaNN quantises with 16 centers, and needs a row for each
-
-
-@dataclasses.dataclass(frozen=True)
-class ScannConfig:
-    """How an index is built and searched.
-
-    What is None follows from the database [L, D] and, the last two, from what reaches
-    `recall_target` on a sample of queries at the least cost.
-
-    Attributes:
-        brute_force_below: a database of fewer rows is searched exhaustively, as is one of fewer
-            than 16, for which ScaNN cannot build a tree.
-        recall_target: share of the exact k that is to be found.
-        leaves: of the tree; 3 sqrt(L) by default.
-        dimensions_per_block: quantised together; 2, or what makes 256 blocks of a larger D, which
-            ScaNN's fast path needs.
-        leaves_searched: fraction of the leaves that a query visits; more where they hold too few.
-        reorder: candidates scored exactly, in multiples of k.
-    """
-
-    brute_force_below: int = 20_000
-    recall_target: float = 0.98
-    leaves: int | None = None
-    dimensions_per_block: int | None = None
-    leaves_searched: float | None = None
-    reorder: float | None = None
-
-    def builds_tree(self, rows: int) -> bool:
-        """Whether an index of so many rows is a tree."""
-        return rows >= max(self.brute_force_below, _FEWEST_ROWS)
-
-    def __post_init__(self):
-        for name in ("leaves", "dimensions_per_block", "reorder"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"eval.scann.{name}: expected at least 1, got {value}")
-        if self.leaves_searched is not None and not 0 < self.leaves_searched <= 1:
-            raise ValueError(
-                f"eval.scann.leaves_searched: expected a fraction of the leaves, got "
-                f"{self.leaves_searched}"
-            )
-        if not 0 < self.recall_target < 1:
-            raise ValueError(
-                f"eval.scann.recall_target: expected a fraction in (0, 1), got "
-                f"{self.recall_target}; all is found by --config.eval.index=exact"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -374,7 +328,7 @@ def compare(
         "recall", the mean fraction of the exact k that the index finds; "queries_per_second" and
         "exact_queries_per_second", each after a warm-up.
     """
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.local_devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
     placed = exact.place(database, mesh)
     seconds, found = {}, {}
     for name, search in (

@@ -7,10 +7,11 @@ from typing import Any
 
 from etils import epath
 
+from xmc_jax.config import AugmentedConfig, TuneConfig
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic, manifests, workdirs
-from xmc_jax.retrieval.augmented import RETIRED, AugmentedConfig
-from xmc_jax.retrieval.tuning import FIELDS, Choice, TuneConfig, values_of
+from xmc_jax.retrieval.augmented import RETIRED
+from xmc_jax.retrieval.tuning import FIELDS, Choice, values_of
 
 FILE = "tuned.json"
 """Name of the file in a workdir."""

@@ -15,11 +15,12 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from xmc_jax.config import AugmentedConfig, EvalConfig, TuneConfig
+from xmc_jax.config.retrieval_config import parse_metric
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval import augmented, evaluate, exact
-from xmc_jax.retrieval.augmented import AugmentedConfig, Mixture, Nearest
-from xmc_jax.retrieval.evaluate import EvalConfig
+from xmc_jax.retrieval.augmented import Mixture, Nearest
 from xmc_jax.retrieval.metrics import NAMES, Truth
 from xmc_jax.runtime import distributed
 from xmc_jax.runtime.wording import counted
@@ -39,63 +40,6 @@ _TOGETHER = (
     ("prior_weight",),
 )
 _SWEEPS = 4  # at most
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneConfig:
-    """What is tried, and when it counts.
-
-    Attributes:
-        metric: to maximise: names of metrics joined by "+", whose mean it is. The default is of the
-            first place (P@1), of the first five (P@5), and of their order (nDCG@5): what tables
-            show first. P@1 alone changes with few documents and would choose by chance.
-        validation_fraction: share of the training documents that are held out, where neither the
-            data name validation documents nor the config of the run holds any out.
-        max_documents: held-out documents that are used, in whole sources.
-        folds: parts for the estimate of the gain: settings are chosen on all parts but one and
-            measured on that one, in turn.
-        standard_errors: the gain must exceed so many of its standard errors, or the settings stay.
-        seed: of parts, and of the documents used.
-        labels: values tried, as all below, beside the config's own; of `mode="split"` only.
-        documents: likewise.
-        temperature: likewise, in any mode.
-        label_weight: likewise.
-        separate_softmax: likewise.
-        normalize_rows: likewise.
-        prior_weight: likewise, where there is a prior.
-    """
-
-    metric: str = "P@1+P@5+nDCG@5"
-    validation_fraction: float = 0.14
-    max_documents: int = 5_000
-    folds: int = 5
-    standard_errors: float = 2.0
-    seed: int = 0
-    labels: tuple[int, ...] = (50, 100, 200, 400)
-    documents: tuple[int, ...] = (25, 50, 100, 200)
-    temperature: tuple[float, ...] = (0.02, 0.03, 0.04, 0.05, 0.07, 0.1)
-    label_weight: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    separate_softmax: tuple[bool, ...] = (False, True)
-    normalize_rows: tuple[bool, ...] = (False, True)
-    prior_weight: tuple[float, ...] = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-
-    def __post_init__(self):
-        parse_metric(self.metric)
-        for field, fits, expected in (
-            ("validation_fraction", 0 < self.validation_fraction < 1, "a fraction in (0, 1)"),
-            ("max_documents", self.max_documents >= 2, "at least 2"),
-            ("folds", self.folds >= 2, "at least 2"),
-            ("standard_errors", self.standard_errors >= 0, "0 or more"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not fits:
-                raise ValueError(f"tune.{field}: expected {expected}, got {getattr(self, field)}")
-        for field in FIELDS[1:]:
-            for value in getattr(self, field):
-                try:
-                    AugmentedConfig(**{field: value})
-                except ValueError as error:
-                    raise ValueError(f"tune.{field}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,21 +76,6 @@ class Choice:
     def chosen(self) -> AugmentedConfig:
         """The settings to use."""
         return self.best if self.accepted else self.defaults
-
-
-def parse_metric(metric: str) -> tuple[tuple[str, int], ...]:
-    """(name, k) of each part of e.g. "P@1+nDCG@5".
-
-    Raises:
-        ValueError: it is not one.
-    """
-    parts = [part.strip().partition("@") for part in metric.split("+")]
-    if not all(name in NAMES and k.isdecimal() and int(k) >= 1 for name, _, k in parts):
-        raise ValueError(
-            f"tune.metric: expected metrics joined by +, each one of {', '.join(NAMES)} and a "
-            f"cut-off, as P@1+nDCG@5, got {metric!r}"
-        )
-    return tuple((name, int(k)) for name, _, k in parts)
 
 
 def split_of(store: Store) -> str:
@@ -295,8 +224,10 @@ def choose(
     added: dict[str, dict[str, np.ndarray]] = {}  # what each document adds, by row and metric
     rankings = mixture.rank([defaults, best], config.k)
     for row, one, (_, ids) in zip(("defaults", "best"), (defaults, best), rankings):
-        ranks = measured.ranks(ids, config.ks)
-        metrics[row] = {f"{n}@{k}": measured.mean(n, k, ranks) for n in NAMES for k in config.ks}
+        ranks = measured.ranks(ids, config.cut_offs)
+        metrics[row] = {
+            f"{n}@{k}": measured.mean(n, k, ranks) for n in NAMES for k in config.cut_offs
+        }
         metrics[row][tune.metric] = float(seen[one].mean())
         columns = [column for column in evaluate.COLUMNS if column in metrics[row]]
         added[row] = {c: measured.per_document(*parse_metric(c)[0], ranks) for c in columns}

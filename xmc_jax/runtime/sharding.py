@@ -3,7 +3,6 @@
 Nothing else knows a mesh axis.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xmc_jax.config import MeshConfig, choices
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -35,33 +36,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": (),
     "rank": ("fsdp",),
 }
-SPLIT = ("embed", "heads", "kv", "mlp", "rank", "token_width")  # of parameters
+_SPLIT = choices(MeshConfig, "replicate")
 # Tables are split by width, so that writing and reading rows is local; by rows, every write gathers
 # the batch. Of these the first with the most devices that divides the width.
 TABLE_WIDTH = (("tensor", "data", "fsdp"), ("data", "fsdp"), ("data",), ("fsdp",), ("tensor",))
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis.
-
-    Attributes:
-        data: copies of the parameters; -1 takes every device the other axes leave.
-        fsdp: shards of parameters, gathered where they are used.
-        tensor: shards of heads and feed-forward width.
-        replicate: logical axes of parameters that are not split after all, such as ("kv",) where
-            there are fewer key-value heads than `tensor`.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    replicate: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        unknown = [name for name in self.replicate if name not in SPLIT]
-        if unknown:
-            raise ValueError(f"mesh.replicate: expected names of {SPLIT}, got {unknown}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -127,7 +105,7 @@ def spec(
         extent = _extent(mesh, mesh_axes)
         if units % extent and name is not None:
             what = f"size {size}" if units == size else f"{units} heads"
-            remedy = f", or --config.mesh.replicate=\"('{axis}',)\"" if axis in SPLIT else ""
+            remedy = f", or --config.mesh.replicate=\"('{axis}',)\"" if axis in _SPLIT else ""
             raise ValueError(
                 f"sharding: {name} {shape}: axis {axis!r} of {what} does not divide into the "
                 f"{extent} shards of mesh axes {mesh_axes}; choose a mesh whose sizes divide it"

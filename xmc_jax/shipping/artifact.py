@@ -37,12 +37,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from xmc_jax.config import AugmentedConfig, EncoderConfig, PrimeConfig, choices
 from xmc_jax.data import texts
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.types import ORDERS, Prompts
 from xmc_jax.files import array_files, atomic, digests, locks, manifests
-from xmc_jax.models import dual, hf
-from xmc_jax.retrieval.augmented import RETIRED, AugmentedConfig
+from xmc_jax.models import hf
+from xmc_jax.retrieval.augmented import RETIRED
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping.packed_thumbnails import KINDS, Thumbnails
 
@@ -125,8 +126,8 @@ class ModelInput:
 
     def __post_init__(self):
         for name, known in (
-            ("pooling", dual.POOLINGS),
-            ("compute_dtype", dual.DTYPES),
+            ("pooling", choices(EncoderConfig, "pooling")),
+            ("compute_dtype", choices(EncoderConfig, "compute_dtype")),
             ("order", ORDERS),
             ("text", TEXTS),
         ):
@@ -163,7 +164,7 @@ class Labels:
         ids: identifiers, all different.
         texts: what they say.
         embeddings: f32[L, D], prototypes with PRIME, else of their texts: unit vectors, but for
-            labels added later, see `new_labels.NewLabelsConfig.scale`.
+            labels added later, see `NewLabelsConfig.scale`.
         frequency: i64[L], training documents of each; 0 for those added later.
         prior: f64[L], see `augmented.rank`; None without.
     """
@@ -211,7 +212,7 @@ class Prototypes:
         combiner: file of its parameters; one without any has none.
     """
 
-    config: dual.PrimeConfig
+    config: PrimeConfig
     text: np.ndarray
     centroids: np.ndarray
     free_vector_of: np.ndarray
@@ -266,7 +267,7 @@ class Artifact:
         shape = self.labels.embeddings.shape
         free_vectors = _array(folder / "free_vectors.npy", np.float32, (None, shape[1]))
         return Prototypes(
-            config=parse(dual.PrimeConfig, section.get("config"), f"{where}: prototypes: config"),
+            config=parse(PrimeConfig, section.get("config"), f"{where}: prototypes: config"),
             text=_array(folder / "text.npy", np.float32, shape),
             centroids=_array(folder / "centroids.npy", np.float32, shape),
             free_vector_of=_ids(
@@ -488,7 +489,8 @@ def parse(kind: type, tree: Any, where: str, partly: bool = False) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    several = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if several else (hint,)
     if typing.get_origin(hint) is typing.Literal:
         options = (str,)
     if value is None and type(None) in options:

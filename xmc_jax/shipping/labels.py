@@ -21,13 +21,13 @@ import numpy as np
 from absl import logging
 from flax.core import meta
 
+from xmc_jax.config import NewLabelsConfig, ScannConfig
 from xmc_jax.data import texts
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.tables import cell_values
 from xmc_jax.files import array_files, atomic, json_files, locks
 from xmc_jax.models import dual, hf
 from xmc_jax.retrieval import new_labels, scann
-from xmc_jax.retrieval.new_labels import NewLabelsConfig
 from xmc_jax.runtime import rng
 from xmc_jax.shipping import artifact
 from xmc_jax.shipping.artifact import Artifact, Documents, Prototypes
@@ -359,7 +359,7 @@ def _index(
         return None, None
     before = opened.manifest["index"]
     settings = _setting(opened, "eval", "scann", dict)
-    config = artifact.parse(scann.ScannConfig, settings, f"{opened.folder}: eval.scann")
+    config = artifact.parse(ScannConfig, settings, f"{opened.folder}: eval.scann")
     some = embeddings if opened.documents is None else opened.documents.embeddings
     some = np.asarray(some[:: -(-len(some) // _QUERIES)], np.float32)
     if type(before.get("k")) is not int or before["k"] < 1:

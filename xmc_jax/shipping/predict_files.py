@@ -20,13 +20,13 @@ from typing import TypeVar
 import numpy as np
 import tqdm
 
+from xmc_jax.config import PredictConfig
 from xmc_jax.retrieval import scann
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping import documents, outputs
 from xmc_jax.shipping.artifact import Artifact
 from xmc_jax.shipping.documents import Document, DocumentFile
 from xmc_jax.shipping.outputs import LineSink, Output, OutputProgress, PipeSink
-from xmc_jax.shipping.predict_config import PredictConfig
 from xmc_jax.shipping.predictor import Predictor, Ranking
 from xmc_jax.shipping.query_encoder import QueryEncoder
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data.tables import cell_values
-from xmc_jax.runtime import sharding
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping import artifact
 from xmc_jax.shipping.artifact import Artifact
@@ -110,7 +110,7 @@ class Predictor:
         folder,
         index: str = "auto",
         verify: bool = True,
-        mesh: sharding.MeshConfig | None = None,
+        mesh: MeshConfig | None = None,
     ) -> "Predictor":
         """Opens an exported folder.
 

@@ -21,6 +21,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta
 
+from xmc_jax.config import MeshConfig
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.types import Inputs, Rows
@@ -85,9 +86,9 @@ class QueryEncoder:
         ValueError: weights or tokenizer that do not fit.
     """
 
-    def __init__(self, artifact: Artifact, mesh: sharding.MeshConfig | None = None):
+    def __init__(self, artifact: Artifact, mesh: MeshConfig | None = None):
         self.artifact = artifact
-        self.mesh = sharding.make_mesh(mesh or sharding.MeshConfig(), jax.local_devices())
+        self.mesh = sharding.make_mesh(mesh or MeshConfig(), jax.local_devices())
         self._input = model = artifact.model
         source = hf.resolve(str(artifact.folder))
         sizes = hf.load_config(source)

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from xmc_jax.config import AugmentedConfig, PredictConfig, choices
 from xmc_jax.data.csr import Csr
 from xmc_jax.retrieval import augmented, exact, scann
 from xmc_jax.retrieval.metrics import first
 from xmc_jax.runtime import sharding
-from xmc_jax.shipping import predict_config
 from xmc_jax.shipping.artifact import Artifact
 
+INDEXES, RANKINGS = choices(PredictConfig, "index"), choices(PredictConfig, "ranking")
 _CHECKED = 65_536  # rows looked at at a time
 _STEP = 256  # searches are for so many, or a multiple, so that few programs are compiled
 
@@ -45,8 +46,8 @@ class Ranker:
         labels: np.ndarray | None = None,
         whole: "Ranker | None" = None,
     ):
-        if index not in predict_config.INDEXES:
-            raise ValueError(f"index: expected one of {predict_config.INDEXES}, got {index!r:.60}")
+        if index not in INDEXES:
+            raise ValueError(f"index: expected one of {INDEXES}, got {index!r:.60}")
         self.artifact, self._mesh, self._all = opened, mesh, whole
         self._is_whole = labels is None
         self.labels = np.arange(len(opened.labels), dtype=np.int32) if self._is_whole else labels
@@ -64,14 +65,14 @@ class Ranker:
         """The ranker of some of the labels, i32[l] ascending rows; it searches exactly."""
         return Ranker(self.artifact, self._mesh, "exact", labels, self._all or self)
 
-    def mix(self, ranking: str) -> augmented.AugmentedConfig | None:
+    def mix(self, ranking: str) -> AugmentedConfig | None:
         """How labels and neighbours are mixed; None to rank labels by inner product.
 
         Raises:
             ValueError: no such ranking, or no documents for it.
         """
-        if ranking not in predict_config.RANKINGS:
-            raise ValueError(f"ranking: expected one of {predict_config.RANKINGS}, got {ranking!r}")
+        if ranking not in RANKINGS:
+            raise ValueError(f"ranking: expected one of {RANKINGS}, got {ranking!r}")
         mix = self.artifact.ranking
         if ranking == "plain" or (ranking == "auto" and not mix.enabled):
             return None
@@ -96,7 +97,7 @@ class Ranker:
         embedded: np.ndarray,
         allowed: Sequence[Allowed],
         k: int,
-        mix: augmented.AugmentedConfig | None,
+        mix: AugmentedConfig | None,
         rows: tuple[int, ...],
     ) -> tuple[np.ndarray, np.ndarray]:
         """f32[n, k] scores and i32[n, k] rows of labels, as `evaluate.evaluate` ranks documents.
@@ -191,7 +192,7 @@ class Ranker:
         embedded: np.ndarray,
         depth: int,
         k: int,
-        mix: augmented.AugmentedConfig | None,
+        mix: AugmentedConfig | None,
         near: augmented.Nearest | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """f32[k] and i32[k], the ranking of one document among some columns, i[m].

@@ -9,6 +9,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from xmc_jax.config import RunConfig
 from xmc_jax.data import bundled, prepare, prompts, raw_folder, store, tokenizer
 from xmc_jax.data import image_vectors as image_folders
 from xmc_jax.data.records import data_report, own_records
@@ -18,7 +19,6 @@ from xmc_jax.models import backbone, hf, hf_modules
 from xmc_jax.models.hf_modules import Modules
 from xmc_jax.retrieval import tuned
 from xmc_jax.runtime import distributed
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.run import Run
 
 BUNDLED, SYNTHETIC = "bundled", "synthetic"  # values of data.raw_dir that are no folders

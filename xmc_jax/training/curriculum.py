@@ -13,48 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from xmc_jax.config import CurriculumConfig
 from xmc_jax.runtime import rng, sharding, stopping
 
 ITERATIONS = 20  # of 2-means, at each level, at most
 TOLERANCE = 1e-4  # pyxclib's; see `balanced_kmeans`
 BLOCK = 1 << 26  # numbers of a device's part of a table that it holds in float32 at a time
 CACHED = 1 << 20  # the same of clusters or tiles that a CPU works on: they stay in its caches
-
-
-@dataclasses.dataclass(frozen=True)
-class CurriculumConfig:
-    """When documents are clustered, and how finely.
-
-    Attributes:
-        start: the first epoch whose end clusters the documents; earlier orders are random. None:
-            all are.
-        update_every: epochs from one clustering to the next.
-        cluster_size: documents per leaf at first, before rounding leaves up to a power of two.
-        double_at: epochs at whose end `cluster_size` doubles, before that end's clustering.
-    """
-
-    start: int | None = 10
-    update_every: int = 5
-    cluster_size: int = 16
-    double_at: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if self.start is not None and self.start < 0:
-            raise ValueError(
-                f"curriculum.start: expected an epoch from 0 on, or None, got {self.start}"
-            )
-        if self.update_every < 1:
-            raise ValueError(
-                f"curriculum.update_every: expected at least 1 epoch, got {self.update_every}"
-            )
-        if self.cluster_size < 2:
-            raise ValueError(
-                f"curriculum.cluster_size: expected at least 2 documents, got {self.cluster_size}"
-            )
-        if list(self.double_at) != sorted(set(self.double_at)):
-            raise ValueError(
-                f"curriculum.double_at: expected increasing epochs, got {self.double_at}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from flax import traverse_util
 from xmc_jax.data.store import Store
 from xmc_jax.training.state import Health
 
-POLICIES = ("stop", "skip")
 _SHOWN = 5
 _WHOLE = ("loss", "grad_norm")  # of all parts, and of all parameters
 

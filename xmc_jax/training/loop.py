@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from xmc_jax.config import TrainConfig
 from xmc_jax.data import batches, pipeline
 from xmc_jax.retrieval import evaluate
 from xmc_jax.retrieval.evaluate import Evaluation
@@ -20,7 +21,6 @@ from xmc_jax.runtime import command, distributed, metrics_log, stopping
 from xmc_jax.runtime.watchdog import Watchdog
 from xmc_jax.runtime.wording import counted
 from xmc_jax.training import checkpoint, curriculum, health, losses, optimizer
-from xmc_jax.training.config import TrainConfig
 from xmc_jax.training.profiling import Profile
 from xmc_jax.training.run import Run
 from xmc_jax.training.state import Health, TrainState

@@ -7,15 +7,15 @@ Similarities [B, U] are looked at whole where they are small, else in blocks of 
 computed again for the gradient: memory is that of a block, and the results are the same.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from xmc_jax.config import LossConfig
 from xmc_jax.runtime import sharding
 from xmc_jax.training.state import Pairs
 
@@ -48,66 +48,6 @@ _SPREAD = 0.01
 _VIOLATORS = 0.95
 # ... and each margin term lies within this fraction of the minimum margin.
 _AT_MINIMUM = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """The training objective. The defaults are those of the ViXML run scripts for 131K labels.
-
-    Attributes:
-        kind: "margin" (NGAME, PRIME, ViXML) or "decoupled_softmax" (DEXML).
-        num_negatives: hardest negatives per row; clipped to the columns there are.
-        weighted: softmax-weighted sum over a row's negatives; False takes their plain mean.
-        margin_min: the dynamic margin's lower bound, in cosine.
-        margin_max: its upper bound; equal to `margin_min` for a constant margin.
-        weight_temperature: of the softmax weights.
-        softmax_temperature: of the decoupled softmax (DEXML's tau).
-        document_to_label: weight of the term documents -> label texts; the only one without PRIME.
-        document_to_prototype: weight of the term documents -> label prototypes.
-        label_to_document: weight of the term label texts -> documents.
-        prototype_to_document: weight of the term label prototypes -> documents; not in the paper.
-        regularizer: weight of `regularizer`.
-        regularizer_margin: what prototypes must gain over label texts, in cosine.
-        block: documents compared at a time, on all devices together: a divisor of B, and a multiple
-            of the devices that a batch is split over; labels likewise, in as many blocks. None: all
-            of them up to 2^26 similarities on a device, else as many as have 2^24.
-    """
-
-    kind: Literal["margin", "decoupled_softmax"] = "margin"
-    num_negatives: int = 10
-    weighted: bool = True
-    margin_min: float = 0.1
-    margin_max: float = 0.3
-    weight_temperature: float = 0.1
-    softmax_temperature: float = 0.05
-    document_to_label: float = 1.0
-    document_to_prototype: float = 1.0
-    label_to_document: float = 1.0
-    prototype_to_document: float = 0.0
-    regularizer: float = 0.1
-    regularizer_margin: float = 0.1
-    block: int | None = None
-
-    def __post_init__(self):
-        if self.kind not in ("margin", "decoupled_softmax"):
-            raise ValueError(
-                f"loss.kind: expected 'margin' or 'decoupled_softmax', got {self.kind!r}"
-            )
-        if self.num_negatives < 1:
-            raise ValueError(f"loss.num_negatives: expected at least 1, got {self.num_negatives}")
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"loss.block: expected at least 1, or None, got {self.block}")
-        if not 0 <= self.margin_min <= self.margin_max:
-            raise ValueError(
-                "loss.margin_min, loss.margin_max: expected 0 <= margin_min <= margin_max, got "
-                f"{self.margin_min}, {self.margin_max}"
-            )
-        for name in ("weight_temperature", "softmax_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"loss.{name}: expected more than 0, got {getattr(self, name)}")
-        for name in (*_TERMS, "regularizer"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"loss.{name}: expected at least 0, got {getattr(self, name)}")
 
 
 def num_blocks(documents: int, labels: int, cfg: LossConfig, shards: int = 1) -> int:

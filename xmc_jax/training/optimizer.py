@@ -4,7 +4,6 @@ A parameter's name is its path, "backbone/layers/attention/query/kernel"; groups
 of (regex, value) in which the first full match wins.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,63 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its groups.
-
-    Attributes:
-        lr: peak learning rate by parameter: (regex, value) pairs, first full match wins.
-        weight_decay: decoupled, multiplied by the learning rate as in PyTorch; (regex, value)
-            pairs.
-        trainable: whether a parameter is trained; (regex, bool) pairs.
-        warmup_steps: of the linear warm-up from 0; a linear decay to 0 at the last step follows.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        clip_norm: bound on the norm of the whole gradient, or None.
-    """
-
-    lr: tuple[tuple[str, float], ...] = ((".*", 5e-4),)
-    weight_decay: tuple[tuple[str, float], ...] = ((".*", 0.01),)
-    trainable: tuple[tuple[str, bool], ...] = ((".*", True),)
-    warmup_steps: int = 100
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-6
-    clip_norm: float | None = None
-
-    def __post_init__(self):
-        for name in ("lr", "weight_decay", "trainable"):
-            for pattern, _ in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(
-                        f"optimizer.{name}: expected regular expressions, got {pattern!r} "
-                        f"({error}); any text is '.*'"
-                    ) from None
-        for name in ("lr", "weight_decay"):
-            for pattern, value in getattr(self, name):
-                if not value >= 0:
-                    raise ValueError(
-                        f"optimizer.{name}: {pattern!r}: expected at least 0, got {value}"
-                    )
-        if self.warmup_steps < 0:
-            raise ValueError(
-                f"optimizer.warmup_steps: expected at least 0, got {self.warmup_steps}"
-            )
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"optimizer.{name}: expected a number in [0, 1), got {getattr(self, name)}"
-                )
-        if not self.eps > 0:
-            raise ValueError(f"optimizer.eps: expected more than 0, got {self.eps}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(
-                f"optimizer.clip_norm: expected more than 0, or None, got {self.clip_norm}"
-            )
+from xmc_jax.config import OptimizerConfig
 
 
 def partition(params: Any, trainable: Sequence[tuple[str, bool]]) -> tuple[Any, Any]:

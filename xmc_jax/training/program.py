@@ -17,6 +17,7 @@ import optax
 from flax import traverse_util
 from flax.core import meta
 
+from xmc_jax.config import RunConfig
 from xmc_jax.data import batches
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.types import NO_PROMPTS, Batch, DataShape, Prompts, Rows
@@ -24,7 +25,6 @@ from xmc_jax.models import backbone, dual, fusion, hf, hf_modules
 from xmc_jax.runtime import sharding
 from xmc_jax.runtime.wording import counted
 from xmc_jax.training import flops, losses, optimizer, tables
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.state import Tables, TrainState
 from xmc_jax.training.step import Step
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from xmc_jax.config import EvalConfig, RunConfig
 from xmc_jax.data import batches, priors, store
 from xmc_jax.data.types import NO_PROMPTS, Batch, Prompts
 from xmc_jax.files import array_files, atomic
@@ -16,7 +17,6 @@ from xmc_jax.retrieval import encode, evaluate, exact, scann, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.runtime import rng, sharding
 from xmc_jax.training import curriculum, memory, optimizer, tables
-from xmc_jax.training.config import RunConfig
 from xmc_jax.training.program import Program, shardings
 from xmc_jax.training.state import Tables, TrainState
 
@@ -232,7 +232,7 @@ class Run(Program):
     def evaluate(
         self,
         state: TrainState,
-        config: evaluate.EvalConfig | None = None,
+        config: EvalConfig | None = None,
         labels: np.ndarray | None = None,
     ) -> Evaluation:
         """Evaluates on the test documents.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from xmc_jax.config import LossConfig, TablesConfig
 from xmc_jax.data.types import Batch, Rows
 from xmc_jax.models import layers
 from xmc_jax.models.dual import DualEncoder, EncoderOutput
@@ -32,8 +33,8 @@ class Step:
 
     model: DualEncoder
     transform: optimizer.AdamW
-    loss: losses.LossConfig
-    tables: tables.TablesConfig
+    loss: LossConfig
+    tables: TablesConfig
     n_chunks: int
     seed: int
 

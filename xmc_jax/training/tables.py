@@ -4,9 +4,7 @@ Everything here is deterministic on CPU. `centroids_of` adds rows by scatter, wh
 fixed only under XLA's `--xla_gpu_deterministic_ops=true`; the other writes are to distinct rows.
 """
 
-import dataclasses
 import functools
-from typing import Literal
 
 import flax.struct
 import jax
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from xmc_jax.config import TablesConfig
 from xmc_jax.runtime import sharding
 from xmc_jax.runtime.wording import counted
 from xmc_jax.training import curriculum
@@ -21,33 +20,6 @@ from xmc_jax.training.state import Tables
 
 PAIRS = 16384  # of a document and a label, that are added to the centroids at a time
 _IN_FLIGHT = 32  # blocks of pairs on the devices, or on their way
-
-
-@dataclasses.dataclass(frozen=True)
-class TablesConfig:
-    """How tables are kept.
-
-    Attributes:
-        centroids: "stale", recomputed at each epoch boundary from the document bank as the epoch
-            left it; "exact", recomputed there from documents encoded anew; or "ema", moved at
-            every step.
-        ema_decay: what a centroid keeps of itself at a step of "ema", in [0, 1).
-        dtype: of the document bank and the centroids, "float32" or "bfloat16".
-    """
-
-    centroids: Literal["stale", "exact", "ema"] = "stale"
-    ema_decay: float = 0.95
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self):
-        if self.centroids not in ("stale", "exact", "ema"):
-            raise ValueError(
-                f"tables.centroids: expected 'stale', 'exact' or 'ema', got {self.centroids!r}"
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"tables.ema_decay: expected a number in [0, 1), got {self.ema_decay}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"tables.dtype: expected 'float32' or 'bfloat16', got {self.dtype!r}")
 
 
 @flax.struct.dataclass

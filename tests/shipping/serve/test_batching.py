@@ -9,11 +9,11 @@ import types
 import numpy as np
 import pytest
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.predictor import Query
 from xmc_jax.shipping.serve import batching
 from xmc_jax.shipping.serve.batching import Batcher, Full
 from xmc_jax.shipping.serve.model import AUGMENTED, NEIGHBOURS, PLAIN
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 CONFIG = ServeConfig(max_batch=4, max_queries=4, queue=8, max_k=3)
 

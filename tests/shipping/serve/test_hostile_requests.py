@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason='needs the extra "serve"')
 _SERVER = """
 import socket, sys, uvicorn
 from xmc_jax.shipping.serve import protocol, server
-from xmc_jax.shipping.serve.serve_config import ServeConfig
+from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.serve.service import Service
 protocol.SECONDS = 0.5
 listener = socket.create_server(("127.0.0.1", 0))

@@ -135,7 +135,7 @@ import pathlib, sys, time
 from absl import logging
 from xmc_jax.shipping.predictor import Predictor
 from xmc_jax.shipping.serve import server, service
-from xmc_jax.shipping.serve.serve_config import ServeConfig
+from xmc_jax.config import ServeConfig
 logging.set_verbosity(logging.INFO)
 service.warm_up = lambda predictor, config: None
 Predictor.embed_measured = lambda *arguments: time.sleep(1000)

@@ -69,9 +69,9 @@ def test_the_first_picture_of_each_item(tmp_path):
 def test_export_takes_them_from_the_dataset(tmp_path):
     pytest.importorskip("PIL.Image", reason='needs the extra "vision"')
     from configs import vixml
+    from xmc_jax.config import ExportConfig
     from xmc_jax.data.synthetic import product_set
     from xmc_jax.shipping import exporting
-    from xmc_jax.training.config import ExportConfig
 
     def exported(fields, **settings):
         config = types.SimpleNamespace(export=ExportConfig(**settings))

@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import logging
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping.predictor import Predictor, Query
 from xmc_jax.shipping.serve.model import NEIGHBOURS, ServedModel
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 _WAITED = 0.25  # of the time that a batch took, at most, for a fuller one
 

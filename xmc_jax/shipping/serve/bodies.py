@@ -16,7 +16,7 @@ import fastapi
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from xmc_jax.shipping.serve.serve_config import ServeConfig
+from xmc_jax.config import ServeConfig
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

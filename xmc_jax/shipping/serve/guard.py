@@ -8,9 +8,9 @@ from typing import Any
 
 from absl import logging
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.serve import bodies
 from xmc_jax.shipping.serve.bodies import Message, Refused
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 from xmc_jax.shipping.serve.telemetry import Metrics
 
 Scope = MutableMapping[str, Any]

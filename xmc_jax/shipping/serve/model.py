@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.predictor import Predictor
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 PLAIN, AUGMENTED, NEIGHBOURS = "plain", "augmented", "neighbours"
 """What is looked for: labels by inner product or mixed, or training documents."""

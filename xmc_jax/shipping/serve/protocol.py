@@ -12,8 +12,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.serve import guard
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 MAX_HEAD = 2**16
 """Bytes of a head, and of whatever lies between two parts of a body. One read may exceed it."""

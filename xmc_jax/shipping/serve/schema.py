@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.data.tables import cell_values
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 
 _SEPARATOR = "|"  # of ids in a text, as in files of documents
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from absl import logging
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.runtime import command
 from xmc_jax.shipping.predictor import Predictor
 from xmc_jax.shipping.serve import app
 from xmc_jax.shipping.serve.protocol import Protocol
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 from xmc_jax.shipping.serve.service import ENDING, Service, in_thread
 
 _BACKLOG = 2048  # connections that wait to be accepted

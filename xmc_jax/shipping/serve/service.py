@@ -15,12 +15,12 @@ import fastapi
 import numpy as np
 from absl import logging
 
+from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.predictor import Predictor, Query
 from xmc_jax.shipping.serve import bodies
 from xmc_jax.shipping.serve.batching import Batcher, Full, Results, warm_up
 from xmc_jax.shipping.serve.bodies import Refused
 from xmc_jax.shipping.serve.model import ServedModel
-from xmc_jax.shipping.serve.serve_config import ServeConfig
 from xmc_jax.shipping.serve.telemetry import Metrics
 
 STARTING, READY, ENDING = "starting", "ready", "ending"

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable
 
-from xmc_jax.shipping.serve.serve_config import ServeConfig
+from xmc_jax.config import ServeConfig
 
 
 def run(find: Callable[[], pathlib.Path], config: ServeConfig) -> None:
