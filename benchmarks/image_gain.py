@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import accuracy
 from benchmarks.environment import environment, save
 from configs import vixml
-from xmc_jax.data import image_vectors
+from xmc_jax.data import image_vectors, image_writer
 from xmc_jax.data.store import SPLITS, Store
 from xmc_jax.retrieval.evaluate import format_table
 from xmc_jax.training import build
@@ -47,13 +47,13 @@ def shuffled(real: image_vectors.ImageStore, seed: int = 0) -> str:
     facts, rng = real.manifest, np.random.default_rng(seed)
     identity = {key: facts["encoder"][key] for key in ("name", "revision", "digest")}
     source = facts["source"] | {"shuffled": seed, "of": real.digest}
-    with image_vectors.Writer(
+    with image_writer.ImageWriter(
         folder, facts["counts"], real.width, facts["dataset"], identity, source
     ) as writer:
         for split in SPLITS:
             rows = getattr(real, split)
             order = rng.permutation(len(rows))
-            for item in range(writer.done[split], len(rows)):
+            for item in range(writer.written[split], len(rows)):
                 first, end = rows.indptr[order[item] : order[item] + 2]
                 writer.append(split, item, rows.rows[first:end])
         writer.finish()

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment, save
-from xmc_jax.data import image_vectors
+from xmc_jax.data import image_vectors, image_writer
 
 PACKAGES = ("numpy",)
 LABELS = 0.4  # of all items; the others are training documents
@@ -81,9 +81,9 @@ def write(folder: pathlib.Path, settings: Settings) -> None:
     encoder = {"name": "drawn", "revision": None, "digest": str(s.seed)}
     items = {split: len(of[split]) for split in of}
     source = {"rows": s.rows, "images_per_item": s.images_per_item}
-    with image_vectors.Writer(folder, items, s.width, "Synthetic", encoder, source) as writer:
+    with image_writer.ImageWriter(folder, items, s.width, "Synthetic", encoder, source) as writer:
         for split in of:
-            for start in range(writer.done[split], items[split], _ITEMS):
+            for start in range(writer.written[split], items[split], _ITEMS):
                 block = of[split][start : start + _ITEMS]
                 vectors = noise[: block.sum()]
                 first = of[split][:start].sum()

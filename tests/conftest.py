@@ -185,7 +185,7 @@ def fields(topics, backbone, tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def with_random_images():
     """A function that gives a dataset 0 to 3 random vectors per item, in a folder of their own."""
-    from xmc_jax.data import image_vectors
+    from xmc_jax.data import image_vectors, image_writer
     from xmc_jax.data.store import SPLITS
 
     def add(data, folder: pathlib.Path, per_item: int = 2, width: int = 8, seed: int = 0):
@@ -193,7 +193,7 @@ def with_random_images():
         counts = {split: len(getattr(data, split)) for split in SPLITS}
         uids = {s: data.manifest["files"][f"{s}.uids.txt"]["sha256"] for s in SPLITS}
         encoder = {"name": "random", "revision": None, "digest": str(seed)}
-        with image_vectors.Writer(
+        with image_writer.ImageWriter(
             folder, counts, width, data.name, encoder, {"uids": uids}
         ) as writer:
             for split in SPLITS:

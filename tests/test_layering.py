@@ -28,7 +28,7 @@ LAYERS = (
 HOMES = {
     "fastapi": ("shipping/serve/",),
     "prometheus_client": ("shipping/serve/",),
-    "pydantic": ("config/", "shipping/serve/"),
+    "pydantic": ("config/", "data/", "files/", "shipping/serve/"),
     "starlette": ("shipping/serve/",),
     "uvicorn": ("shipping/serve/",),
     "PIL": (

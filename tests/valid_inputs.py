@@ -17,7 +17,17 @@ import safetensors.numpy
 import served
 
 from xmc_jax.config import AugmentedConfig, PrimeConfig
-from xmc_jax.data import image_maps, image_vectors, prepare, priors, raw, store, texts, tokenizer
+from xmc_jax.data import (
+    image_maps,
+    image_vectors,
+    image_writer,
+    prepare,
+    priors,
+    raw,
+    store,
+    texts,
+    tokenizer,
+)
 from xmc_jax.data.records import own_records
 from xmc_jax.files import workdirs
 from xmc_jax.files.digests import sha256
@@ -155,7 +165,7 @@ def image_files(folder: pathlib.Path) -> None:
     facts = {"name": "random", "revision": None, "digest": "0"}
     uids = {split: [str(i) for i in range(count)] for split, count in counts.items()}
     source = {"uids": image_vectors.digests(uids)}
-    with image_vectors.Writer(folder, counts, 4, "ToyTitles", facts, source) as writer:
+    with image_writer.ImageWriter(folder, counts, 4, "ToyTitles", facts, source) as writer:
         for split, count in counts.items():
             writer.extend(split, 0, [1] * count, np.ones((count, 4)))
         writer.finish()

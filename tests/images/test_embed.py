@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import vision_embed
 from tests.models import test_vision as towers
-from xmc_jax.data import image_import, raw_folder, store
+from xmc_jax.data import image_import, image_writer, raw_folder, store
 from xmc_jax.data import image_vectors as image_folders
 from xmc_jax.data.records import own_records
 from xmc_jax.data.store import SPLITS
@@ -347,19 +347,19 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("torn", [b"", b'{"split": "train", "item": 99', b"\x00\xff\n"])
 def test_interrupted_runs_give_the_same_bytes(config, straight, compiled, monkeypatch, torn):
-    extend = image_folders.Writer.extend
+    extend = image_writer.ImageWriter.extend
     calls = 0
 
     def dying(writer, *arguments):
         nonlocal calls
         calls += 1
         if calls % 2 == 0:  # every other time, what was appended last was not made durable
-            monkeypatch.setattr(image_folders, "_COMMIT_SECONDS", 1e9 if calls % 4 else -1.0)
+            monkeypatch.setattr(image_writer, "_COMMIT_SECONDS", 1e9 if calls % 4 else -1.0)
         extend(writer, *arguments)
         if calls % 3 == 0:
             raise Killed
 
-    monkeypatch.setattr(image_folders.Writer, "extend", dying)
+    monkeypatch.setattr(image_writer.ImageWriter, "extend", dying)
     chosen, runs = config(), 0
     while True:
         runs += 1
@@ -368,7 +368,7 @@ def test_interrupted_runs_give_the_same_bytes(config, straight, compiled, monkey
             break
         except Killed:
             if torn:
-                with (image_folders._partial(chosen.folder) / changes.FAILURES).open("ab") as file:
+                with (image_folders.partial(chosen.folder) / changes.FAILURES).open("ab") as file:
                     file.write(torn)
     assert runs >= 3
     assert contents(chosen.folder) == contents(straight)
@@ -393,13 +393,13 @@ def test_killed_commands_give_the_same_bytes(topics, tmp_path, tower):
     whole = contents(tmp_path / "whole" / "Topics-40" / "images-x")
     folder = tmp_path / "killed" / "Topics-40" / "images-x"
     code = (
-        "import os, sys, signal, xmc_jax.data.image_vectors as f, xmc_jax.images.embed as e\n"
-        "f._COMMIT_SECONDS, extend, left = -1.0, f.Writer.extend, [int(sys.argv.pop(1))]\n"
+        "import os, sys, signal, xmc_jax.data.image_writer as f, xmc_jax.images.embed as e\n"
+        "f._COMMIT_SECONDS, extend, left = -1.0, f.ImageWriter.extend, [int(sys.argv.pop(1))]\n"
         "def dying(*a):\n"
         "    extend(*a)\n"
         "    left[0] -= 1\n"
         "    left[0] or os.kill(os.getpid(), signal.SIGKILL)\n"
-        "f.Writer.extend = dying\n"
+        "f.ImageWriter.extend = dying\n"
         "sys.exit(e.main())"
     )
     for batches in (1, 5, 3):

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from xmc_jax.data import image_maps, image_vectors
+from xmc_jax.data import image_maps, image_vectors, image_writer
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
 from xmc_jax.files.digests import sha256
@@ -128,15 +128,15 @@ def import_published(
     }
     source = {"uids": image_vectors.digests(uids), "per_item": per_item, "published": digests}
     origin = _origin(pathlib.Path(embeddings), digests)
-    with image_vectors.Writer(
+    with image_writer.ImageWriter(
         folder, items, widths[0], dataset, identity, source, overwrite
     ) as writer:
-        total, done = sum(items.values()), sum(writer.done.values())
+        total, done = sum(items.values()), sum(writer.written.values())
         with tqdm.tqdm(
             total=total, initial=done, desc="importing", unit="item", disable=None
         ) as bar:
             for split in SPLITS:
-                for start in range(writer.done[split], items[split], _BLOCK):
+                for start in range(writer.written[split], items[split], _BLOCK):
                     block = maps[split].take(np.arange(start, min(start + _BLOCK, items[split])))
                     writer.extend(split, start, block.counts(), rows[split][block.indices])
                     bar.update(block.rows)

@@ -21,7 +21,7 @@ import tqdm
 
 from xmc_jax.data import bundled, known, packaged, raw_folder, store
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.data.raw import Items
+from xmc_jax.data.raw import RawItems
 from xmc_jax.data.records import data_report, own_records, record_scan
 from xmc_jax.data.records.record_scan import Scan
 from xmc_jax.files import array_files, atomic, json_files, locks, manifests
@@ -210,7 +210,7 @@ def _check(
         waiting[of], size[of] = [], 0
 
     def keep(of: str, item: dict[str, Any], _: list[str]) -> None:
-        text = Items([item["uid"]], [item["title"]], [item["content"]], None).texts(kind)[0]
+        text = RawItems([item["uid"]], [item["title"]], [item["content"]], None).texts(kind)[0]
         waiting[of].append(text)
         size[of] += len(text)
         if size[of] > _CHECKED:
@@ -409,7 +409,7 @@ def _write(
         tqdm.tqdm(desc="tokenising", unit="text", disable=None) as bar,
     ):
 
-        def keep(split: str, items: Items) -> None:
+        def keep(split: str, items: RawItems) -> None:
             if split not in written:
                 written[split] = stack.enter_context(_SplitTexts(partial, split, inputs, tokenizer))
             written[split].add(items)
@@ -482,7 +482,7 @@ class _SplitTexts:
         if self._lengths and error[0] is None:
             array_files.save(self._lengths_file, np.concatenate(self._lengths).astype(np.uint16))
 
-    def add(self, items: Items) -> None:
+    def add(self, items: RawItems) -> None:
         """Writes the items that follow."""
         texts = items.texts(self._text)
         self._blank += sum(not text.strip() for text in texts)

@@ -7,14 +7,14 @@ is accepted is exact and large files are still fast.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from xmc_jax.data.csr import Csr, concatenated
 from xmc_jax.files import text_files
@@ -33,7 +33,7 @@ _ITEMS, _BYTES = 1 << 14, 2 << 20  # items and bytes of lines that a block of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Items:
+class RawItems:
     """Documents or labels, in file order.
 
     Attributes:
@@ -57,16 +57,16 @@ class Items:
             return self.titles
         return [f"{title} {more}".strip() for title, more in zip(self.titles, self.contents)]
 
-    def take(self, rows: Sequence[int]) -> "Items":
+    def take(self, rows: Sequence[int]) -> "RawItems":
         """The items of these rows, in that order."""
         lists = [
             [column[row] for row in rows] for column in (self.uids, self.titles, self.contents)
         ]
         positives = None if self.positives is None else self.positives.take(np.asarray(rows, int))
-        return Items(*lists, positives)
+        return RawItems(*lists, positives)
 
 
-def read_items(path, encoding: str = "utf-8", num_labels: int | None = None) -> Items:
+def read_items(path, encoding: str = "utf-8", num_labels: int | None = None) -> RawItems:
     """Reads `*.json` (one object per line) or `*.raw.txt` (one text per line), or `.gz` of these.
 
     A JSON object has `title` and perhaps `uid`, `content`, `target_ind`, `target_rel`. A text file
@@ -83,16 +83,10 @@ def read_items(path, encoding: str = "utf-8", num_labels: int | None = None) -> 
     return together(list(blocks(path, encoding, num_labels)))
 
 
-def blocks(path, encoding: str = "utf-8", num_labels: int | None = None) -> Iterator[Items]:
+def blocks(path, encoding: str = "utf-8", num_labels: int | None = None) -> Iterator[RawItems]:
     """What `read_items` reads, some megabytes of it at a time; nothing of an empty file.
 
-    Args:
-        path: see `read_items`.
-        encoding: likewise.
-        num_labels: likewise.
-
-    Raises:
-        ValueError: see `read_items`; the blocks before are good.
+    Arguments and errors are those of `read_items`.
     """
     path = pathlib.Path(path)
     if encoding not in ("utf-8", "latin-1"):
@@ -108,14 +102,16 @@ def blocks(path, encoding: str = "utf-8", num_labels: int | None = None) -> Iter
         )
 
 
-def together(parts: Sequence[Items]) -> Items:
+def together(parts: Sequence[RawItems]) -> RawItems:
     """The items of several blocks, one block after the other."""
     columns = [
         [one for part in parts for one in getattr(part, name)]
         for name in ("uids", "titles", "contents")
     ]
     positives = [part.positives for part in parts]
-    return Items(*columns, concatenated(positives) if parts and positives[0] is not None else None)
+    return RawItems(
+        *columns, concatenated(positives) if parts and positives[0] is not None else None
+    )
 
 
 def read_label_matrix(path) -> Csr:
@@ -138,15 +134,13 @@ def read_label_matrix(path) -> Csr:
     _, first = next(lines, (1, b""))
     if _FEATURES_HEADER.fullmatch(first):
         raise ValueError(
-            f"{path}:1: expected 'rows columns' of a matrix of labels, found {_shown(first)}, as a "
-            "file of features begins: points, features, labels; take the matrix of labels alone "
+            f"{path}:1: expected 'rows columns' of a matrix of labels, found {_quoted(first)}, as "
+            "a file of features begins: points, features, labels; take the matrix of labels alone "
             "(trn_X_Y.txt, tst_X_Y.txt), which the repository has with the raw texts"
         )
     header = _HEADER.fullmatch(first)
     if not header or int(header[2]) > _MAX_ID:
-        raise ValueError(
-            f"{path}:1: expected 'rows columns', two whole numbers, found {_shown(first)}"
-        )
+        raise _refusal(path, 1, "'rows columns', two whole numbers", first)
     rows, columns = int(header[1]), int(header[2])
     counts: list[int] = []  # grown by what is there, not by what the header promises
     pending: list[bytes] = []
@@ -154,16 +148,12 @@ def read_label_matrix(path) -> Csr:
     for number, line in lines:
         if len(counts) == rows:
             if line.strip():
-                raise ValueError(
-                    f"{path}:{number}: expected {counted(rows, 'row')} as in the header, found one "
-                    "more"
-                )
+                expected = f"{counted(rows, 'row')} as in the header"
+                raise _refusal(path, number, expected, line)
             continue
         if not _ROW.fullmatch(line):
             bad = next((t for t in line.split() if not re.fullmatch(_ENTRY, t)), line)
-            raise ValueError(
-                f"{path}:{number}: expected 'label:value' entries, found {_shown(bad)}"
-            )
+            raise _refusal(path, number, "'label:value' entries", bad)
         counts.append(line.count(b":"))
         pending.append(line)
         if len(pending) == _BLOCK:
@@ -181,10 +171,8 @@ def read_label_matrix(path) -> Csr:
     if len(wrong):
         row = np.searchsorted(indptr, wrong[0], side="right") - 1
         label, value = entries[wrong[0]]
-        raise ValueError(
-            f"{path}:{row + 2}: expected labels in [0, {columns}) with finite values, "
-            f"found {label:.0f}:{value:g}"
-        )
+        expected = f"labels in [0, {columns}) with finite values"
+        raise _refusal(path, row + 2, expected, f"{label:.0f}:{value:g}".encode())
     return Csr(indptr, entries[:, 0].astype(np.int32), values, columns)
 
 
@@ -208,17 +196,15 @@ def read_filter(path, num_points: int | None = None, num_labels: int | None = No
         if not line.strip():
             continue
         if not _PAIR.fullmatch(line):
-            raise ValueError(f"{path}:{number}: expected 'point label', found {_shown(line)}")
+            raise _refusal(path, number, "'point label'", line)
         numbers.append(number)
         kept.append(line)
     pairs = _numbers(kept).reshape(-1, 2)
     limits = [_MAX_ID if limit is None else limit for limit in (num_points, num_labels)]
     wrong = np.flatnonzero((pairs >= limits).any(axis=1))
     if len(wrong):
-        raise ValueError(
-            f"{path}:{numbers[wrong[0]]}: expected a point in [0, {limits[0]}) and a label in "
-            f"[0, {limits[1]}), found {_shown(kept[wrong[0]])}"
-        )
+        expected = f"a point in [0, {limits[0]}) and a label in [0, {limits[1]})"
+        raise _refusal(path, numbers[wrong[0]], expected, kept[wrong[0]])
     return pairs.astype(np.int32)
 
 
@@ -236,10 +222,7 @@ def read_groups(path) -> dict[str, str]:
     for number, line in _lines(path):
         fields = _decode(path, number, line, "utf-8").split("\t")
         if len(fields) != 2 or groups.setdefault(fields[0], fields[1]) != fields[1]:
-            raise ValueError(
-                f"{path}:{number}: expected 'uid<tab>group', one group per uid, "
-                f"found {_shown(line)}"
-            )
+            raise _refusal(path, number, "'uid<tab>group', one group per uid", line)
     return groups
 
 
@@ -257,9 +240,7 @@ def read_names(path) -> list[str]:
     for number, line in _lines(path):
         name = _decode(path, number, line, "utf-8")
         if not name or names.setdefault(name, number) != number:
-            raise ValueError(
-                f"{path}:{number}: expected a uid per line, each once, found {_shown(line)}"
-            )
+            raise _refusal(path, number, "a uid per line, each once", line)
     return list(names)
 
 
@@ -277,7 +258,7 @@ def _chunks(path: pathlib.Path) -> Iterator[list[tuple[int, bytes]]]:
         yield chunk
 
 
-def _text_blocks(path: pathlib.Path, encoding: str) -> Iterator[Items]:
+def _text_blocks(path: pathlib.Path, encoding: str) -> Iterator[RawItems]:
     # Decided for the file as a whole: a title may well contain an arrow.
     with_ids = all(
         _split_id(_decode(path, number, line, encoding)) for number, line in _lines(path)
@@ -290,7 +271,7 @@ def _text_blocks(path: pathlib.Path, encoding: str) -> Iterator[Items]:
         else:
             uids = list(map(str, range(first, first + len(texts))))
         first += len(texts)
-        yield Items(uids, texts, [""] * len(texts), None)
+        yield RawItems(uids, texts, [""] * len(texts), None)
 
 
 def _split_id(text: str) -> tuple[str, str] | None:
@@ -299,98 +280,66 @@ def _split_id(text: str) -> tuple[str, str] | None:
     return (uid, rest) if arrow and uid and not any(map(str.isspace, uid)) else None
 
 
-def _json_blocks(path: pathlib.Path, encoding: str, num_labels: int | None) -> Iterator[Items]:
-    reader = _JsonReader(path, encoding, num_labels)
+class _RawObject(BaseModel, strict=True):
+    """A line of a file of objects."""
+
+    title: str
+    uid: str = ""
+    content: str = ""
+    target_ind: list[int] | None = None
+    target_rel: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+
+
+def _json_blocks(path: pathlib.Path, encoding: str, num_labels: int | None) -> Iterator[RawItems]:
+    count, blank, labelled = 0, 0, None
+    limit = _MAX_ID if num_labels is None else num_labels
     for chunk in _chunks(path):
-        yield reader.block(chunk)
-
-
-class _JsonReader:
-    """Reads objects; remembers what all of a file's objects have to agree on."""
-
-    def __init__(self, path: pathlib.Path, encoding: str, num_labels: int | None):
-        self._path, self._encoding, self._columns = path, encoding, num_labels
-        self._limit = _MAX_ID if num_labels is None else num_labels
-        self._count, self._blank = 0, 0
-        self._labelled: bool | None = None
-
-    def block(self, chunk: Sequence[tuple[int, bytes]]) -> Items:
         columns: tuple[list[str], ...] = ([], [], [])
         labels: list[list[int]] = []
         for number, line in chunk:
             if not line.strip():
-                self._blank = self._blank or number
+                blank = blank or number
                 continue
-            if self._blank:
-                raise ValueError(
-                    f"{self._path}:{self._blank}: expected a JSON object, found a blank line"
-                )
-            item = self._object(number, line)
-            for column, field in zip(columns, self._texts(number, line, item)):
+            if blank:
+                raise _refusal(path, blank, "a JSON object", b"")
+            item = _object(path, number, line, encoding, limit)
+            uid = item.uid if "uid" in item.model_fields_set else str(count)
+            for column, field in zip(columns, (uid, item.title, item.content)):
                 column.append(field)
-            if item.get("target_ind") is not None:
-                labels.append(self._labels(number, item))
-            labelled = item.get("target_ind") is not None
-            if self._labelled not in (None, labelled):
-                raise ValueError(
-                    f"{self._path}:{number}: expected target_ind in all objects or in none, found "
-                    f"one {'with' if labelled else 'without'} it"
-                )
-            self._labelled = labelled
-            self._count += 1
-        if not self._labelled:
-            return Items(*columns, None)
+            if labelled not in (None, item.target_ind is not None):
+                raise _refusal(path, number, "target_ind in all objects or in none", line)
+            labelled = item.target_ind is not None
+            labels.append(item.target_ind or [])
+            count += 1
+        if not labelled:
+            yield RawItems(*columns, None)
+            continue
         counts = np.fromiter(map(len, labels), np.int64, len(labels))
         indices = np.fromiter(itertools.chain.from_iterable(labels), np.int32, counts.sum())
-        width = int(indices.max(initial=-1)) + 1 if self._columns is None else self._columns
-        return Items(*columns, Csr(np.concatenate([[0], np.cumsum(counts)]), indices, None, width))
+        width = int(indices.max(initial=-1)) + 1 if num_labels is None else num_labels
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        yield RawItems(*columns, Csr(indptr, indices, None, width))
 
-    def _object(self, number: int, line: bytes) -> dict[str, Any]:
-        text = _decode(self._path, number, line, self._encoding)
-        try:
-            item = json.loads(text)
-        except (ValueError, RecursionError):
-            item = None
-        if not isinstance(item, dict):
-            raise ValueError(f"{self._path}:{number}: expected a JSON object, found {_shown(line)}")
-        return item
 
-    def _texts(self, number: int, line: bytes, item: dict[str, Any]) -> list[str]:
-        """Identifier, title and content."""
-        fields = [item.get("uid", str(self._count)), item.get("title"), item.get("content", "")]
-        if not all(isinstance(field, str) for field in fields):
-            raise ValueError(
-                f"{self._path}:{number}: expected text in title, uid and content, found "
-                f"{_shown(line)}"
-            )
-        if b"\\ud" in line.lower() and any("\ud800" <= c <= "\udfff" for c in "".join(fields)):
-            raise ValueError(
-                f"{self._path}:{number}: expected Unicode text, found half of a \\u pair"
-            )
-        return fields
-
-    def _labels(self, number: int, item: dict[str, Any]) -> list[int]:
-        targets, weights = item["target_ind"], item.get("target_rel", [])
-        if not (
-            isinstance(targets, list)
-            and set(map(type, targets)) <= {int}
-            and all(0 <= target < self._limit for target in targets)
-        ):
-            raise ValueError(
-                f"{self._path}:{number}: expected target_ind to be a list of labels in "
-                f"[0, {self._limit}), found {_shown(repr(targets).encode())}"
-            )
-        if not (
-            isinstance(weights, list)
-            and len(weights) in ({len(targets)} if "target_rel" in item else {0})
-            and set(map(type, weights)) <= {int, float}
-            and all(0 < weight < float("inf") for weight in weights)
-        ):
-            raise ValueError(
-                f"{self._path}:{number}: expected target_rel to be {len(targets)} positive "
-                f"numbers, found {_shown(repr(weights).encode())}"
-            )
-        return targets
+def _object(path: pathlib.Path, number: int, line: bytes, encoding: str, limit: int) -> _RawObject:
+    text = _decode(path, number, line, encoding)
+    try:
+        item = _RawObject.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        expected = "a JSON object"
+        if first["loc"]:
+            kind = first["msg"].removeprefix("Input should be ").replace("Field required", "a text")
+            expected = f"{kind} as {'.'.join(map(str, first['loc']))}"
+        raise _refusal(path, number, expected, line) from None
+    targets, weights = item.target_ind, item.target_rel
+    if targets and not 0 <= min(targets) <= max(targets) < limit:
+        raise _refusal(path, number, f"labels in [0, {limit}) as target_ind", line)
+    weighted = targets is not None and "target_rel" in item.model_fields_set
+    if weighted and (weights is None or len(weights) != len(targets)):
+        expected = f"{counted(len(targets), 'number')} as target_rel, one for each label"
+        raise _refusal(path, number, expected, line)
+    return item
 
 
 def _read_npz(path: pathlib.Path) -> Csr:
@@ -404,26 +353,23 @@ def _read_npz(path: pathlib.Path) -> Csr:
     except Exception as error:  # a damaged zip raises a dozen types; all mean the same here
         raise ValueError(
             f"{path}: expected an .npz of a CSR matrix without pickled objects, "
-            f"found {_shown(f'{type(error).__name__}: {error}'.encode())}"
+            f"found {_quoted(f'{type(error).__name__}: {error}'.encode())}"
         ) from error
     shape, indptr, indices, data = (arrays[n] for n in ("shape", "indptr", "indices", "data"))
     if arrays["format"].tolist() not in (b"csr", "csr"):
         raise ValueError(f"{path}: expected format csr, found {arrays['format'].tolist()!r}")
     integers = all(a.dtype.kind in "iu" and a.ndim == 1 for a in (shape, indptr, indices))
-    if not integers or shape.shape != (2,) or data.ndim != 1 or data.dtype.kind not in "iufb":
+    numbers = data.ndim == 1 and data.dtype.kind in "iufb"
+    fits = integers and numbers and shape.shape == (2,) and len(indptr) == shape[0] + 1
+    if not (fits and len(indices) == len(data) == indptr[-1]):
         raise ValueError(
-            f"{path}: expected vectors of numbers in shape [2], indptr, indices and data, found "
+            f"{path}: expected a CSR matrix of numbers, shape [2], indptr [rows + 1], indices and "
+            "data [indptr[-1]], found "
             + ", ".join(f"{n} {arrays[n].dtype}{list(arrays[n].shape)}" for n in arrays)
         )
-    rows, columns = (int(size) for size in shape)
-    indptr = indptr.astype(np.int64)
-    if len(indptr) != rows + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise ValueError(f"{path}: expected an ascending indptr of {rows + 1} numbers from 0")
-    if not (indptr[-1] == len(indices) == len(data)):
-        raise ValueError(
-            f"{path}: expected {indptr[-1]} entries as in indptr, "
-            f"found {counted(len(indices), 'index', 'indices')} and {counted(len(data), 'value')}"
-        )
+    columns, indptr = int(shape[1]), indptr.astype(np.int64)
+    if indptr[0] != 0 or (np.diff(indptr) < 0).any():
+        raise ValueError(f"{path}: expected indptr to ascend from 0, found another")
     with np.errstate(over="ignore"):
         values = data.astype(np.float32)
     if columns > _MAX_ID or ((indices < 0) | (indices >= columns) | ~np.isfinite(values)).any():
@@ -453,5 +399,9 @@ def _numbers(lines: list[bytes]) -> np.ndarray:
     return np.fromstring(text, np.float64, sep=" ") if text.strip() else np.empty(0)
 
 
-def _shown(found: bytes) -> str:
-    return repr(found[:60].decode("utf-8", "replace")) + ("..." if len(found) > 60 else "")
+def _quoted(line: bytes) -> str:
+    return repr(line[:60].decode("utf-8", "replace")) + ("..." if len(line) > 60 else "")
+
+
+def _refusal(path: pathlib.Path, number: int, expected: str, line: bytes) -> ValueError:
+    return ValueError(f"{path}:{number}: expected {expected}, found {_quoted(line)}")

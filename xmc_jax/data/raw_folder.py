@@ -11,7 +11,7 @@ import numpy as np
 from xmc_jax.data import holdout, raw
 from xmc_jax.data.csr import Csr, concatenated
 from xmc_jax.data.known import KNOWN
-from xmc_jax.data.raw import Items
+from xmc_jax.data.raw import RawItems
 from xmc_jax.files.digests import sha256
 from xmc_jax.runtime.wording import counted
 
@@ -33,7 +33,7 @@ _FILTER = {
 _GROUPS = ("groups.tsv",)
 _VALIDATION = ("validation.txt",)
 
-Keep = Callable[[str, Items], None]
+Keep = Callable[[str, RawItems], None]
 """Is given "train", "test", "label" or "validation" and the next items of it, with their texts."""
 
 
@@ -52,7 +52,7 @@ class RawDataset:
         validation_filter: as `filter`, of validation documents; None where there are none.
     """
 
-    splits: dict[str, Items]
+    splits: dict[str, RawItems]
     groups: dict[str, np.ndarray]
     filter: np.ndarray
     merged: dict[str, int]
@@ -199,7 +199,7 @@ class _HeldOut:
     drawn: np.ndarray | None = None
     uids: frozenset[str] = frozenset()
 
-    def of(self, first: int, block: Items) -> np.ndarray:
+    def of(self, first: int, block: RawItems) -> np.ndarray:
         """bool[n], of the items of a block, the first of which has this row."""
         if self.drawn is not None:
             return self.drawn[first : first + len(block)]
@@ -207,19 +207,19 @@ class _HeldOut:
 
 
 class _Collected:
-    """Items by split: their texts handed on, or in memory if there is nobody to take them."""
+    """RawItems by split: their texts handed on, or in memory if there is nobody to take them."""
 
     def __init__(self, keep: Keep | None):
         self._keep = keep
-        self._parts: dict[str, list[Items]] = collections.defaultdict(list)
+        self._parts: dict[str, list[RawItems]] = collections.defaultdict(list)
 
-    def add(self, split: str, block: Items) -> None:
+    def add(self, split: str, block: RawItems) -> None:
         if self._keep is not None:
             self._keep(split, block)
             block = dataclasses.replace(block, titles=[], contents=[])
         self._parts[split].append(dataclasses.replace(block, positives=None))
 
-    def of(self, split: str) -> Items:
+    def of(self, split: str) -> RawItems:
         return raw.together(self._parts[split])
 
 
@@ -344,7 +344,7 @@ def _filters(
 
 
 def _groups(
-    files: Mapping[str, pathlib.Path], groups: Mapping[str, str], splits: Mapping[str, Items]
+    files: Mapping[str, pathlib.Path], groups: Mapping[str, str], splits: Mapping[str, RawItems]
 ) -> dict[str, np.ndarray]:
     """Split -> i32[n], the source of each document."""
     return {split: _sources(files, split, groups, items.uids) for split, items in splits.items()}

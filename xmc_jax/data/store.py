@@ -10,28 +10,51 @@ name validation documents; and `manifest.json`, written last. Images have a fold
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from xmc_jax.data import propensity
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.types import DataShape, Inputs, Prompts, own_tokens
-from xmc_jax.files import array_files
-from xmc_jax.files.digests import sha256
+from xmc_jax.files import array_folders, manifests
+from xmc_jax.files.array_folders import FileFacts, Manifest
 
 FORMAT = 1
 """Version of the folder's layout."""
 SPLITS = ("train", "test", "label")
 _DOCUMENTS = ("train", "test", "validation")  # the last one perhaps
-_NAME = re.compile(r"[\w.-]+\.(?:npy|txt)")
 _SCANNED = 1 << 24  # bytes looked through for line ends at a time
+REMEDY = (
+    "choose another folder (--out, --config.data.data_dir), or make this one anew: remove it and "
+    "run the same command again (of xmc_jax.data.prepare: --overwrite)"
+)
+
+_Constant = Annotated[float, Field(ge=0, le=100)]
+
+
+class _Tokenizer(BaseModel, strict=True):
+    vocab_size: int
+
+
+class _Manifest(BaseModel, strict=True):
+    """The fields that are read, see `prepare`."""
+
+    files: dict[Annotated[str, Field(pattern=r"^[\w.-]+\.(npy|txt)$")], FileFacts]
+    dataset: str
+    max_length: int
+    tokenizer: _Tokenizer
+    propensity: Annotated[list[_Constant], Field(min_length=2, max_length=2)]
+    validation: dict[str, Any] | None
+    raw: dict[str, Any]
+    report: dict[str, Any]
+    special_tokens: bool = True
+    prompts: Annotated[list[str], Field(min_length=2, max_length=2)] = ["", ""]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,59 +317,30 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
         ValueError: the folder differs from its manifest or from `expect`; names both values.
     """
     folder = pathlib.Path(folder)
-    try:
-        content = (folder / "manifest.json").read_bytes()
-        manifest = json.loads(content)
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{folder}: expected a dataset folder with a manifest.json, found none that can be "
-            "read; make one with python -m xmc_jax.data.prepare"
-        ) from error
-    _compare(f"{folder}/manifest.json: format", FORMAT, manifest.get("format"))
-    _check_manifest(folder, manifest)
+    manifest = array_folders.read_manifest(folder, FORMAT, _Manifest, "a dataset folder", REMEDY)
+    content = manifest.content
+    recorded = manifests.flat(content)
     for field, value in (expect or {}).items():
-        found = functools.reduce(
-            lambda node, key: node.get(key) if isinstance(node, dict) else None,
-            field.split("."),
-            manifest,
-        )
-        _compare(f"{folder}/manifest.json: {field}", value, found)
-    arrays = {}
-    for name, recorded in files.items():
-        path = folder / name
-        _compare(f"{path}: bytes", recorded["bytes"], path.stat().st_size if path.is_file() else 0)
-        if verify:
-            _compare(f"{path}: sha256", recorded["sha256"], sha256(path))
-        if name.endswith(".npy"):
-            try:
-                array = array_files.mapped(path)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: expected a NumPy array file, found a damaged one"
-                ) from error
-            _compare(f"{path}: dtype", recorded["dtype"], str(array.dtype))
-            _compare(f"{path}: shape", recorded["shape"], list(array.shape))
-            arrays[name.removesuffix(".npy")] = array
-    _check_arrays(folder, arrays, manifest["max_length"])
-    documents = [split for split in _DOCUMENTS if f"{split}.tokens" in arrays]
+        manifest.compare(field, value, recorded.get(field))
+    documents = [split for split in _DOCUMENTS if f"{split}.tokens.npy" in content["files"]]
+    for name in (f"{split}.{kind}.txt" for split in SPLITS for kind in ("uids", "titles")):
+        if name not in content["files"]:
+            manifest.compare("files", name, "none")
+    arrays = manifest.open(content["files"], verify)
+    _check_arrays(manifest, arrays)
     splits = {
         split: Split(arrays[f"{split}.tokens"], arrays[f"{split}.lengths"])
         for split in (*documents, "label")
     }
+    labels = len(splits["label"])
     positives = {
-        split: Csr(
-            arrays[f"{split}.positives.indptr"],
-            arrays[f"{split}.positives.indices"],
-            None,
-            len(splits["label"]),
-        )
+        split: Csr(*(arrays[f"{split}.positives.{x}"] for x in ("indptr", "indices")), None, labels)
         for split in documents
     }
     return Store(
         folder=folder,
-        manifest=manifest,
-        digest=hashlib.sha256(content).hexdigest(),
+        manifest=content,
+        digest=manifest.digest,
         _positives=positives,
         _filter={split: arrays[_filter_name(split)] for split in documents if split != "train"},
         **splits,
@@ -397,10 +391,7 @@ def _read_some_lines(path: pathlib.Path, count: int, numbers: np.ndarray) -> lis
 
 
 def _damaged(path: pathlib.Path) -> ValueError:
-    return ValueError(
-        f"{path}: expected texts as they were written, found a damaged file; make the folder anew "
-        "with python -m xmc_jax.data.prepare --overwrite"
-    )
+    return ValueError(f"{path}: expected texts as written, found a damaged file; {REMEDY}")
 
 
 def _unescape(line: str) -> str:
@@ -408,81 +399,24 @@ def _unescape(line: str) -> str:
     return re.sub(r"\\.?", lambda m: undo[m[0]], line)
 
 
-def _check_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the fields that are read have their types."""
-
-    def number(value: Any) -> bool:
-        return type(value) in (int, float) and 0 <= value <= 100
-
-    files, tokenizer = manifest["files"], manifest.get("tokenizer")
-    constants, validation = manifest.get("propensity"), manifest.get("validation", 0)
-    for field, fits, expected in (
-        (
-            "files",
-            isinstance(files, dict)
-            and all(
-                isinstance(facts, dict)
-                and type(facts.get("bytes")) is int
-                and type(facts.get("sha256")) is str
-                and _NAME.fullmatch(name)
-                and (not name.endswith(".npy") or {"dtype", "shape"} <= set(facts))
-                for name, facts in files.items()
-            ),
-            "plain names with bytes, sha256, and of arrays dtype and shape",
-        ),
-        ("dataset", type(manifest.get("dataset")) is str, "a name"),
-        ("max_length", type(manifest.get("max_length")) is int, "a whole number"),
-        (
-            "tokenizer",
-            isinstance(tokenizer, dict) and type(tokenizer.get("vocab_size")) is int,
-            "an object with vocab_size",
-        ),
-        (
-            "propensity",
-            isinstance(constants, list) and len(constants) == 2 and all(map(number, constants)),
-            "two numbers from 0 to 100",
-        ),
-        ("validation", validation is None or isinstance(validation, dict), "null or an object"),
-        ("raw", isinstance(manifest.get("raw"), dict), "an object"),
-        ("report", isinstance(manifest.get("report"), dict), "an object"),
-        ("special_tokens", type(manifest.get("special_tokens", True)) is bool, "true or false"),
-        (
-            "prompts",
-            isinstance(manifest.get("prompts", []), list)
-            and [type(one) for one in manifest.get("prompts", ["", ""])] == [str, str],
-            "two texts",
-        ),
-    ):
-        if not fits:
-            raise ValueError(
-                f"{folder}/manifest.json: {field}: expected {expected}, found "
-                f"{manifest.get(field)!r:.100}; make the folder anew with python -m "
-                "xmc_jax.data.prepare --overwrite"
-            )
-    splits = (*SPLITS, "validation") if "validation.tokens.npy" in files else SPLITS
-    for name in (f"{split}.{kind}.txt" for split in splits for kind in ("uids", "titles")):
-        if name not in files:
-            raise ValueError(f"{folder}/manifest.json: files: expected {name}, found none")
-
-
-def _check_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], max_length: int) -> None:
+def _check_arrays(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError unless the arrays that every folder has fit together."""
 
     def check(name: str, dtype: type, *shape: int | None) -> np.ndarray:
         array = arrays.get(name)
         fits = array is not None and array.dtype == dtype and array.ndim == len(shape)
-        if not fits or any(n not in (None, found) for n, found in zip(shape, array.shape)):
-            found = "none" if array is None else f"{array.dtype}{list(array.shape)}"
+        if not fits or any(n not in (None, size) for n, size in zip(shape, array.shape)):
+            actual = "none" if array is None else f"{array.dtype}{list(array.shape)}"
             wanted = [size if size is not None else "n" for size in shape]
-            _compare(f"{folder}/{name}.npy", f"{np.dtype(dtype)}{wanted}", found)
+            manifest.compare_file(f"{name}.npy", f"{np.dtype(dtype)}{wanted}", actual)
         return array
 
     def within(name: str, array: np.ndarray, limit: int) -> None:
         if array.size and not (array.min() >= 0 and array.max() < limit):
-            found = f"{array.min()} to {array.max()}"
-            _compare(f"{folder}/{name}.npy", f"numbers in [0, {limit})", found)
+            actual = f"{array.min()} to {array.max()}"
+            manifest.compare_file(f"{name}.npy", f"numbers in [0, {limit})", actual)
 
-    count = {}
+    count, max_length = {}, manifest.content["max_length"]
     documents = _DOCUMENTS if "validation.tokens" in arrays else ("train", "test")
     for split in ("label", *documents):
         lengths = check(f"{split}.lengths", np.uint16, None)
@@ -493,7 +427,8 @@ def _check_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], max_le
         indptr = check(name, np.int64, count[split] + 1)
         indices = check(f"{split}.positives.indices", np.int32, None)
         if indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
-            _compare(f"{folder}/{name}.npy", f"ascending offsets to {len(indices)}", "others")
+            expected = f"ascending offsets to {len(indices)}"
+            manifest.compare_file(f"{name}.npy", expected, "others")
         within(f"{split}.positives.indices", indices, count["label"])
         for name in (f"{split}.groups", f"{split}.raw_rows"):
             if name in arrays:
@@ -504,10 +439,5 @@ def _check_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], max_le
             within(_filter_name(split), pairs[:, 1], count["label"])
 
 
-def _compare(what: str, expected: Any, found: Any) -> None:
-    if expected != found:
-        raise ValueError(
-            f"{what}: expected {expected}, found {found}; choose another folder (--out, "
-            "--config.data.data_dir), or make this one anew: remove it and "
-            "run the same command again (of prepare: --overwrite)"
-        )
+def _compare(what: str, expected: Any, actual: Any) -> None:
+    array_folders.compare(what, expected, actual, REMEDY)

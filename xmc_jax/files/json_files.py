@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+import pydantic
 from etils import epath
 
 from xmc_jax.files import atomic
@@ -70,3 +71,29 @@ def parse(where: Any, text: str | bytes, kind: type = dict) -> Any:
         expected = "list" if kind is list else "object"
         raise ValueError(f"{where}: expected a JSON {expected}, found a {type(content).__name__}")
     return content
+
+
+def validate(
+    where: Any, schema: type[pydantic.BaseModel], content: Any, remedy: str
+) -> pydantic.BaseModel:
+    """JSON values as an object of a class.
+
+    Args:
+        where: what the error begins with.
+        schema: the class.
+        content: values as `json` reads them.
+        remedy: what the error ends with.
+
+    Raises:
+        ValueError: a field is missing or of another type; names the first one.
+    """
+    try:
+        return schema.model_validate(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        expected = first["msg"].removeprefix("Input should be ")
+        actual = "none" if first["type"] == "missing" else f"{first['input']!r:.100}"
+        raise ValueError(
+            f"{where}: {field}: expected {expected}, found {actual}; {remedy}"
+        ) from None

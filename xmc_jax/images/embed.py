@@ -32,7 +32,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from xmc_jax.data import bundled, image_import, raw_folder
+from xmc_jax.data import bundled, image_import, image_writer, raw_folder
 from xmc_jax.data import image_vectors as image_folders
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.store import SPLITS
@@ -193,7 +193,7 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
         "alpha": config.alpha,
         "processing": encoder.processing,
     }
-    with image_folders.Writer(
+    with image_writer.ImageWriter(
         config.folder,
         counts,
         encoder.width,
@@ -207,7 +207,7 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
         while not writer.finished or (kept := _changes(config, opened)) is not None:
             if writer.finished:
                 writer.renew()
-            begun = any(writer.done.values())
+            begun = any(writer.written.values())
             _embed(writer, encoder, opened, uids, config, kept)
             writer.finish(_origin(config))
             if not begun:  # what is there is as it was a moment ago
@@ -451,7 +451,7 @@ class _Batch:
 
 
 def _embed(
-    writer: image_folders.Writer,
+    writer: image_writer.ImageWriter,
     encoder: Encoder,
     opened: Mapping[str, Source],
     uids: Mapping[str, Sequence[str]],
@@ -459,7 +459,7 @@ def _embed(
     kept: Changes | None,
 ) -> None:
     """Appends all items that are missing, with the vectors of those that have not changed."""
-    done = writer.done
+    done = writer.written
     total = sum(len(found) for found in opened.values())
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     prepare = _preparation(encoder, config.alpha)

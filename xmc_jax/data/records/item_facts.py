@@ -1,7 +1,8 @@
-"""What is kept of records while they are read.
+"""What memory holds of records while they are read.
 
-Of a document some hundred bytes and four for each of its labels, in the end up to twenty; of a
-label its id as well. Texts, ids and groups are compared by digests of 128 bits.
+A document takes some hundred bytes and four for each of its labels, in the end up to twenty; a
+label also its id. Texts, ids and groups are compared by digests of 128 bits. Columns are arrays
+that grow; `np.asarray` of one costs nothing.
 """
 
 import array
@@ -22,11 +23,14 @@ SPLITS = ("train", "validation", "test")
 """What documents are for, in the order in which their files are read."""
 
 
-class Items:
-    """What is kept of documents, or of labels.
+class RecordItems:
+    """Facts about documents, or about labels, in the order of their records.
 
     Attributes:
         kinds: "train", "test" or "label" -> "path" or "url", of the files' images.
+        words: u32[n], words of each text.
+        images: u32[n], images of each item.
+        missing: u32[n], image files of each item that do not exist.
     """
 
     def __init__(self):
@@ -35,11 +39,11 @@ class Items:
         self._role, self._folder, self._allow_paths = "", pathlib.Path(), False
         self._places = array.array("q")
         self._texts, self._plain_texts = bytearray(), bytearray()
-        self._words, self._images, self._missing = (array.array("I") for _ in range(3))
+        self.words, self.images, self.missing = (array.array("I") for _ in range(3))
         self.kinds: dict[str, str] = {}
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self.words)
 
     def begin(self, opened: Opened, role: str) -> None:
         """Says that the items that follow are of this table, of "train", "test" or "label"."""
@@ -55,9 +59,6 @@ class Items:
 
     def add(self, record: Record, title: str, content: str, images: Sequence[str]) -> None:
         """Keeps an item's facts."""
-        self._places.append(record.place)
-        self._add_text(title, content)
-        self._images.append(len(images))
         missing = 0
         for image in images:
             kind = "url" if cell_values.is_url(image) else "path"
@@ -73,40 +74,25 @@ class Items:
                 except ValueError as error:
                     raise record.error("images", str(error)) from None
                 missing += not os.path.isfile(path)
-        self._missing.append(missing)
+        self._append(record.place, title, content, len(images), missing)
 
     def add_bare(self, text: str) -> None:
         """An item that no table has."""
-        self._places.append(-1)
-        self._add_text(text, "")
-        self._images.append(0)
-        self._missing.append(0)
+        self._append(-1, text, "", 0, 0)
 
-    def _add_text(self, title: str, content: str) -> None:
+    def _append(self, place: int, title: str, content: str, images: int, missing: int) -> None:
         words = f"{title} {content}".casefold().split()
+        self._places.append(place)
         self._texts += _digest(f"{len(title)} {title}{content}")
         self._plain_texts += _digest(" ".join(words))
-        self._words.append(len(words))
-
-    @property
-    def words(self) -> np.ndarray:
-        """u32[n], words of each text."""
-        return _numbers(self._words)
+        self.words.append(len(words))
+        self.images.append(images)
+        self.missing.append(missing)
 
     @property
     def blank(self) -> np.ndarray:
-        """bool[n], whether a text has none."""
-        return self.words == 0
-
-    @property
-    def images(self) -> np.ndarray:
-        """u32[n], images of each item."""
-        return _numbers(self._images)
-
-    @property
-    def missing(self) -> np.ndarray:
-        """u32[n], image files of each item that are not there."""
-        return _numbers(self._missing)
+        """bool[n], whether a text has no words."""
+        return np.asarray(self.words) == 0
 
     def first_of_text(self) -> np.ndarray:
         """i64[n], the first item with each item's text; a blank text is alone."""
@@ -117,7 +103,7 @@ class Items:
         return np.where(self.blank, np.arange(len(self)), _first_alike(self._plain_texts))
 
 
-class Labels(Items):
+class RecordLabels(RecordItems):
     """The labels.
 
     Attributes:
@@ -129,21 +115,23 @@ class Labels(Items):
         self.numbers: dict[str, int] = {}
 
 
-class Documents(Items):
-    """The documents, those of a test file behind those for training; read them whole, then ask.
+class RecordDocuments(RecordItems):
+    """The documents, those of a test file behind those for training; read all before asking.
 
     Attributes:
         split: u8[n], the number in `SPLITS` of the split that each document says, or its file.
         repeated: u32[n], labels of each document that it names once more; they are counted once.
+        counts: u32[n], labels per document.
+        labels: i32[pairs], the labels of one document after the other.
+        grouped: whether any document names a group.
     """
 
     def __init__(self):
         super().__init__()
-        self._ids, self._groups = bytearray(), bytearray()
-        self.split, self._grouped = bytearray(), bytearray()
-        self._repeated = array.array("I")
-        self._counts, self._labels = array.array("I"), array.array("i")
-        self._filter = array.array("i")
+        self._ids, self._groups, self._in_group = bytearray(), bytearray(), bytearray()
+        self.split, self.grouped = bytearray(), False
+        self.repeated, self.counts = array.array("I"), array.array("I")
+        self.labels, self._filter = array.array("i"), array.array("i")
 
     def add_facts(
         self, uid: str, group: str | None, split: str, labels: Sequence[int], repeated: int
@@ -151,49 +139,30 @@ class Documents(Items):
         """Keeps what a document has besides its text and images, after `add`."""
         self._ids += _digest(uid)
         self._groups += _digest(group or "")
-        self._grouped.append(group is not None)
+        self._in_group.append(group is not None)
+        self.grouped |= group is not None
         self.split.append(SPLITS.index(split))
-        self._repeated.append(repeated)
-        self._counts.append(len(labels))
-        self._labels.extend(labels)
+        self.repeated.append(repeated)
+        self.counts.append(len(labels))
+        self.labels.extend(labels)
 
     def add_filter(self, document: int, label: int) -> None:
         """Keeps that a label may not be predicted for a document."""
         self._filter.extend((document, label))
 
-    @property
-    def repeated(self) -> np.ndarray:
-        """u32[n], see the class."""
-        return _numbers(self._repeated)
-
     def of_split(self, split: str) -> np.ndarray:
         """bool[n], whether each document is said to be of this split, one of `SPLITS`."""
-        return np.frombuffer(self.split, np.uint8) == SPLITS.index(split)
-
-    @functools.cached_property
-    def counts(self) -> np.ndarray:
-        """u32[n], labels per document."""
-        return _numbers(self._counts)
+        return np.asarray(self.split) == SPLITS.index(split)
 
     @functools.cached_property
     def owners(self) -> np.ndarray:
         """i32[pairs], the document of each label in `labels`."""
-        return np.repeat(np.arange(len(self), dtype=np.int32), self.counts)
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        """i32[pairs], the labels of one document after the other."""
-        return _numbers(self._labels)
+        return np.repeat(np.arange(len(self), dtype=np.int32), np.asarray(self.counts))
 
     @functools.cached_property
     def filter(self) -> np.ndarray:
         """i32[p, 2], pairs (document, label) that may not be predicted, each once, ascending."""
-        return np.unique(_numbers(self._filter).reshape(-1, 2), axis=0)
-
-    @property
-    def grouped(self) -> bool:
-        """Whether any document names a group."""
-        return any(self._grouped)
+        return np.unique(np.asarray(self._filter).reshape(-1, 2), axis=0)
 
     def first_of_id(self) -> np.ndarray:
         """i64[n], the first document with each document's id."""
@@ -201,7 +170,7 @@ class Documents(Items):
 
     def first_of_group(self) -> np.ndarray:
         """i64[n], the first document of each document's group; without one it is alone."""
-        given = np.frombuffer(self._grouped, bool)
+        given = np.asarray(self._in_group).astype(bool)
         return np.where(given, _first_alike(self._groups), np.arange(len(self)))
 
     def groups(self) -> np.ndarray:
@@ -241,7 +210,3 @@ def _first_alike(digests: bytearray) -> np.ndarray:
     first = np.empty(len(order), np.int64)
     first[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
     return first
-
-
-def _numbers(grown: array.array) -> np.ndarray:
-    return np.frombuffer(grown, np.dtype(grown.typecode)) if grown else np.empty(0, grown.typecode)

@@ -137,16 +137,16 @@ def convert(config: RecordsConfig, folder: pathlib.Path) -> tuple[dict[str, Any]
     Raises:
         ValueError: bad records, or a folder that was made from others.
     """
-    found = _open(config)
-    inputs = _inputs(config, found)
+    source = _open(config)
+    inputs = _inputs(config, source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Two processes of one host, one after the other.
     with locks.locked(folder.with_name(f".{folder.name}.lock"), str(folder), wait=True):
         if folder.exists() and not config.overwrite:
-            _check_same(folder, inputs, found)
+            _check_same(folder, inputs, source)
             return json_files.read(folder / "report.json"), False
         with atomic.replaced_folder(folder) as partial:
-            report = _write(partial, config, found, inputs)
+            report = _write(partial, config, source, inputs)
     return report, True
 
 
@@ -156,8 +156,8 @@ def describe(config: RecordsConfig) -> str:
     Raises:
         ValueError: files that are missing, or lack columns.
     """
-    lines, found = [], _open(config)
-    for role, files in found.opened.items():
+    lines, source = [], _open(config)
+    for role, files in source.opened.items():
         for one in files:
             taken = ", ".join(
                 field if field == column else f"{field}={column}"
@@ -170,7 +170,7 @@ def describe(config: RecordsConfig) -> str:
             ignored = f"; not read: {', '.join(rest)[:200]}" if rest else ""
             dialect = f" ({one.table.dialect})" if one.table.dialect else ""
             lines.append(f"{role:10}  {one.table.path}{dialect}: {taken}{ignored}")
-    lines += [f"{'test':10}  {table.path}: not read, has no labels" for table in found.unlabelled]
+    lines += [f"{'test':10}  {table.path}: not read, has no labels" for table in source.unlabelled]
     return "\n".join(lines)
 
 
@@ -187,22 +187,17 @@ def check(config: RecordsConfig, keep: Keep | None = None) -> tuple[dict[str, An
     Raises:
         ValueError: bad records.
     """
-    found = _open(config)
-    scan = _scan(config, found, keep or (lambda *item: None))
-    return _report(config, found, scan), scan
+    source = _open(config)
+    scan = _scan(config, source, keep or (lambda *item: None))
+    return _report(config, source, scan), scan
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """The files of records.
+    """The files of records."""
 
-    Attributes:
-        opened: each of `_ROLES` -> tables, with the columns to read.
-        unlabelled: test files without labels, which are for predictions, not for evaluation.
-    """
-
-    opened: Mapping[str, Sequence[Opened]]
-    unlabelled: Sequence[Table]
+    opened: Mapping[str, Sequence[Opened]]  # each of `_ROLES` -> tables, with the columns to read
+    unlabelled: Sequence[Table]  # test files for predictions, not for evaluation
 
 
 def _open(config: RecordsConfig) -> _Files:
@@ -225,7 +220,7 @@ def _open(config: RecordsConfig) -> _Files:
             f"named by --labels{''.join(f' (such as --labels={path})' for path in beside)}, found "
             "none; --unknown_labels=add makes labels of the documents' ids"
         )
-    named, delimiter = config.named, table_files.delimiter(config.delimiter)
+    delimiter = table_files.delimiter(config.delimiter)
     opened: dict[str, list[Opened]] = {}
     for role in _ROLES:
         fields = _LABEL_FIELDS if role == "label" else tuple(named_columns.FIELDS)
@@ -234,65 +229,52 @@ def _open(config: RecordsConfig) -> _Files:
         for path in paths[role]:
             table = table_files.open_table(path, delimiter)
             one = named_columns.open_fields(
-                table, fields, named, needed, config.form, config.allow_paths
+                table, fields, config.named, needed, config.form, config.allow_paths
             )
             if role == "label" and not {"text", "id"} & one.columns.keys():
                 raise named_columns.missing(table, "text", named_columns.FIELDS["text"])
             opened[role].append(one)
-    unlabelled = [one.table for one in opened["test"] if not _has_labels(one)]
+    unlabelled = [
+        one.table for one in opened["test"] if "labels" not in one.columns and not one.label_columns
+    ]
     if len(unlabelled) == len(opened["test"]):
         opened["test"] = []
     elif unlabelled:
         raise named_columns.missing(unlabelled[0], "labels", named_columns.FIELDS["labels"])
-    _check_named(config, opened)
-    _check_split(opened)
+    _check_columns(config, opened)
     return _Files(opened, unlabelled)
 
 
-def _has_labels(one: Opened) -> bool:
-    return "labels" in one.columns or bool(one.label_columns)
-
-
-def _check_named(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> None:
-    """Every column that was named is some file's."""
+def _check_columns(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]) -> None:
+    """Raises ValueError if a named column is no file's, or some training files lack `split`."""
     tables = [one for files in opened.values() for one in files]
     used = {column for one in tables for column in one.columns.items()}
     for field, names in config.named.items():
         for name in names:
             if name and (field, name) not in used:
                 raise named_columns.missing(tables[0].table, field, [name])
+    paths = {"split" in one.columns: one.table.path for one in opened["train"]}
+    if len(paths) == 2:
+        raise ValueError(
+            f"{paths[False]}: expected a column split, as in {paths[True].name}, found none"
+        )
 
 
-def _check_split(opened: Mapping[str, Sequence[Opened]]) -> None:
-    """Of several training files all have a column `split` or none has."""
-    columns = [one.table.path for one in opened["train"] if "split" in one.columns]
-    if columns and len(columns) < len(opened["train"]):
-        without = next(one.table.path for one in opened["train"] if "split" not in one.columns)
-        raise ValueError(f"{without}: expected a column split, as in {columns[0].name}, found none")
-
-
-def _inputs(config: RecordsConfig, found: _Files) -> dict[str, Any]:
+def _inputs(config: RecordsConfig, source: _Files) -> dict[str, Any]:
     """All that the folder's contents follow from."""
-    return {
-        "format": FORMAT,
-        **{
-            role: [{"name": one.table.path.name, "sha256": sha256(one.table.path)} for one in files]
-            for role, files in found.opened.items()
-        },
-        "columns": list(config.columns),
-        "separator": config.separator,
-        "delimiter": config.delimiter,
-        "label_columns": list(config.label_columns),
-        "row_per_pair": config.row_per_pair,
-        "test_fraction": config.test_fraction,
-        "split_seed": config.split_seed,
-        "unknown_labels": config.unknown_labels,
+    options = dataclasses.asdict(config)
+    for field in ("records", "labels", "allow_paths", "overwrite"):
+        del options[field]
+    digests = {
+        role: [{"name": one.table.path.name, "sha256": sha256(one.table.path)} for one in files]
+        for role, files in source.opened.items()
     }
+    return {"format": FORMAT, **digests, **options}
 
 
-def _scan(config: RecordsConfig, found: _Files, keep: Keep) -> Scan:
+def _scan(config: RecordsConfig, source: _Files, keep: Keep) -> Scan:
     return record_scan.read(
-        found.opened,
+        source.opened,
         config.separator,
         config.unknown_labels,
         config.test_fraction,
@@ -301,13 +283,13 @@ def _scan(config: RecordsConfig, found: _Files, keep: Keep) -> Scan:
     )
 
 
-def _report(config: RecordsConfig, found: _Files, scan: Scan) -> dict[str, Any]:
-    unlabelled = [table.path.name for table in found.unlabelled]
+def _report(config: RecordsConfig, source: _Files, scan: Scan) -> dict[str, Any]:
+    unlabelled = [table.path.name for table in source.unlabelled]
     return data_report.make(scan, config.unknown_labels, unlabelled)
 
 
 def _write(
-    partial: pathlib.Path, config: RecordsConfig, found: _Files, inputs: Mapping[str, Any]
+    partial: pathlib.Path, config: RecordsConfig, source: _Files, inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fills the folder; returns the report."""
     # The split is known only when all documents are read: until then their lines wait in a file.
@@ -319,12 +301,13 @@ def _write(
             listed = json.dumps(images) if images else ""
             files[kind].write(f"{item['uid']}\t{encode(item)}\t{listed}\n".encode())
 
-        scan = _scan(config, found, keep)
+        scan = _scan(config, source, keep)
     if scan.refusal is not None:
         raise ValueError(scan.refusal)
-    documents, images, out = scan.documents, _Images(partial, found.opened, scan), scan.filtered
+    documents, images, out = scan.documents, _Images(partial, source.opened, scan), scan.filtered
     changed = set(documents.owners[out].tolist())
-    ends = np.cumsum(documents.counts, dtype=np.int64)
+    counts = np.asarray(documents.counts)
+    ends = np.cumsum(counts, dtype=np.int64)
     grouped = documents.grouped or len(np.unique(scan.groups)) < len(documents)
     test, validation = scan.of("test"), scan.of("validation")
     with contextlib.ExitStack() as stack:
@@ -341,7 +324,7 @@ def _write(
             images.write("label", uid, listed)
         for number, (uid, line, listed) in enumerate(_waiting(waiting["document"])):
             if number in changed:
-                line = _without(line, out[ends[number] - documents.counts[number] : ends[number]])
+                line = _without(line, out[ends[number] - counts[number] : ends[number]])
             split = "test" if test[number] else "train"
             files[split].write(line + b"\n")
             images.write(split, uid, listed)
@@ -356,7 +339,7 @@ def _write(
         row_of = np.cumsum(chosen) - 1
         text = "".join(f"{row_of[number]} {label}\n" for number, label in pairs.tolist())
         (partial / f"filter_labels_{split}.txt").write_text(text, encoding="ascii")
-    report = _report(config, found, scan)
+    report = _report(config, source, scan)
     _write_json(partial / "report.json", report)
     drawn = {} if scan.drawn else {"test_fraction": None, "split_seed": None}
     written = {"images_from": images.folders, "files": manifests.files(partial)}
@@ -365,10 +348,9 @@ def _write(
 
 
 class _Images:
-    """Tables of images as `vision` reads them: a row for each, all splits or none.
+    """Tables of images as `images` reads them: a row for each, all splits or none.
 
-    Attributes:
-        folders: split -> where the paths of its images begin, None where it has no paths.
+    `folders` says where the paths of a split's images begin, None where it has no paths.
     """
 
     def __init__(self, partial: pathlib.Path, opened: Mapping[str, Sequence[Opened]], scan: Scan):
@@ -422,7 +404,7 @@ def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_same(folder: pathlib.Path, inputs: Mapping[str, Any], found: _Files) -> None:
+def _check_same(folder: pathlib.Path, inputs: Mapping[str, Any], source: _Files) -> None:
     """Raises ValueError if the folder is not whole, or was made from other records."""
     remedy = (
         "choose another --dataset or --out (--config.data.dataset, --config.data.data_dir), or "
@@ -440,7 +422,7 @@ def _check_same(folder: pathlib.Path, inputs: Mapping[str, Any], found: _Files) 
             f"{folder}: expected to be free, or whole and made of records, found something else; "
             f"{remedy}"
         )
-    opened = found.opened
+    opened = source.opened
     # The fields of a drawn split count where one was drawn, folders of images where there are any.
     now = {name: value for name, value in inputs.items() if recorded.get(name) is not None}
     if recorded.get("format") in range(1, FORMAT):

@@ -1,7 +1,6 @@
 """Records read once: checked, split, and handed on one by one."""
 
 import collections
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import tqdm
 
 from xmc_jax.data import holdout
-from xmc_jax.data.records.item_facts import SPLITS, Documents, Items, Labels
+from xmc_jax.data.records.item_facts import SPLITS, RecordDocuments, RecordItems, RecordLabels
 from xmc_jax.data.tables import cell_values
 from xmc_jax.data.tables.named_columns import Opened, Record
 from xmc_jax.runtime.wording import counted
@@ -24,43 +23,6 @@ _SEPARATORS = (",", ";", "|")  # usual between ids; within an id they are most l
 _SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scan:
-    """Records, read.
-
-    Attributes:
-        labels: facts about the labels.
-        documents: facts about the documents.
-        groups: i64[n], see `Documents.groups`.
-        split: u8[n], the number in `SPLITS` of each document's split.
-        drawn: whether the test documents were drawn, since nothing says which they are.
-        filtered: bool[pairs], which labels of test documents are taken out, since they may not be
-            predicted, and so would never be right.
-        unknown: ids of labels that none had, or as many as there are; and pairs with them.
-        filter_unknown: pairs of filters with labels that there are not, which filter nothing.
-        joined: the usual separator that most labels which were added have in their id, how many
-            have it, and the first of them; None if none has any.
-        ids_as_texts: whether labels have ids alone, which are then their texts.
-        refusal: why there is nothing to train on, to test with or to tune on; None if there is.
-    """
-
-    labels: Labels
-    documents: Documents
-    groups: np.ndarray
-    split: np.ndarray
-    drawn: bool
-    filtered: np.ndarray
-    unknown: tuple[int, int]
-    filter_unknown: int
-    joined: tuple[str, int, str] | None
-    ids_as_texts: bool
-    refusal: str | None
-
-    def of(self, split: str) -> np.ndarray:
-        """bool[n], which documents are of a split."""
-        return self.split == SPLITS.index(split)
-
-
 def read(
     opened: Mapping[str, Sequence[Opened]],
     separator: str,
@@ -68,7 +30,7 @@ def read(
     fraction: float,
     seed: int,
     keep: Keep,
-) -> Scan:
+) -> "Scan":
     """Reads all records, and draws the test documents where nothing says which they are.
 
     Args:
@@ -83,50 +45,38 @@ def read(
     Raises:
         ValueError: a record is bad, or there is none.
     """
-    scanning = _Scanning(separator, unknown, keep)
+    scan = Scan(separator, unknown, keep)
     with tqdm.tqdm(desc="reading", unit="record", disable=None) as bar:
         for one in opened["label"]:
-            scanning.read_labels(one, bar)
+            scan.read_labels(one, bar)
         for split in SPLITS:
             row = 0
             for one in opened[split]:
                 # What a column may say: its file's split, and in train.* those without a file.
                 allowed = {split} | {s for s in SPLITS if split == "train" and not opened[s]}
-                row = scanning.read_documents(one, split, allowed, row, bar)
-    scanning.finish()
-    documents = scanning.documents
+                row = scan.read_documents(one, split, allowed, row, bar)
+    scan.finish()
+    documents = scan.documents
     paths = ", ".join(str(one.table.path) for split in SPLITS for one in opened[split])
     if not len(documents):
         raise ValueError(f"{paths}: expected documents, found none")
     _check_ids(documents)
-    groups, split = documents.groups(), np.frombuffer(documents.split, np.uint8).copy()
-    train, drawn = np.flatnonzero(documents.of_split("train")), False
+    scan.groups, scan.split = documents.groups(), np.asarray(documents.split).copy()
+    train = np.flatnonzero(documents.of_split("train"))
     if not documents.of_split("test").any() and not opened["test"] and len(train):
-        _, sources = np.unique(groups[train], return_inverse=True)
-        split[train[holdout.choose_within(sources, fraction, seed)]] = SPLITS.index("test")
-        drawn = True
-    filtered = _filtered(documents, split == SPLITS.index("test"), len(scanning.labels))
-    scan = Scan(
-        scanning.labels,
-        documents,
-        groups,
-        split,
-        drawn,
-        filtered,
-        (len(scanning.unknown_ids), scanning.unknown_pairs),
-        scanning.filter_unknown,
-        scanning.joined(),
-        bool(opened["label"]) and all("text" not in one.columns for one in opened["label"]),
-        None,
+        _, sources = np.unique(scan.groups[train], return_inverse=True)
+        test = holdout.choose_within(sources, fraction, seed)
+        scan.split[train[test]] = SPLITS.index("test")
+        scan.drawn = True
+    scan.filtered = _filtered(documents, scan.of("test"), len(scan.labels))
+    scan.ids_as_texts = bool(opened["label"]) and all(
+        "text" not in one.columns for one in opened["label"]
     )
-    unknown = counted(scanning.unknown_pairs, "label was", "labels were")
-    dropped = f"; {unknown} unknown" if scanning.unknown_pairs else ""
-    return dataclasses.replace(scan, refusal=_refusal(scan, opened, paths, dropped))
+    scan.refusal = _refusal(scan, opened, paths)
+    return scan
 
 
-def _refusal(
-    scan: Scan, opened: Mapping[str, Sequence[Opened]], paths: str, dropped: str
-) -> str | None:
+def _refusal(scan: "Scan", opened: Mapping[str, Sequence[Opened]], paths: str) -> str | None:
     """Which split has no documents with labels, in one line; None if all have some."""
     documents = scan.documents
     labelled = np.bincount(documents.owners[~scan.filtered], minlength=len(documents))
@@ -140,19 +90,43 @@ def _refusal(
         if labelled[chosen].any() or (name == "validation" and not (chosen.any() or opened[name])):
             continue
         kind = "documents with labels" if chosen.any() else "documents"
+        unknown = counted(scan.unknown_pairs, "label was", "labels were")
         return (
             f"{paths}: expected {adjective} {kind}, found none among "
             f"{counted(len(documents), 'document')} of "
-            f"{counted(len(np.unique(scan.groups)), 'group')}{dropped}"
+            f"{counted(len(np.unique(scan.groups)), 'group')}"
+            f"{f'; {unknown} unknown' if scan.unknown_pairs else ''}"
         )
     return None
 
 
-class _Scanning:
-    """What a scan has found so far."""
+class Scan:
+    """Records, read; what stands below `filter_unknown` is known in the end.
+
+    Attributes:
+        labels: facts about the labels.
+        documents: facts about the documents.
+        unknown_ids: ids of labels that none has.
+        unknown_pairs: pairs with such a label.
+        filter_unknown: pairs of filters with labels that do not exist, which filter nothing.
+        groups: i64[n], see `RecordDocuments.groups`.
+        split: u8[n], the number in `SPLITS` of each document's split.
+        drawn: whether the test documents were drawn, since nothing says which they are.
+        filtered: bool[pairs], which labels of test documents are taken out, since they may not be
+            predicted, and so would never be right.
+        ids_as_texts: whether labels have ids alone, which are then their texts.
+        refusal: why there is nothing to train on, to test with or to tune on; None if there is.
+    """
+
+    groups: np.ndarray
+    split: np.ndarray
+    filtered: np.ndarray
+    drawn = False
+    ids_as_texts = False
+    refusal: str | None = None
 
     def __init__(self, separator: str, unknown: str, keep: Keep):
-        self.labels, self.documents = Labels(), Documents()
+        self.labels, self.documents = RecordLabels(), RecordDocuments()
         self.unknown_ids: set[str] = set()
         self.unknown_pairs = self.filter_unknown = 0
         self._first_unknown: ValueError | None = None
@@ -160,7 +134,12 @@ class _Scanning:
         self._waiting: list[tuple[int, str]] = []
         self._separator, self._unknown, self._keep = separator, unknown, keep
 
+    def of(self, split: str) -> np.ndarray:
+        """bool[n], which documents are of a split."""
+        return self.split == SPLITS.index(split)
+
     def read_labels(self, opened: Opened, bar: tqdm.tqdm) -> None:
+        """Reads a table of labels; `bar` counts them."""
         labels = self.labels
         labels.begin(opened, "label")
         for record in opened.records():
@@ -183,10 +162,10 @@ class _Scanning:
             file_split: of `SPLITS`, what its file is for.
             allowed: what a column `split` may say.
             row: number of its first row among the rows of the files of this split.
-            bar: counts them.
+            bar: counts the documents.
 
         Returns:
-            The number behind that of its last row.
+            The number behind the last row's.
         """
         documents, separator = self.documents, self._separator
         # Images of validation documents are in one table with those of training documents.
@@ -194,9 +173,7 @@ class _Scanning:
         number_of = self.labels.numbers.get
         prefix = "" if file_split == "train" else f"{file_split}-"
         for record in opened.records():
-            uid = f"{prefix}{row}"
-            if record.has("id"):
-                uid = record("id", cell_values.identifier)
+            uid = record("id", cell_values.identifier) if record.has("id") else f"{prefix}{row}"
             ids = record("labels", cell_values.identifiers, separator)
             weights = None
             if record.has("weights"):
@@ -212,9 +189,9 @@ class _Scanning:
                 rows = self._resolve(record, ids)
             if self.unknown_ids and self._unknown == "add":
                 self.unknown_pairs += sum(map(self.unknown_ids.__contains__, ids))
-            item: dict[str, Any] = {"target_ind": [found for found in rows if found is not None]}
+            item: dict[str, Any] = {"target_ind": [label for label in rows if label is not None]}
             if weights is not None:
-                item["target_rel"] = [w for w, found in zip(weights, rows) if found is not None]
+                item["target_rel"] = [w for w, label in zip(weights, rows) if label is not None]
             group = record("group", _group)
             filtered = record("filter", cell_values.identifiers, separator)
             split = record("split", _split, allowed) if record.has("split") else file_split
@@ -226,10 +203,10 @@ class _Scanning:
         return row
 
     def joined(self) -> tuple[str, int, str] | None:
-        """See `Scan`."""
+        """The usual separator that most added labels have in their id, how many, and the first."""
         if not self._added:
             return None
-        separator, uids = max(self._added.items(), key=lambda found: len(found[1]))
+        separator, uids = max(self._added.items(), key=lambda added: len(added[1]))
         return separator, len(uids), uids[0]
 
     def finish(self) -> None:
@@ -264,7 +241,7 @@ class _Scanning:
             self.documents.add_filter(document, label)
 
     def _keep_item(
-        self, items: Items, record: Record, kind: str, uid: str, rest: Mapping[str, Any]
+        self, items: RecordItems, record: Record, kind: str, uid: str, rest: Mapping[str, Any]
     ) -> None:
         title = record("text", cell_values.text) if record.has("text") else uid
         content = record("content", cell_values.text)
@@ -303,19 +280,19 @@ class _Scanning:
         return cell_values.hint(uid) if alike is None else f"; did you mean {alike!r:.60}?"
 
 
-def _filtered(documents: Documents, test: np.ndarray, columns: int) -> np.ndarray:
+def _filtered(documents: RecordDocuments, test: np.ndarray, columns: int) -> np.ndarray:
     """bool[pairs], see `Scan`; costs what documents with a filter have."""
     with_filter = np.zeros(len(documents), bool)
     with_filter[documents.filter[:, 0]] = True
     pairs = np.flatnonzero((with_filter & test)[documents.owners])
     listed = documents.filter[:, 0].astype(np.int64) * columns + documents.filter[:, 1]
-    keys = documents.owners[pairs].astype(np.int64) * columns + documents.labels[pairs]
+    keys = documents.owners[pairs].astype(np.int64) * columns + np.asarray(documents.labels)[pairs]
     filtered = np.zeros(len(documents.labels), bool)
     filtered[pairs] = np.isin(keys, listed)
     return filtered
 
 
-def _check_ids(documents: Documents) -> None:
+def _check_ids(documents: RecordDocuments) -> None:
     first = documents.first_of_id()
     again = np.flatnonzero(first != np.arange(len(first)))
     if len(again):
