@@ -44,6 +44,29 @@ def test_a_batch_of_more_than_all_documents_repeats_them():
     assert batches.fitting_batch_size(9, 256, multiple=8) == 16
 
 
+@pytest.mark.parametrize(("size", "shards"), [(8, 1), (8, 4), (56, 2)])
+def test_all_positives_of_a_batch(data, size, shards):
+    """In parts for the shards, for one process and for two, and where documents repeat."""
+    sampler = batches.Sampler(data, size, labels="all", shards=shards)
+    order = batches.complete(order_of(20), size)
+    batch = sampler.build(order, 0, 0)
+    entries = batch.positives < data.num_labels
+    found = np.stack([batch.owners[entries], batch.positives[entries]], axis=1)
+    positives = data.positives("train").take(batch.document_ids)
+    expected = np.stack([positives.row_ids(), positives.indices], axis=1)
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+    part = len(batch.positives) // shards
+    shard = np.flatnonzero(entries) // part
+    np.testing.assert_array_equal(found[:, 0] // (size // shards), shard)
+    frequency = data.label_frequency[batch.positives[entries]]
+    np.testing.assert_array_equal(batch.frequency[entries], frequency)
+    assert part == data.shape.most_positives(size // shards)
+    if shards > 1:
+        half = sampler.build(order, 0, 0, np.arange(size // 2, size))
+        np.testing.assert_array_equal(half.positives, batch.positives[part * shards // 2 :])
+        np.testing.assert_array_equal(half.owners, batch.owners[part * shards // 2 :])
+
+
 @pytest.mark.parametrize("per_document", [1, 3])
 @pytest.mark.parametrize("weighting", batches.WEIGHTINGS)
 def test_contents(data, per_document, weighting):

@@ -31,7 +31,7 @@ fields["encoder"]["layers"] = size["layers"]
 fields["train"] |= {"batch_size": size["batch"], "labels": "sampled"}
 shape = DataShape(
     documents=size["documents"], test=100, labels=size["labels"], length=32,
-    pairs=size["documents"], positives=1,
+    pairs=size["documents"], positives=(1,),
 )
 where = topology.find("cpu")
 program = Program(RunConfig.from_dict(fields), shape, devices=where.devices)

@@ -18,7 +18,7 @@ from xmc_jax.training import build
 from xmc_jax.training.flops import Flops
 from xmc_jax.training.program import Program
 
-COUNTS = DataShape(documents=640, test=64, labels=320, length=16, pairs=1000, positives=3)
+COUNTS = DataShape(documents=640, test=64, labels=320, length=16, pairs=1000, positives=(3,))
 
 
 @pytest.fixture(scope="module")

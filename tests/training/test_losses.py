@@ -376,8 +376,9 @@ def pairs_of(labels: str, dtype=np.float64) -> Pairs:
     if labels == "all":
         positives = np.argsort(rng.random((32, count)), axis=1)[:, :3].astype(np.int32)
         positives[::3, 1:] = count
-        own = rng.uniform(-1, 1, positives.shape).astype(dtype)
-        return Pairs(x, u, z, positives=np.sort(positives), own=own)
+        own = rng.uniform(-1, 1, positives.size).astype(dtype)
+        owners = np.repeat(np.arange(32, dtype=np.int32), 3)
+        return Pairs(x, u, z, positives=positives.ravel(), owners=owners, own=own)
     y = (np.arange(32)[:, None] == np.arange(count) // 2) | (rng.random((32, count)) < 0.1)
     y[3] = False  # without positives
     y[4] = True  # without negatives

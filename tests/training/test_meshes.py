@@ -198,12 +198,13 @@ def batch_of(seed: int, labels: str, kind: str, mesh: jax.sharding.Mesh) -> Batc
 
     document_ids = rng.permutation(N)[:B].astype(np.int32)
     if labels == "all":
-        positives = np.sort(rng.integers(L + 9, size=(B, 3)).astype(np.int32), axis=1)
-        frequency = rng.integers(1, 4, (B, 3)).astype(np.float32)
+        positives = np.argsort(rng.random((B, L + 9)), axis=1)[:, :3].astype(np.int32).ravel()
+        frequency = rng.integers(1, 4, 3 * B).astype(np.float32)
         return Batch(
             items=in_rows(items()),
             document_ids=document_ids,
             positives=np.minimum(positives, L),
+            owners=np.repeat(np.arange(B, dtype=np.int32), 3),
             frequency=frequency,
         )
     label_ids = rng.integers(L, size=B).astype(np.int32)

@@ -87,13 +87,13 @@ def test_leave_one_out_is_the_mean_of_the_others():
     members = np.array([0, 2, 3])
     centroids = np.stack([bank[members].mean(0), bank[5]])  # label 1 has document 5 alone
     rest = tables.leave_one_out(
-        jnp.asarray(centroids)[np.array([[0, 1], [0, 0]])],
-        jnp.array([[3.0, 1.0], [3.0, 3.0]]),
-        jnp.asarray(bank[[2, 3]]),
+        jnp.asarray(centroids)[np.array([0, 1, 0])],
+        jnp.array([3.0, 1.0, 3.0]),
+        jnp.asarray(bank[[2, 2, 3]]),
     )
-    np.testing.assert_allclose(rest[0, 0], bank[[0, 3]].mean(0), atol=1e-6)
-    np.testing.assert_allclose(rest[1, 1], bank[[0, 2]].mean(0), atol=1e-6)
-    assert not np.any(rest[0, 1])
+    np.testing.assert_allclose(rest[0], bank[[0, 3]].mean(0), atol=1e-6)
+    np.testing.assert_allclose(rest[2], bank[[0, 2]].mean(0), atol=1e-6)
+    assert not np.any(rest[1])
 
 
 def test_a_label_set_without_documents_has_zero_centroids():

@@ -129,7 +129,7 @@ class Sampler:
         self._batch_size = batch_size
         self._per_document = positives_per_document
         self._seed = seed
-        self._most_positives = int(self._positives.counts().max(initial=1))
+        self._most_positives = store.shape.most_positives(batch_size // shards)
         self._all_labels = labels == "all"
         self._slots = 1 if self._all_labels else 1 + positives_per_document
         self._frequency = np.append(store.label_frequency, 1).astype(np.float32)
@@ -168,11 +168,12 @@ class Sampler:
         mine = np.arange(size)[rows]
         document_ids = batch[mine].astype(np.int32)
         if self._all_labels:
-            positives = padded(self._positives.take(document_ids), self._most_positives)
+            positives, owners = self._positives_of(mine, document_ids)
             return Batch(
                 items=self._rows_of(batch, mine, self._contents(batch)),
                 document_ids=document_ids,
                 positives=positives,
+                owners=owners,
                 frequency=self._frequency[positives],
             )
         generator = rng.host(self._seed, rng.Stream.SAMPLE, global_step)
@@ -198,6 +199,19 @@ class Sampler:
         needed = np.array([self._sampled_rows(number) for number in range(_SAMPLES)])
         usual = max(needed.mean() + 3 * needed.std(), needed.max())
         return tuple(sorted({min(int(np.ceil(x * usual)), most) for x in _LARGER} | {most}))
+
+    def _positives_of(self, mine: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`Batch.positives` and `Batch.owners` of documents i[n], which fill some shards."""
+        of_ids = self._positives.take(ids)
+        rows = mine[of_ids.row_ids()]
+        shard = np.searchsorted(np.unique(self._shard[mine]), self._shard[rows])
+        start = np.searchsorted(shard, np.arange(shard.max(initial=-1) + 1))
+        place = shard * self._most_positives + np.arange(len(rows)) - start[shard]
+        size = len(np.unique(self._shard[mine])) * self._most_positives
+        positives = np.full(size, of_ids.columns, np.int32)
+        owners = np.zeros(size, np.int32)
+        positives[place], owners[place] = of_ids.indices, rows
+        return positives, owners
 
     def _rows_of(self, batch: np.ndarray, mine: np.ndarray, contents: _Contents) -> Rows:
         """The rows of the shards of some documents of a batch, i[n], with their slots [n, ...]."""
@@ -328,21 +342,6 @@ def sample(
     present = np.broadcast_to(counts > 0, drawn.shape)
     drawn[present] = ranked[(positives.indptr[:-1, None] + rank)[present]]
     return drawn.ravel().astype(np.int32)
-
-
-def padded(positives: Csr, width: int) -> np.ndarray:
-    """The labels of each row side by side.
-
-    Args:
-        positives: labels of the n documents.
-        width: P, at least the labels of any row.
-
-    Returns:
-        i32[n, P], padded with L.
-    """
-    result = np.full((positives.rows, width), positives.columns, np.int32)
-    result[np.arange(width) < positives.counts()[:, None]] = positives.indices
-    return result
 
 
 def relevance(positives: Csr, label_ids: np.ndarray) -> np.ndarray:

@@ -166,13 +166,15 @@ class Store:
     def shape(self) -> DataShape:
         """What the shapes of a run's arrays depend on."""
         positives = self.positives("train")
+        most_first = np.sort(positives.counts())[::-1]
+        ends = 2 ** np.arange(max(len(most_first) - 1, 0).bit_length() + 1)
         return DataShape(
             documents=self.num_documents,
             test=self.num_test,
             labels=self.num_labels,
             length=self.max_length,
             pairs=len(positives.indices),
-            positives=int(positives.counts().max(initial=1)),
+            positives=tuple(int(most_first[:end].sum()) for end in ends),
             image_width=0 if self.images is None else self.images.width,
             images_per_item=self.train.per_item,
         )

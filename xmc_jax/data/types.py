@@ -56,7 +56,7 @@ class DataShape:
         labels: L.
         length: T.
         pairs: (document, label) pairs of the training set.
-        positives: P, the most labels of a training document.
+        positives: labels of the 1, 2, 4, ... training documents that have most, together.
         image_width: E; 0 for text only.
         images_per_item: K; 0 for text only.
     """
@@ -66,9 +66,15 @@ class DataShape:
     labels: int
     length: int
     pairs: int
-    positives: int
+    positives: tuple[int, ...]
     image_width: int = 0
     images_per_item: int = 0
+
+    def most_positives(self, documents: int) -> int:
+        """An upper bound for the labels of so many documents in a row, which repeat after all N."""
+        different = min(documents, self.documents)
+        at_most = self.positives[: (different - 1).bit_length() + 1][-1]
+        return max(-(-documents // self.documents) * at_most, 1)
 
 
 @flax.struct.dataclass
@@ -157,9 +163,11 @@ class Batch:
             `i * positives_per_document + p` was sampled for row i.
         relevance: bool[B, U]; `relevance[i, j]` says that the label of column j is a positive of
             document_ids[i].
-        positives: i32[B, P], all positives of each document, then L as padding; None, like the
-            next, where labels are sampled.
-        frequency: f32[B, P], training documents that have each of `positives`, 1 as padding.
+        positives: i32[m], the positives of all documents, one document after the other, in an equal
+            part for each shard of the batch, which is filled up with L. None, like the next two,
+            where labels are sampled.
+        owners: i32[m], the row of the document that has each of `positives`.
+        frequency: f32[m], training documents that have each of `positives`, 1 as padding.
     """
 
     items: Rows
@@ -168,4 +176,5 @@ class Batch:
     columns: Array | None = None
     relevance: Array | None = None
     positives: Array | None = None
+    owners: Array | None = None
     frequency: Array | None = None

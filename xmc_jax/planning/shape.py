@@ -55,7 +55,7 @@ def of(fields: Mapping[str, Any]) -> tuple[DataShape, str]:
         labels=known.labels,
         length=section["max_length"],
         pairs=round(known.train * known.labels_per_document),
-        positives=0,
+        positives=(0,),
     )
     return (
         _with_images(published, width, per_item),

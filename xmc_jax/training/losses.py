@@ -76,8 +76,16 @@ def num_blocks(documents: int, labels: int, cfg: LossConfig, shards: int = 1) ->
     return next(n for n in range(fewest, rows + 1) if rows % n == 0)
 
 
-def similarities(pairs: Pairs) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """f32[B, U], cosines of documents and label texts; the same to prototypes; bool[B, U]."""
+def similarities(
+    pairs: Pairs, rows: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """f32[B, U], cosines of documents and label texts; the same to prototypes; bool[B, U].
+
+    Args:
+        pairs: see `Pairs`.
+        rows: i32[n], the rows of the batch that the documents of `pairs` are, one after the other;
+            None for all of them.
+    """
     raw, prototype, relevance = cosines(pairs.document, pairs.label), None, pairs.relevance
     if pairs.prototype is not None:
         prototype = cosines(pairs.document, pairs.prototype)
@@ -85,7 +93,10 @@ def similarities(pairs: Pairs) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         return raw, prototype, relevance
     # What moves is a device's share of the labels and all of the documents, nothing of B times U.
     raw = sharding.constrain(raw, None, "batch")
-    at = (jnp.arange(len(raw))[:, None], pairs.positives)
+    owners = pairs.owners
+    if rows is not None:
+        owners = _within(owners - rows[0], len(rows))
+    at = (owners, pairs.positives)
     relevance = sharding.constrain(jnp.zeros(raw.shape, bool), None, "batch")
     relevance = relevance.at[at].set(True, mode="drop")
     if prototype is not None:
@@ -330,13 +341,15 @@ def _in_blocks(
     """As `_whole`, all of it by row: blocks of documents, then blocks of labels."""
     pairs = jax.tree.map(_wide, pairs)  # gradients are summed over blocks
     labels = (pairs.label, pairs.prototype)
-    documents = (pairs.replace(label=None, prototype=None), jnp.arange(len(pairs.document)))
+    documents = (pairs.document, pairs.relevance, jnp.arange(len(pairs.document)))
 
     def of_documents(labels: tuple, documents: tuple) -> dict[str, Any]:
         def of_block(block: tuple) -> dict[str, Any]:
-            documents, rows = block
-            compared = documents.replace(label=labels[0], prototype=labels[1])
-            return _of_documents(*similarities(compared), terms, key, cfg, rows)
+            document, relevance, rows = block
+            compared = pairs.replace(
+                document=document, label=labels[0], prototype=labels[1], relevance=relevance
+            )
+            return _of_documents(*similarities(compared, rows), terms, key, cfg, rows)
 
         return _by_block(of_block, documents, blocks)
 
@@ -366,9 +379,8 @@ def _labels_in_blocks(
             raw = cosines(label, documents.document)
             prototype = cosines(prototype, documents.document)
             if relevance is None:
-                places = documents.positives - rows[0]
-                here = (places >= 0) & (places < len(rows)) & (documents.positives < count)
-                at = (jnp.where(here, places, len(rows)), jnp.arange(len(places))[:, None])
+                positives = jnp.where(documents.positives < count, documents.positives, -1)
+                at = (_within(positives - rows[0], len(rows)), documents.owners)
                 relevance = jnp.zeros(raw.shape, bool).at[at].set(True, mode="drop")
                 prototype = prototype.at[at].set(documents.own, mode="drop")
             similarity = dict(zip(_OF_LABELS, (raw, prototype)))
@@ -511,6 +523,11 @@ def _hardest(
     values, columns = sharding.by_row(lambda rows: jax.lax.top_k(rows, count), masked)
     # True for NaN, so that a broken run shows in its loss.
     return _keep(columns), _keep(values != -jnp.inf)
+
+
+def _within(index: jax.Array, length: int) -> jax.Array:
+    """An index, but `length` for those outside [0, length): what is written there is dropped."""
+    return jnp.where((index >= 0) & (index < length), index, length)
 
 
 def _transposed(x: jax.Array) -> jax.Array:

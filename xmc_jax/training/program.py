@@ -260,10 +260,12 @@ class Program:
             document_ids=jax.ShapeDtypeStruct((size,), i32),
         )
         if every:
-            of_positives = (size, shape.positives)
+            shards = sharding.num_shards("batch", self.mesh)
+            of_positives = (shards * shape.most_positives(size // shards),)
             return self._as_batch(
                 batch.replace(
                     positives=jax.ShapeDtypeStruct(of_positives, i32),
+                    owners=jax.ShapeDtypeStruct(of_positives, i32),
                     frequency=jax.ShapeDtypeStruct(of_positives, jnp.float32),
                 )
             )

@@ -16,9 +16,10 @@ class Pairs:
         label: f32[U, D], of label texts.
         prototype: f32[U, D], label prototypes; None without PRIME.
         relevance: bool[B, U]; None for all labels.
-        positives: i32[B, P], all labels: which of them are positives, then U as padding. Labels are
+        positives: i32[m], all labels: the positives of all documents, and U as padding. Labels are
             then split over the devices, and similarities by column.
-        own: f32[B, P], all labels and PRIME: cosines of documents and prototypes that stand in the
+        owners: i32[m], which document has each of `positives`.
+        own: f32[m], all labels and PRIME: cosines of documents and prototypes that stand in the
             place of those of `positives`.
     """
 
@@ -27,6 +28,7 @@ class Pairs:
     prototype: Array | None = None
     relevance: Array | None = None
     positives: Array | None = None
+    owners: Array | None = None
     own: Array | None = None
 
 

@@ -174,21 +174,21 @@ class Step:
             others = tables.leave_one_out(
                 sharding.rows(t.centroids, ids),
                 batch.frequency,
-                sharding.rows(t.document_bank, batch.document_ids),
+                sharding.rows(t.document_bank, batch.document_ids[batch.owners]),
             )
-            width = others.shape[-1]
-            unit = self._prototype(
-                params,
-                t,
-                ids.reshape(-1),
-                layers.wide(sharding.rows(t.label_bank, ids)).reshape(-1, width),
-                prototype_key,
-                others.reshape(-1, width),
-            )
-            own = jnp.einsum(
-                "bd,bpd->bp", document_unit, unit.reshape(others.shape), precision="highest"
-            )
-        return Pairs(document_unit, label, prototype, positives=batch.positives, own=own)
+            texts = layers.wide(sharding.rows(t.label_bank, ids))
+            unit = self._prototype(params, t, ids, texts, prototype_key, others)
+            # A product with all documents: the gradient of rows taken of them would be a scatter.
+            cosines = losses.cosines(unit, sharding.constrain(document_unit))
+            own = jnp.take_along_axis(cosines, batch.owners[:, None], axis=1)[:, 0]
+        return Pairs(
+            document_unit,
+            label,
+            prototype,
+            positives=batch.positives,
+            owners=batch.owners,
+            own=own,
+        )
 
     def _encode(self, params: Any, rows: Rows, key: jax.Array) -> EncoderOutput:
         return self.model.apply(

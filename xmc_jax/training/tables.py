@@ -137,15 +137,15 @@ def leave_one_out(
     """The centroids of documents' labels, each without that document.
 
     Args:
-        centroids: [B, P, D], rows of the centroids for the P positives of B documents.
-        frequency: f32[B, P], training documents of each of these labels.
-        document_unit: [B, D], the documents' rows of the bank that the centroids are means of.
+        centroids: [m, D], rows of the centroids, for m pairs of a document and a label.
+        frequency: f32[m], training documents of each of these labels.
+        document_unit: [m, D], the documents' rows of the bank that the centroids are means of.
 
     Returns:
-        f32[B, P, D], or more as the centroids; 0 for a label without another document.
+        f32[m, D], or more as the centroids; 0 for a label without another document.
     """
     n, dtype = frequency[..., None], jnp.promote_types(centroids.dtype, jnp.float32)
-    rest = n * centroids.astype(dtype) - document_unit[:, None].astype(dtype)
+    rest = n * centroids.astype(dtype) - document_unit.astype(dtype)
     return jnp.where(n > 1, rest / jnp.maximum(n - 1, 1), 0)
 
 
