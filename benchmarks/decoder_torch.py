@@ -268,7 +268,7 @@ class TorchStep(nn.Module):
 
 
 def margin_loss(similarity: torch.Tensor, relevance: torch.Tensor, cfg: LossConfig) -> torch.Tensor:
-    """`xmc_jax.training.losses.margin_loss` with a positive drawn for each row, f32[].
+    """`xmc_jax.training.losses.margin` with a positive drawn for each row, f32[].
 
     Args:
         similarity: f32[rows, columns], cosines.
@@ -287,7 +287,7 @@ def margin_loss(similarity: torch.Tensor, relevance: torch.Tensor, cfg: LossConf
 def regularizer(
     raw: torch.Tensor, prototype: torch.Tensor, relevance: torch.Tensor, cfg: LossConfig
 ) -> torch.Tensor:
-    """`xmc_jax.training.losses.regularizer` with a positive drawn for each row, f32[].
+    """`xmc_jax.training.objective.regularizer` with a positive drawn for each row, f32[].
 
     Args:
         raw: f32[B, B], cosines of documents and label texts.

@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.environment import environment, save
 from xmc_jax.config import LossConfig
-from xmc_jax.training import flops, losses
+from xmc_jax.training import flops
 from xmc_jax.training.state import Pairs
 
 PACKAGES = ("jax", "jaxlib", "numpy")
@@ -42,7 +42,7 @@ class Objective:
         def objective(units, relevance, key):
             document, label, prototype = units
             pairs = Pairs(document, label, prototype, relevance=relevance)
-            return losses.objective(pairs, key, cfg)
+            return objective.objective(pairs, key, cfg)
 
         unit = jax.ShapeDtypeStruct((batch, width), jnp.float32)
         relevance = jax.ShapeDtypeStruct((batch, batch), bool)
@@ -52,7 +52,7 @@ class Objective:
         self.compiled = traced.lower().compile()
         memory = self.compiled.memory_analysis().temp_size_in_bytes
         self.costs = {
-            "blocks": losses.num_blocks(batch, batch, cfg),
+            "blocks": objective.num_blocks(batch, batch, cfg),
             "memory": memory,
             "matrices": memory / (4 * batch**2),
             "products": flops.count(traced.jaxpr).total / (2 * batch**2 * width),

@@ -10,7 +10,7 @@ import pytest
 from xmc_jax.config import RunConfig
 from xmc_jax.data import batches
 from xmc_jax.runtime import sharding
-from xmc_jax.training import build, loop, losses
+from xmc_jax.training import build, loop, objective
 from xmc_jax.training.run import Run
 from xmc_jax.training.step import in_chunks
 
@@ -124,7 +124,7 @@ def test_documents_meet_all_labels_without_their_own_part_of_the_centroids(field
 
     def compared(*arguments):
         pairs = program.step._with_all(*arguments)
-        return pairs.document, losses.similarities(pairs)
+        return pairs.document, objective.similarities(pairs)
 
     unit, (raw, prototype, relevance) = jax.device_get(
         jax.jit(sharding.under(program.mesh, compared))(

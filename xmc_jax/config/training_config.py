@@ -22,7 +22,7 @@ from xmc_jax.config.model_config import Dtype
 class LossConfig:
     """The training objective. The defaults are those of the ViXML run scripts for 131K labels."""
 
-    kind: Literal["margin", "decoupled_softmax"] = Field(
+    kind: str = Field(
         "margin", description="margin (NGAME, PRIME, ViXML) or decoupled_softmax (DEXML)."
     )
     num_negatives: Count = Field(

@@ -30,7 +30,7 @@ def describe(
 
     Args:
         step: its number, from 1.
-        metrics: of `losses.objective`.
+        metrics: of `objective.objective`.
         health: of the step.
         documents: i32[B], of its batch.
         data: where they are from.

@@ -13,7 +13,7 @@ from xmc_jax.data.types import Batch, Rows
 from xmc_jax.models import layers
 from xmc_jax.models.dual import DualEncoder, EncoderOutput
 from xmc_jax.runtime import rng, sharding
-from xmc_jax.training import losses, optimizer, tables
+from xmc_jax.training import objective, optimizer, tables
 from xmc_jax.training.state import Health, Pairs, Tables, TrainState
 
 
@@ -47,7 +47,7 @@ class Step:
             batch: of B documents, B divisible by `n_chunks`, with sampled labels or with positives.
 
         Returns:
-            The next state, and f32[] metrics: those of `losses.objective`, `grad_norm`,
+            The next state, and f32[] metrics: those of `objective.objective`, `grad_norm`,
             `update_norm`, `learning_rate` (the largest of the groups') and `tokens` (of the
             items encoded, see `_tokens`); with them, as "health", a `Health`.
 
@@ -57,13 +57,13 @@ class Step:
         positive = rng.key(self.seed, rng.Stream.POSITIVE, state.step)
         compare = self._with_sampled if batch.positives is None else self._with_all
 
-        def objective(params):
+        def loss_of(params):
             params = optimizer.merge(params, frozen)
             pairs = compare(params, state.tables, batch, key)
-            loss, metrics = losses.objective(pairs, positive, self.loss)
+            loss, metrics = objective.objective(pairs, positive, self.loss)
             return loss, (metrics, jax.lax.stop_gradient(pairs))
 
-        grads, (metrics, pairs) = jax.grad(objective, has_aux=True)(state.params)
+        grads, (metrics, pairs) = jax.grad(loss_of, has_aux=True)(state.params)
         label_ids = None if batch.columns is None else batch.label_ids[batch.columns]
         metrics["grad_norm"] = optax.tree.norm(grads)
         health = _health(pairs, label_ids, grads, metrics)
@@ -179,7 +179,7 @@ class Step:
             texts = layers.wide(sharding.rows(t.label_bank, ids))
             unit = self._prototype(params, t, ids, texts, prototype_key, others)
             # A product with all documents: the gradient of rows taken of them would be a scatter.
-            cosines = losses.cosines(unit, sharding.constrain(document_unit))
+            cosines = objective.cosines(unit, sharding.constrain(document_unit))
             own = jnp.take_along_axis(cosines, batch.owners[:, None], axis=1)[:, 0]
         return Pairs(
             document_unit,
