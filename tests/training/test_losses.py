@@ -132,10 +132,10 @@ def test_regularizer_is_the_definition(dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_decoupled_softmax_is_the_definition(dtype):
+    cfg = LossConfig(kind="decoupled_softmax", softmax_temperature=0.05)
     with jax.enable_x64(dtype == np.float64):
         for shape in SHAPES:
             s, _, y, p = problems(shape, dtype)
-            cfg = LossConfig(kind="decoupled_softmax", softmax_temperature=0.05)
             ours = jax.jit(jax.vmap(lambda *a: losses.decoupled_softmax(*a, cfg).loss.mean()))(
                 s, y, p
             )
@@ -358,7 +358,8 @@ def test_a_collapsed_run_is_seen_and_a_sound_one_is_not(weighted):
     softmax = LossConfig(kind="decoupled_softmax")
     assert "smaller learning rate" in seen(same, same[::-1], softmax)
     assert seen(x, u, softmax) is None
-    sound, apart = {"similarity_spread": 5e-3, "similarity_negative": 0.95}, 4e-3
+    sound = {"similarity_spread": 5e-3, "similarity_negative": 0.95, "violators": 0.5}
+    apart = 4e-3
     assert losses.collapse(sound, softmax, apart) is None  # training moves embeddings apart
     assert "training has collapsed" in losses.collapse(
         sound, softmax, 2 * sound["similarity_spread"]
@@ -367,7 +368,7 @@ def test_a_collapsed_run_is_seen_and_a_sound_one_is_not(weighted):
 
 def test_a_loss_that_is_not_known_is_refused():
     x, u = units(np.random.default_rng(8), 2, 4, 3)
-    with pytest.raises(ValueError, match=r"^loss.kind: expected one of margin, .*'triplet'$"):
+    with pytest.raises(ValueError, match=r"^loss.kind: expected one of margin, .*'triplet'"):
         of_units(x, u, u, np.eye(4, dtype=bool), jax.random.key(0), LossConfig(kind="triplet"))
 
 

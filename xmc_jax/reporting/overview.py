@@ -18,6 +18,7 @@ from xmc_jax.reporting.rendering import duration, number, ordered_rows, percent,
 from xmc_jax.reporting.workdir_contents import RunContents, metric_prefix
 from xmc_jax.retrieval import evaluate
 from xmc_jax.runtime.wording import counted
+from xmc_jax.training import losses
 
 _TILES = {
     "P@1": "first predictions that are right",
@@ -40,17 +41,7 @@ _SIMILARITIES = {
     "train/similarity_negative": ("negative", "wrong"),
 }
 
-_TERMS = {
-    "document_to_label": "to label",
-    "document_to_prototype": "to prototype",
-    "label_to_document": "from label",
-    "prototype_to_document": "from prototype",
-    "regularizer": "regularizer",
-}
-_VIOLATORS = {
-    "margin": "hard negatives within the margin",
-    "decoupled_softmax": "negatives above the mean positive of their document",
-}
+_TERMS = losses.TERMS | {"regularizer": "regularizer"}
 _PHASES = {
     "step": "training steps",
     "data_wait": "waiting for data",
@@ -185,6 +176,7 @@ def training(run: RunContents, data: Store, epochs: Epochs) -> dict[str, Any]:
     others = [name for name in names if name not in _KNOWN]
     terms = [name for name in others if name in _TERMS]
     loss = run.config.get("loss", {}).get("kind", "")
+    known = losses.LOSSES.get(loss)
     # Zero-shot is last, below the others.
     rows = sorted(ordered_rows(run.evaluated_rows), key=lambda row: row == "zero-shot")
     figure = functools.partial(_figure, run, epochs)
@@ -204,8 +196,8 @@ def training(run: RunContents, data: Store, epochs: Epochs) -> dict[str, Any]:
         figure(
             "Violators",
             {"train/violators": ("violators", "trained")},
-            # An unknown loss is shown under its own name.
-            _VIOLATORS.get(loss, f"negatives that violate the loss {loss}"),
+            # A run may have been trained with a loss that this version does not know.
+            known.violators if known else f"negatives that violate the loss {loss}",
             zero=True,
             write=percent,
         ),

@@ -24,7 +24,7 @@ from xmc_jax.data.types import NO_PROMPTS, Batch, DataShape, Prompts, Rows
 from xmc_jax.models import backbone, dual, fusion, hf, hf_modules
 from xmc_jax.runtime import sharding
 from xmc_jax.runtime.wording import counted
-from xmc_jax.training import flops, objective, optimizer, tables
+from xmc_jax.training import flops, losses, objective, optimizer, tables
 from xmc_jax.training.state import Tables, TrainState
 from xmc_jax.training.step import Step
 
@@ -93,6 +93,7 @@ class Program:
         labels = shape.labels
         if train.labels == "sampled":
             labels = train.batch_size * train.positives_per_document
+        losses.find(config.loss.kind)  # or refused
         objective.num_blocks(train.batch_size, labels, config.loss, shards)  # or refused
         self.source = hf.resolve(
             config.encoder.backbone,
