@@ -64,7 +64,7 @@ from xmc_jax.config import (
 )
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.types import Batch, Inputs
-from xmc_jax.models import decoder_config, dual
+from xmc_jax.models import backbone, dual
 from xmc_jax.models.decoder_config import DecoderConfig
 from xmc_jax.runtime import rng, sharding
 from xmc_jax.training import optimizer
@@ -548,9 +548,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         if arguments.config_json:
             name = arguments.config_json.stem
-            sizes = decoder_config.from_hf(
-                json.loads(arguments.config_json.read_text(encoding="utf-8"))
-            )
+            sizes = backbone.from_hf(json.loads(arguments.config_json.read_text(encoding="utf-8")))
         else:
             sizes = MODELS[name]
         chosen = dict(CHOSEN.get(name, {}))

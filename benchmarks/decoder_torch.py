@@ -28,7 +28,7 @@ from torch import nn
 from benchmarks.decoder_workload import EPOCHS, DrawnBatch, Settings, batch_of
 from xmc_jax.config import LossConfig
 from xmc_jax.data.types import Inputs, Prompts
-from xmc_jax.models import decoder_config
+from xmc_jax.models import backbone
 from xmc_jax.models.decoder_config import DecoderConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -113,7 +113,7 @@ class Tower(nn.Module):
 
     def __init__(self, settings: Settings, sizes: DecoderConfig, checkpointing: bool):
         super().__init__()
-        fields = decoder_config.to_hf(sizes) | dict.fromkeys(("bos_token_id", "eos_token_id"))
+        fields = backbone.to_hf(sizes) | dict.fromkeys(("bos_token_id", "eos_token_id"))
         kind = fields.pop("model_type")
         base = transformers.AutoModel.from_config(
             transformers.AutoConfig.for_model(kind, **fields, use_cache=False),

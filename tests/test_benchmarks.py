@@ -15,7 +15,7 @@ import pytest
 from benchmarks import decoder_peer, decoder_step, decoder_workload, remat
 from benchmarks.decoder_workload import MODELS, Settings
 from xmc_jax.data.types import Prompts
-from xmc_jax.models import decoder_config
+from xmc_jax.models import backbone
 
 PUBLISHED = pathlib.Path(__file__).parent / "models" / "published"
 FILES = {
@@ -54,7 +54,7 @@ def test_every_model_but_the_small_ones_is_published():
 @pytest.mark.parametrize("name", FILES)
 def test_models_are_as_published(name):
     published = (PUBLISHED / f"{FILES[name]}.json").read_text(encoding="utf-8")
-    assert MODELS[name] == decoder_config.from_hf(json.loads(published))
+    assert MODELS[name] == backbone.from_hf(json.loads(published))
 
 
 def test_needs_no_more_than_jax_and_flax():

@@ -55,7 +55,7 @@ HOMES = {
         "shipping/outputs.py",
         "images/shards.py",
     ),
-    "safetensors": ("models/hf.py", "models/hf_export.py", "models/hf_files.py"),
+    "safetensors": ("models/hf_export.py", "models/hf_files.py", "models/hf_weights.py"),
     "scann": ("retrieval/scann.py",),
     "skimage": ("images/descriptor.py",),
     "tensorboardX": ("runtime/metrics_log.py",),

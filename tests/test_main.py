@@ -17,7 +17,7 @@ from etils import epath
 from tests.padded_rows import rows_of
 from xmc_jax import modes
 from xmc_jax.data import store
-from xmc_jax.models import hf
+from xmc_jax.models import hf, hf_weights
 from xmc_jax.runtime import metrics_log
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def test_embed_and_export_agree(trained, topics):
         assert path.is_dir() or b"pytest-of-" not in path.read_bytes(), path
     source = hf.resolve(str(folder / "run" / "export"))
     bert = hf.load_config(source)
-    params = {"backbone": hf.load_params(source, bert)}
+    params = {"backbone": hf_weights.load_params(source, bert)}
     data = data_of(folder / "run")
     inputs = data.test.inputs(np.arange(len(data.test)))
     out = DualEncoder(bert).apply(

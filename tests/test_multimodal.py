@@ -21,7 +21,7 @@ from xmc_jax.data.synthetic import product_set
 from xmc_jax.data.types import ORDERS
 from xmc_jax.files import workdirs
 from xmc_jax.images import descriptor
-from xmc_jax.models import hf
+from xmc_jax.models import hf_weights
 from xmc_jax.shipping import exporting
 from xmc_jax.training import build, loop
 from xmc_jax.training.run import Run
@@ -177,7 +177,7 @@ def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
     """The exported folder is a backbone like any other, with its projection or without."""
     _, state, _ = stepped
     folder = exporting.encoder(with_images, program, state, tmp_path)
-    with safetensors.safe_open(folder / hf.PROJECTION, "np") as file:
+    with safetensors.safe_open(folder / hf_weights.PROJECTION, "np") as file:
         projection = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata()["encoder.name"] == "hog-colour"
     again = changed(with_images, encoder={"backbone": str(folder)})

@@ -27,7 +27,7 @@ from xmc_jax.config import MeshConfig, ScannConfig
 from xmc_jax.data import rows
 from xmc_jax.data.types import NO_PROMPTS, Inputs
 from xmc_jax.files import workdirs
-from xmc_jax.models import bert, hf_export
+from xmc_jax.models import bert, hf_export, hf_tensors
 from xmc_jax.retrieval import encode, evaluate, saved_predictions
 from xmc_jax.retrieval.scann import ScannIndex
 from xmc_jax.runtime import metrics_log, sharding
@@ -260,8 +260,8 @@ def test_results_arrive_whole(workdir):
 
     sizes = bert.BertConfig(hidden=8, layers=1, heads=2, ff=16, max_positions=8, vocab_size=16)
     params = {
-        path: jnp.full(shape, 0.5, jnp.float32)
-        for path, shape in hf_export.hf_names.shapes(sizes).items()
+        path: jnp.full(parameter.shape, 0.5, jnp.float32)
+        for path, parameter in hf_tensors.layout(sizes).items()
     }
     for _ in range(2):
         hf_export.merged(workdir / "export", params, sizes, pooling="mean", max_length=8)

@@ -105,7 +105,7 @@ def test_published_models_divide_or_say_what_does_not(name, sizes):
     "path", sorted(PUBLISHED.glob("vision/*[0-9k].json")), ids=lambda p: p.stem
 )
 def test_published_image_encoders_divide(path):
-    config = vision.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    config = backbone.images_from_hf(json.loads(path.read_text(encoding="utf-8")))
     images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     boxed = jax.eval_shape(vision.Vision(config).init, jax.random.key(0), images)["params"]
     for sizes in ((1, 16, 1), (4, 4, 1), (2, 2, 4)):

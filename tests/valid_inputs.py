@@ -31,7 +31,7 @@ from xmc_jax.data import (
 from xmc_jax.data.records import own_records
 from xmc_jax.files import workdirs
 from xmc_jax.files.digests import sha256
-from xmc_jax.models import bert, hf, hf_names
+from xmc_jax.models import backbone, bert, hf, hf_tensors, hf_weights
 from xmc_jax.retrieval import tuned, tuning
 from xmc_jax.shipping import artifact, documents
 
@@ -106,12 +106,11 @@ def encoder_files(folder: pathlib.Path) -> None:
         max_positions=16,
     )
     generator, tensors = np.random.default_rng(0), {}
-    for path, shape in hf_names.shapes(sizes).items():
-        for name in hf_names.of_path(path, sizes):
-            stored = hf_names.stored_shape(path, shape, sizes)
-            tensors[name] = generator.standard_normal(stored).astype(np.float32)
+    for parameter in hf_tensors.layout(sizes).values():
+        for name in parameter.names:
+            tensors[name] = generator.standard_normal(parameter.stored).astype(np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(bert.to_hf(sizes)))
+    (folder / "config.json").write_text(json.dumps(backbone.to_hf(sizes)))
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     template = [
         {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
@@ -271,7 +270,7 @@ def read_images(folder: pathlib.Path) -> None:
 def read_encoder(folder: pathlib.Path) -> None:
     source = hf.resolve(str(folder))
     sizes = hf.load_config(source)
-    hf.load_params(source, sizes)
+    hf_weights.load_params(source, sizes)
     loaded = tokenizer.load(folder)
     tokenizer.encode_measured(loaded, ["red lamp", ""], LENGTH)
     tokenizer.identity(loaded)

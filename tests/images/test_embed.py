@@ -27,7 +27,7 @@ from xmc_jax.data.records import own_records
 from xmc_jax.data.store import SPLITS
 from xmc_jax.images import changes, decoding, descriptor, embed, encoders
 from xmc_jax.images.embed import ImagesConfig
-from xmc_jax.models import vision
+from xmc_jax.models import backbone, vision
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDE, WIDTH = towers.SIZES["image_size"], towers.SIZES["hidden_size"]
@@ -472,7 +472,7 @@ def test_a_finished_folder_is_left_as_it_is(config, straight, monkeypatch):
     chosen = config(data_dir=straight.parents[1])
     before = contents(straight)
     monkeypatch.setattr(encoders.Tower, "embed", None)
-    monkeypatch.setattr(encoders.hf, "load_params", None)
+    monkeypatch.setattr(encoders.hf_weights, "load_params", None)
     assert embed.make(chosen, UIDS) == straight
     assert contents(straight) == before
 
@@ -682,7 +682,7 @@ def test_fused_attention_takes_the_place_of_the_written_out(monkeypatch):
     ],
 )
 def test_the_benchmarks_sizes_are_published(name, file):
-    assert vision_embed.MODELS[name] == vision.from_hf(towers.published(file))
+    assert vision_embed.MODELS[name] == backbone.images_from_hf(towers.published(file))
 
 
 def test_the_benchmark_counts_products():

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from xmc_jax.data import packaged
-from xmc_jax.models import decoder_config, vision
+from xmc_jax.models import backbone
 
 QWEN = json.loads((packaged.tiny_decoder() / "config.json").read_text())
 GEMMA = {
@@ -37,15 +37,15 @@ GEMMA = {
     ],
 )
 def test_decoders(base, fields):
-    decoder_config.from_hf(base)
+    backbone.from_hf(base)
     with pytest.raises(ValueError, match="expected") as refused:
-        decoder_config.from_hf(base | fields)
+        backbone.from_hf(base | fields)
     assert "\n" not in str(refused.value)
 
 
 def test_a_pattern_of_no_layers():
     with pytest.raises(ValueError, match="sliding_window_pattern of at least 1, got 0"):
-        decoder_config.from_hf(GEMMA | {"sliding_window_pattern": 0})
+        backbone.from_hf(GEMMA | {"sliding_window_pattern": 0})
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,6 @@ def test_a_pattern_of_no_layers():
     [{"model_type": ["vit"]}, {"num_hidden_layers": 10**12}, {"layer_norm_eps": math.nan}],
 )
 def test_image_encoders(fields):
-    vision.from_hf({"model_type": "vit"})
+    backbone.images_from_hf({"model_type": "vit"})
     with pytest.raises(ValueError, match="expected"):
-        vision.from_hf({"model_type": "vit"} | fields)
+        backbone.images_from_hf({"model_type": "vit"} | fields)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from xmc_jax.config import MeshConfig
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.models import dual, hf, hf_adapters, hf_modules, hf_names
+from xmc_jax.models import dual, hf, hf_adapters, hf_modules, hf_tensors, hf_weights
 from xmc_jax.models.pooled_dense import DenseConfig
 from xmc_jax.runtime import sharding
 from xmc_jax.training import build
@@ -23,7 +23,7 @@ UNQUANTISED = "take the model that they were made from"
 def load(folder, abstract=None):
     source = hf.resolve(str(folder))
     sizes = hf.load_config(source)
-    return sizes, hf.load_params(source, sizes, abstract)
+    return sizes, hf_weights.load_params(source, sizes, abstract)
 
 
 def same(ours, theirs):
@@ -33,7 +33,7 @@ def same(ours, theirs):
 def refusal(folder, **kwargs):
     with pytest.raises(ValueError) as error:
         source = hf.resolve(str(folder))
-        hf.check(source, **kwargs)
+        hf_weights.check(source, **kwargs)
         hf_modules.read(source).pooling()
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     return str(error.value)
@@ -79,7 +79,7 @@ def test_a_head_stands_in_for_the_embedding_only_where_they_are_tied(untied, tmp
         model_cases.edit(folder, tie_word_embeddings=False)
         assert "Missing: ['model.embed_tokens.weight']" in refusal(folder)
     else:
-        hf.check(hf.resolve(str(folder)))
+        hf_weights.check(hf.resolve(str(folder)))
 
 
 def test_an_adapter_is_added_to_the_weights_of_its_base(tmp_path):
@@ -91,7 +91,7 @@ def test_an_adapter_is_added_to_the_weights_of_its_base(tmp_path):
     _, base = load(source.folder)
     tensors = safetensors.numpy.load_file(folder / hf_adapters.WEIGHTS)
     for module in ("query", "key", "value", "out"):
-        for layer, name in enumerate(hf_names.of_path(f"layers/{module}/kernel", sizes)):
+        for layer, name in enumerate(hf_tensors.layout(sizes)[f"layers/{module}/kernel"].names):
             expected = base["layers"][module]["kernel"][layer]
             prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
             if module in ("query", "value"):

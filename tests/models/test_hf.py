@@ -16,13 +16,14 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
+from tests.golden_models import DECODERS
+from tests.golden_models import FOLDER as GOLDEN
 from xmc_jax.config import MeshConfig
 from xmc_jax.data import packaged
-from xmc_jax.models import bert, decoder_config, dual, hf, hf_names
+from xmc_jax.models import backbone, decoder_config, dual, hf, hf_tensors, hf_weights
 from xmc_jax.runtime import sharding
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-FAMILIES = (*bert.FAMILIES, *decoder_config.FAMILIES)
+FAMILIES = tuple(backbone.FAMILIES)
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def folder(tmp_path):
 def load(folder, layers=None):
     source = hf.resolve(str(folder))
     config = hf.load_config(source, layers)
-    return config, hf.load_params(source, config)
+    return config, hf_weights.load_params(source, config)
 
 
 def one_line(error) -> str:
@@ -226,7 +227,7 @@ def test_hub_name_is_pinned_to_its_commit(tmp_path, monkeypatch):
 
 def test_a_tokenizer_needs_no_weights(folder, tmp_path, monkeypatch):
     (folder / hf.WEIGHTS).unlink()
-    assert hf.resolve(str(folder), weights=False) == hf.Source(folder, str(folder), None, "")
+    assert hf.resolve(str(folder), weights=False) == hf.ModelSource(folder, str(folder), None, "")
     with pytest.raises(ValueError, match=r"expected model\.safetensors, found none"):
         hf.resolve(str(folder))
     asked = []
@@ -281,14 +282,14 @@ def wanted(config, mesh, dtype=np.float32):
 @pytest.fixture
 def requests(monkeypatch):
     """What is read of the files from here on: the tensor's name and the part of it."""
-    read, done = hf._slice, []
+    read, done = hf_weights._part, []
 
-    def spy(tensor, index):
-        part = read(tensor, index)
-        done.append((tensor[1], part))
+    def spy(parameter, tensor, within):
+        part = read(parameter, tensor, within)
+        done.append((tensor.name, part))
         return part
 
-    monkeypatch.setattr(hf, "_slice", spy)
+    monkeypatch.setattr(hf_weights, "_part", spy)
     return done
 
 
@@ -297,11 +298,11 @@ def requests(monkeypatch):
 def test_each_device_gets_its_part(family, axes, requests):
     source = hf.resolve(str(GOLDEN / family))
     config = hf.load_config(source)
-    whole = hf.load_params(source, config)
+    whole = hf_weights.load_params(source, config)
     requests.clear()
     mesh = sharding.make_mesh(MeshConfig(*axes))
     abstract = wanted(config, mesh)
-    loaded = hf.load_params(source, config, abstract)
+    loaded = hf_weights.load_params(source, config, abstract)
 
     def check(path, ours, expected, leaf):
         assert ours.sharding == leaf.sharding and ours.dtype == leaf.dtype
@@ -314,19 +315,19 @@ def test_each_device_gets_its_part(family, axes, requests):
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
     assert sum(part.nbytes for _, part in requests) == total
     if axes[1] * axes[2] > 1:
-        query = hf_names.of_path("layers/query/kernel", config)[0]
+        query = hf_tensors.layout(config)["layers/query/kernel"].names[0]
         parts = [part for name, part in requests if name == query]
         assert len(parts) == axes[1] * axes[2]
 
 
 def test_the_largest_is_read_first_and_one_at_a_time(requests, monkeypatch):
-    monkeypatch.setattr(hf, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(hf_weights, "_BLOCK_BYTES", 1000)
     source = hf.resolve(str(GOLDEN / "qwen2"))
     config = hf.load_config(source)
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     abstract = traverse_util.flatten_dict(wanted(config, mesh), sep="/")
-    of = {name: path for path in abstract for name in hf_names.of_path(path, config)}
-    hf.load_params(source, config, traverse_util.unflatten_dict(abstract, sep="/"))
+    of = {name: path for path in abstract for name in hf_tensors.layout(config)[path].names}
+    hf_weights.load_params(source, config, traverse_util.unflatten_dict(abstract, sep="/"))
 
     bytes_of = {path: leaf.size * leaf.dtype.itemsize for path, leaf in abstract.items()}
     asked = [(of[name], part.nbytes) for name, part in requests]
@@ -347,32 +348,34 @@ def test_the_largest_is_read_first_and_one_at_a_time(requests, monkeypatch):
 def test_only_what_is_asked_for_is_read(requests):
     source = hf.resolve(str(GOLDEN / "llama"))
     config = hf.load_config(source)
-    whole = hf.load_params(source, config)
+    whole = hf_weights.load_params(source, config)
     requests.clear()
     mesh = sharding.make_mesh(MeshConfig())
     layers = wanted(config, mesh)["layers"]
-    loaded = hf.load_params(source, config, {"layers": {"up": layers["up"]}})
+    loaded = hf_weights.load_params(source, config, {"layers": {"up": layers["up"]}})
     np.testing.assert_array_equal(
         loaded["layers"].pop("up")["kernel"], whole["layers"]["up"]["kernel"]
     )
     assert loaded == {"layers": {}}
-    assert {name for name, _ in requests} == set(hf_names.of_path("layers/up/kernel", config))
+    assert {name for name, _ in requests} == set(
+        hf_tensors.layout(config)["layers/up/kernel"].names
+    )
 
 
 def test_parameters_in_bfloat16(requests):
     source = hf.resolve(str(GOLDEN / "qwen3"))
     config = hf.load_config(source, layers=2)
-    whole = hf.load_params(source, config)
+    whole = hf_weights.load_params(source, config)
     requests.clear()
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    loaded = hf.load_params(source, config, wanted(config, mesh, jnp.bfloat16))
+    loaded = hf_weights.load_params(source, config, wanted(config, mesh, jnp.bfloat16))
     for ours, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(whole)):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_array_equal(ours, expected.astype(jnp.bfloat16))
     assert not any("layers.2." in name for name, _ in requests)
 
 
-@pytest.mark.parametrize("family", decoder_config.FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_first_layers_of_a_decoder(family, tmp_path):
     folder = pathlib.Path(shutil.copytree(GOLDEN / family, tmp_path / family))
     _, all_layers = load(folder)
@@ -397,7 +400,8 @@ import json, resource, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax.core import meta
 from xmc_jax.runtime import sharding
-from xmc_jax.models import dual, hf
+from xmc_jax.config import MeshConfig
+from xmc_jax.models import dual, hf, hf_weights
 
 def status(field):
     with open("/proc/self/status") as file:
@@ -415,7 +419,7 @@ abstract = jax.tree.map(
 )
 jax.jit(lambda x: x @ x)(jnp.ones((256, 256))).block_until_ready()
 baseline = status("VmRSS:")
-params = jax.block_until_ready(hf.load_params(source, config, abstract))
+params = jax.block_until_ready(hf_weights.load_params(source, config, abstract))
 peak = status("VmHWM:")
 sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
 first = np.asarray(params["layers"]["up"]["kernel"][:, 0, 0], np.float32).tolist()
@@ -438,15 +442,14 @@ def write_large(folder):
         ff=4096,
         qkv_bias=True,
     )
-    (folder / "config.json").write_text(json.dumps(decoder_config.to_hf(config)))
+    (folder / "config.json").write_text(json.dumps(backbone.to_hf(config)))
     noise = np.random.default_rng(0).standard_normal(1 << 20).astype(jnp.bfloat16)
     shapes = {}
-    for path, shape in hf_names.shapes(config).items():
-        for layer, name in enumerate(hf_names.of_path(path, config)):
-            shape_of_one = shape[1:] if hf_names.is_stacked(path) else shape
+    for parameter in hf_tensors.layout(config).values():
+        for layer, name in enumerate(parameter.names):
             shard = 1 + layer * 4 // config.layers
             shapes.setdefault(f"model-0000{shard}-of-00004.safetensors", {})[f"model.{name}"] = (
-                shape_of_one[::-1] if hf_names.is_transposed(path) else shape_of_one
+                parameter.stored
             )
     weight_map = {}
     for file, tensors in shapes.items():

@@ -13,13 +13,13 @@ import pytest
 import safetensors.numpy
 
 from xmc_jax.config import ExportConfig, LoraConfig, MeshConfig
-from xmc_jax.models import backbone, bert, decoder_config, dual, hf, hf_export, hf_modules, hf_names
+from xmc_jax.models import backbone, dual, hf, hf_export, hf_modules, hf_tensors, hf_weights
 from xmc_jax.models.layers import NO_LORA
 from xmc_jax.models.segments import POOLINGS
 from xmc_jax.runtime import sharding
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-FAMILIES = (*bert.FAMILIES, *decoder_config.FAMILIES)
+FAMILIES = tuple(backbone.FAMILIES)
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def golden(family):
 def load(folder, layers=None):
     source = hf.resolve(str(folder))
     config = hf.load_config(source, layers)
-    return source, config, hf.load_params(source, config)
+    return source, config, hf_weights.load_params(source, config)
 
 
 def with_adapters(config, params, lora):
@@ -110,7 +110,7 @@ def test_adapters_are_added_to_their_kernels(family, scaling, tmp_path):
     changed = set()
     for target in lora.targets:
         leaves = ours["layers"][target]
-        names = hf_names.of_path(f"layers/{target}/kernel", config)
+        names = hf_tensors.layout(config)[f"layers/{target}/kernel"].names
         for layer, name in enumerate(names):
             product = leaves["lora_a"][layer] @ leaves["lora_b"][layer]
             expected = leaves["kernel"][layer] + scale * product
@@ -182,13 +182,13 @@ def test_projection_of_images_is_read_back(tmp_path):
     _, config, params = golden("bert")
     merged(tmp_path, params, config)
     source = hf.resolve(str(tmp_path))
-    assert hf.load_projection(source, 5) is None
+    assert hf_weights.load_projection(source, 5) is None
     ours = projection()
     hf_export.projection(tmp_path, ours, {"name": "some/encoder", "revision": None, "E": 5})
-    found = hf.load_projection(source, 5)
+    found = hf_weights.load_projection(source, 5)
     assert {name: leaf.dtype for name, leaf in found.items()} == dict.fromkeys(ours, np.float32)
     jax.tree.map(np.testing.assert_array_equal, found, ours)
-    path = tmp_path / hf.PROJECTION
+    path = tmp_path / hf_weights.PROJECTION
     with safetensors.safe_open(path, "np") as file:
         assert set(file.keys()) == {"weight", "bias"}
         assert file.get_tensor("weight").shape == (3, 5)  # [out, in], as PyTorch has it
@@ -209,11 +209,11 @@ def test_projection_of_images_is_read_back(tmp_path):
         ({"weight": np.zeros((3, 5), np.float32)}, "expected the tensors weight and bias: "),
         (
             {"weight": np.zeros((3, 6), np.float32), "bias": np.zeros(3, np.float32)},
-            r"projection of images 5 wide, found one of \[3, 6\]; choose the images it was train",
+            r"projection of images 5 wide, got one of \[3, 6\]; choose the images it was train",
         ),
         (
             {"weight": np.zeros((3, 5), np.float32), "bias": np.zeros(4, np.float32)},
-            r"projection of images 5 wide, found one of \[3, 5\]",
+            r"projection of images 5 wide, got one of \[3, 5\]",
         ),
     ],
 )
@@ -223,9 +223,9 @@ def test_a_projection_that_does_not_fit_is_refused(content, message, tmp_path):
     source = hf.resolve(str(tmp_path))
     if isinstance(content, dict):
         content = safetensors.numpy.save(content)
-    (tmp_path / hf.PROJECTION).write_bytes(content)
+    (tmp_path / hf_weights.PROJECTION).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        hf.load_projection(source, 5)
+        hf_weights.load_projection(source, 5)
     assert "\n" not in str(error.value)
 
 
@@ -292,7 +292,7 @@ def test_adapters_of_a_text_tower_beside_images(tmp_path):
     prefix = "base_model.model.language_model.layers."
     assert tensors and all(name.startswith(prefix) for name in tensors)
     assert fields["target_modules"] == r".*language_model\.layers\..*\.(q_proj|up_proj)"
-    hf.check(hf.resolve(str(tmp_path / "out")))
+    hf_weights.check(hf.resolve(str(tmp_path / "out")))
 
 
 def test_adapter_names_the_hub_as_it_was_asked(tmp_path):

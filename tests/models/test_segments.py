@@ -11,14 +11,14 @@ import pytest
 from xmc_jax.config import MeshConfig
 from xmc_jax.data import rows
 from xmc_jax.data.types import Inputs, Prompts
-from xmc_jax.models import decoder_config, dual, layers
+from xmc_jax.models import backbone, dual, layers
 from xmc_jax.models.bert import BertConfig
 from xmc_jax.models.segments import POOLINGS
 from xmc_jax.runtime import sharding
 
 N, T, K, E = 24, 9, 3, 5
 ENCODER = BertConfig(vocab_size=50, hidden=16, layers=2, heads=4, ff=32, max_positions=16)
-DECODER = decoder_config.from_hf(
+DECODER = backbone.from_hf(
     {
         "model_type": "gemma3_text",  # layers that slide, and layers that do not
         "vocab_size": 50,

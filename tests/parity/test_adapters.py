@@ -9,7 +9,7 @@ import pytest
 
 from tests.padded_rows import rows_of
 from xmc_jax.config import LoraConfig, choices
-from xmc_jax.models import backbone, dual, hf, hf_export, hf_names
+from xmc_jax.models import backbone, dual, hf, hf_export, hf_tensors, hf_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -50,7 +50,7 @@ def adapted(config, params, lora, seed=0):
 def load(folder):
     source = hf.resolve(str(folder))
     config = hf.load_config(source)
-    return source, config, hf.load_params(source, config)
+    return source, config, hf_weights.load_params(source, config)
 
 
 def ours(config, lora, params, tokens, lengths):
@@ -75,7 +75,7 @@ def theirs(model, tokens, lengths):
 def by_peft(model, config, lora, params):
     """The torch model with the same adapters put on by peft, and its parameter of each of ours."""
     modules = {
-        path: [name.removesuffix(".weight") for name in hf_names.of_path(path, config)]
+        path: [name.removesuffix(".weight") for name in hf_tensors.layout(config)[path].names]
         for path in (f"layers/{target}/kernel" for target in lora.targets)
     }
     peft_config = peft.LoraConfig(

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.golden_models import DECODERS
 from tests.padded_rows import places_of
 from xmc_jax.data import rows
 from xmc_jax.data.types import Inputs, Prompts
-from xmc_jax.models import decoder, decoder_config, dual, hf, hf_export
+from xmc_jax.models import backbone, decoder, dual, hf, hf_export, hf_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 make = pytest.importorskip("tests.golden.make")
 
-VARIANTS = {family: (family, {}) for family in decoder_config.FAMILIES} | {
+VARIANTS = {family: (family, {}) for family in DECODERS} | {
     "qwen2 sliding": ("qwen2", {"use_sliding_window": True}),
     "qwen3 biased": ("qwen3", {"attention_bias": True}),
     "llama, one key head": ("llama", {"num_key_value_heads": 1, "rope_scaling": None}),
@@ -43,7 +44,7 @@ def states_of(config, params, tokens, lengths):
 def load(folder):
     source = hf.resolve(str(folder))
     config = hf.load_config(source)
-    return config, hf.load_params(source, config)
+    return config, hf_weights.load_params(source, config)
 
 
 def assert_same(ours, theirs, lengths):
@@ -56,7 +57,7 @@ def assert_same(ours, theirs, lengths):
         )
 
 
-@pytest.mark.parametrize("variant", variants(*decoder_config.FAMILIES, "qwen2 sliding"))
+@pytest.mark.parametrize("variant", variants(*DECODERS, "qwen2 sliding"))
 def test_hidden_states_layer_by_layer(variant, tmp_path):
     family, changes = VARIANTS[variant]
     for seed in (1, 2, 3):  # compiled once
@@ -69,16 +70,16 @@ def test_hidden_states_layer_by_layer(variant, tmp_path):
         np.testing.assert_array_equal(hidden, states[-1])
 
 
-@pytest.mark.parametrize("variant", variants(*decoder_config.FAMILIES, "qwen2 sliding"))
+@pytest.mark.parametrize("variant", variants(*DECODERS, "qwen2 sliding"))
 def test_published_config_is_the_one_of_transformers(variant, tmp_path):
     family, changes = VARIANTS[variant]
     old = make.published(family, **changes)
     model = make.tiny(family, **changes)
-    config = decoder_config.from_hf(old)
-    assert config == decoder_config.from_hf(model.config.to_dict())
+    config = backbone.from_hf(old)
+    assert config == backbone.from_hf(model.config.to_dict())
     # and what transformers reads in ours is what it reads in the published one
     model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(decoder_config.to_hf(config)))
+    (tmp_path / "config.json").write_text(json.dumps(backbone.to_hf(config)))
     again = transformers.AutoModel.from_pretrained(tmp_path).eval()
     tokens, lengths = make.texts(5, n=4, T=T)
     np.testing.assert_array_equal(
@@ -87,7 +88,7 @@ def test_published_config_is_the_one_of_transformers(variant, tmp_path):
     )
 
 
-@pytest.mark.parametrize("family", decoder_config.FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_model_with_a_head_is_its_backbone(family, tied, tmp_path):
     auto = transformers.AutoModelForCausalLM
@@ -129,7 +130,7 @@ def test_text_tower_of_a_model_with_images(text, others, tmp_path):
     assert any("vision_tower" in name for name in tensors)
     safetensors.numpy.save_file(tensors, tmp_path / hf.WEIGHTS)
     config, params = load(tmp_path)
-    assert config == decoder_config.from_hf(make.published("gemma3"))
+    assert config == backbone.from_hf(make.published("gemma3"))
     tokens, lengths = make.texts(1, n=8, T=T)
     _, states = states_of(config, params, tokens, lengths)
     theirs = make.torch_hidden_states(model.model.language_model, tokens, lengths)
@@ -182,7 +183,7 @@ def test_prompts_around_texts(variant, positions, tmp_path):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", variants(*decoder_config.FAMILIES, "qwen2 sliding"))
+@pytest.mark.parametrize("variant", variants(*DECODERS, "qwen2 sliding"))
 def test_exported_folder_is_the_torch_model(variant, tmp_path):
     family, changes = VARIANTS[variant]
     model = make.tiny(family, 3, **changes)

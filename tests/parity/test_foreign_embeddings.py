@@ -8,7 +8,7 @@ import pytest
 
 from tests.padded_rows import rows_of
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.models import dual, hf, hf_modules
+from xmc_jax.models import dual, hf, hf_modules, hf_weights
 from xmc_jax.shipping import exporting
 from xmc_jax.training import build
 
@@ -26,7 +26,7 @@ def ours(folder, kind="document") -> np.ndarray:
     texts = [said.prompt(kind) + text for text in model_cases.TEXTS]
     tokens, lengths, _ = tokenizers.encode_measured(tokenizers.load(source.tokenizer), texts, 24)
     model = dual.DualEncoder(sizes, pooling=said.pooling())
-    params = {"params": {"backbone": hf.load_params(source, sizes)}}
+    params = {"params": {"backbone": hf_weights.load_params(source, sizes)}}
     return jax.jit(lambda: model.apply(params, rows_of(tokens, lengths), method="encode").unit)()
 
 
@@ -68,7 +68,7 @@ def test_a_decoder_gives_the_hidden_states_of_its_model_with_a_head(name, auto, 
     expected = torch.nn.functional.normalize(hidden.last_hidden_state.mean(1), dim=-1)
     source = hf.resolve(str(folder))
     sizes = hf.load_config(source)
-    params = {"params": {"backbone": hf.load_params(source, sizes)}}
+    params = {"params": {"backbone": hf_weights.load_params(source, sizes)}}
     inputs = rows_of(tokens, np.full(3, 9, np.int32))
     unit = dual.DualEncoder(sizes).apply(params, inputs, method="encode").unit
     np.testing.assert_allclose(unit, expected, rtol=0, atol=1e-5)

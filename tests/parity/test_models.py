@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.golden_models import ENCODERS
 from tests.padded_rows import places_of, rows_of
 from xmc_jax.data import packaged, tokenizer
-from xmc_jax.models import bert, dual, hf, hf_export
+from xmc_jax.models import bert, dual, hf, hf_export, hf_weights
 from xmc_jax.models.combiner import TransformerCombiner
 
 torch = pytest.importorskip("torch")
@@ -25,7 +26,7 @@ def states_of(config, params, tokens, lengths):
     )[1]
 
 
-@pytest.mark.parametrize("family", bert.FAMILIES)
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_hidden_states_layer_by_layer(family, seed, tmp_path):
     model = make.tiny(family, seed)
@@ -34,7 +35,7 @@ def test_hidden_states_layer_by_layer(family, seed, tmp_path):
     expected = make.torch_hidden_states(model, tokens, lengths)
     source = hf.resolve(str(tmp_path))
     config = hf.load_config(source)
-    params = hf.load_params(source, config)
+    params = hf_weights.load_params(source, config)
     states = states_of(config, params, tokens, lengths)
     real = (np.arange(20) < lengths[:, None])[..., None]
     assert len(states) == len(expected) == config.layers + 1
@@ -44,13 +45,13 @@ def test_hidden_states_layer_by_layer(family, seed, tmp_path):
         )
 
 
-@pytest.mark.parametrize("family", bert.FAMILIES)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_exported_folder_is_the_torch_model(family, tmp_path):
     """Export, reload with transformers: every tensor identical."""
     make.tiny(family, 3).save_pretrained(tmp_path)
     source = hf.resolve(str(tmp_path))
     config = hf.load_config(source)
-    params = hf.load_params(source, config)
+    params = hf_weights.load_params(source, config)
     hf_export.merged(tmp_path / "out", params, config, pooling="mean", max_length=8)
     load = make.transformers.AutoModel.from_pretrained
     theirs, ours = load(tmp_path).state_dict(), load(tmp_path / "out").state_dict()
@@ -64,7 +65,7 @@ def test_exported_folder_is_the_torch_model(family, tmp_path):
 def minilm():
     source = hf.resolve(packaged.MINILM_NAME)
     config = hf.load_config(source)
-    return config, hf.load_params(source, config)
+    return config, hf_weights.load_params(source, config)
 
 
 def embed(config, params, texts, T):

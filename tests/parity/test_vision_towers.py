@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from tests.images.odd_images import IMAGES, SATURATED
 from xmc_jax.images import decoding
-from xmc_jax.models import hf, vision
+from xmc_jax.models import backbone, hf, hf_weights, vision
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -66,7 +66,7 @@ def tiny(name: str, seed: int, auto=transformers.AutoModel) -> torch.nn.Module:
 def load(folder: pathlib.Path):
     source = hf.resolve(str(folder))
     config = hf.load_vision_config(source)
-    return config, hf.load_params(source, config)
+    return config, hf_weights.load_params(source, config)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
@@ -125,7 +125,7 @@ def test_pooled_vector_is_what_get_image_features_gives(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_published_config_is_the_one_of_transformers(name):
     written = transformers.AutoConfig.for_model(**MODELS[name]).to_json_string(use_diff=False)
-    assert vision.from_hf(MODELS[name]) == vision.from_hf(json.loads(written))
+    assert backbone.images_from_hf(MODELS[name]) == backbone.images_from_hf(json.loads(written))
 
 
 @pytest.mark.parametrize("name", ["siglip2", "vit"])
@@ -149,7 +149,7 @@ def test_published_towers_are_as_large_as_those_of_torch(path):
     raw = json.loads(path.read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**raw))
-    config = vision.from_hf(raw)
+    config = backbone.images_from_hf(raw)
     theirs = getattr(model, "vision_model", model).named_parameters()
     shape = (1, config.image_size, config.image_size, 3)
     made = jax.eval_shape(lambda: vision.Vision(config).init(jax.random.key(0), jnp.zeros(shape)))

@@ -15,7 +15,7 @@ from PIL import Image
 from xmc_jax.config import MeshConfig
 from xmc_jax.files import json_files
 from xmc_jax.images import decoding, descriptor
-from xmc_jax.models import hf, hf_names
+from xmc_jax.models import hf, hf_tensors, hf_weights
 from xmc_jax.models.vision import Vision
 from xmc_jax.runtime import sharding
 
@@ -138,11 +138,11 @@ class Tower:
         # Read when first needed: a finished folder needs none.
         whole = sharding.replicated(self._mesh)
         abstract = {}
-        for path, shape in hf_names.shapes(self._config).items():
+        for path, parameter in hf_tensors.layout(self._config).items():
             dtype = jnp.float32 if any(part in path for part in _FLOAT32) else self._dtype
-            abstract[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+            abstract[path] = jax.ShapeDtypeStruct(parameter.shape, dtype, sharding=whole)
         nested = traverse_util.unflatten_dict(abstract, sep="/")
-        return hf.load_params(self._source, self._config, nested)
+        return hf_weights.load_params(self._source, self._config, nested)
 
     @functools.cached_property
     def _run(self) -> Any:

@@ -1,7 +1,7 @@
 """BERT-like encoders: BERT, MiniLM (a narrow BERT) and DistilBERT (BERT without token types)."""
 
 import dataclasses
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,16 +10,18 @@ import jax.numpy as jnp
 
 from xmc_jax.config import LoraConfig
 from xmc_jax.models import layers, pooled_dense, segments
+from xmc_jax.models.family import (
+    ACTIVATIONS,
+    Family,
+    check,
+    check_sizes,
+    named,
+    read_fields,
+    refuse_others,
+)
 from xmc_jax.models.pooled_dense import DenseConfig
 from xmc_jax.runtime.sharding import Axis
 
-FAMILIES = ("bert", "distilbert")
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 PROJECTIONS = ("query", "key", "value", "out", "up", "down")
 # Layers per iteration of the scan: on CPU, rolled costs 9 % of a training step, unrolled 2 %.
 UNROLL = 6
@@ -62,27 +64,15 @@ class BertConfig:
     dense: DenseConfig | None = None
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f"BertConfig.family: expected one of {FAMILIES}, got {self.family!r}")
-        if self.hidden_act not in ACTIVATIONS:
-            known = tuple(ACTIVATIONS)
-            raise ValueError(f"BertConfig.hidden_act: expected {known}, got {self.hidden_act!r}")
-        for name in ("vocab_size", "hidden", "layers", "heads", "ff", "max_positions"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"BertConfig.{name}: expected at least 1, got {value}")
-        layers.check_sizes(self)
-        if self.hidden % self.heads:
-            raise ValueError(
-                f"BertConfig.heads: expected a divisor of hidden = {self.hidden}, got {self.heads}"
-            )
-        if (self.type_vocab > 0) != (self.family == "bert"):
-            raise ValueError(
-                f"BertConfig.type_vocab: expected 0 for distilbert and at least 1 for bert, got "
-                f"{self.type_vocab} for {self.family}"
-            )
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ValueError(f"BertConfig.{name}: expected a fraction in [0, 1), got {value}")
+        sizes = ("vocab_size", "hidden", "layers", "heads", "ff", "max_positions")
+        check_sizes(self, sizes)
+        rates, types = ("dropout", "attention_dropout"), "at least 1 for bert, 0 for distilbert"
+        check(
+            self,
+            ("heads", self.hidden % self.heads == 0, f"a divisor of hidden = {self.hidden}"),
+            ("type_vocab", (self.type_vocab > 0) == (self.family == "bert"), types),
+            *((name, 0 <= getattr(self, name) < 1, "a fraction in [0, 1)") for name in rates),
+        )
 
     @property
     def width(self) -> int:
@@ -98,119 +88,10 @@ class BertConfig:
         return dataclasses.replace(self, dropout=rate, attention_dropout=rate)
 
 
-# Hugging Face's name of each field, and what a config.json that lacks it means.
-_HF_FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
-    "bert": {
-        "vocab_size": ("vocab_size", 30522),
-        "hidden": ("hidden_size", 768),
-        "layers": ("num_hidden_layers", 12),
-        "heads": ("num_attention_heads", 12),
-        "ff": ("intermediate_size", 3072),
-        "max_positions": ("max_position_embeddings", 512),
-        "type_vocab": ("type_vocab_size", 2),
-        "eps": ("layer_norm_eps", 1e-12),
-        "hidden_act": ("hidden_act", "gelu"),
-        "dropout": ("hidden_dropout_prob", 0.1),
-        "attention_dropout": ("attention_probs_dropout_prob", 0.1),
-        "pad_id": ("pad_token_id", 0),
-    },
-    "distilbert": {
-        "vocab_size": ("vocab_size", 30522),
-        "hidden": ("dim", 768),
-        "layers": ("n_layers", 6),
-        "heads": ("n_heads", 12),
-        "ff": ("hidden_dim", 3072),
-        "max_positions": ("max_position_embeddings", 512),
-        "hidden_act": ("activation", "gelu"),
-        "dropout": ("dropout", 0.1),
-        "attention_dropout": ("attention_dropout", 0.1),
-        "pad_id": ("pad_token_id", 0),
-    },
-}
-# Our path -> Hugging Face's name; {} is the layer, stacked on our side. Kernels are transposed.
-HF_NAMES: dict[str, dict[str, str]] = {
-    "bert": {
-        "token_embedding": "embeddings.word_embeddings.weight",
-        "position_embedding": "embeddings.position_embeddings.weight",
-        "type_embedding": "embeddings.token_type_embeddings.weight",
-        "embedding_norm": "embeddings.LayerNorm",
-        "layers/query": "encoder.layer.{}.attention.self.query",
-        "layers/key": "encoder.layer.{}.attention.self.key",
-        "layers/value": "encoder.layer.{}.attention.self.value",
-        "layers/out": "encoder.layer.{}.attention.output.dense",
-        "layers/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "layers/up": "encoder.layer.{}.intermediate.dense",
-        "layers/down": "encoder.layer.{}.output.dense",
-        "layers/output_norm": "encoder.layer.{}.output.LayerNorm",
-    },
-    "distilbert": {
-        "token_embedding": "embeddings.word_embeddings.weight",
-        "position_embedding": "embeddings.position_embeddings.weight",
-        "embedding_norm": "embeddings.LayerNorm",
-        "layers/query": "transformer.layer.{}.attention.q_lin",
-        "layers/key": "transformer.layer.{}.attention.k_lin",
-        "layers/value": "transformer.layer.{}.attention.v_lin",
-        "layers/out": "transformer.layer.{}.attention.out_lin",
-        "layers/attention_norm": "transformer.layer.{}.sa_layer_norm",
-        "layers/up": "transformer.layer.{}.ffn.lin1",
-        "layers/down": "transformer.layer.{}.ffn.lin2",
-        "layers/output_norm": "transformer.layer.{}.output_layer_norm",
-    },
-}
-# Ends of names in checkpoints of before 2019, as bert-base-uncased is published.
-HF_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_ARCHITECTURES = {"bert": "BertModel", "distilbert": "DistilBertModel"}
-
-
-def from_hf(config: dict[str, Any]) -> BertConfig:
-    """The encoder that a Hugging Face config.json describes.
-
-    Args:
-        config: the parsed file.
-
-    Raises:
-        ValueError: another architecture, a variant of BERT that is not computed here, a field of
-            the wrong type, or sizes that do not fit together.
-    """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(
-            f"config.json: expected model_type to be one of {FAMILIES}, got {family!r} "
-            f"(architectures {config.get('architectures')})"
-        )
-    for name, expected in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if config.get(name, expected) != expected:
-            raise ValueError(f"config.json: expected {name} = {expected!r}, got {config[name]!r}")
-    values: dict[str, Any] = {}
-    for field, (name, default) in _HF_FIELDS[family].items():
-        value = config.get(name, default)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise ValueError(
-                f"config.json: expected {name} to be a {kinds[-1].__name__}, got {value!r}"
-            )
-        values[field] = value
-    return BertConfig(
-        family=family, **({"type_vocab": 0} if family == "distilbert" else {}) | values
-    )
-
-
-def to_hf(config: BertConfig) -> dict[str, Any]:
-    """The config.json of an encoder; `from_hf` reads it back."""
-    fields = {
-        name: getattr(config, field) for field, (name, _) in _HF_FIELDS[config.family].items()
-    }
-    return {
-        "architectures": [_ARCHITECTURES[config.family]],
-        "model_type": config.family,
-        **fields,
-    }
-
-
 _normal = nn.initializers.normal(0.02)
 
 
-class Layer(nn.Module):
+class BertLayer(nn.Module):
     """One post-norm transformer layer, as the body of a scan."""
 
     config: BertConfig
@@ -317,8 +198,100 @@ class Bert(nn.Module):
         x = layers.LayerNorm(c.eps, name="embedding_norm")(x).astype(self.dtype)
         (drop,) = layers.dropouts(self, (c.dropout,), deterministic)
         first = x = drop(x)
-        scanned = layers.stack(Layer, c.layers, self.remat, unroll=UNROLL)
+        scanned = layers.stack(BertLayer, c.layers, self.remat, unroll=UNROLL)
         x, outputs = scanned(c, self.dtype, self.lora, deterministic, hidden_states, name="layers")(
             x, segments.mask(segment, head)
         )
         return (x, jnp.concatenate([first[None], outputs])) if hidden_states else x
+
+
+# Hugging Face's name of each field, and what a config.json that lacks it means.
+_BERT_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 30522),
+    "hidden": ("hidden_size", 768),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "ff": ("intermediate_size", 3072),
+    "max_positions": ("max_position_embeddings", 512),
+    "type_vocab": ("type_vocab_size", 2),
+    "eps": ("layer_norm_eps", 1e-12),
+    "hidden_act": ("hidden_act", "gelu"),
+    "dropout": ("hidden_dropout_prob", 0.1),
+    "attention_dropout": ("attention_probs_dropout_prob", 0.1),
+    "pad_id": ("pad_token_id", 0),
+}
+_DISTILBERT_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 30522),
+    "hidden": ("dim", 768),
+    "layers": ("n_layers", 6),
+    "heads": ("n_heads", 12),
+    "ff": ("hidden_dim", 3072),
+    "max_positions": ("max_position_embeddings", 512),
+    "hidden_act": ("activation", "gelu"),
+    "dropout": ("dropout", 0.1),
+    "attention_dropout": ("attention_dropout", 0.1),
+    "pad_id": ("pad_token_id", 0),
+}
+_EMBEDDING_TENSORS = {
+    "token_embedding": "embeddings.word_embeddings.weight",
+    "position_embedding": "embeddings.position_embeddings.weight",
+    "embedding_norm": "embeddings.LayerNorm",
+}
+_BERT_TENSORS = _EMBEDDING_TENSORS | {
+    "type_embedding": "embeddings.token_type_embeddings.weight",
+    "layers/query": "encoder.layer.{}.attention.self.query",
+    "layers/key": "encoder.layer.{}.attention.self.key",
+    "layers/value": "encoder.layer.{}.attention.self.value",
+    "layers/out": "encoder.layer.{}.attention.output.dense",
+    "layers/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layers/up": "encoder.layer.{}.intermediate.dense",
+    "layers/down": "encoder.layer.{}.output.dense",
+    "layers/output_norm": "encoder.layer.{}.output.LayerNorm",
+}
+_DISTILBERT_TENSORS = _EMBEDDING_TENSORS | {
+    "layers/query": "transformer.layer.{}.attention.q_lin",
+    "layers/key": "transformer.layer.{}.attention.k_lin",
+    "layers/value": "transformer.layer.{}.attention.v_lin",
+    "layers/out": "transformer.layer.{}.attention.out_lin",
+    "layers/attention_norm": "transformer.layer.{}.sa_layer_norm",
+    "layers/up": "transformer.layer.{}.ffn.lin1",
+    "layers/down": "transformer.layer.{}.ffn.lin2",
+    "layers/output_norm": "transformer.layer.{}.output_layer_norm",
+}
+_REFUSED = {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
+
+
+def _family(
+    name: str,
+    architecture: str,
+    fields: Mapping[str, tuple[str, Any]],
+    tensors: Mapping[str, str],
+    **constants: Any,
+) -> Family:
+    """A family of this stack; `constants` are fields of BertConfig that config.json lacks."""
+
+    def from_hf(config: Mapping[str, Any]) -> BertConfig:
+        refuse_others(config, _REFUSED)
+        return BertConfig(family=name, **constants, **read_fields(config, fields))
+
+    def to_hf(sizes: BertConfig) -> dict[str, Any]:
+        values = {hf_name: getattr(sizes, field) for field, (hf_name, _) in fields.items()}
+        return {"architectures": [architecture], "model_type": name, **values}
+
+    return Family(
+        name=name,
+        model_types=(name,),
+        from_hf=from_hf,
+        to_hf=to_hf,
+        tensors=named(tensors),
+        module=Bert,
+        projections=PROJECTIONS,
+        # Checkpoints of before 2019, such as bert-base-uncased as published.
+        renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    )
+
+
+BERT = _family("bert", "BertModel", _BERT_FIELDS, _BERT_TENSORS)
+DISTILBERT = _family(
+    "distilbert", "DistilBertModel", _DISTILBERT_FIELDS, _DISTILBERT_TENSORS, type_vocab=0
+)

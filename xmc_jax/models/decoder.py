@@ -1,6 +1,12 @@
-"""Decoder-only language models as text encoders, without head: Qwen2, Qwen3, Llama 3, Gemma 3."""
+"""The stack of decoder-only language models as text encoders, without the language model's head.
 
+Families differ in sizes, constants and names of tensors: `llama`, `qwen2`, `qwen3`, `gemma3`.
+"""
+
+import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,11 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from xmc_jax.config import LoraConfig
-from xmc_jax.models import layers, pooled_dense, segments
-from xmc_jax.models.decoder_config import ACTIVATIONS, DecoderConfig, RopeScaling
+from xmc_jax.models import decoder_config, layers, pooled_dense, segments
+from xmc_jax.models.decoder_config import DecoderConfig, RopeScaling
+from xmc_jax.models.family import ACTIVATIONS, Family, Stored, named
 from xmc_jax.runtime.sharding import Axis
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+TENSORS = named(
+    {
+        "token_embedding": "embed_tokens.weight",
+        "final_norm": "norm",
+        "layers/attention_norm": "layers.{}.input_layernorm",
+        "layers/query": "layers.{}.self_attn.q_proj",
+        "layers/key": "layers.{}.self_attn.k_proj",
+        "layers/value": "layers.{}.self_attn.v_proj",
+        "layers/out": "layers.{}.self_attn.o_proj",
+        "layers/query_norm": "layers.{}.self_attn.q_norm",
+        "layers/key_norm": "layers.{}.self_attn.k_norm",
+        "layers/mlp_norm": "layers.{}.post_attention_layernorm",
+        "layers/gate": "layers.{}.mlp.gate_proj",
+        "layers/up": "layers.{}.mlp.up_proj",
+        "layers/down": "layers.{}.mlp.down_proj",
+    }
+)
 
 
 def rotary_frequencies(theta: float, head_dim: int, rope: RopeScaling) -> np.ndarray:
@@ -37,7 +61,7 @@ def rotary_frequencies(theta: float, head_dim: int, rope: RopeScaling) -> np.nda
 _normal = nn.initializers.normal(0.02)
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     """One pre-norm transformer layer with gated feed-forward, as the body of a scan."""
 
     config: DecoderConfig
@@ -170,7 +194,7 @@ class Decoder(nn.Module):
             sliding = jnp.asarray(c.sliding)
 
         in_axes = (nn.broadcast, nn.broadcast, nn.broadcast if sliding is None else 0)
-        scanned = layers.stack(Layer, c.layers, self.remat, in_axes)
+        scanned = layers.stack(DecoderLayer, c.layers, self.remat, in_axes)
         x, outputs = scanned(c, self.dtype, self.lora, deterministic, hidden_states, name="layers")(
             x, rotary, mask, sliding
         )
@@ -181,3 +205,35 @@ class Decoder(nn.Module):
         frequencies = rotary_frequencies(theta, self.config.head_dim, rope)
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         return layers.rotary_tables(position, frequencies.astype(dtype))
+
+
+def family(
+    name: str,
+    architecture: str,
+    defaults: Mapping[str, Any],
+    model_types: tuple[str, ...] = (),
+    from_hf: Callable[[Mapping[str, Any]], DecoderConfig] | None = None,
+    to_hf: Callable[[DecoderConfig], dict[str, Any]] | None = None,
+    tensors: Mapping[str, Stored] = TENSORS,
+) -> Family:
+    """A family of this stack; see `Family`.
+
+    Args:
+        name: of the family.
+        architecture: transformers' class.
+        defaults: see `decoder_config.from_hf`.
+        model_types: () is the name alone.
+        from_hf: None is `decoder_config.from_hf`.
+        to_hf: None is `decoder_config.to_hf`.
+        tensors: where the parameters are.
+    """
+    return Family(
+        name=name,
+        model_types=model_types or (name,),
+        from_hf=from_hf or functools.partial(decoder_config.from_hf, name=name, defaults=defaults),
+        to_hf=to_hf or functools.partial(decoder_config.to_hf, architecture=architecture),
+        tensors=tensors,
+        module=Decoder,
+        projections=PROJECTIONS,
+        causal=True,
+    )

@@ -1,33 +1,24 @@
-"""Hugging Face folders in: find them, config.json and safetensors to our parameters. No pickles."""
+"""Hugging Face models: found by name or folder, pinned by digest, and their config.json."""
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import huggingface_hub
 import huggingface_hub.constants
 import huggingface_hub.errors
-import jax
-import numpy as np
-import safetensors
-from absl import logging
-from flax import traverse_util
 
 from xmc_jax.data import packaged
 from xmc_jax.files import json_files
 from xmc_jax.files.digests import sha256
-from xmc_jax.models import backbone, hf_adapters, hf_files, hf_names, pooled_dense, vision
+from xmc_jax.models import backbone, hf_adapters, hf_files, pooled_dense
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.hf_files import INDEX, WEIGHTS
 from xmc_jax.models.pooled_dense import DenseConfig
 from xmc_jax.models.vision import VisionConfig
 
-PROJECTION = "image_projection.safetensors"
-"""Of an encoder exported with images; not a file of Hugging Face's."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,11 +40,10 @@ _MODULE_FILES = (
     "sentence_bert_config.json",
     hf_adapters.CONFIG,
 )
-_BLOCK_BYTES = 1 << 25  # of a table read at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where weights come from, pinned.
 
     Attributes:
@@ -98,7 +88,7 @@ class Source:
         return self.first_with(*TOKENIZER_FILES)
 
 
-def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
+def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> ModelSource:
     """Finds a model: a local folder, a name of `packaged`, or one on the Hugging Face hub.
 
     Args:
@@ -133,7 +123,7 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
     folder = _transformer(given)
     outer = () if folder == given else (given,)
     if not weights:
-        return Source(folder, name, commit, "", outer)
+        return ModelSource(folder, name, commit, "", outer)
     hf_files.check_not_quantised(folder)
     digest = _digest([_sha256(path) for path in hf_files.weight_files(folder)])
     if name == packaged.MINILM_NAME and digest != packaged.MINILM_SHA256:
@@ -141,10 +131,12 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
             f"{folder / WEIGHTS}: expected SHA-256 {packaged.MINILM_SHA256}, got {digest}; "
             f"reinstall {packaged.MINILM_DISTRIBUTION}=={packaged.MINILM_VERSION}"
         )
-    return Source(folder, name, commit, digest, outer)
+    return ModelSource(folder, name, commit, digest, outer)
 
 
-def _with_adapter(adapter: pathlib.Path, name: str, commit: str | None, weights: bool) -> Source:
+def _with_adapter(
+    adapter: pathlib.Path, name: str, commit: str | None, weights: bool
+) -> ModelSource:
     base_name, base_revision = hf_adapters.base_of(adapter)
     try:
         base = resolve(base_name, base_revision, weights=weights)
@@ -161,7 +153,7 @@ def _with_adapter(adapter: pathlib.Path, name: str, commit: str | None, weights:
     if weights:
         files = (adapter / hf_adapters.CONFIG, adapter / hf_adapters.WEIGHTS)
         digest = _digest([base.digest, *(_sha256(path) for path in files if path.is_file())])
-    return Source(base.folder, name, commit, digest, (adapter, *base.outer), adapter)
+    return ModelSource(base.folder, name, commit, digest, (adapter, *base.outer), adapter)
 
 
 def _transformer(folder: pathlib.Path) -> pathlib.Path:
@@ -208,7 +200,7 @@ def modules_of(folder: pathlib.Path) -> list[Module]:
     return modules
 
 
-def load_config(source: Source, layers: int | None = None) -> Sizes:
+def load_config(source: ModelSource, layers: int | None = None) -> Sizes:
     """The sizes of a model, of its first layers only if asked.
 
     Args:
@@ -236,7 +228,7 @@ def load_config(source: Source, layers: int | None = None) -> Sizes:
     return sizes.first(layers)
 
 
-def dense_module(source: Source, width: int) -> tuple[pathlib.Path, DenseConfig] | None:
+def dense_module(source: ModelSource, width: int) -> tuple[pathlib.Path, DenseConfig] | None:
     """The layer behind the pooling of a folder of sentence-transformers: its folder and its sizes.
 
     Args:
@@ -255,7 +247,7 @@ def dense_module(source: Source, width: int) -> tuple[pathlib.Path, DenseConfig]
     return None if config is None else (path, config)
 
 
-def load_vision_config(source: Source) -> VisionConfig:
+def load_vision_config(source: ModelSource) -> VisionConfig:
     """The sizes of an image encoder.
 
     Args:
@@ -266,265 +258,9 @@ def load_vision_config(source: Source) -> VisionConfig:
     """
     raw = json_files.read(source.folder / "config.json")
     try:
-        return vision.from_hf(raw)
+        return backbone.images_from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{source.folder}: {error}") from error
-
-
-def load_params(
-    source: Source, sizes: Sizes | VisionConfig, abstract: Any = None
-) -> dict[str, Any]:
-    """The parameters of a backbone or image encoder, layers stacked; no head, no adapters.
-
-    With `abstract`, what this process reads is what its devices hold, and beside the arrays made it
-    holds one of them at a time, the largest first.
-
-    Args:
-        source: see `resolve`.
-        sizes: of the model; layers past `sizes.layers` are left out.
-        abstract: nested dicts of ShapeDtypeStructs with shardings, of the parameters wanted and as
-            they are wanted; None is all, as numpy float32.
-
-    Returns:
-        The subtree "backbone" (or of an image encoder all), or the part of it that is asked for.
-
-    Raises:
-        ValueError: unreadable weights; or all tensors missing, not known or of another shape.
-    """
-    home = _homes(source, sizes)
-    flat = dict(hf_names.shapes(sizes)) | _dense_shapes(sizes)
-    if abstract is None:
-        wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in flat.items()}
-    else:
-        wanted = traverse_util.flatten_dict(abstract, sep="/")
-    loaded = {}
-    for path, leaf in sorted(
-        wanted.items(), key=lambda item: -item[1].size * item[1].dtype.itemsize
-    ):
-        tensors = [home[name] for name in hf_names.of_path(path, sizes)]
-        read = _reader(path, tensors, leaf)
-        if abstract is None:
-            loaded[path] = read((slice(None),) * len(leaf.shape))
-        else:
-            array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
-            # Copied in the background: without waiting, the next is read beside what is copied.
-            loaded[path] = jax.block_until_ready(array)
-    return traverse_util.unflatten_dict(loaded, sep="/")
-
-
-def check(source: Source, layers: int | None = None) -> None:
-    """Reads no weights, only whether they are there and fit.
-
-    Args:
-        source: see `resolve`.
-        layers: see `load_config`.
-
-    Raises:
-        ValueError: see `load_config` and `load_params`.
-    """
-    _homes(source, load_config(source, layers))
-
-
-def load_projection(source: Source, width: int) -> dict[str, np.ndarray] | None:
-    """The projection of images of an exported folder: "kernel" f32[E, D] and "bias" f32[D].
-
-    Args:
-        source: see `resolve`.
-        width: E of the images at hand.
-
-    Returns:
-        None for a folder without one.
-
-    Raises:
-        ValueError: a damaged file, or one for images of another width.
-    """
-    path = source.first_with(PROJECTION) / PROJECTION
-    if not path.is_file():
-        return None
-    with hf_files.opened(path) as file:
-        try:
-            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: expected the tensors weight and bias: {error}") from error
-    if weight.shape != (*bias.shape, width):
-        raise ValueError(
-            f"{path}: expected a projection of images {width} wide, found one of "
-            f"{list(weight.shape)}; choose the images it was trained with (--config.data.images)"
-        )
-    return {"kernel": np.ascontiguousarray(weight.T, np.float32), "bias": np.float32(bias)}
-
-
-def load_tree(path: pathlib.Path, abstract: Any) -> dict[str, Any]:
-    """Parameters that `hf_export.tree` wrote, as numpy float32.
-
-    Args:
-        path: a safetensors file.
-        abstract: nested dicts of leaves with a shape: what must be there.
-
-    Raises:
-        ValueError: a damaged file, or other parameters.
-    """
-    wanted = traverse_util.flatten_dict(abstract, sep="/")
-    with hf_files.opened(path) as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        expected = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
-        if found != expected:
-            raise ValueError(f"{path}: expected {expected}, found {found}; export the model again")
-        flat = {name: np.float32(file.get_tensor(name)) for name in wanted}
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-class _Stored(NamedTuple):
-    """A tensor in a file, and what an adapter adds to it."""
-
-    path: pathlib.Path
-    name: str
-    product: hf_adapters.LowRank | None = None
-
-
-def _homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, _Stored]:
-    # Name of our table -> where it is, after all are found to be there and to fit.
-    home: dict[str, pathlib.Path] = {}
-    found: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    for path in hf_files.weight_files(source.folder):
-        with hf_files.opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                part = file.get_slice(name)
-                home[name], found[name], dtypes[name] = (
-                    path,
-                    tuple(part.get_shape()),
-                    part.get_dtype(),
-                )
-    images = isinstance(sizes, VisionConfig)
-    whole = load_vision_config(source) if images else load_config(source)
-    try:
-        match = hf_names.match(found, sizes, range(sizes.layers, whole.layers))
-    except ValueError as error:
-        raise ValueError(f"{source.folder}: {error}") from error
-    expected = {
-        name: hf_names.stored_shape(path, shape, sizes)
-        for path, shape in hf_names.shapes(sizes).items()
-        for name in hf_names.of_path(path, sizes)
-    }
-    stored = match.stored
-    missing = sorted(match.prefix + name for name in set(expected) - set(stored))
-    misshaped = [
-        f"{stored[name]} expected {expected[name]} got {found[stored[name]]}"
-        for name in sorted(stored)
-        if expected[name] != found[stored[name]]
-    ]
-    hf_files.check_dtypes(source.folder, {dtypes[name] for name in stored.values()})
-    if missing or match.unknown or misshaped:
-        raise ValueError(
-            f"{source.folder}: weights do not fit a {sizes.family} of {sizes.layers} layers. "
-            f"Missing: {_some(missing)}. Not known: {_some(match.unknown)}. "
-            f"Misshaped: {_some(misshaped)}"
-        )
-    if match.heads:
-        counts = collections.Counter(name.partition(".")[0] for name in match.heads)
-        parts = ", ".join(f"{name} ({count})" for name, count in counts.items())
-        _say(f"{source.folder}: tensors left out, as no part of the backbone: {parts}")
-    products: Mapping[str, hf_adapters.LowRank] = {}
-    if source.adapter is not None:
-        kernels = {
-            name.removesuffix(".weight")
-            for path in hf_names.shapes(whole)
-            if hf_names.is_transposed(path)
-            for name in hf_names.of_path(path, whole)
-        }
-        products = hf_adapters.products(source.adapter, kernels)
-    return {
-        name: _Stored(home[there], there, products.get(name.removesuffix(".weight")))
-        for name, there in stored.items()
-    } | _dense_homes(source, sizes)
-
-
-def _dense_shapes(sizes: Sizes | VisionConfig) -> dict[str, tuple[int, ...]]:
-    if getattr(sizes, "dense", None) is None:
-        return {}
-    return pooled_dense.shapes(sizes.dense, sizes.hidden)
-
-
-def _dense_homes(source: Source, sizes: Sizes | VisionConfig) -> dict[str, _Stored]:
-    """Where the layer behind the pooling is; nothing where there is none."""
-    expected = {
-        hf_names.of_path(path, sizes)[0]: hf_names.stored_shape(path, shape, sizes)
-        for path, shape in _dense_shapes(sizes).items()
-    }
-    if not expected:
-        return {}
-    folder, _ = dense_module(source, sizes.hidden)
-    (path,) = hf_files.weight_files(folder)
-    with hf_files.opened(path) as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if found != expected:
-        raise ValueError(f"{path}: expected {expected}, found {found}; download it again")
-    return {name: _Stored(path, name) for name in expected}
-
-
-@functools.lru_cache
-def _say(line: str) -> None:
-    """Once in a process."""
-    logging.info("%s", line)
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{list(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _reader(path: str, tensors: list[_Stored], leaf: jax.ShapeDtypeStruct):
-    # Of a part of a parameter; one that several devices hold is read once.
-    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
-        if bounds not in parts:
-            parts[bounds] = _read(path, tensors, leaf.dtype, bounds)
-        return parts[bounds]
-
-    return read
-
-
-def _read(
-    path: str,
-    tensors: list[_Stored],
-    dtype: np.dtype,
-    bounds: tuple[tuple[int, int], ...],
-) -> np.ndarray:
-    """The part of a parameter within `bounds`: its layers one after the other, a table by blocks.
-
-    A file is open only while a layer is read from it: the pages that reading maps are then dropped.
-    """
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    stacked, transposed = hf_names.is_stacked(path), hf_names.is_transposed(path)
-    if stacked or transposed:
-        within = [slice(*bound) for bound in (bounds[1:] if stacked else bounds)]
-        rows = out if stacked else out[None]
-        for row, layer in zip(rows, range(*bounds[0]) if stacked else (0,)):
-            part = _slice(tensors[layer], tuple(within[::-1] if transposed else within))
-            row[...] = part.T if transposed else part
-        return out
-    rows = max(1, _BLOCK_BYTES // max(1, out[:1].nbytes))
-    for start in range(*bounds[0], rows):
-        stop = min(start + rows, bounds[0][1])
-        block = slice(start - bounds[0][0], stop - bounds[0][0])
-        out[block] = _slice(tensors[0], (slice(start, stop), *(slice(*b) for b in bounds[1:])))
-    return out
-
-
-def _slice(tensor: _Stored, index: tuple[slice, ...]) -> np.ndarray:
-    with hf_files.opened(tensor.path) as file:
-        part = file.get_slice(tensor.name)
-        if len(shape := part.get_shape()) > len(index):  # a convolution: its last axes are one
-            return part[:].reshape(*shape[: len(index) - 1], -1)[index]
-        part = part[index]
-    if tensor.product is None:
-        return part
-    with hf_files.opened(tensor.product.path) as file:
-        a = np.float32(file.get_slice(tensor.product.a)[:, index[1]])
-        b = np.float32(file.get_slice(tensor.product.b)[index[0], :])
-    return np.float32(part) + np.float32(tensor.product.scale) * (b @ a)
 
 
 def _download(name: str, revision: str | None, weights: bool) -> pathlib.Path:

@@ -4,6 +4,7 @@ They hold the backbone, all that documents need: label prototypes are rows of an
 files are `data.tokenizer.export`'s.
 """
 
+import collections
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +18,11 @@ from flax import traverse_util
 
 from xmc_jax.config import LoraConfig
 from xmc_jax.files import json_files
-from xmc_jax.models import backbone, hf, hf_modules, hf_names, pooled_dense
+from xmc_jax.models import backbone, hf, hf_adapters, hf_modules, hf_tensors, hf_weights
 from xmc_jax.models.backbone import Sizes
 from xmc_jax.models.layers import NO_LORA
 
 _SHARD = "2GB"  # a shard is in memory twice while it is written
-_ADAPTER = "adapter_model.safetensors"
 
 
 def merged(
@@ -51,25 +51,28 @@ def merged(
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params, sep="/")
-    stored = {}
-    for path, shape in hf_names.shapes(sizes).items():
-        shape = shape[1:] if hf_names.is_stacked(path) else shape
-        for layer, name in enumerate(hf_names.of_path(path, sizes)):
-            stored[name] = (path, layer, jax.ShapeDtypeStruct(shape, np.dtype(dtype)))
+    parts = collections.defaultdict(list)  # of each tensor: parameter and layer
+    for parameter in hf_tensors.layout(sizes).values():
+        for layer, name in enumerate(parameter.names):
+            parts[name].append((parameter, layer))
     split = huggingface_hub.split_state_dict_into_shards_factory(
-        {name: leaf for name, (_, _, leaf) in stored.items()},
+        {
+            name: jax.ShapeDtypeStruct(parameter.stored, np.dtype(dtype))
+            for name, ((parameter, _), *_) in parts.items()
+        },
         get_storage_size=lambda leaf: leaf.size * leaf.dtype.itemsize,
         filename_pattern=hf.WEIGHTS.replace(".", "{suffix}."),
         max_shard_size=_SHARD,
     )
     for file, names in split.filename_to_tensors.items():
-        tensors = {}
+        content = {}
         for name in names:
-            path, layer, leaf = stored[name]
-            tensor = _merged(flat, path, layer, lora)
-            tensor = tensor.T if hf_names.is_transposed(path) else tensor
-            tensors[name] = np.ascontiguousarray(tensor.astype(leaf.dtype))
-        (folder / file).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+            rows = [
+                parameter.to_stored(_merged(flat, parameter.path, layer, lora))
+                for parameter, layer in sorted(parts[name], key=lambda part: part[0].row)
+            ]
+            content[name] = np.concatenate(rows).astype(np.dtype(dtype))
+        _save(folder / file, content)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         json_files.write(folder / hf.INDEX, index)
@@ -83,7 +86,7 @@ def adapter(
     sizes: Sizes,
     *,
     lora: LoraConfig,
-    source: hf.Source,
+    source: hf.ModelSource,
     pooling: str,
     max_length: int,
     prompts: tuple[str, str] = ("", ""),
@@ -123,19 +126,17 @@ def adapter(
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params, sep="/")
     prefix = "base_model.model." + _inner_prefix(source)
-    tensors, modules = {}, set()
+    layout, content, modules = hf_tensors.layout(sizes), {}, set()
     for path, leaf in flat.items():
         module, _, kind = path.rpartition("/")
         if kind not in ("lora_a", "lora_b"):
             continue
-        for layer, name in enumerate(hf_names.of_path(module + "/kernel", sizes)):
+        for layer, name in enumerate(layout[module + "/kernel"].names):
             name = name.removesuffix(".weight")
             modules.add(name.rpartition(".")[2])
-            tensor = np.asarray(jax.device_get(leaf[layer]), np.float32).T
-            tensors[f"{prefix}{name}.{kind.replace('_a', '_A').replace('_b', '_B')}.weight"] = (
-                np.ascontiguousarray(tensor)
-            )
-    (folder / _ADAPTER).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+            kind = kind.replace("_a", "_A").replace("_b", "_B")
+            content[f"{prefix}{name}.{kind}.weight"] = _host(leaf[layer]).T
+    _save(folder / hf_adapters.WEIGHTS, content)
     # In a model with images, those of the vision tower have the same names.
     inner = _inner_prefix(source).replace(".", r"\.")
     targets = rf".*{inner}layers\..*\.({'|'.join(sorted(modules))})" if inner else sorted(modules)
@@ -153,7 +154,7 @@ def adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    json_files.write(folder / "adapter_config.json", config)
+    json_files.write(folder / hf_adapters.CONFIG, config)
     _write_modules(folder, flat, sizes, pooling, max_length, prompts)
 
 
@@ -165,28 +166,35 @@ def projection(folder: epath.PathLike, params: dict[str, Any], encoder: Mapping[
         params: the subtree "projection".
         encoder: of the images, as their folder records it; goes into the file's metadata.
     """
-    values = {name: np.asarray(jax.device_get(leaf), np.float32) for name, leaf in params.items()}
-    tensors = {"weight": np.ascontiguousarray(values["kernel"].T), "bias": values["bias"]}
-    metadata = {"format": "pt", **{f"encoder.{key}": str(v) for key, v in encoder.items()}}
-    content = safetensors.numpy.save(tensors, metadata=metadata)
-    (epath.Path(folder) / hf.PROJECTION).write_bytes(content)
+    content = {"weight": _host(params["kernel"]).T, "bias": _host(params["bias"])}
+    metadata = {f"encoder.{key}": str(value) for key, value in encoder.items()}
+    _save(epath.Path(folder) / hf_weights.PROJECTION, content, metadata)
 
 
 def tree(path: pathlib.Path, params: Mapping[str, Any]) -> None:
-    """Writes parameters by their paths, float32; `hf.load_tree` reads them."""
+    """Writes parameters by their paths, float32; `hf_weights.load_tree` reads them."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    tensors = {
-        name: np.ascontiguousarray(jax.device_get(leaf), np.float32) for name, leaf in flat.items()
-    }
-    path.write_bytes(safetensors.numpy.save(tensors))
+    _save(path, {name: _host(leaf) for name, leaf in flat.items()})
+
+
+def _host(leaf: Any) -> np.ndarray:
+    """float32 on the host."""
+    return np.asarray(jax.device_get(leaf)).astype(np.float32)
+
+
+def _save(
+    path: epath.PathLike, content: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
+) -> None:
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in content.items()}
+    data = safetensors.numpy.save(whole, metadata={"format": "pt", **metadata})
+    epath.Path(path).write_bytes(data)
 
 
 def _merged(flat: dict[str, Any], path: str, layer: int, lora: LoraConfig) -> np.ndarray:
     """float32 of one tensor, in our orientation, with its adapters if it has some."""
 
     def one(path: str) -> np.ndarray:
-        leaf = flat[path][layer] if hf_names.is_stacked(path) else flat[path]
-        return np.asarray(jax.device_get(leaf)).astype(np.float32)
+        return _host(flat[path][layer] if path.startswith("layers/") else flat[path])
 
     module, _, kind = path.rpartition("/")
     if kind == "kernel" and f"{module}/lora_a" in flat:
@@ -205,16 +213,14 @@ def _write_modules(
 ) -> None:
     dense = hf_modules.write(folder, sizes, pooling, max_length, prompts)
     if dense is not None:
-        tensors = {}
-        for path in pooled_dense.shapes(sizes.dense, sizes.hidden):
-            value = np.asarray(jax.device_get(flat[path]), np.float32)
-            value = value.T if hf_names.is_transposed(path) else value
-            tensors[hf_names.of_path(path, sizes)[0]] = np.ascontiguousarray(value)
-        content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-        (dense / hf.WEIGHTS).write_bytes(content)
+        content = {
+            parameter.names[0]: parameter.to_stored(_host(flat[path]))
+            for path, parameter in hf_tensors.dense_layout(sizes).items()
+        }
+        _save(dense / hf.WEIGHTS, content)
 
 
-def _inner_prefix(source: hf.Source) -> str:
+def _inner_prefix(source: hf.ModelSource) -> str:
     # Where the text tower is in the model that transformers makes of the pretrained folder.
     kind = json_files.read(source.folder / "config.json").get("model_type")
     return "language_model." if kind == "gemma3" else ""

@@ -90,3 +90,16 @@ def opened(path: pathlib.Path):
             f"{path}: expected a safetensors file, found {path.stat().st_size} bytes that are not "
             f"one ({error}); download it again"
         ) from error
+
+
+def check_shapes(path: pathlib.Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless a safetensors file has exactly these tensors.
+
+    Args:
+        path: of the file.
+        expected: name -> shape.
+    """
+    with opened(path) as file:
+        got = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if got != expected:
+        raise ValueError(f"{path}: expected {expected}, got {got}; download or export it again")

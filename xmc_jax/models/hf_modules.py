@@ -12,7 +12,7 @@ from etils import epath
 from xmc_jax.files import json_files
 from xmc_jax.models import hf, pooled_dense
 from xmc_jax.models.backbone import Sizes
-from xmc_jax.models.hf import Source
+from xmc_jax.models.hf import ModelSource
 
 POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
 """Our name of a pooling -> the end of the name of its flag in 1_Pooling/config.json."""
@@ -91,7 +91,7 @@ class Modules:
         return self.prompts.get(name, "")
 
 
-def read(source: Source) -> Modules:
+def read(source: ModelSource) -> Modules:
     """What a folder says; of one that is not from sentence-transformers, nothing.
 
     Raises:

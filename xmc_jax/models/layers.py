@@ -1,6 +1,5 @@
 """Layers shared by the backbones and the combiner: arrays in, arrays out."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,25 +16,6 @@ from xmc_jax.runtime.sharding import Axis
 Initializer = Callable[..., jax.Array]
 
 REMAT = choices(EncoderConfig, "remat")
-MOST_LAYERS = 1024
-"""More than any model has."""
-_LARGEST = 2**31 - 1
-
-
-def check_sizes(sizes: Any) -> None:
-    """Raises ValueError unless a backbone's sizes are such as a model may have.
-
-    Args:
-        sizes: a dataclass with `layers` and `eps`; all its whole numbers are looked at.
-    """
-    kind = type(sizes).__name__
-    for field in dataclasses.fields(sizes):
-        value = getattr(sizes, field.name)
-        most = MOST_LAYERS if field.name == "layers" else _LARGEST
-        if type(value) is int and abs(value) > most:
-            raise ValueError(f"{kind}.{field.name}: expected at most {most}, got {value:.3e}")
-    if not 0 < sizes.eps < 1:
-        raise ValueError(f"{kind}.eps: expected a fraction in (0, 1), got {sizes.eps}")
 
 
 NO_LORA = LoraConfig()

@@ -86,9 +86,3 @@ def apply(config: DenseConfig, pooled: jax.Array, dtype: jnp.dtype) -> jax.Array
         name="dense",
     )(pooled)
     return ACTIVATIONS[config.activation](layers.wide(y))
-
-
-def shapes(config: DenseConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """Shape by path of the parameters, within the backbone."""
-    bias = {"dense/bias": (config.features,)} if config.bias else {}
-    return {"dense/kernel": (width, config.features), **bias}

@@ -4,7 +4,6 @@ They are frozen: run once over a dataset's images, so that there is no dropout a
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from xmc_jax.models import layers
+from xmc_jax.models.family import (
+    ACTIVATIONS,
+    Family,
+    Stored,
+    check,
+    check_sizes,
+    fused,
+    named,
+    read_fields,
+    refuse_others,
+)
 from xmc_jax.runtime import sharding
 from xmc_jax.runtime.sharding import Axis
-
-FAMILIES = ("siglip", "vit")
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,8 @@ class VisionConfig:
     """Sizes and constants of an image encoder.
 
     Attributes:
-        family: one of FAMILIES. "siglip" is SigLIP and SigLIP 2 and has the attention-pooling head,
-            "vit" has a class token.
+        family: "siglip" (SigLIP and SigLIP 2, with the attention-pooling head) or "vit" (with a
+            class token).
         hidden: D; the width E of an image's vector too.
         layers: number of layers.
         heads: H; divides D.
@@ -55,24 +57,13 @@ class VisionConfig:
     qkv_bias: bool = True
 
     def __post_init__(self):
-        for name in ("hidden", "layers", "heads", "ff", "image_size", "patch_size"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"VisionConfig.{name}: expected at least 1, got {value}")
-        layers.check_sizes(self)
-        for name, fits, expected in (
-            ("family", self.family in FAMILIES, f"one of {FAMILIES}"),
-            ("hidden_act", self.hidden_act in ACTIVATIONS, f"one of {tuple(ACTIVATIONS)}"),
+        check_sizes(self, ("hidden", "layers", "heads", "ff", "image_size", "patch_size"))
+        most = self.image_size
+        check(
+            self,
             ("heads", self.hidden % self.heads == 0, f"a divisor of hidden = {self.hidden}"),
-            (
-                "patch_size",
-                self.patch_size <= self.image_size,
-                f"at most image_size = {self.image_size}",
-            ),
-        ):
-            if not fits:
-                raise ValueError(
-                    f"VisionConfig.{name}: expected {expected}, got {getattr(self, name)!r}"
-                )
+            ("patch_size", self.patch_size <= most, f"at most image_size = {most}"),
+        )
 
     @property
     def side(self) -> int:
@@ -80,128 +71,10 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
 
-# Hugging Face's name of each field, and what a config.json that lacks it means.
-_NAMES = {
-    "hidden": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "ff": "intermediate_size",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "eps": "layer_norm_eps",
-    "hidden_act": "hidden_act",
-}
-_BASE = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 16,
-    "num_channels": 3,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "siglip": _BASE
-    | {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "vision_use_head": True},
-    "vit": _BASE | {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True},
-}
-_MODEL_TYPES = {
-    "siglip": "siglip",  # with a text tower, as SigLIP 2 of fixed resolution calls itself too
-    "siglip_vision_model": "siglip",
-    "vit": "vit",
-}
-MODEL_TYPES = tuple(_MODEL_TYPES)
-
-
-# Our path -> Hugging Face's name; {} is the layer, stacked on our side. Kernels are transposed.
-HF_NAMES: dict[str, dict[str, str]] = {
-    "siglip": {
-        "patch_embedding": "embeddings.patch_embedding",
-        "position_embedding": "embeddings.position_embedding.weight",
-        "layers/attention_norm": "encoder.layers.{}.layer_norm1",
-        "layers/query": "encoder.layers.{}.self_attn.q_proj",
-        "layers/key": "encoder.layers.{}.self_attn.k_proj",
-        "layers/value": "encoder.layers.{}.self_attn.v_proj",
-        "layers/out": "encoder.layers.{}.self_attn.out_proj",
-        "layers/mlp_norm": "encoder.layers.{}.layer_norm2",
-        "layers/up": "encoder.layers.{}.mlp.fc1",
-        "layers/down": "encoder.layers.{}.mlp.fc2",
-        "final_norm": "post_layernorm",
-        "head/probe": "head.probe",
-        "head/in_proj_weight": "head.attention.in_proj_weight",
-        "head/in_proj_bias": "head.attention.in_proj_bias",
-        "head/out": "head.attention.out_proj",
-        "head/norm": "head.layernorm",
-        "head/up": "head.mlp.fc1",
-        "head/down": "head.mlp.fc2",
-    },
-    "vit": {
-        "patch_embedding": "embeddings.patch_embeddings.projection",
-        "class_token": "embeddings.cls_token",
-        "position_embedding": "embeddings.position_embeddings",
-        "layers/attention_norm": "encoder.layer.{}.layernorm_before",
-        "layers/query": "encoder.layer.{}.attention.attention.query",
-        "layers/key": "encoder.layer.{}.attention.attention.key",
-        "layers/value": "encoder.layer.{}.attention.attention.value",
-        "layers/out": "encoder.layer.{}.attention.output.dense",
-        "layers/mlp_norm": "encoder.layer.{}.layernorm_after",
-        "layers/up": "encoder.layer.{}.intermediate.dense",
-        "layers/down": "encoder.layer.{}.output.dense",
-        "final_norm": "layernorm",
-    },
-}
-
-
-def from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    """The image encoder of a Hugging Face config.json, as published or as transformers 5 writes it.
-
-    Args:
-        config: the parsed file; of a model of images and texts, with a vision_config.
-
-    Raises:
-        ValueError: another architecture, a variant that is not computed here, a field of the wrong
-            type, or sizes that do not fit together.
-    """
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        hint = "; of SigLIP 2, those of fixed resolution are here" if kind == "siglip2" else ""
-        raise ValueError(
-            f"config.json: expected model_type to be one of {MODEL_TYPES}, got {kind!r} "
-            f"(architectures {config.get('architectures')}){hint}"
-        )
-    family = _MODEL_TYPES[kind]
-    own, defaults = config, _DEFAULTS[family]
-    if kind == "siglip":
-        own = config.get("vision_config")
-        own = {} if own is None else own  # all of it transformers' defaults
-        if not isinstance(own, Mapping):
-            raise ValueError(f"config.json: expected vision_config to be an object, got {own!r}")
-    for name, expected in (("num_channels", 3), ("vision_use_head", True)):
-        if (value := own.get(name, expected)) != expected:
-            raise ValueError(f"config.json: expected {name} = {expected!r}, got {value!r}")
-    values = {field: _field(own, name, defaults[name]) for field, name in _NAMES.items()}
-    if "qkv_bias" in defaults:
-        values["qkv_bias"] = _field(own, "qkv_bias", defaults["qkv_bias"])
-    return VisionConfig(family=family, **values)
-
-
-def _field(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    value = config.get(name, default)
-    if name in ("image_size", "patch_size") and isinstance(value, list | tuple):
-        # height and width; only squares are here
-        value = value[0] if len(value) == 2 and value[0] == value[1] else value
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
-        raise ValueError(
-            f"config.json: expected {name} to be a {kinds[-1].__name__}, got {value!r}"
-        )
-    return value
-
-
 _normal = nn.initializers.normal(0.02)
 
 
-class Layer(nn.Module):
+class VisionLayer(nn.Module):
     """One pre-norm transformer layer, as the body of a scan."""
 
     config: VisionConfig
@@ -259,7 +132,7 @@ def _has_cudnn() -> bool:
     return int(device.compute_capability.split(".")[0]) >= 8
 
 
-class Head(nn.Module):
+class PoolingHead(nn.Module):
     """SigLIP's attention pooling: a learned query attends to all patches, then a feed-forward.
 
     Source: transformers, modeling_siglip.py, SiglipMultiheadAttentionPoolingHead; Lee et al., Set
@@ -274,23 +147,17 @@ class Head(nn.Module):
         """f32[n, T, D] -> f32[n, D]."""
         c, D = self.config, self.config.hidden
 
-        def param(name: str, init: layers.Initializer, axes: tuple[str | None, ...], *shape: int):
-            value = self.param(name, nn.with_logical_partitioning(init, axes), shape)
-            return jnp.asarray(value, self.dtype)
-
         def dense(name: str, features: int, axes: tuple[Axis, Axis], x: jax.Array) -> jax.Array:
             return layers.Dense(features, axes, kernel_init=_normal, dtype=self.dtype, name=name)(x)
 
-        def heads(y: jax.Array) -> jax.Array:
+        def heads(name: str, x: jax.Array) -> jax.Array:
+            y = dense(name, D, ("embed", ("heads", c.heads)), x)
             return y.reshape(*y.shape[:2], c.heads, -1)
 
-        probe = param("probe", _normal, (None, None, "embed"), 1, 1, D)
-        # Query, key and value one below the other, as torch packs them.
-        weight = param("in_proj_weight", _normal, (None, "embed"), 3 * D, D)
-        bias = param("in_proj_bias", nn.initializers.zeros, (None,), 3 * D)
-        query = jnp.broadcast_to(probe @ weight[:D].T + bias[:D], (len(x), 1, D))
-        key, value = jnp.split(x.astype(self.dtype) @ weight[D:].T + bias[D:], 2, axis=-1)
-        x = layers.attention(heads(query), heads(key), heads(value))
+        init = nn.with_logical_partitioning(_normal, (None, None, "embed"))
+        probe = jnp.asarray(self.param("probe", init, (1, 1, D)), self.dtype)
+        query = jnp.broadcast_to(heads("query", probe), (len(x), 1, c.heads, D // c.heads))
+        x = layers.attention(query, heads("key", x), heads("value", x))
         x = dense("out", D, (("heads", c.heads), "embed"), x).astype(jnp.float32)
 
         y = layers.LayerNorm(c.eps, name="norm")(x)
@@ -360,10 +227,119 @@ class Vision(nn.Module):
             x = sharding.constrain(x, "batch", None, None)
         first = x
 
-        scanned = layers.stack(Layer, c.layers, "none")
+        scanned = layers.stack(VisionLayer, c.layers, "none")
         x, outputs = scanned(c, self.dtype, hidden_states, name="layers")(x)
         x = layers.LayerNorm(c.eps, name="final_norm")(x[:, 0] if c.family == "vit" else x)
-        pooled = x if c.family == "vit" else Head(c, self.dtype, name="head")(x)
+        pooled = x if c.family == "vit" else PoolingHead(c, self.dtype, name="head")(x)
         if not self.is_initializing():
             pooled = sharding.constrain(pooled, "batch", None)
         return (pooled, jnp.concatenate([first[None], outputs])) if hidden_states else pooled
+
+
+# Hugging Face's name of each field, and what a config.json that lacks it means.
+_FIELDS: dict[str, tuple[str, Any]] = {
+    "hidden": ("hidden_size", 768),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "ff": ("intermediate_size", 3072),
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 16),
+}
+_SIGLIP_FIELDS = _FIELDS | {
+    "eps": ("layer_norm_eps", 1e-6),
+    "hidden_act": ("hidden_act", "gelu_pytorch_tanh"),
+}
+_VIT_FIELDS = _FIELDS | {
+    "eps": ("layer_norm_eps", 1e-12),
+    "hidden_act": ("hidden_act", "gelu"),
+    "qkv_bias": ("qkv_bias", True),
+}
+_QUERY_KEY_VALUE = ("head/query", "head/key", "head/value")
+_SIGLIP_TENSORS = {
+    "patch_embedding/kernel": Stored("embeddings.patch_embedding.weight", patches=True),
+    "patch_embedding/bias": Stored("embeddings.patch_embedding.bias"),
+    **fused("head.attention.in_proj_weight", *(f"{path}/kernel" for path in _QUERY_KEY_VALUE)),
+    **fused("head.attention.in_proj_bias", *(f"{path}/bias" for path in _QUERY_KEY_VALUE)),
+    **named(
+        {
+            "position_embedding": "embeddings.position_embedding.weight",
+            "layers/attention_norm": "encoder.layers.{}.layer_norm1",
+            "layers/query": "encoder.layers.{}.self_attn.q_proj",
+            "layers/key": "encoder.layers.{}.self_attn.k_proj",
+            "layers/value": "encoder.layers.{}.self_attn.v_proj",
+            "layers/out": "encoder.layers.{}.self_attn.out_proj",
+            "layers/mlp_norm": "encoder.layers.{}.layer_norm2",
+            "layers/up": "encoder.layers.{}.mlp.fc1",
+            "layers/down": "encoder.layers.{}.mlp.fc2",
+            "final_norm": "post_layernorm",
+            "head/probe": "head.probe",
+            "head/out": "head.attention.out_proj",
+            "head/norm": "head.layernorm",
+            "head/up": "head.mlp.fc1",
+            "head/down": "head.mlp.fc2",
+        }
+    ),
+}
+_VIT_PATCHES = "embeddings.patch_embeddings.projection"
+_VIT_TENSORS = {
+    "patch_embedding/kernel": Stored(f"{_VIT_PATCHES}.weight", patches=True),
+    "patch_embedding/bias": Stored(f"{_VIT_PATCHES}.bias"),
+    **named(
+        {
+            "class_token": "embeddings.cls_token",
+            "position_embedding": "embeddings.position_embeddings",
+            "layers/attention_norm": "encoder.layer.{}.layernorm_before",
+            "layers/query": "encoder.layer.{}.attention.attention.query",
+            "layers/key": "encoder.layer.{}.attention.attention.key",
+            "layers/value": "encoder.layer.{}.attention.attention.value",
+            "layers/out": "encoder.layer.{}.attention.output.dense",
+            "layers/mlp_norm": "encoder.layer.{}.layernorm_after",
+            "layers/up": "encoder.layer.{}.intermediate.dense",
+            "layers/down": "encoder.layer.{}.output.dense",
+            "final_norm": "layernorm",
+        }
+    ),
+}
+
+
+def _family(
+    name: str,
+    model_types: tuple[str, ...],
+    fields: Mapping[str, tuple[str, Any]],
+    tensors: Mapping[str, Stored],
+) -> Family:
+    def from_hf(config: Mapping[str, Any]) -> VisionConfig:
+        tower = config
+        if config["model_type"] == "siglip":  # with a text tower
+            tower = config.get("vision_config")
+            tower = {} if tower is None else tower  # transformers' defaults
+            if not isinstance(tower, Mapping):
+                raise ValueError(
+                    f"config.json: expected vision_config to be an object, got {tower!r}"
+                )
+        refuse_others(tower, {"num_channels": (3,), "vision_use_head": (True,)})
+        sides = {}
+        for side in ("image_size", "patch_size"):
+            match tower.get(side):
+                case [int() as height, width] if height == width:
+                    sides[side] = height
+        return VisionConfig(family=name, **read_fields({**tower, **sides}, fields))
+
+    def to_hf(sizes: VisionConfig) -> dict[str, Any]:
+        values = {hf_name: getattr(sizes, field) for field, (hf_name, _) in fields.items()}
+        return {"model_type": model_types[-1], **values}
+
+    return Family(
+        name=name,
+        model_types=model_types,
+        from_hf=from_hf,
+        to_hf=to_hf,
+        tensors=tensors,
+        module=Vision,
+        inputs=lambda sizes: (jnp.zeros((1, sizes.image_size, sizes.image_size, 3)),),
+    )
+
+
+# SigLIP 2 of fixed resolution calls itself siglip, too.
+SIGLIP = _family("siglip", ("siglip", "siglip_vision_model"), _SIGLIP_FIELDS, _SIGLIP_TENSORS)
+VIT = _family("vit", ("vit",), _VIT_FIELDS, _VIT_TENSORS)

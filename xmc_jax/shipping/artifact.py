@@ -42,7 +42,7 @@ from xmc_jax.data import texts
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.types import ORDERS, Prompts
 from xmc_jax.files import array_files, atomic, digests, locks, manifests
-from xmc_jax.models import hf
+from xmc_jax.models import hf_weights
 from xmc_jax.retrieval.augmented import RETIRED
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping.packed_thumbnails import KINDS, Thumbnails
@@ -59,7 +59,7 @@ PARTS = ("labels", "prototypes", "documents", "index", "thumbnails", "vision")
 _UNFINISHED = re.compile(r"(^|/)\.[^/]*\.(partial|old)(/|$)")  # what a killed command left
 _READ = (".bin", ".json", ".model", ".npy", ".safetensors", ".txt")  # suffixes of what is opened
 _MODEL_FILE = re.compile(
-    rf"config\.json|(2_Dense/)?model.*\.safetensors|{re.escape(hf.PROJECTION)}|tokenizer\.json"
+    rf"config\.json|(2_Dense/)?model.*\.safetensors|{re.escape(hf_weights.PROJECTION)}|tokenizer\.json"
 )
 
 

@@ -26,7 +26,7 @@ from xmc_jax.data import texts
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.tables import cell_values
 from xmc_jax.files import array_files, atomic, json_files, locks
-from xmc_jax.models import dual, hf
+from xmc_jax.models import dual, hf_weights
 from xmc_jax.retrieval import new_labels, scann
 from xmc_jax.runtime import rng
 from xmc_jax.shipping import artifact
@@ -343,7 +343,7 @@ def _combiner(made_of: Prototypes) -> Callable[..., np.ndarray]:
     one = jnp.zeros((1, made_of.free_vectors.shape[1]))
     key = rng.key(0, rng.Stream.INIT, 0)
     abstract = meta.unbox(jax.eval_shape(module.init, key, one, one, one)).get("params", {})
-    params = hf.load_tree(made_of.combiner, abstract)
+    params = hf_weights.load_tree(made_of.combiner, abstract)
     run = jax.jit(lambda *vectors: module.apply({"params": params}, *vectors))
     return lambda *vectors: np.asarray(run(*vectors))
 

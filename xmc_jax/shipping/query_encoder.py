@@ -26,7 +26,7 @@ from xmc_jax.data import rows as row_layout
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.data.types import Inputs, Rows
 from xmc_jax.files import json_files
-from xmc_jax.models import dual, hf
+from xmc_jax.models import dual, hf, hf_weights
 from xmc_jax.runtime import sharding
 from xmc_jax.shipping.artifact import Artifact, ImageInput
 
@@ -323,7 +323,7 @@ class QueryEncoder:
     def _pictures(self) -> "_Pictures":
         return _Pictures(self.artifact.folder, self._input.images)
 
-    def _load(self, source: hf.Source, sizes: Any) -> Any:
+    def _load(self, source: hf.ModelSource, sizes: Any) -> Any:
         boxed = jax.eval_shape(lambda: dual.init_params(self._model, 0))
         dtype = jnp.dtype(json_files.read(source.folder / "config.json").get("dtype", "float32"))
         abstract = jax.tree.map(
@@ -331,13 +331,13 @@ class QueryEncoder:
             meta.unbox(boxed),
             sharding.of_params(boxed, self.mesh),
         )
-        params = {"backbone": hf.load_params(source, sizes, abstract["backbone"])}
+        params = {"backbone": hf_weights.load_params(source, sizes, abstract["backbone"])}
         if "projection" in abstract:
-            stored = hf.load_projection(source, self._input.images.width)
+            stored = hf_weights.load_projection(source, self._input.images.width)
             if stored is None:
                 raise ValueError(
-                    f"{source.folder}: expected a {hf.PROJECTION}, as a model with images has one, "
-                    "found none; export it again"
+                    f"{source.folder}: expected a {hf_weights.PROJECTION}, as a model with images "
+                    "has one, found none; export it again"
                 )
             params["projection"] = {
                 name: sharding.put(stored[name].astype(leaf.dtype), leaf.sharding)

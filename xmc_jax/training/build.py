@@ -15,7 +15,7 @@ from xmc_jax.data import image_vectors as image_folders
 from xmc_jax.data.records import data_report, own_records
 from xmc_jax.data.synthetic import product_set
 from xmc_jax.data.types import Prompts
-from xmc_jax.models import backbone, hf, hf_modules
+from xmc_jax.models import backbone, hf, hf_modules, hf_weights
 from xmc_jax.models.hf_modules import Modules
 from xmc_jax.retrieval import tuned
 from xmc_jax.runtime import distributed
@@ -42,7 +42,7 @@ def run(
     config = RunConfig.from_dict(fields)
     encoder = config.encoder
     if encoder.init == "pretrained":  # before the data are prepared, which may take hours
-        hf.check(hf.resolve(encoder.backbone, encoder.revision), encoder.layers)
+        hf_weights.check(hf.resolve(encoder.backbone, encoder.revision), encoder.layers)
     opened = data(fields)
     if config.eval.augmented.weights == "tuned":
         chosen = workdir and tuned.read(workdir, fields, opened, config.eval.augmented)
@@ -371,7 +371,7 @@ def decodes(fields: Mapping[str, Any]) -> bool:
     return backbone.is_decoder(hf.load_config(_backbone(fields)))
 
 
-def tokenizer_source(fields: Mapping[str, Any]) -> hf.Source:
+def tokenizer_source(fields: Mapping[str, Any]) -> hf.ModelSource:
     """Where the tokenizer of a config lies: the backbone's own, or that of `data.tokenizer`."""
     name = fields["data"]["tokenizer"]
     if name is not None:
@@ -379,6 +379,6 @@ def tokenizer_source(fields: Mapping[str, Any]) -> hf.Source:
     return _backbone(fields)
 
 
-def _backbone(fields: Mapping[str, Any]) -> hf.Source:
+def _backbone(fields: Mapping[str, Any]) -> hf.ModelSource:
     encoder = fields["encoder"]
     return hf.resolve(encoder["backbone"], encoder["revision"], weights=False)

@@ -21,7 +21,7 @@ from xmc_jax.config import RunConfig
 from xmc_jax.data import batches
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.types import NO_PROMPTS, Batch, DataShape, Prompts, Rows
-from xmc_jax.models import backbone, dual, fusion, hf, hf_modules
+from xmc_jax.models import backbone, dual, fusion, hf, hf_modules, hf_weights
 from xmc_jax.runtime import sharding
 from xmc_jax.runtime.wording import counted
 from xmc_jax.training import flops, losses, objective, optimizer, tables
@@ -218,7 +218,7 @@ class Program:
         flat = jax.jit(draw, out_shardings=shardings(drawn))()
         if stored:
             tree = traverse_util.unflatten_dict(stored, sep="/")["backbone"]
-            loaded = {"backbone": hf.load_params(self.source, self.sizes, tree)}
+            loaded = {"backbone": hf_weights.load_params(self.source, self.sizes, tree)}
             flat |= traverse_util.flatten_dict(loaded, sep="/")
         flat |= projected
         return traverse_util.unflatten_dict(flat, sep="/")
@@ -294,7 +294,7 @@ class Program:
 
     def _stored_projection(self, abstract: Any) -> dict[str, jax.Array]:
         """That of an exported folder, path -> array; nothing where there is none."""
-        stored = hf.load_projection(self.source, self.shape.image_width)
+        stored = hf_weights.load_projection(self.source, self.shape.image_width)
         if stored is None:
             return {}
         return {
