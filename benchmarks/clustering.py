@@ -36,6 +36,7 @@ from benchmarks import raw_data
 from benchmarks.environment import environment, save
 from benchmarks.raw_data import RawData
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.runtime import rng
 from xmc_jax.training import build, curriculum
 
@@ -116,7 +117,7 @@ def minilm_vectors(data: RawData) -> np.ndarray:
     with tempfile.TemporaryDirectory() as made:
         fields["data"] |= data.fields() | {"data_dir": made}
         fields["train"]["batch_size"] = jax.device_count()  # no step is taken
-        run = build.run(fields)
+        run = build.run(RunConfig.from_dict(fields))
         params = run.initial_params(run.abstract.params)
         return np.concatenate([run.embed(params, split) for split in ("train", "label", "test")])
 

@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks import accuracy
 from benchmarks.environment import environment, save
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import image_vectors, image_writer
 from xmc_jax.data.store import SPLITS, Store
 from xmc_jax.retrieval.evaluate import format_table
@@ -104,7 +105,7 @@ def main() -> None:
     variant = arguments.variant
     try:
         fields = vixml.get_config(variant).to_dict()
-        data = build.data(fields)
+        data = build.data(RunConfig.from_dict(fields))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if data.images is None:

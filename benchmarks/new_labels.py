@@ -44,7 +44,7 @@ import numpy as np
 from benchmarks import accuracy
 from benchmarks.environment import environment, save
 from configs import vixml
-from xmc_jax.config import AugmentedConfig, NewLabelsConfig
+from xmc_jax.config import AugmentedConfig, NewLabelsConfig, RunConfig
 from xmc_jax.data import bundled, raw_folder
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.raw import Items
@@ -342,13 +342,13 @@ class Runs:
         Raises:
             ValueError: the variant has no prototypes.
         """
-        run = build.run(self._fields(name, seed))
+        run = build.run(RunConfig.from_dict(self._fields(name, seed)))
         if run.model.prime is None:
             raise ValueError(
                 f"--variant: expected one with prototypes, got {self.variant}, whose labels are "
                 "their texts, new or not"
             )
-        every = run if name == "all" else build.run(self._fields("all", seed))
+        every = run if name == "all" else build.run(RunConfig.from_dict(self._fields("all", seed)))
         _, state = loop.restore(run, self.workdir / name / f"seed{seed}")
         before = every.initial_params(every.abstract.params)
         # Free vectors, of which there may be others, are no part of an encoder.

@@ -47,6 +47,7 @@ import numpy as np
 from benchmarks import raw_data
 from benchmarks.environment import environment, save
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import packaged, rows
 from xmc_jax.runtime import command
 from xmc_jax.training import build
@@ -72,7 +73,7 @@ def make_run(arguments: argparse.Namespace, folder: pathlib.Path, packed: bool) 
         "packed": packed,
         "n_chunks": 1,
     }
-    return build.run(fields)
+    return build.run(RunConfig.from_dict(fields))
 
 
 class Ours:

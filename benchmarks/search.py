@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.environment import environment, save
 from configs import vixml
-from xmc_jax.config import MeshConfig, ScannConfig
+from xmc_jax.config import MeshConfig, RunConfig, ScannConfig
 from xmc_jax.data import raw, raw_folder
 from xmc_jax.retrieval import exact, scann
 from xmc_jax.runtime import command, sharding
@@ -90,7 +90,7 @@ def embeddings(source: pathlib.Path, rows: int) -> dict[str, np.ndarray]:
             "data_dir": folder,
             "max_length": 32,
         }
-        run = build.run(fields)
+        run = build.run(RunConfig.from_dict(fields))
         params = run.initial_params(run.abstract.params)
         return {split: run.embed(params, split) for split in ("label", "train", "test")}
 

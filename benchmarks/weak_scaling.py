@@ -86,8 +86,8 @@ def measure(row: Row, model: str | None) -> dict[str, Any]:
     if model is not None:
         fields["encoder"]["backbone"] = model
     found = topology.find(row.topology)
-    prompts, _ = shape.prompts(fields)
-    data, _ = shape.of(fields)
+    prompts, _ = shape.prompts(RunConfig.from_dict(fields))
+    data, _ = shape.of(RunConfig.from_dict(fields))
     program = Program(RunConfig.from_dict(fields), data, prompts, found.devices)
     step = next(each for each in programs.of(program) if each.name == programs.TRAIN_STEP)
     start = time.perf_counter()

@@ -9,6 +9,7 @@ import pytest
 SOURCE = """
 import sys
 import jax, jax.numpy as jnp
+from xmc_jax.config import RunConfig
 from xmc_jax.runtime import compilation
 hits = []
 jax.monitoring.register_event_listener(
@@ -82,7 +83,7 @@ import jax, numpy as np
 from xmc_jax.training import build
 from xmc_jax.runtime import compilation
 compilation.keep(sys.argv[1])
-run = build.run(json.loads(sys.argv[2]))
+run = build.run(RunConfig.from_dict(json.loads(sys.argv[2])))
 generator = np.random.default_rng(0)
 
 def drawn(leaf):

@@ -14,8 +14,8 @@ from flax.core import meta
 from ml_collections import config_dict, config_flags
 
 from configs import vixml
-from xmc_jax import modes
 from xmc_jax.config import RunConfig
+from xmc_jax.config.run_config import override
 from xmc_jax.data import packaged
 from xmc_jax.data.known import KNOWN
 from xmc_jax.data.records.own_records import RecordsConfig
@@ -82,7 +82,7 @@ def runs(config: dict) -> list[dict]:
     if not (baseline := config["baseline"]):
         return [config]
     differing = {section: fields for section, fields in baseline.items() if section != "name"}
-    return [config, modes.override(config, differing)]
+    return [config, override(config, differing)]
 
 
 def test_every_variant_is_a_config():
@@ -178,7 +178,7 @@ def small(fields, with_random_images, tmp_path_factory) -> dict[bool, tuple]:
     decoder = {"backbone": packaged.TINY_DECODER_NAME, "init": "random"}
     found = {}
     for decodes, section in ((True, decoder), (False, encoder)):
-        data = build.data(fields | {"encoder": fields["encoder"] | section})
+        data = build.data(RunConfig.from_dict(fields | {"encoder": fields["encoder"] | section}))
         folder = tmp_path_factory.mktemp("images") / "images-random"
         found[decodes] = (section, data, with_random_images(data, folder))
     return found

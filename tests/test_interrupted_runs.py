@@ -41,15 +41,20 @@ def training(fields, tmp_path_factory) -> types.SimpleNamespace:
     fields["train"] |= {"epochs": 2, "checkpoint_every": 100, "log_every": 5}
     half = copy.deepcopy(fields)
     half["eval"]["k"] = 110
-    run = Run(RunConfig.from_dict(fields), build.data(fields), devices=jax.devices()[:1])
+    run = Run(
+        RunConfig.from_dict(fields),
+        build.data(RunConfig.from_dict(fields)),
+        devices=jax.devices()[:1],
+    )
     folder = tmp_path_factory.mktemp("interrupted")
 
     def train(workdir: pathlib.Path, of=fields, code=0) -> None:
-        asked = modes.Asked(fields=of, workdir=epath.Path(workdir), recipe=of)
+        config = RunConfig.from_dict(of)
+        asked = modes.Invocation(config, epath.Path(workdir), config)
         assert modes.run("train", asked) == code
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "run", lambda fields, workdir: run)
+        patch.setattr(build, "run", lambda config, workdir: run)
         # So that the number of writes does not depend on how fast the machine is.
         patch.setattr(metrics_log, "_FLUSH_SECONDS", math.inf)
         with pytest.MonkeyPatch.context() as stopped:
@@ -120,7 +125,7 @@ def test_training(training, tmp_path, kind, resumes):
 def test_report(training, tmp_path, kind):
     workdir = shutil.copytree(training.straight, tmp_path / "run")
     page = workdir / "report.html"
-    asked = modes.Asked(fields=training.fields, workdir=epath.Path(workdir))
+    asked = modes.Invocation(RunConfig.from_dict(training.fields), epath.Path(workdir))
 
     def report() -> None:
         assert modes.run("report", asked) == 0

@@ -191,7 +191,7 @@ def test_predict_exports_first_and_ranks_as_training_ended(trained, topics, tmp_
     # An export of another step than the one asked for is said.
     manifest = folder / "run" / "export" / "artifact.json"
     manifest.write_text(manifest.read_text().replace('"step": 60', '"step": 20'))
-    modes._opened(modes.Asked(fields=None, workdir=epath.Path(folder / "run")))
+    modes._opened(modes.Invocation(config=None, workdir=epath.Path(folder / "run")))
     assert "exported at step 20, and the checkpoint asked for (latest) is of step 60" in caplog.text
     shutil.rmtree(folder / "run" / "export")
 

@@ -76,7 +76,7 @@ def decoder_fields(with_images) -> dict:
 
 @pytest.fixture(scope="module")
 def program(with_images) -> Run:
-    return build.run(with_images)
+    return build.run(RunConfig.from_dict(with_images))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,10 @@ def test_a_step_trains_the_projection(stepped):
 def test_images_change_the_embeddings_of_items_that_have_some(program, with_images, stepped):
     """And of no others: an item without images is its text."""
     _, state, _ = stepped
-    texts = Run(RunConfig.from_dict(text_only(with_images)), build.data(text_only(with_images)))
+    texts = Run(
+        RunConfig.from_dict(text_only(with_images)),
+        build.data(RunConfig.from_dict(text_only(with_images))),
+    )
     alone = {name: leaf for name, leaf in state.params.items() if name != "projection"}
     for split in ("test", "label"):
         ours, theirs = program.embed(state.params, split), texts.embed(alone, split)
@@ -146,10 +149,13 @@ def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, tower)
         fields, others = in_full, ((2, 2), (1, 1))
     else:
         fields, others = changed(decoder_fields, fusion={"order": tower}), ((1, 2),)
-    _, whole, metrics = run(build.run(fields))
+    _, whole, metrics = run(build.run(RunConfig.from_dict(fields)))
     bank = jax.device_get(whole.tables.document_bank)
     for devices, n_chunks in others:
-        some = build.run(changed(fields, train={"n_chunks": n_chunks}), jax.devices()[:devices])
+        some = build.run(
+            RunConfig.from_dict(changed(fields, train={"n_chunks": n_chunks})),
+            jax.devices()[:devices],
+        )
         _, other, found = run(some)
         np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
         found = jax.device_get(other.tables.document_bank)
@@ -158,7 +164,7 @@ def test_chunks_and_devices_do_not_change_a_step(in_full, decoder_fields, tower)
 
 @pytest.mark.reliability
 def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, terminated_after):
-    program = build.run(in_full)
+    program = build.run(RunConfig.from_dict(in_full))
     straight = loop.train(program, tmp_path / "straight")
     assert straight.step == STEPS
     terminated_after(2, STEPS_PER_EPOCH)
@@ -176,22 +182,22 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(in_full, tmp_path, terminated
 def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
     """The exported folder is a backbone like any other, with its projection or without."""
     _, state, _ = stepped
-    folder = exporting.encoder(with_images, program, state, tmp_path)
+    folder = exporting.encoder(program, state, tmp_path)
     with safetensors.safe_open(folder / hf_weights.PROJECTION, "np") as file:
         projection = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata()["encoder.name"] == "hog-colour"
     again = changed(with_images, encoder={"backbone": str(folder)})
-    reopened = build.run(again)
+    reopened = build.run(RunConfig.from_dict(again))
     params = reopened.initial_state().params
     np.testing.assert_array_equal(params["projection"]["kernel"], projection["weight"].T)
     np.testing.assert_array_equal(params["projection"]["bias"], projection["bias"])
     ours = program.embed(state.params, "test")
     np.testing.assert_allclose(reopened.embed(params, "test"), ours, rtol=0, atol=1e-5)
     drawn = changed(again, encoder={"init": "random"})
-    other = build.run(drawn).abstract.params["projection"]["kernel"]
+    other = build.run(RunConfig.from_dict(drawn)).abstract.params["projection"]["kernel"]
     assert other.shape == projection["weight"].T.shape
 
-    texts = build.run(text_only(again))
+    texts = build.run(RunConfig.from_dict(text_only(again)))
     params = texts.initial_state().params
     assert "projection" not in params
     assert "images" in reopened.provenance() and "images" not in texts.provenance()
@@ -204,9 +210,9 @@ def test_goes_on_from_its_export(with_images, program, stepped, tmp_path):
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
     fields = changed(decoder_fields, fusion={"order": order})
-    program = build.run(fields)
+    program = build.run(RunConfig.from_dict(fields))
     _, state, _ = run(program)
-    folder = exporting.encoder(fields, program, state, tmp_path)
+    folder = exporting.encoder(program, state, tmp_path)
     again = changed(
         fields,
         encoder={
@@ -217,7 +223,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
         },
         optimizer={"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
     )
-    reopened = build.run(again)
+    reopened = build.run(RunConfig.from_dict(again))
     assert reopened.layout.prompts == program.layout.prompts and program.layout.prompts.middle
     ours = program.embed(state.params, "test")
     theirs = reopened.embed(reopened.initial_state().params, "test")
@@ -227,7 +233,7 @@ def test_a_decoder_goes_on_from_its_export(decoder_fields, tmp_path, order):
 def test_a_projection_of_other_images_is_refused(
     with_images, program, stepped, with_random_images, tmp_path
 ):
-    folder = exporting.encoder(with_images, program, stepped[1], tmp_path)
+    folder = exporting.encoder(program, stepped[1], tmp_path)
     data = with_random_images(program.data, tmp_path / "images-x")
     again = changed(with_images, encoder={"backbone": str(folder)})
     with pytest.raises(ValueError, match=r"of images 8 wide, found one of \[32, 452\]") as refused:
@@ -238,7 +244,7 @@ def test_a_projection_of_other_images_is_refused(
 def test_an_image_folder_that_was_made_otherwise_is_refused(with_images, program):
     def ask(**fields):
         images = with_images["data"]["images"] | fields
-        return build.data(changed(with_images, data={"images": images}))
+        return build.data(RunConfig.from_dict(changed(with_images, data={"images": images})))
 
     for field, value, made in (
         ("per_item", 3, "2"),
@@ -259,19 +265,21 @@ def test_an_image_folder_that_was_made_otherwise_is_refused(with_images, program
 def test_a_run_sees_that_pictures_have_changed(with_images, raw, tmp_path):
     """Where they were named, and where the config leaves that to the folder."""
     (tmp_path / "train").mkdir()
-    uids = build.data(text_only(with_images)).uids("train")
+    uids = build.data(RunConfig.from_dict(text_only(with_images))).uids("train")
     for number in range(20):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "train" / f"{uids[number]}.png")
     for split in ("test", "label"):
         (tmp_path / split).mkdir()
     images = with_images["data"]["images"] | {"name": "other", "source": str(tmp_path)}
     asked = changed(with_images, data={"images": images})
-    before = build.data(asked).images.digest
-    assert build.data(asked).images.digest == before
+    before = build.data(RunConfig.from_dict(asked)).images.digest
+    assert build.data(RunConfig.from_dict(asked)).images.digest == before
     path = tmp_path / "train" / f"{uids[7]}.png"
     Image.new("RGB", (32, 32), (0, 255, 0)).save(path)
     os.utime(path, ns=(1, 1))
-    after = build.data(changed(with_images, data={"images": images | {"source": None}})).images
+    after = build.data(
+        RunConfig.from_dict(changed(with_images, data={"images": images | {"source": None}}))
+    ).images
     assert after.digest != before and after.manifest["images"]["train"] == 20
 
 

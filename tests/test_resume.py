@@ -27,7 +27,7 @@ STEPS_PER_EPOCH, STEPS = 5, 15
 
 @pytest.fixture(scope="module")
 def program(fields) -> Run:
-    return Run(RunConfig.from_dict(fields), build.data(fields))
+    return Run(RunConfig.from_dict(fields), build.data(RunConfig.from_dict(fields)))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_our_own_recipe_and_another_mesh(fields, tmp_path, terminated_after):
     fields["train"] |= {"labels": "all", "epochs": 2}
     fields["prime"] |= {"combiner": "sum", "free_vector_init": "zero"}
     fields["loss"] |= {"kind": "decoupled_softmax", "label_to_document": 0.0}
-    program = Run(RunConfig.from_dict(fields), build.data(fields))
+    program = Run(RunConfig.from_dict(fields), build.data(RunConfig.from_dict(fields)))
     straight = loop.train(program, tmp_path / "straight")
     terminated_after(7)
     with pytest.raises(loop.Interrupted):

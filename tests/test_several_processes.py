@@ -14,13 +14,14 @@ pytestmark = pytest.mark.slow
 
 _TRAIN = """
 import ast, pathlib
+from xmc_jax.config import RunConfig
 from xmc_jax.training import build
 from xmc_jax.runtime import sharding
 from xmc_jax.data import batches
 from xmc_jax.training import curriculum, loop
 
 fields, workdir, out = ast.literal_eval(pathlib.Path(sys.argv[1]).read_text()), *sys.argv[2:4]
-run = build.run(fields)
+run = build.run(RunConfig.from_dict(fields))
 order = np.random.default_rng(0).permutation(run.data.num_documents).astype(np.int32)
 order = batches.complete(order, fields["train"]["batch_size"])
 local = [run.sampler.build(order, step, 7 + step, run.rows) for step in range(2)]

@@ -12,7 +12,7 @@ import oracle
 import pytest
 
 from configs import vixml
-from xmc_jax.config import PredictConfig
+from xmc_jax.config import PredictConfig, RunConfig
 from xmc_jax.retrieval import exact
 from xmc_jax.runtime import sharding
 from xmc_jax.shipping import artifact, exporting, predict_files
@@ -80,13 +80,13 @@ def test_a_recipe_ranks_as_its_formulas_say(
     fields["encoder"] |= {"backbone": str(backbone), "layers": None}
     fields["train"] |= {"encode_batch_size": 64}  # of random weights, nothing but speed
     fields["eval"] |= {"k": k, "ks": tuple(sorted({1, min(3, k), k}))}
-    run = build.run(fields, jax.devices()[:devices])
+    run = build.run(RunConfig.from_dict(fields), jax.devices()[:devices])
     assert "train.batch_size" not in caplog.text  # a run that is not trained is not told of it
     trained = loop.train(run, tmp_path / "run")
     small = run.config.train.batch_size < fields["train"]["batch_size"]
     assert ("train.batch_size" in caplog.text) == small
     check_evaluation(run, trained, fields["eval"])
-    folder = exporting.whole(fields, run, trained.step, trained.state, tmp_path)
+    folder = exporting.whole(run, trained.step, trained.state, tmp_path)
     check_predictions(folder, fields["eval"]["augmented"], k)
     if "x01_exclude" in str(records):
         check_file(folder, CASES / "x01_exclude" / "new.jsonl", tmp_path / "out.jsonl", k)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import bundled
 from xmc_jax.models import hf
 from xmc_jax.shipping import exporting
@@ -49,7 +50,7 @@ def fields(raw, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def program(fields):
-    return build.run(fields, jax.devices()[:1])
+    return build.run(RunConfig.from_dict(fields), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_interrupted_in_an_epoch_and_at_a_boundary(program, straight, tmp_path, 
 
 def test_goes_on_from_its_export(fields, program, straight, tmp_path):
     """The exported folder is a backbone like any other: same prompts, same embeddings."""
-    folder = exporting.encoder(fields, program, straight.state, tmp_path)
+    folder = exporting.encoder(program, straight.state, tmp_path)
     again = fields | {
         "encoder": fields["encoder"]
         | {
@@ -103,17 +104,17 @@ def test_goes_on_from_its_export(fields, program, straight, tmp_path):
         | {"trainable": (("backbone/.*", False), (".*", True)), "lr": ((".*", 1e-3),)},
         "export": {"format": "adapter", "dtype": "float32"},
     }
-    merged = build.run(again)
+    merged = build.run(RunConfig.from_dict(again))
     assert merged.layout.prompts == program.layout.prompts
     ours = program.embed(straight.state.params, "test")
     theirs = merged.embed(merged.initial_state().params, "test")
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
     assert hf.resolve(str(folder)).digest
     with pytest.raises(ValueError, match=r"export\.format: expected 'merged'"):
-        exporting.encoder(again, merged, straight.state, tmp_path)
+        exporting.encoder(merged, straight.state, tmp_path)
     other = again | {"fusion": fields["fusion"] | {"prefix": "Another text"}}
     with pytest.raises(ValueError, match="prefix there 'This product text', here 'Another text'"):
-        build.run(other)
+        build.run(RunConfig.from_dict(other))
     last = again | {"encoder": again["encoder"] | {"pooling": "last"}}
     with pytest.raises(ValueError, match=r"expected encoder\.pooling as .*, 'mean'"):
-        build.run(last)
+        build.run(RunConfig.from_dict(last))

@@ -14,6 +14,7 @@ from etils import epath
 
 from xmc_jax import modes
 from xmc_jax.config import EvalConfig, RunConfig, TuneConfig
+from xmc_jax.config.run_config import override
 from xmc_jax.data import raw_folder
 from xmc_jax.retrieval import tuned as tuned_file
 from xmc_jax.retrieval import tuning
@@ -61,11 +62,11 @@ def own_fields(fields, without_test, tmp_path_factory) -> dict:
 
 
 def run(mode: str, fields: dict, workdir: pathlib.Path) -> int:
-    return modes.run(mode, modes.Asked(fields, epath.Path(workdir)))
+    return modes.run(mode, modes.Invocation(RunConfig.from_dict(fields), epath.Path(workdir)))
 
 
 def with_weights(fields: dict, **values) -> dict:
-    return modes.override(fields, {"eval": {"augmented": values}})
+    return override(fields, {"eval": {"augmented": values}})
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_it_needs_no_test_file_and_trains_once(tuned, own_fields, capsys):
 def test_its_figures_are_what_evaluation_says(tuned, own_fields):
     """Evaluating the validation run with the chosen weights gives the validation metrics."""
     content = json.loads((tuned / "tuned.json").read_text())
-    held_out = modes.override(own_fields, {"data": {"validation_fraction": 0.3}})
+    held_out = override(own_fields, {"data": {"validation_fraction": 0.3}})
     for row in ("defaults", "best"):
         asked = with_weights(held_out, **content["rows"][row]["augmented"])
         assert run("evaluate", asked, tuned / "tune") == 0
@@ -109,11 +110,11 @@ def test_all_training_documents_take_what_some_chose(tuned, own_fields, topics, 
     """The weights belong to the recipe and the raw files, not to the held-out split."""
     content = json.loads((tuned / "tuned.json").read_text())
     whole = {"data": {"raw_dir": str(topics), "data_dir": fields["data"]["data_dir"]}}
-    final = modes.override(own_fields, whole)
+    final = RunConfig.from_dict(override(own_fields, whole))
     final = build.filled(final, build.modules(final))
-    data, config = build.data(final), RunConfig.from_dict(final).eval.augmented
+    data, config = build.data(final), final.eval.augmented
     assert data.manifest["validation"] is None and data.num_documents == 200
-    read = tuned_file.read(tuned, final, data, config)
+    read = tuned_file.read(tuned, final, data)
     assert read == dataclasses.replace(config, **content["augmented"]) != config
     # Were the test split ever handed over, it would be refused.
     eight = np.ones((data.num_labels, 8), np.float32)
@@ -122,7 +123,7 @@ def test_all_training_documents_take_what_some_chose(tuned, own_fields, topics, 
 
 
 def test_a_run_with_a_validation_split_is_used_itself(tuned, own_fields, tmp_path, capsys):
-    held_out = modes.override(own_fields, {"data": {"validation_fraction": 0.3}})
+    held_out = override(own_fields, {"data": {"validation_fraction": 0.3}})
     shutil.copytree(tuned / "tune", tmp_path, dirs_exist_ok=True)
     by_name = with_weights(held_out, weights="tuned")
     with pytest.raises(ValueError, match=r"expected tuned.json in .*found none; .*--mode=tune"):
@@ -142,7 +143,7 @@ def test_a_run_with_a_validation_split_is_used_itself(tuned, own_fields, tmp_pat
     assert evaluated(by_name) == evaluated(with_weights(held_out, **chosen))
     assert evaluated(by_name)["augmented"]["P@1"] > evaluated(held_out)["augmented"]["P@1"]
     # A longer run is the same recipe's to resume, but not what was tuned for.
-    longer = modes.override(by_name, {"train": {"epochs": 2}})
+    longer = override(by_name, {"train": {"epochs": 2}})
     with pytest.raises(ValueError, match=r"train.epochs: 1 there, 2 here\); tune again"):
         run("evaluate", longer, tmp_path)
     with pytest.raises(ValueError, match=r"prior as it was tuned with, 'frequency', got None"):
@@ -157,17 +158,17 @@ def test_named_validation_documents_are_tuned_on_by_the_run_itself(
     uids = raw_folder.read(raw_folder.find(named), "Topics-40", "utf-8").splits["train"].uids[::4]
     (named / "validation.txt").write_text("".join(f"{uid}\n" for uid in uids))
     data = {"raw_dir": str(named), "data_dir": str(tmp_path / "data")}
-    fields, workdir = modes.override(own_fields, {"data": data}), tmp_path / "run"
+    fields, workdir = override(own_fields, {"data": data}), tmp_path / "run"
     assert run("tune", fields, workdir) == 0
     assert f"{len(uids)} validation documents" in capsys.readouterr().out
     assert (workdir / "checkpoints").is_dir() and not (workdir / "tune").exists()
     content = json.loads((workdir / "tuned.json").read_text())
     assert content["validation"]["documents"] == len(uids) and content["accepted"]
-    opened = build.data(fields)
+    opened = build.data(RunConfig.from_dict(fields))
     assert (opened.num_documents, len(opened.validation)) == (200 - len(uids), len(uids))
     by_name = with_weights(fields, weights="tuned")
     assert run("evaluate", by_name, workdir) == 0  # on the test split
     (named / "validation.txt").write_text(f"{uids[0]}\n")
-    other = modes.override(by_name, {"data": {"data_dir": str(tmp_path / "other")}})
+    other = override(by_name, {"data": {"data_dir": str(tmp_path / "other")}})
     with pytest.raises(ValueError, match=r"data: validation file: .* there, .* here"):
         run("evaluate", other, workdir)

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 import served
 
-from xmc_jax.config import AugmentedConfig, PrimeConfig
+from xmc_jax.config import AugmentedConfig, DataConfig, PrimeConfig, RunConfig
 from xmc_jax.data import (
     image_maps,
     image_vectors,
@@ -210,17 +210,17 @@ def artifact_files(folder: pathlib.Path) -> None:
     artifact.write_manifest(folder, content)
 
 
-def workdir_files(workdir: pathlib.Path, fields: dict[str, Any], data: Any) -> None:
+def workdir_files(workdir: pathlib.Path, config: RunConfig, data: Any) -> None:
     """A workdir's config.json and tuned.json."""
     workdir.mkdir(parents=True)
     content = {
         "format": tuned.FORMAT,
         "augmented": tuning.values_of(AugmentedConfig(temperature=0.1)),
         "prior": None,
-        "belongs_to": tuned.belongs(fields, data),
+        "belongs_to": tuned.belongs(config, data),
     }
     (workdir / tuned.FILE).write_text(json.dumps(content))
-    (workdir / "config.json").write_text(json.dumps(fields))
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
 
 
 def index_files(folder: pathlib.Path) -> None:
@@ -328,8 +328,8 @@ class Inputs:
         body = {"queries": [{"text": "red", "exclude": ["a"]}, {"text": "lamp"}], "k": 3}
         (some / "request.json").write_text(json.dumps(body | {"ranking": "plain"}))
         data = store.open(prepared)
-        fields = {"loss": {"name": "margin", "margin": 0.3}, "data": {"dataset": "ToyTitles"}}
-        workdir_files(folder / "workdir", fields, data)
+        config = RunConfig(data=DataConfig(dataset="ToyTitles"))
+        workdir_files(folder / "workdir", config, data)
         model = artifact.open(folder / "artifact").model
         labels = types.SimpleNamespace(uids=lambda split: LABEL_IDS)
         sizes = TEST, LABELS
@@ -409,11 +409,11 @@ class Inputs:
             ),
             "tuned": (
                 *("workdir", ["tuned.json"]),
-                lambda where: tuned.read(where, fields, data, AugmentedConfig()),
+                lambda where: tuned.read(where, config, data),
             ),
             "workdir": (
                 *("workdir", ["config.json"]),
-                workdirs.read_config,
+                workdirs.read_run_config,
             ),
             "request": ("some", ["request.json"], Asked()),
         }

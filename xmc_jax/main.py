@@ -24,6 +24,7 @@ The modes evaluate, tune, embed, index, export, predict, labels, report and serv
 the run in --workdir if --config is not given.
 """
 
+import dataclasses
 import difflib
 import importlib.metadata
 import logging as py_logging
@@ -44,7 +45,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from xmc_jax.config import LabelsConfig, PredictConfig, ServeConfig
+from xmc_jax.config import LabelsConfig, PredictConfig, RunConfig, ServeConfig
 from xmc_jax.config.declare import options
 from xmc_jax.runtime import command
 
@@ -160,10 +161,10 @@ def main(argv: list[str]) -> int:
 
     if _WORKDIR.value == "":
         raise ValueError("--workdir: expected a folder, got none")
-    fields = _fields()
-    workdir = _WORKDIR.value or ("" if fields is None else f"runs/{fields['name']}")
-    asked = modes.Asked(
-        fields=fields,
+    config = _config()
+    workdir = _WORKDIR.value or ("" if config is None else f"runs/{config.name}")
+    asked = modes.Invocation(
+        config=config,
         workdir=epath.Path(workdir),
         step=_STEP.value,
         topology=_TOPOLOGY.value,
@@ -178,25 +179,25 @@ def main(argv: list[str]) -> int:
         profile=_profile(),
     )
     distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
-    distributed.agree("config", fields)
+    distributed.agree("config", config and dataclasses.asdict(config))
     return modes.run(_MODE.value, asked)
 
 
-def _fields() -> dict[str, Any] | None:
+def _config() -> RunConfig | None:
     """The config of --config, else of the run in --workdir; None with --artifact alone."""
     from xmc_jax.files import workdirs
 
     if _CONFIG.value is not None:
-        return _CONFIG.value.to_dict()
+        return RunConfig.from_dict(_CONFIG.value.to_dict())
     if _ARTIFACT.value and _MODE.value in _OF_ARTIFACT:
         return None
-    return workdirs.read_fields(_WORKDIR.value)
+    return workdirs.read_run_config(_WORKDIR.value)
 
 
-def _recipe() -> dict[str, Any]:
+def _recipe() -> RunConfig:
     """The config of --config before other flags changed it."""
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    return _loaded(file, variant).to_dict()
+    return RunConfig.from_dict(_loaded(file, variant).to_dict())
 
 
 def _loaded(file: str, variant: str) -> ConfigDict:

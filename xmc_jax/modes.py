@@ -14,7 +14,7 @@ from xmc_jax.config import LabelsConfig, NewLabelsConfig, PredictConfig, RunConf
 from xmc_jax.data import image_import, image_vectors, prepare
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic, workdirs
-from xmc_jax.planning import summary as planning_report
+from xmc_jax.planning import summary
 from xmc_jax.reporting import page, workdir_contents
 from xmc_jax.retrieval import evaluate, exact, scann, tuned, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
@@ -33,11 +33,11 @@ _FAILED, _BY_SIGNAL = 1, 128  # exit codes; of a signal, its number more
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Invocation:
     """What the flags ask for.
 
     Attributes:
-        fields: the config, as nested mappings; None where an artifact was named instead.
+        config: of the run; None where an exported model is named instead.
         workdir: where the run lives.
         step: which checkpoint: "latest", "best" or a step's number.
         topology: of the mode plan.
@@ -52,9 +52,9 @@ class Asked:
         profile: of the mode train, the first and the last step to trace, from 1; None for none.
     """
 
-    fields: Mapping[str, Any] | None
+    config: RunConfig | None
     workdir: epath.Path
-    recipe: Mapping[str, Any] | None = None
+    recipe: RunConfig | None = None
     step: str = "latest"
     topology: str = "cpu"
     artifact: str | None = None
@@ -67,12 +67,12 @@ class Asked:
     profile: tuple[int, int] | None = None
 
 
-def run(mode: str, asked: Asked) -> int:
+def run(mode: str, asked: Invocation) -> int:
     """Does what a mode is for, and prints what there is to say.
 
     Args:
         mode: see `xmc_jax.main`.
-        asked: see `Asked`.
+        asked: see `Invocation`.
 
     Returns:
         The exit code.
@@ -80,10 +80,8 @@ def run(mode: str, asked: Asked) -> int:
     Raises:
         ValueError: one line on what is wrong.
     """
-    if asked.fields is not None:
-        RunConfig.from_dict(asked.fields)  # mistaken fields first
-        if mode not in ("predict", "labels", "serve"):  # an exported model needs no backbone
-            asked = _filled(asked)
+    if asked.config is not None and mode not in ("predict", "labels", "serve"):
+        asked = _filled(asked)  # other modes need an exported model and no backbone
     if mode in ("export", "predict", "labels", "serve") and jax.process_count() > 1:
         raise ValueError(
             f"--mode={mode}: expected one process, got {jax.process_count()}; one reads the "
@@ -111,31 +109,32 @@ def run(mode: str, asked: Asked) -> int:
     return 0
 
 
-def _filled(asked: Asked) -> Asked:
-    """The same with the fields that the config leaves to the backbone's folder, which are said."""
-    fields = asked.fields
-    said = distributed.first_then_others("backbone", lambda: build.modules(fields))
+def _filled(asked: Invocation) -> Invocation:
+    """The same with the fields that the config leaves to the backbone's folder; they are logged."""
+    config, recipe = asked.config, asked.recipe
+    said = distributed.first_then_others("backbone", lambda: build.modules(config))
     if distributed.is_first():
-        for line in build.differences(fields, said):
+        for line in build.differences(config, said):
             logging.info("%s", line)
-    whole, recipe = build.filled(fields, said), asked.recipe
+    whole = build.filled(config, said)
     for section, name in _OF_FOLDER:
-        left = fields[section][name] is None
-        if left and recipe is not None and recipe[section][name] is None:  # no flag changed it
-            recipe = override(recipe, {section: {name: whole[section][name]}})
-    return dataclasses.replace(asked, fields=whole, recipe=recipe)
+        left = getattr(getattr(config, section), name) is None
+        if left and recipe is not None and getattr(getattr(recipe, section), name) is None:
+            value = getattr(getattr(whole, section), name)  # no flag changed it
+            recipe = recipe.replace(**{section: {name: value}})
+    return dataclasses.replace(asked, config=whole, recipe=recipe)
 
 
-def _plan(asked: Asked) -> int:
+def _plan(asked: Invocation) -> int:
     """Prints what a run needs on a topology; fails if there is not enough."""
-    text, fits = planning_report.make(asked.fields, asked.topology)
+    text, fits = summary.make(asked.config, asked.topology)
     print(text)
     return 0 if fits else _FAILED
 
 
-def _prepare(asked: Asked) -> int:
+def _prepare(asked: Invocation) -> int:
     """Prints what is in the folders; of known datasets the shares of items with images must fit."""
-    data = build.data(asked.fields)
+    data = build.data(asked.config)
     print(prepare.report(data.folder))
     if data.images is not None:
         print(image_vectors.report(data.images.folder))
@@ -143,22 +142,20 @@ def _prepare(asked: Asked) -> int:
     return 0
 
 
-def _train(asked: Asked) -> int:
+def _train(asked: Invocation) -> int:
     """Trains, the baseline of the config first if it has one; reports them side by side."""
-    fields, workdir = asked.fields, asked.workdir
+    workdir = asked.workdir
     rows: dict[str, Any] = {}
-    runs = [("", workdir, fields, asked.recipe)]
-    if fields["baseline"]:
-        name, differing = fields["baseline"]["name"], dict(fields["baseline"])
-        del differing["name"]
-        own, recipe = (override(x, differing) | {"baseline": {}} for x in (fields, asked.recipe))
-        runs.insert(0, (name, workdir / "baseline", own, recipe))
+    runs = [("", workdir, asked.config, asked.recipe)]
+    if asked.config.baseline:
+        name, configs = asked.config.baseline["name"], (asked.config, asked.recipe)
+        runs.insert(0, (name, workdir / "baseline", *(one and one.compared() for one in configs)))
     with contextlib.ExitStack() as stack:
         for _, folder, _, _ in reversed(runs):
             stack.enter_context(workdirs.locked(folder))
-        for name, folder, own, recipe in runs:
-            run = _begun(own, folder)
-            logging.info("%s: %s", folder, name or fields["name"])
+        for name, folder, config, recipe in runs:
+            run = _begun(config, folder)
+            logging.info("%s: %s", folder, name or config.name)
             try:
                 trained = loop.train(run, folder, asked.profile)
             except loop.Interrupted as interrupted:
@@ -172,8 +169,8 @@ def _train(asked: Asked) -> int:
                     folder,
                     run.data,
                     evaluation=trained.evaluation,
-                    recipe=recipe,
-                    pictures=build.pictures(own),
+                    recipe=recipe and dataclasses.asdict(recipe),
+                    pictures=build.pictures(config),
                 )
             if folder == workdir:  # printed last: standard output may be closed by now
                 _show(folder, trained.step, found, trained.evaluation, run.data, rows)
@@ -181,31 +178,33 @@ def _train(asked: Asked) -> int:
     return 0
 
 
-def _report(asked: Asked) -> int:
+def _report(asked: Invocation) -> int:
     """Writes report.html again, from what the workdir holds."""
     workdirs.read_config(asked.workdir)  # an absent run is answered before anything is loaded
-    data = build.data(asked.fields)
+    data = build.data(asked.config)
     if distributed.is_first():
-        pictures = build.pictures(asked.fields)
-        path = page.write(asked.workdir, data, recipe=asked.recipe, pictures=pictures)
+        pictures = build.pictures(asked.config)
+        recipe = asked.recipe and dataclasses.asdict(asked.recipe)
+        path = page.write(asked.workdir, data, recipe=recipe, pictures=pictures)
         print(f"wrote {path}")
     return 0
 
 
-def _tune(asked: Asked) -> int:
+def _tune(asked: Invocation) -> int:
     """Chooses weights on validation documents; trains a run without these if there is none.
 
     The run of the workdir itself is without them if the data name them, or if its config holds some
     out; otherwise another run is trained in `tune`, without the documents drawn for it.
     """
-    fields, folder = asked.fields, asked.workdir
+    config, folder = asked.config, asked.workdir
     # The choice starts from the config's own settings.
-    held_out = {"eval": {"augmented": {"weights": "config"}, "compare_scann": False}}
-    if not fields["data"]["validation_fraction"] and not build.names_validation(fields):
-        share = RunConfig.from_dict(fields).tune.validation_fraction
-        held_out["data"], folder = {"validation_fraction": share}, folder / "tune"
+    augmented = dataclasses.replace(config.eval.augmented, weights="config")
+    held_out = config.replace(eval={"augmented": augmented, "compare_scann": False})
+    if not config.data.validation_fraction and not build.names_validation(config):
+        share = config.tune.validation_fraction
+        held_out, folder = held_out.replace(data={"validation_fraction": share}), folder / "tune"
     with workdirs.locked(folder):
-        run = _begun(override(fields, held_out), folder)
+        run = _begun(held_out, folder)
         if not loop.is_finished(run, folder):
             logging.info("%s: training without the validation documents", folder)
             try:
@@ -216,8 +215,8 @@ def _tune(asked: Asked) -> int:
         step, state = loop.restore(run, folder, asked.step)
         choice = run.tune(state)
     if choice is not None:
-        path = tuned.write(asked.workdir, choice, fields, run.data, run.config.tune)
-        print(f"{tuning.report(choice, run.config.tune)}\n\nstep {step} of {folder}; in {path}")
+        path = tuned.write(asked.workdir, choice, config, run.data)
+        print(f"{tuning.report(choice, config.tune)}\n\nstep {step} of {folder}; in {path}")
     return 0
 
 
@@ -226,36 +225,40 @@ def _interrupted(interrupted: loop.Interrupted) -> int:
     return _BY_SIGNAL + interrupted.signum
 
 
-def _begun(fields: Mapping[str, Any], folder: epath.Path) -> Run:
+def _begun(config: RunConfig, folder: epath.Path) -> Run:
     """The run of a config, whose folder it is from now on, if it may be."""
-    run = build.run(fields, workdir=folder)
-    distributed.agree("provenance", run.provenance())
-    config = fields | {"provenance": run.provenance()}
-    workdirs.check_config(folder, config, new=True)
+    run, fields = _opened_run(config, folder)
+    workdirs.check_config(folder, fields, new=True)
     distributed.barrier("config compared")
-    workdirs.write_config(folder, config)
+    workdirs.write_config(folder, fields)
     distributed.barrier("config written")
-    workdirs.check_config(folder, config, new=False)  # fails where others see no such folder
+    workdirs.check_config(folder, fields, new=False)  # fails where others see no such folder
     return run
 
 
-def _restored(asked: Asked) -> tuple[Run, int, TrainState]:
-    """The run in the workdir, and a checkpoint of it: its step and its state."""
-    workdirs.read_config(asked.workdir)  # an absent run is answered before anything is loaded
-    run = build.run(asked.fields, workdir=asked.workdir)
+def _opened_run(config: RunConfig, folder: epath.Path) -> tuple[Run, dict[str, Any]]:
+    """The run of a config, and the content of its config.json."""
+    run = build.run(config, workdir=folder)
     provenance = run.provenance()
     distributed.agree("provenance", provenance)
-    workdirs.check_config(asked.workdir, asked.fields | {"provenance": provenance}, new=False)
+    return run, dataclasses.asdict(config) | {"provenance": provenance}
+
+
+def _restored(asked: Invocation) -> tuple[Run, int, TrainState]:
+    """The run in the workdir, and a checkpoint of it: its step and its state."""
+    workdirs.read_config(asked.workdir)  # an absent run is answered before anything is loaded
+    run, fields = _opened_run(asked.config, asked.workdir)
+    workdirs.check_config(asked.workdir, fields, new=False)
     return run, *loop.restore(run, asked.workdir, asked.step)
 
 
-def _evaluate(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+def _evaluate(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
     # Apart from what training left: the settings may be others.
     workdir, evaluation = asked.workdir / "evaluate", run.evaluate(state)
     _show(workdir, step, _write(workdir, step, {}, evaluation), evaluation, run.data)
 
 
-def _embed(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+def _embed(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
     folder = asked.workdir / "embeddings" / str(step)
     for split in ("test", "train"):
         run.embed_to(state.params, split, folder / f"{split}.npy")
@@ -263,7 +266,7 @@ def _embed(asked: Asked, run: Run, step: int, state: TrainState) -> None:
     print(f"wrote test.npy, train.npy and label.npy to {folder}")
 
 
-def _index(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+def _index(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
     labels, folder = exact.to_host(run.embed_index(state)), asked.workdir / "index" / str(step)
     documents = run.embed(state.params, "test")
     if distributed.is_first():
@@ -275,15 +278,15 @@ def _index(asked: Asked, run: Run, step: int, state: TrainState) -> None:
         print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
 
 
-def _export(asked: Asked, run: Run, step: int, state: TrainState) -> None:
+def _export(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
     if run.config.export.format == "adapter":
-        folder = exporting.encoder(asked.fields, run, state, asked.workdir, asked.overwrite)
+        folder = exporting.encoder(run, state, asked.workdir, asked.overwrite)
     else:
-        folder = exporting.whole(asked.fields, run, step, state, asked.workdir, asked.overwrite)
+        folder = exporting.whole(run, step, state, asked.workdir, asked.overwrite)
     print(f"wrote {folder}")
 
 
-def _predict(asked: Asked) -> int:
+def _predict(asked: Invocation) -> int:
     """Ranks labels for the documents of a file; what there is to say goes to standard error."""
     opened = _opened(asked)
     report = prediction_files.predict(
@@ -293,7 +296,7 @@ def _predict(asked: Asked) -> int:
     return 0
 
 
-def _labels(asked: Asked) -> int:
+def _labels(asked: Invocation) -> int:
     """Changes the labels of an exported model."""
     config, opened = asked.labels, _opened(asked, verify=False)  # verified when it is changed
     if not (config.add or config.update or config.remove):
@@ -324,14 +327,14 @@ def _labels(asked: Asked) -> int:
     return 0
 
 
-def _serve(asked: Asked) -> int:
+def _serve(asked: Invocation) -> int:
     """Answers queries over HTTP until it is told to end."""
     # It is verified when it is opened to be served.
     serving.run(lambda: _opened(asked, verify=False).folder, asked.serve)
     return 0
 
 
-def _opened(asked: Asked, verify: bool = True) -> artifact.Artifact:
+def _opened(asked: Invocation, verify: bool = True) -> artifact.Artifact:
     """The artifact that was asked for; exports the checkpoint first if the workdir has none."""
     folder = asked.artifact or str(asked.workdir / "export")
     if atomic.is_remote(folder):
@@ -342,7 +345,7 @@ def _opened(asked: Asked, verify: bool = True) -> artifact.Artifact:
         asked = _filled(asked)
         run, step, state = _restored(asked)
         logging.info("%s: no exported model yet; exporting step %d", folder, step)
-        exporting.whole(asked.fields, run, step, state, asked.workdir)
+        exporting.whole(run, step, state, asked.workdir)
         return artifact.open(folder, verify)
     opened = artifact.open(folder, verify)
     if (asked.workdir / "checkpoints").exists():
@@ -357,15 +360,6 @@ def _opened(asked: Asked, verify: bool = True) -> artifact.Artifact:
                 wanted,
             )
     return opened
-
-
-def override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested fields with some replaced."""
-    merged = dict(fields)
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and isinstance(fields.get(key), Mapping)
-        merged[key] = override(fields[key], value) if nested else value
-    return merged
 
 
 def _write(

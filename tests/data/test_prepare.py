@@ -17,6 +17,7 @@ import pytest
 import write_faults
 
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import bundled, known, prepare, prompts, raw, store
 from xmc_jax.data import raw_folder as raw_folders
 from xmc_jax.data import tokenizer as tokenizers
@@ -456,7 +457,7 @@ def test_hub_tokenizer_of_the_command_and_of_training(
             "tokenizer": "org/small",
             "max_length": 5,
         }
-        return build.data(fields).folder
+        return build.data(RunConfig.from_dict(fields)).folder
 
     one, other = (command, training) if first == "command" else (training, command)
     folder = one()

@@ -19,6 +19,7 @@ import write_faults
 from hypothesis import strategies as st
 
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import bundled, holdout, prepare, raw, raw_folder, store
 from xmc_jax.data.records import data_report, own_records
 from xmc_jax.data.records.own_records import RecordsConfig
@@ -1260,25 +1261,25 @@ def own_fields(topics, tmp_path):
 
 
 def test_a_config_names_records(own_fields, tmp_path):
-    data = build.data(own_fields)
+    data = build.data(RunConfig.from_dict(own_fields))
     assert data.folder == tmp_path / "data" / "Mine" / "minilm-l6-packaged-8"
     assert (len(data.train), len(data.test), len(data.label)) == (180, 20, 40)
     own_fields["data"]["validation_fraction"] = 0.1
-    data = build.data(own_fields)
+    data = build.data(RunConfig.from_dict(own_fields))
     assert (len(data.train), len(data.test)) == (162, 18)
     own_fields["data"]["records_options"]["test_fraction"] = 0.5
     with pytest.raises(ValueError, match=r"test_fraction: 0\.1 there, 0\.5 here\).*--config\.data"):
-        build.data(own_fields)
+        build.data(RunConfig.from_dict(own_fields))
     own_fields["data"]["encoding"] = "latin-1"
     with pytest.raises(ValueError, match=r"data\.encoding: expected utf-8, as records are"):
-        build.data(own_fields)
+        build.data(RunConfig.from_dict(own_fields))
 
 
 def test_the_variant_own_asks_for_records(tmp_path):
     fields = vixml.get_config("minilm_l6/own").to_dict()
     fields["data"]["data_dir"] = str(tmp_path)
     with pytest.raises(ValueError, match=r"data.records: expected a folder with train.\* and lab"):
-        build.data(fields)
+        build.data(RunConfig.from_dict(fields))
 
 
 def test_records_may_move_between_two_starts(own_fields, tmp_path):
@@ -1319,6 +1320,6 @@ def test_a_plan_counts_records_that_are_prepared(own_fields):
     from xmc_jax.planning import shape
 
     with pytest.raises(ValueError, match="got Mine; run --mode=prepare first"):
-        shape.of(own_fields)
-    folder = build.data(own_fields).folder
-    assert shape.of(own_fields)[1] == f"counted in {folder}; no images"
+        shape.of(RunConfig.from_dict(own_fields))
+    folder = build.data(RunConfig.from_dict(own_fields)).folder
+    assert shape.of(RunConfig.from_dict(own_fields))[1] == f"counted in {folder}; no images"

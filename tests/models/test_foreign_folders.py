@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from tokenizers import Tokenizer
 
-from xmc_jax.config import MeshConfig
+from xmc_jax.config import MeshConfig, RunConfig
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.models import dual, hf, hf_adapters, hf_modules, hf_tensors, hf_weights
 from xmc_jax.models.pooled_dense import DenseConfig
@@ -201,7 +201,7 @@ def config_of(folder, **changes):
     fields["encoder"]["backbone"] = str(folder)
     for name, value in changes.items():
         fields[name] = {**fields[name], **value}
-    return fields
+    return RunConfig.from_dict(fields)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_what_the_folder_decides_is_said_in_one_line(name, changes, values, line
     fields = config_of(folder, **changes)
     said = build.modules(fields)
     whole = build.filled(fields, said)
-    fusion = whole["fusion"]
-    assert (whole["encoder"]["pooling"], fusion["prefix"], fusion["label_prefix"]) == values
+    fusion = whole.fusion
+    assert (whole.encoder.pooling, fusion.prefix, fusion.label_prefix) == values
     assert build.differences(fields, said) == ([] if line is None else [line.format(folder)])
     assert build.filled(whole, said) == whole  # and is then in the config
 

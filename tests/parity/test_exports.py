@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from configs import vixml
+from xmc_jax.config import RunConfig
 from xmc_jax.data import packaged
 from xmc_jax.shipping import exporting
 from xmc_jax.shipping.predictor import Predictor
@@ -68,7 +69,7 @@ def run_of(backbone, suffix, pooling, topics, tmp_path):
     fields["fusion"]["suffix"] = suffix
     fields["prime"]["free_vectors"] = 16
     fields["train"] |= {"batch_size": 40, "n_chunks": 1}
-    run = build.run(fields)
+    run = build.run(RunConfig.from_dict(fields))
     state = run.initial_state()
     noise = np.random.default_rng(0)
 
@@ -100,8 +101,8 @@ def test_decoders(family, pooling, topics, tmp_path):
     assert np.abs(ours - run.embed(run.initial_state().params, "train")[:100]).max() > 1e-2
     for kind in ("merged", "adapter"):
         asked = copy.deepcopy(fields) | {"export": {"format": kind, "dtype": "float32"}}
-        run = build.run(asked)
-        folder = exporting.encoder(asked, run, state, tmp_path / "run")
+        run = build.run(RunConfig.from_dict(asked))
+        folder = exporting.encoder(run, state, tmp_path / "run")
         model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
         theirs = model.encode(titles(topics), batch_size=16)
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5, err_msg=kind)
@@ -111,9 +112,9 @@ def test_an_encoder(fields, topics, tmp_path):
     fields = copy.deepcopy(fields)
     fields["encoder"] |= {"backbone": packaged.MINILM_NAME, "layers": 3}
     fields["data"]["max_length"] = 8
-    run = build.run(fields)
+    run = build.run(RunConfig.from_dict(fields))
     state = run.initial_state()
-    folder = exporting.encoder(fields, run, state, tmp_path)
+    folder = exporting.encoder(run, state, tmp_path)
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     ours = run.embed(state.params, "train")[:100]
     np.testing.assert_allclose(model.encode(titles(topics)), ours, rtol=0, atol=1e-5)
@@ -121,8 +122,8 @@ def test_an_encoder(fields, topics, tmp_path):
 
 def test_an_artifact_opens_in_sentence_transformers_and_predicts_the_same(fields, topics, tmp_path):
     """Their embeddings against the labels in the folder: the ranking of `Predictor`."""
-    run = build.run(fields)
-    folder = exporting.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
+    run = build.run(RunConfig.from_dict(fields))
+    folder = exporting.whole(run, 0, run.initial_state(), epath.Path(tmp_path))
     texts = titles(topics)
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     predictor = Predictor.open(folder)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.padded_rows import rows_of
+from xmc_jax.config import RunConfig
 from xmc_jax.data import tokenizer as tokenizers
 from xmc_jax.models import dual, hf, hf_modules, hf_weights
 from xmc_jax.shipping import exporting
@@ -86,10 +87,10 @@ def test_an_exported_folder_gives_our_embeddings(name, fields, tmp_path):
     folder = model_cases.make(name, tmp_path)
     titles = model_cases.raw_files(tmp_path / "raw")
     fields = model_cases.fields_of(folder, fields, tmp_path)
-    run = build.run(fields)
+    run = build.run(RunConfig.from_dict(fields))
     state = run.initial_state()
     assert run.data.train.lengths.min() < run.data.train.lengths.max() == 12
-    out = exporting.encoder(fields, run, state, tmp_path / "run")
+    out = exporting.encoder(run, state, tmp_path / "run")
     model = opened(out)
     theirs = model.encode(titles[:32], batch_size=8)
     np.testing.assert_allclose(run.embed(state.params, "train"), theirs, rtol=0, atol=1e-5)
@@ -97,6 +98,7 @@ def test_an_exported_folder_gives_our_embeddings(name, fields, tmp_path):
     np.testing.assert_allclose(run.embed(state.params, "label"), theirs, rtol=0, atol=1e-5)
     # as a start, the export has the pooling and prompts that it was trained with
     before, after = (
-        build.filled(fields, hf_modules.read(hf.resolve(str(x)))) for x in (folder, out)
+        build.filled(RunConfig.from_dict(fields), hf_modules.read(hf.resolve(str(x))))
+        for x in (folder, out)
     )
     assert before == after

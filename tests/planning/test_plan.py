@@ -177,18 +177,18 @@ def test_counts_are_those_published_where_there_is_no_folder(tmp_path):
     fields = vixml.get_config("qwen25_3b/amazontitles_1_3m").to_dict()
     fields["encoder"]["backbone"] = published(tmp_path, "qwen2.5-3b-instruct")
     fields["data"]["data_dir"] = str(tmp_path)
-    found, said = shape.of(fields)
+    found, said = shape.of(RunConfig.from_dict(fields))
     assert (found.documents, found.labels, found.test) == (2_248_619, 1_305_265, 970_237)
     assert found.pairs == round(2_248_619 * 22.20)
     assert (found.image_width, found.images_per_item) == (1152, 3)
     assert "as published" in said
     fields["data"]["images"]["name"] = None
-    assert shape.of(fields)[0].image_width == 0
+    assert shape.of(RunConfig.from_dict(fields))[0].image_width == 0
 
 
 def test_counts_are_those_of_the_folder_where_it_is(fields):
-    opened = build.data(fields)
-    found, said = shape.of(fields)
+    opened = build.data(RunConfig.from_dict(fields))
+    found, said = shape.of(RunConfig.from_dict(fields))
     assert found == opened.shape
     assert str(opened.folder) in said
 
@@ -196,13 +196,13 @@ def test_counts_are_those_of_the_folder_where_it_is(fields):
 def test_a_dataset_of_which_nothing_is_known_is_refused(fields, tmp_path):
     unknown = fields | {"data": fields["data"] | {"data_dir": str(tmp_path)}}
     with pytest.raises(ValueError, match="--mode=prepare first"):
-        shape.of(unknown)
+        shape.of(RunConfig.from_dict(unknown))
 
 
 def test_prompts_without_a_tokenizer_have_a_token_per_word(tmp_path):
     fields = vixml.get_config("qwen25_3b/amazontitles_131k").to_dict()
     fields["encoder"]["backbone"] = published(tmp_path, "qwen2.5-3b-instruct")
-    found, said = shape.prompts(fields)
+    found, said = shape.prompts(RunConfig.from_dict(fields))
     assert tuple(map(len, (found.head, found.middle, found.tail))) == (3, 3, 1)
     assert "a token per word" in said
 
@@ -210,8 +210,10 @@ def test_prompts_without_a_tokenizer_have_a_token_per_word(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("cpu:2", marks=pytest.mark.scale), "gpu:h100x8"])
 def test_a_run_is_planned_whole(fields, name):
-    build.data(fields)  # makes the dataset folder, whose counts are planned with
-    text, fits = summary.make(fields, name)
+    build.data(
+        RunConfig.from_dict(fields)
+    )  # makes the dataset folder, whose counts are planned with
+    text, fits = summary.make(RunConfig.from_dict(fields), name)
     assert fits
     assert ("ESTIMATE" in text) == name.startswith("gpu")
     assert ("ms collectives" in text and "epoch" in text) and "fits: " in text

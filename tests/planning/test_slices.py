@@ -29,8 +29,8 @@ fields["encoder"]["backbone"] = model
 for section, values in changes.items():
     fields[section] |= values
 where = topology.find(name)
-prompts, _ = shape.prompts(fields)
-data, _ = shape.of(fields)
+prompts, _ = shape.prompts(RunConfig.from_dict(fields))
+data, _ = shape.of(RunConfig.from_dict(fields))
 program = Program(RunConfig.from_dict(fields), data, prompts, where.devices)
 found = [
     plan.compile_one(each, program, where)

@@ -13,6 +13,7 @@ import numpy as np
 import processes
 import pytest
 
+from xmc_jax.config import RunConfig
 from xmc_jax.training import build, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,7 +22,7 @@ STEPS = 20  # of the run
 
 def leaves(full: dict, workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint: parameters, moments, tables, counters."""
-    step, state = loop.restore(build.run(full), workdir)
+    step, state = loop.restore(build.run(RunConfig.from_dict(full)), workdir)
     assert step == STEPS
     return {
         jax.tree_util.keystr(path): np.asarray(jax.device_get(leaf))

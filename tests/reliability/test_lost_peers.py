@@ -68,7 +68,7 @@ def straight(count, fields, tmp_path_factory) -> Straight:
     flags = (processes.config(small, folder),)
     workdir = folder / "run"
     processes.command(count, *flags, f"--workdir={workdir}", timeout=600)
-    program = Run(RunConfig.from_dict(small), build.data(small))
+    program = Run(RunConfig.from_dict(small), build.data(RunConfig.from_dict(small)))
     return Straight(program, flags, ends_with(program, workdir), records(workdir))
 
 

@@ -26,7 +26,7 @@ def still(full) -> dict:
 
 @pytest.fixture(scope="module")
 def data(still):
-    return build.run(still).data
+    return build.run(RunConfig.from_dict(still)).data
 
 
 def on(still: dict, data, devices: int) -> Run:

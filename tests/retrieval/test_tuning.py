@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from xmc_jax.config import AugmentedConfig, EvalConfig, TuneConfig
+from xmc_jax.config import AugmentedConfig, EvalConfig, RunConfig, TuneConfig
 from xmc_jax.data.csr import Csr
 from xmc_jax.retrieval import augmented, tuned, tuning
 from xmc_jax.retrieval.metrics import NAMES, Truth
@@ -215,50 +215,43 @@ class FakeStore:
 
 
 def test_read_gives_what_was_written_and_refuses_what_is_not_its_own(tmp_path):
-    fields = {
-        "name": "x",
-        "data": {"dataset": "d", "data_dir": "here", "validation_fraction": 0.0},
-        "train": {"epochs": 3, "keep": 2},
-        "eval": {"k": 100},
-        "baseline": {},
-        "tune": {"folds": 5},
-    }
-    store = FakeStore(train="1", label="2", test="3")
     own = AugmentedConfig(temperature=0.9, prior="p.tsv", weights="tuned")
-    assert tuned.read(tmp_path, fields, store, own) is None
+    run = RunConfig(name="x", tune=TUNE).replace(train={"epochs": 3}, eval={"augmented": own})
+    store = FakeStore(train="1", label="2", test="3")
+    assert tuned.read(tmp_path, run, store) is None
     config = dataclasses.replace(
         EVAL, augmented=dataclasses.replace(EVAL.augmented, prior="other.tsv")
     )
     choice = choose(problem(0), prior=np.ones(L), config=config)
     choice = dataclasses.replace(choice, accepted=True)
-    path = tuned.write(tmp_path, choice, fields, FakeStore(train="1", label="2"), TUNE)
+    path = tuned.write(tmp_path, choice, run, FakeStore(train="1", label="2"))
     assert path == tmp_path / "tuned.json"
     content = json.loads(path.read_text())
     assert content["rows"]["defaults"]["metrics"] == choice.metrics["defaults"]
     assert content["gain"] == choice.gain and content["accepted"]
     # The prior may be newer, the split another, where things lie and what is evaluated, too.
-    same = fields | {
-        "name": "y",
-        "eval": {"k": 5},
-        "data": fields["data"] | {"data_dir": "there", "validation_fraction": 0.2},
-        "tune": {},
-    }
-    read = tuned.read(tmp_path, same, store, own)
+    same = dataclasses.replace(run, name="y", tune=TuneConfig()).replace(
+        eval={"k": 5}, data={"data_dir": "there", "validation_fraction": 0.2}
+    )
+    read = tuned.read(tmp_path, same, store)
     assert read == dataclasses.replace(choice.best, prior="p.tsv")
     # A file of an earlier version has a field that has no effect any more.
     path.write_text(
         path.read_text().replace('"mode": "split"', '"mode": "split", "filter_first": true')
     )
-    assert tuned.read(tmp_path, same, store, own) == read
+    assert tuned.read(tmp_path, same, store) == read
 
-    def refused(said, fields=fields, store=store, own=own):
+    def refused(said, config=run, store=store):
         with pytest.raises(ValueError, match=said) as error:
-            tuned.read(tmp_path, fields, store, own)
+            tuned.read(tmp_path, config, store)
         assert "\n" not in str(error.value) and "tuned.json" in str(error.value)
 
-    refused(r"train.epochs: 3 there, 4 here", fields | {"train": {"epochs": 4, "keep": 2}})
+    refused(r"train.epochs: 3 there, 4 here", run.replace(train={"epochs": 4}))
     refused("data: label file: '2' there, '5' here", store=FakeStore(train="1", label="5"))
-    refused("prior as it was tuned with, 'other.tsv', got None", own=AugmentedConfig())
+    refused(
+        "prior as it was tuned with, 'other.tsv', got None",
+        run.replace(eval={"augmented": AugmentedConfig()}),
+    )
     text = path.read_text()
     wrong = text.replace(f'"temperature": {choice.best.temperature}', '"temperature": "x"')
     assert wrong != text

@@ -13,15 +13,16 @@ ROWS = (64,)
 @pytest.fixture(scope="session")
 def exported(fields, tmp_path_factory) -> types.SimpleNamespace:
     """A run, its state, and the folder that it exports."""
+    from xmc_jax.config import RunConfig
     from xmc_jax.shipping import exporting
     from xmc_jax.training import build
 
     fields = copy.deepcopy(fields)
     fields["name"] = "topics"
     fields["prime"] |= {"combiner": "sum", "free_vectors": 64}
-    run = build.run(fields)
+    run = build.run(RunConfig.from_dict(fields))
     state = run.initial_state()
-    folder = exporting.whole(fields, run, 0, state, tmp_path_factory.mktemp("run"))
+    folder = exporting.whole(run, 0, state, tmp_path_factory.mktemp("run"))
     return types.SimpleNamespace(
         fields=fields, run=run, state=state, folder=pathlib.Path(str(folder))
     )

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import safetensors.numpy
 
+from xmc_jax.config import RunConfig
 from xmc_jax.data import rows
 from xmc_jax.data.types import NO_PROMPTS
 from xmc_jax.models import hf
@@ -49,12 +50,11 @@ def test_an_image_encoder_in_a_folder_is_carried(tmp_path):
             prompts=("", ""),
             manifest={"text": "title"},
         ),
-        config=types.SimpleNamespace(export=types.SimpleNamespace(vision="named")),
+        config=RunConfig(),
         model=types.SimpleNamespace(pooling="mean", compute_dtype="float32"),
         layout=rows.layout(NO_PROMPTS, "image_text", "contiguous", 16, 2, 64),
         sizes=types.SimpleNamespace(width=32),
     )
-    fields = {"data": {"max_length": 16, "images": {"layout": "pad", "dtype": "float32"}}}
-    found = exporting._model(folder, fields, run).images
+    found = exporting._model(folder, run).images
     assert (found.encoder, found.folder) == ("encoder", "vision")
     assert pathlib.Path(folder, "vision", hf.WEIGHTS).exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from xmc_jax.config import NewLabelsConfig
+from xmc_jax.config import NewLabelsConfig, RunConfig
 from xmc_jax.shipping import artifact, exporting, labels
 from xmc_jax.shipping.labels import Label, LabelChanges
 from xmc_jax.shipping.predictor import Predictor, Query
@@ -35,9 +35,9 @@ def exported(fields, tmp_path_factory):
         changed["name"] = "topics"
         changed["prime"] |= {"combiner": combiner, "free_vectors": 64}
         changed["export"] |= {"index": "scann"}
-        run = build.run(changed)
+        run = build.run(RunConfig.from_dict(changed))
         folder = epath.Path(tmp_path_factory.mktemp("labels"))
-        return pathlib.Path(exporting.whole(changed, run, 0, run.initial_state(), folder))
+        return pathlib.Path(exporting.whole(run, 0, run.initial_state(), folder))
 
     return export
 
@@ -242,8 +242,8 @@ def test_one_process_changes_a_folder_at_a_time(folder):
 def test_without_what_prototypes_are_made_of_it_says_so(fields, tmp_path):
     fields = copy.deepcopy(fields)
     fields["export"] |= {"prototypes": False, "documents": False}
-    run = build.run(fields)
-    folder = exporting.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
+    run = build.run(RunConfig.from_dict(fields))
+    folder = exporting.whole(run, 0, run.initial_state(), epath.Path(tmp_path))
     with pytest.raises(ValueError, match=r"export with --config\.export\.prototypes=True"):
         labels.change(folder, LabelChanges(add=[Label("x", id="new")]), NEAREST)
     with pytest.raises(ValueError, match=r"export with --config\.export\.documents=True"):
@@ -254,8 +254,8 @@ def test_without_prototypes_a_new_label_is_its_text(fields, tmp_path):
     fields = copy.deepcopy(fields)
     fields["prime"]["enabled"] = False
     fields["optimizer"]["weight_decay"] = ((".*", 0.01),)
-    run = build.run(fields)
-    folder = exporting.whole(fields, run, 0, run.initial_state(), epath.Path(tmp_path))
+    run = build.run(RunConfig.from_dict(fields))
+    folder = exporting.whole(run, 0, run.initial_state(), epath.Path(tmp_path))
     labels.change(folder, LabelChanges(add=[Label("some words", id="new")]), NEAREST)
     opened = artifact.open(folder)
     expected = QueryEncoder(opened).encode([Label("some words")])[0]

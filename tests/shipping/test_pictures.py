@@ -11,7 +11,7 @@ import pytest
 
 from configs import vixml
 from tests.shipping.conftest import ROWS
-from xmc_jax.config import PredictConfig
+from xmc_jax.config import PredictConfig, RunConfig
 from xmc_jax.data.synthetic import product_set
 from xmc_jax.shipping import artifact, documents, exporting, predict_files
 from xmc_jax.shipping.predictor import Predictor, Query
@@ -40,16 +40,14 @@ def run(fields, products, tmp_path_factory):
     fields["prime"] |= {"enabled": False}
     fields["optimizer"]["weight_decay"] = ((".*", 0.01),)
     fields["train"] |= {"batch_size": 48}
-    run = build.run(fields)
-    return fields, run, run.initial_state()
+    run = build.run(RunConfig.from_dict(fields))
+    return run, run.initial_state()
 
 
 @pytest.fixture(scope="module")
 def predictor(run, tmp_path_factory) -> Predictor:
-    fields, run, state = run
-    return Predictor.open(
-        str(exporting.whole(fields, run, 0, state, tmp_path_factory.mktemp("run")))
-    )
+    run, state = run
+    return Predictor.open(str(exporting.whole(run, 0, state, tmp_path_factory.mktemp("run"))))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def items(run) -> list[Query]:
 
 
 def test_ranks_as_the_run_evaluates(run, predictor, items):
-    _, run, state = run
+    run, state = run
     config = dataclasses.replace(run.config.eval, k=10, ks=(1,))
     evaluation = run.evaluate(state, config)
     assert 0 < sum(bool(item.images) for item in items) < len(items)

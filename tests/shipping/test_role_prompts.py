@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from xmc_jax.config import RunConfig
 from xmc_jax.shipping import artifact, exporting
 from xmc_jax.shipping.predictor import Predictor
 from xmc_jax.shipping.query_encoder import Item
@@ -19,10 +20,10 @@ def test_an_exported_model_puts_them_before_texts(fields, tmp_path):
     folder = model_cases.make("st_prompts", tmp_path)
     titles = model_cases.raw_files(tmp_path / "raw")
     fields = model_cases.fields_of(folder, fields, tmp_path)
-    run = build.run(fields)
+    run = build.run(RunConfig.from_dict(fields))
     assert run.data.prompts == ("query: ", "tools: ")
     state = run.initial_state()
-    out = exporting.whole(fields, run, 0, state, epath.Path(tmp_path / "run"))
+    out = exporting.whole(run, 0, state, epath.Path(tmp_path / "run"))
     predictor = Predictor.open(out)
     embedded = predictor.embed(titles[:32])
     np.testing.assert_allclose(
@@ -51,4 +52,4 @@ def test_a_prompt_has_to_fit_beside_a_text(fields, tmp_path):
     with pytest.raises(
         ValueError, match=r"max_length: expected more than the \d+ tokens that the "
     ):
-        build.run(fields)
+        build.run(RunConfig.from_dict(fields))

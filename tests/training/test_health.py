@@ -35,7 +35,9 @@ def program(fields, with_random_images, tmp_path_factory) -> Poisoned:
     fields["tables"]["centroids"] = "ema"
     fields["train"] |= {"n_chunks": 2, "epochs": 2, "zero_shot": False, "eval_every": 0}
     fields["train"] |= {"checkpoint_every": 2, "log_every": 1}
-    data = with_random_images(build.data(fields), tmp_path_factory.mktemp("images"))
+    data = with_random_images(
+        build.data(RunConfig.from_dict(fields)), tmp_path_factory.mktemp("images")
+    )
     made = Poisoned(RunConfig.from_dict(fields), data, devices=jax.devices()[:2])
     order = np.arange(data.num_documents, dtype=np.int32)
     built = made.sampler.build(order, 0, 0, made.rows)

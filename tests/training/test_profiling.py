@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.profiler import ProfileData
 
+from xmc_jax.config import RunConfig
 from xmc_jax.training import build, flops, loop, optimizer
 from xmc_jax.training.profiling import Profile
 
@@ -23,7 +24,7 @@ def run(fields):
     fields["train"] |= {"epochs": 1, "log_every": 1, "eval_every": 0, "zero_shot": False}
     fields["train"] |= {"packed": False}
     fields["optimizer"] |= {"warmup_steps": 2}
-    return build.run(fields, jax.devices()[:1])
+    return build.run(RunConfig.from_dict(fields), jax.devices()[:1])
 
 
 def traces(workdir) -> list[ProfileData]:

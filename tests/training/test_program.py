@@ -31,7 +31,7 @@ def decoder_fields(topics, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def decoder(decoder_fields):
-    return build.run(decoder_fields)
+    return build.run(RunConfig.from_dict(decoder_fields))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
     whole["encoder"]["frozen_dtype"] = "float32"
     whole["optimizer"]["trainable"] = ((".*", True),)
     whole["optimizer"]["weight_decay"] = ((".*", 0.0),)
-    everything = paths(build.run(whole).initial_state().params)
+    everything = paths(build.run(RunConfig.from_dict(whole)).initial_state().params)
     trained, frozen = paths(initial.params), paths(decoder.frozen)
     assert everything.keys() == trained.keys() | frozen.keys()
     for path, leaf in trained.items():
@@ -70,9 +70,9 @@ def test_parts_of_a_draw_are_those_of_the_whole(decoder_fields, decoder, initial
 
 def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder, initial, tmp_path):
     fields = copy.deepcopy(decoder_fields)
-    folder = exporting.encoder(fields, decoder, initial, tmp_path)
+    folder = exporting.encoder(decoder, initial, tmp_path)
     fields["encoder"] |= {"backbone": str(folder), "init": "pretrained"}
-    read = build.run(fields)
+    read = build.run(RunConfig.from_dict(fields))
     for path, leaf in paths(decoder.frozen).items():
         np.testing.assert_array_equal(paths(read.frozen)[path], leaf, err_msg=path)
     again = read.initial_state().params
@@ -82,7 +82,7 @@ def test_weights_are_read_into_the_part_that_holds_them(decoder_fields, decoder,
 
 
 def test_texts_must_be_as_the_backbone_takes_them(decoder_fields, decoder, fields):
-    encoder_data = build.data(fields)
+    encoder_data = build.data(RunConfig.from_dict(fields))
     config = RunConfig.from_dict(decoder_fields)
     with pytest.raises(ValueError, match=r"expected texts without the tokenizer's special tokens"):
         Run(config, _with_tokens(encoder_data, lambda tokens: tokens % decoder.sizes.vocab_size))
@@ -139,19 +139,18 @@ def test_encoders_refuse_prompts_by_name(fields):
     with pytest.raises(
         ValueError, match=r"fusion\.suffix: expected '', since encoders take no prom"
     ):
-        build.run(asked)
+        build.run(RunConfig.from_dict(asked))
     asked = fields | {"fusion": fields["fusion"] | {"order": "text_image"}}
     with pytest.raises(ValueError, match=r"fusion\.order: expected 'image_text', as encoders take"):
-        build.run(asked)
+        build.run(RunConfig.from_dict(asked))
 
 
 def test_adapters_need_a_pretrained_model(decoder_fields, decoder, tmp_path):
-    asked = decoder_fields | {"export": {"format": "adapter", "dtype": "float32"}}
     config = dataclasses.replace(decoder.config, export=ExportConfig("adapter"))
     decoder.config, whole = config, decoder.config
     try:
         with pytest.raises(ValueError, match=r"expected 'merged' for a backbone with random weigh"):
-            exporting.encoder(asked, decoder, decoder.abstract, tmp_path)
+            exporting.encoder(decoder, decoder.abstract, tmp_path)
     finally:
         decoder.config = whole
 
@@ -161,11 +160,11 @@ def test_labels_that_a_step_has_no_memory_for_are_refused_at_the_start(fields, m
     against_all = copy.deepcopy(fields)
     against_all["train"]["labels"] = "all"
     monkeypatch.setattr(memory, "of_device", lambda device: 10**9)
-    build.run(against_all)
+    build.run(RunConfig.from_dict(against_all))
     monkeypatch.setattr(memory, "of_device", lambda device: 10**6)
-    build.run(fields)
+    build.run(RunConfig.from_dict(fields))
     with pytest.raises(ValueError, match=r"got 40: .* --config\.train\.labels=sampled$") as error:
-        build.run(against_all)
+        build.run(RunConfig.from_dict(against_all))
     assert "\n" not in str(error.value)
 
 
@@ -173,4 +172,4 @@ def test_more_steps_than_are_counted_are_refused_at_the_start(fields):
     endless = copy.deepcopy(fields)
     endless["train"]["epochs"] = 10**9
     with pytest.raises(ValueError, match=r"train\.epochs: expected at most .* got 1,000,000,000"):
-        build.run(endless)
+        build.run(RunConfig.from_dict(endless))

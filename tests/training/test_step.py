@@ -27,7 +27,7 @@ def make(fields, devices=None, **sections) -> Run:
     for name, values in sections.items():
         fields[name] |= values
     config = RunConfig.from_dict(fields)
-    return Run(config, build.data(fields), devices=jax.devices()[:devices])
+    return Run(config, build.data(RunConfig.from_dict(fields)), devices=jax.devices()[:devices])
 
 
 def run(program: Run, steps: int):

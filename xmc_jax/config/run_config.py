@@ -1,5 +1,6 @@
 """The config of a run: all its sections in one object, read from files of any version."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from xmc_jax.config.data_config import DataConfig
-from xmc_jax.config.declare import explain, nested, options, section
+from xmc_jax.config.declare import explain, nested, section
 from xmc_jax.config.model_config import EncoderConfig, FusionConfig, MeshConfig, PrimeConfig
 from xmc_jax.config.retrieval_config import EvalConfig, TuneConfig
 from xmc_jax.config.training_config import (
@@ -21,7 +22,7 @@ from xmc_jax.config.training_config import (
 
 # Fields of earlier versions that have no effect any more. A field that an earlier version lacks
 # has its default.
-RETIRED = ("provenance", "eval.augmented.filter_first")
+RETIRED = ("eval.augmented.filter_first",)
 
 
 @section("")
@@ -49,24 +50,58 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "RunConfig":
-        """The config of nested mappings, as from a config file or from config.json.
+        """The config of nested mappings, as from a config file or from config.json, whose
+        `provenance` is left out.
 
         Raises:
             ValueError: a field is unknown, or has a value it cannot have.
         """
         try:
-            return _ADAPTER.validate_python(without_retired(fields))
+            known = {name: value for name, value in fields.items() if name != "provenance"}
+            return _ADAPTER.validate_python(_without_retired(known))
         except pydantic.ValidationError as error:
             raise ValueError(explain(error, cls)) from None
+
+    def replace(self, **sections: Mapping[str, Any]) -> "RunConfig":
+        """The config with some fields of its sections replaced.
+
+        Args:
+            **sections: new values by field, of each section that changes.
+        """
+        changed = {
+            name: dataclasses.replace(getattr(self, name), **fields)
+            for name, fields in sections.items()
+        }
+        return dataclasses.replace(self, **changed)
+
+    def override(self, fields: Mapping[str, Any]) -> "RunConfig":
+        """The config with some fields replaced, given as nested mappings.
+
+        Raises:
+            ValueError: see `from_dict`.
+        """
+        return RunConfig.from_dict(override(dataclasses.asdict(self), fields))
+
+    def compared(self) -> "RunConfig":
+        """The config of the run that `baseline` describes."""
+        differing = {name: value for name, value in self.baseline.items() if name != "name"}
+        return dataclasses.replace(self.override(differing), baseline={})
 
 
 _ADAPTER = pydantic.TypeAdapter(RunConfig)
 
 
-def without_retired(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings without the fields of `RETIRED`."""
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config.json of any version with the fields of this version.
+
+    Retired fields are left out, missing fields have their defaults; `provenance` stays.
+    """
+    return override(dataclasses.asdict(RunConfig()), _without_retired(fields))
+
+
+def _without_retired(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
-        name: without_retired(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        name: _without_retired(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
         for name, value in fields.items()
         if prefix + name not in RETIRED
     }
@@ -79,11 +114,3 @@ def override(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
         both = isinstance(value, Mapping) and isinstance(fields.get(key), Mapping)
         merged[key] = override(fields[key], value) if both else value
     return merged
-
-
-def defaults(kind: type = RunConfig) -> dict[str, Any]:
-    """The defaults of a section as nested mappings."""
-    return {
-        option.name: defaults(option.section) if option.section else option.default
-        for option in options(kind)
-    }

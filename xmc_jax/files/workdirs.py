@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from xmc_jax.config import RunConfig
+from xmc_jax.config.run_config import completed
 from xmc_jax.files import atomic, json_files, locks, manifests
 
 # Fields that may differ between the run that wrote a workdir and the one that goes on with it.
@@ -88,7 +90,8 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
     workdir = absolute(workdir)
     if new and not steps(workdir):
         return
-    if differ := manifests.difference(read_config(workdir), config, _may_differ):
+    then, now = completed(read_config(workdir)), completed(config)
+    if differ := manifests.difference(then, now, _may_differ):
         raise ValueError(
             f"{workdir / _CONFIG}: this workdir was made by another config ({'; '.join(differ)}); "
             f"choose another --workdir or give the same config"
@@ -188,18 +191,14 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     return json_files.read(path)
 
 
-def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
-    """The config a workdir was made with, as a config file gives it: sequences are tuples.
+def read_run_config(workdir: epath.PathLike) -> RunConfig:
+    """The config of the run in a workdir, which an earlier version may have written.
 
     Raises:
-        ValueError: see `read_config`.
+        ValueError: see `read_config`; or a field is not one of a config.
     """
-    config = read_config(workdir)
-    config.pop("provenance", None)
-    return _with_tuples(config)
-
-
-def _with_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _with_tuples(inner) for name, inner in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+    try:
+        return RunConfig.from_dict(read_config(workdir))
+    except ValueError as error:
+        path = absolute(workdir) / _CONFIG
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -1,7 +1,6 @@
 """The mode "plan" of the command: a config and the name of a topology to text and a verdict."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from xmc_jax.config import RunConfig
 from xmc_jax.data.types import DataShape
@@ -13,20 +12,19 @@ from xmc_jax.runtime.wording import counted
 from xmc_jax.training.program import Program
 
 
-def make(fields: Mapping[str, Any], name: str) -> tuple[str, bool]:
+def make(config: RunConfig, name: str) -> tuple[str, bool]:
     """Plans a run; what to print, and whether the run fits.
 
     Args:
-        fields: a config as nested mappings.
+        config: of the run.
         name: of the topology, see `topology.find`.
 
     Raises:
         ValueError: config, data and topology do not go together; says which and how.
     """
     found = topology.find(name)
-    config = RunConfig.from_dict(fields)
-    data, origin = shape.of(fields)
-    prompts, tokenised = shape.prompts(fields)
+    data, origin = shape.of(config)
+    prompts, tokenised = shape.prompts(config)
 
     def build(config: RunConfig) -> Program:
         return Program(config, data, prompts, found.devices)
@@ -34,7 +32,7 @@ def make(fields: Mapping[str, Any], name: str) -> tuple[str, bool]:
     program = build(config)
     made = planning.make(program, found)
     said = f"{tokenised}, {counted(len(prompts.head + prompts.middle + prompts.tail), 'token')}"
-    blocks = [_heading(fields, program, made), _data(data, origin, said), *tables(made)]
+    blocks = [_heading(program, made), _data(data, origin, said), *tables(made)]
     blocks.append(_verdict(made))
     if not made.fits:
         change, tried = planning.cheapest_change(build, config, found, made)
@@ -89,11 +87,11 @@ def tables(plan: Plan) -> list[str]:
     ]
 
 
-def _heading(fields: Mapping[str, Any], program: Program, plan: Plan) -> str:
+def _heading(program: Program, plan: Plan) -> str:
     config, found = program.config, plan.topology
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{fields['encoder']['backbone']} on {found.name}: "
+        f"{config.encoder.backbone} on {found.name}: "
         f"{counted(len(found.devices), 'device')} of {_gib(found.memory)} GiB, hosts: "
         f"{found.hosts}, mesh {mesh}",
         f"B = {config.train.batch_size:,} in {counted(config.train.n_chunks, 'chunk')}, remat "

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from xmc_jax.config import AugmentedConfig, TuneConfig
+from xmc_jax.config import AugmentedConfig, RunConfig
 from xmc_jax.data.store import Store
 from xmc_jax.files import atomic, manifests, workdirs
 from xmc_jax.retrieval.augmented import RETIRED
@@ -24,17 +23,17 @@ _APART = (
 )
 
 
-def belongs(fields: Mapping[str, Any], store: Store) -> dict[str, Any]:
+def belongs(config: RunConfig, store: Store) -> dict[str, Any]:
     """What a choice depends on: the recipe and the training data; not which documents are held out.
 
     Args:
-        fields: a config as nested mappings.
+        config: of the run.
         store: its data, whole or with documents held out.
     """
     apart = (*workdirs.RESUMABLE, *_APART)
     recipe = {
         name: value
-        for name, value in manifests.flat(fields).items()
+        for name, value in manifests.flat(dataclasses.asdict(config)).items()
         if not any(name == one or name.startswith(f"{one}.") for one in apart)
     }
     raw = store.manifest["raw"]
@@ -49,18 +48,16 @@ def belongs(fields: Mapping[str, Any], store: Store) -> dict[str, Any]:
 def write(
     workdir: epath.PathLike,
     choice: Choice,
-    fields: Mapping[str, Any],
+    config: RunConfig,
     store: Store,
-    tune: TuneConfig,
 ) -> epath.Path:
     """Writes a choice to `tuned.json` in a workdir, and returns its path.
 
     Args:
         workdir: local or remote.
         choice: see `tuning.choose`.
-        fields: the config, see `belongs`.
+        config: of the run, see `belongs`.
         store: the data that were tuned on.
-        tune: what was asked for.
     """
     path = epath.Path(workdir) / FILE
     content = {
@@ -68,7 +65,7 @@ def write(
         "augmented": values_of(choice.chosen),
         "prior": choice.chosen.prior,
         "accepted": choice.accepted,
-        "metric": tune.metric,
+        "metric": config.tune.metric,
         "gain": choice.gain,
         "standard_error": choice.standard_error,
         "rows": {
@@ -87,23 +84,20 @@ def write(
             "sources": choice.sources,
         },
         "settings": choice.settings,
-        "tune": dataclasses.asdict(tune),
-        "belongs_to": belongs(fields, store),
+        "tune": dataclasses.asdict(config.tune),
+        "belongs_to": belongs(config, store),
     }
     atomic.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
-def read(
-    workdir: epath.PathLike, fields: Mapping[str, Any], store: Store, config: AugmentedConfig
-) -> AugmentedConfig | None:
-    """The settings of a config with those in place that were chosen for it; None without a file.
+def read(workdir: epath.PathLike, config: RunConfig, store: Store) -> AugmentedConfig | None:
+    """The section `eval.augmented` with the values chosen for a config; None without a file.
 
     Args:
         workdir: where `write` wrote.
-        fields: the config of the run, see `belongs`.
+        config: of the run, see `belongs`.
         store: its data.
-        config: its settings; those that are not tuned, as the prior, stay.
 
     Raises:
         ValueError: the file cannot be read, is of another config or dataset, or was made with a
@@ -112,7 +106,7 @@ def read(
     path = epath.Path(workdir) / FILE
     if not path.exists():
         return None
-    again = "tune again with --mode=tune"
+    own, again = config.eval.augmented, "tune again with --mode=tune"
     try:
         content = json.loads(path.read_text())
         prior, then = content["prior"], dict(content["belongs_to"])
@@ -120,19 +114,19 @@ def read(
         if content["format"] != FORMAT or set(settings) != set(FIELDS):
             raise ValueError("other fields")
         for name, value in settings.items():
-            kind = type(getattr(config, name))
+            kind = type(getattr(own, name))
             if type(value) is not kind and (kind, type(value)) != (float, int):
                 raise ValueError(f"{name}: {value!r:.60}")
-        chosen = dataclasses.replace(config, weights="config", **settings)
+        chosen = dataclasses.replace(own, weights="config", **settings)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected what --mode=tune writes, got {error!r}; {again}"
         ) from None
-    if differ := manifests.difference(then, belongs(fields, store)):
+    if differ := manifests.difference(then, belongs(config, store)):
         raise ValueError(f"{path}: made for another config ({'; '.join(differ)}); {again}")
-    if (prior is None) != (config.prior is None):
+    if (prior is None) != (own.prior is None):
         raise ValueError(
             f"{path}: expected --config.eval.augmented.prior as it was tuned with, {prior!r}, got "
-            f"{config.prior!r}; set it, or {again}"
+            f"{own.prior!r}; set it, or {again}"
         )
     return chosen

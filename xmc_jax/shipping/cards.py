@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from xmc_jax.config import DataConfig
 from xmc_jax.data import bundled
 from xmc_jax.models import hf
 from xmc_jax.retrieval import evaluate
@@ -17,12 +18,11 @@ NAMES = ("README.md", "DATA_CARD.md", "LICENSE.md")
 _ROWS = {"plain": "labels by inner product", "augmented": "mixed with neighbouring documents"}
 
 
-def make(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> dict[str, str]:
+def make(content: Mapping[str, Any], run: Run) -> dict[str, str]:
     """Name of a file, one of `NAMES`, to its text.
 
     Args:
         content: of artifact.json.
-        fields: the config of the run.
         run: the run that is exported.
     """
     templates = jinja2.Environment(
@@ -31,7 +31,7 @@ def make(content: Mapping[str, Any], fields: Mapping[str, Any], run: Run) -> dic
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    data_card, data_images = _source(fields["data"]) / "DATA_CARD.md", run.data.images
+    data_card, data_images = _source(run.config.data) / "DATA_CARD.md", run.data.images
     values = {
         **content,
         "base": _base(run),
@@ -70,11 +70,11 @@ def _base(run: Run) -> str:
     return public(hf.resolve(config.backbone, config.revision, weights=False).public_name)
 
 
-def _source(section: Mapping[str, Any]) -> pathlib.Path:
+def _source(section: DataConfig) -> pathlib.Path:
     """The folder that the data came from."""
-    if section["records"] is not None:
-        records = pathlib.Path(section["records"])
+    if section.records is not None:
+        records = pathlib.Path(section.records)
         return records.parent if records.is_file() else records
-    if section["raw_dir"] == "bundled":
-        return bundled.path(section["dataset"])
-    return pathlib.Path(section["raw_dir"])
+    if section.raw_dir == "bundled":
+        return bundled.path(section.dataset)
+    return pathlib.Path(section.raw_dir)

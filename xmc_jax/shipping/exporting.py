@@ -6,7 +6,6 @@ import importlib.metadata
 import pathlib
 import platform
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ _VISION_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", hf.
 
 
 def encoder(
-    fields: Mapping[str, Any],
     run: Run,
     state: TrainState,
     workdir: epath.PathLike,
@@ -39,7 +37,6 @@ def encoder(
     """Writes the encoder, or its adapters, its projection of images, and its tokenizer.
 
     Args:
-        fields: the config of the run.
         state: what to export.
         workdir: gets `export/`, or `export-adapter/`, which is returned; see `replacing.replaced`.
 
@@ -50,13 +47,12 @@ def encoder(
     is_adapter = run.config.export.format == "adapter"
     target = epath.Path(workdir) / ("export-adapter" if is_adapter else "export")
     with replacing.replaced(target, replacing.RECORD, overwrite) as folder:
-        _encoder(folder, fields, run, state)
+        _encoder(folder, run, state)
         replacing.record(folder)
     return target
 
 
 def whole(
-    fields: Mapping[str, Any],
     run: Run,
     step: int,
     state: TrainState,
@@ -66,7 +62,6 @@ def whole(
     """Writes an artifact: see `inference.artifact`. It is evaluated as it is written.
 
     Args:
-        fields: the config of the run.
         step: optimizer steps done.
         state: what to export.
         workdir: gets `export/`, which is returned; see `replacing.replaced`.
@@ -77,15 +72,15 @@ def whole(
     """
     target = epath.Path(workdir) / "export"
     with replacing.replaced(target, artifact.MANIFEST, overwrite) as folder:
-        _encoder(folder, fields, run, state)
-        _fill(folder, fields, run, step, state)
+        _encoder(folder, run, state)
+        _fill(folder, run, step, state)
     return target
 
 
-def _encoder(folder: pathlib.Path, fields: Mapping[str, Any], run: Run, state: TrainState) -> None:
+def _encoder(folder: pathlib.Path, run: Run, state: TrainState) -> None:
     """Writes what `encoder` is for into a folder."""
-    config, T = run.config, fields["data"]["max_length"]
-    around = prompts.around_text(run.layout.prompts, build.order(fields))
+    config, T = run.config, run.config.data.max_length
+    around = prompts.around_text(run.layout.prompts, build.order(config))
     common = {
         "lora": config.encoder.lora,
         "pooling": run.model.pooling,
@@ -106,23 +101,21 @@ def _encoder(folder: pathlib.Path, fields: Mapping[str, Any], run: Run, state: T
     if "projection" in params:
         made_by = cards.public(run.data.images.manifest["encoder"])
         hf_export.projection(folder, params["projection"], made_by)
-    source = build.tokenizer_source(fields).tokenizer
-    if build.decodes(fields):
+    source = build.tokenizer_source(config).tokenizer
+    if build.decodes(config):
         prompts.export(
             source,
             folder,
-            **build.prompt_texts(fields),
+            **build.prompt_texts(config),
             pooling=run.model.pooling,
             max_length=T,
-            order=build.order(fields),
+            order=build.order(config),
         )
     else:
         tokenizer.export(source, folder, T)
 
 
-def _fill(
-    folder: pathlib.Path, fields: Mapping[str, Any], run: Run, step: int, state: TrainState
-) -> None:
+def _fill(folder: pathlib.Path, run: Run, step: int, state: TrainState) -> None:
     """Everything but the encoder, the manifest last."""
     config, data = run.config.export, run.data
     # Exactly, and without the comparison with an index that is not shipped.
@@ -131,9 +124,9 @@ def _fill(
     run.embed_to(state.params, "label", label_texts, pooled=True)
     embeddings = _labels(folder / "labels", run, state, label_texts)
     evaluation = run.evaluate(state, judged, embeddings)
-    model = _model(folder, fields, run)
+    model = _model(folder, run)
     content: dict[str, Any] = {
-        "name": fields["name"],
+        "name": run.config.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "dataset": {"name": data.name, "digest": data.digest, "report": data.manifest["report"]},
@@ -145,7 +138,7 @@ def _fill(
         "documents": None,
         "index": None,
         "thumbnails": None,
-        "config": cards.public(fields),
+        "config": cards.public(dataclasses.asdict(run.config)),
     }
     content["labels"] = _part("labels", data.num_labels, model)
     if config.prototypes and run.model.prime is not None:
@@ -167,30 +160,30 @@ def _fill(
             folder / "index", run, state, embeddings
         )
     if config.thumbnails == "always" or (config.thumbnails == "auto" and data.images is not None):
-        content["thumbnails"] = _thumbnails(folder / "thumbnails", fields, run)
-    texts_for_people = cards.make(content, fields, run)
+        content["thumbnails"] = _thumbnails(folder / "thumbnails", run)
+    texts_for_people = cards.make(content, run)
     for name, text in texts_for_people.items():
         (folder / name).write_text(text, encoding="utf-8")
     content["cards"] = {name: sha256(folder / name) for name in texts_for_people}
     artifact.write_manifest(folder, content)
 
 
-def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifact.ModelInput:
+def _model(folder: pathlib.Path, run: Run) -> artifact.ModelInput:
     images = None
     if run.data.images is not None:
         manifest = run.data.images.manifest
         made_by, source = manifest["encoder"], manifest["source"]
         processing = source.get("processing", {})
-        asked = fields["data"]["images"]
+        asked = run.config.data.images
         images = artifact.ImageInput(
             encoder=made_by["name"],
             revision=made_by["revision"],
             digest=made_by["digest"],
             width=made_by["E"],
             per_item=run.data.train.per_item,
-            layout=processing.get("layout", asked["layout"]),
+            layout=processing.get("layout", asked.layout),
             alpha=source.get("alpha", "white"),
-            dtype=processing.get("dtype", asked["dtype"]),
+            dtype=processing.get("dtype", asked.dtype),
             folder=None,
         )
         # A folder of this machine has no name by which others could find it.
@@ -208,7 +201,7 @@ def _model(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> artifac
             }
         ),
         width=run.sizes.width,
-        max_length=fields["data"]["max_length"],
+        max_length=run.config.data.max_length,
         special_tokens=run.data.special_tokens,
         prompts=layout.prompts,
         document_prompt=run.data.prompts[0],
@@ -294,13 +287,13 @@ def _index(
     return measured
 
 
-def _thumbnails(folder: pathlib.Path, fields: Mapping[str, Any], run: Run) -> dict[str, Any] | None:
+def _thumbnails(folder: pathlib.Path, run: Run) -> dict[str, Any] | None:
     """Writes them; returns the folder and counts. None where there are no image files."""
     required = run.config.export.thumbnails == "always"
     try:
         from xmc_jax.images import thumbnails as making
 
-        found = build.picture_files(fields)
+        found = build.picture_files(run.config)
     except (ImportError, ValueError) as error:
         if required:
             raise ValueError(f"export.thumbnails: expected image files, found none: {error}") from (
