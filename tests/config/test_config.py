@@ -1,13 +1,14 @@
 """The declaration of a config: what sections refuse, in one line; old files; no JAX."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from xmc_jax import config
-from xmc_jax.config import EvalConfig, RunConfig
+from xmc_jax.config import EvalConfig, RunConfig, declare, reference
 
 NAN = float("nan")
 
@@ -94,3 +95,20 @@ def test_a_config_is_read_without_jax():
         "import sys; from configs import vixml; vixml.get_config(); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_page_of_all_fields_is_up_to_date():
+    written = pathlib.Path("docs/config.md").read_text("utf-8")
+    assert written == reference.page(), "python -m xmc_jax.config > docs/config.md"
+    assert max(map(len, written.splitlines())) <= 100
+
+
+def test_every_field_says_what_it_means():
+    def undescribed(kind):
+        for option in declare.options(kind):
+            yield from undescribed(option.section) if option.section else ()
+            if not option.text.endswith((".", "[V]", "[script]", "[ours]")):
+                yield option.name
+
+    kinds = (RunConfig, config.PredictConfig, config.LabelsConfig, config.ServeConfig)
+    assert [name for kind in kinds for name in undescribed(kind)] == []

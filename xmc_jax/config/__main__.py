@@ -1,0 +1,5 @@
+"""Prints docs/config.md."""
+
+from xmc_jax.config import reference
+
+print(reference.page(), end="")
