@@ -599,7 +599,9 @@ def test_files_by_their_names(own, tmp_path, capsys):
     (folder / "train.csv").rename(tmp_path / "items.CSV")
     (folder / "labels.csv").rename(tmp_path / "tags.csv")
     files = {"records": tmp_path / "items.CSV", "labels": tmp_path / "tags.csv"}
-    own_records.convert(RecordsConfig(**files), tmp_path / "files")
+    own_records.convert(
+        RecordsConfig(tmp_path / "items.CSV", labels=str(files["labels"])), tmp_path / "files"
+    )
     found = [contents(tmp_path / name, "records.json") for name in ("folder", "files")]
     assert found[0] == found[1]
     flags = [f"--{role}={path}" for role, path in files.items()]
@@ -1170,11 +1172,11 @@ def test_urls_of_images(own, tmp_path):
         (["--dataset=X", "--out=X", "--column=a=b"], "--column: expected --records with it"),
         (["--check"], "--check: expected --records with it"),
         (["--records=X", "--check", "--column=text"], "expected FIELD=NAME"),
-        (["--records=X", "--check", "--test_fraction=1"], "test_fraction: expected a fraction"),
+        (["--records=X", "--check", "--test_fraction=1"], "test_fraction: expected less than 1"),
         (["--records=X", "--dataset=Y", "--out=Z", "--raw=W"], "--raw: expected none with --rec"),
         (["--records=X", "--dataset=Y", "--out=Z", "--encoding=latin-1"], "--encoding: expected"),
         (["--records=X", "--check", "--unknown_labels=no"], "invalid choice: 'no'"),
-        (["--records=X", "--check", "--separator="], "separator: expected a character or more"),
+        (["--records=X", "--check", "--separator="], "separator: expected a text of at least 1 ch"),
     ],
 )
 def test_flags_that_do_not_fit(flags, message, capsys):

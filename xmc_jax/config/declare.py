@@ -39,6 +39,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "a text",
+    "string_too_short": "a text of at least {min_length} characters",
     "tuple_type": "a sequence",
     "too_short": "at least {min_length} values",
     "too_long": "at most {max_length} values",

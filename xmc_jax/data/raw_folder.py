@@ -132,52 +132,7 @@ def read(
     Raises:
         ValueError: a file is bad, or does not fit the others or what is published.
     """
-    groups = raw.read_groups(files["groups"]) if "groups" in files else None
-    items = _Collected(keep)
-    for block in raw.blocks(files["label"], encoding):
-        items.add("label", block)
-    label = items.of("label")
-    _check_uids(files["label"], label.uids)
-    counts = {"labels": len(label)}
-    check_published(dataset, counts)
-    held_out = _held_out(files, encoding, groups, validation_fraction, seed)
-    positives, merged, rows = {}, {}, {}
-    for split in ("train", "test"):
-        if split in files:
-            out = held_out if split == "train" else None
-            read_positives, rows[split] = _read_documents(
-                files, split, encoding, len(label), out, items
-            )
-            counts[split] = read_positives.rows
-            pairs = len(read_positives.indices) if split == "train" else None
-            check_published(dataset, counts, pairs)
-            positives[split] = read_positives.deduplicated()
-            merged[split] = len(read_positives.indices) - len(positives[split].indices)
-    train_rows = rows["train"]
-    if held_out is not None:
-        _check_held_out(files, held_out, train_rows, positives["train"])
-    filters = _filters(files, counts, held_out, train_rows)
-    splits = {}
-    for split in ("train", "test", "validation"):
-        if split in train_rows:
-            labels = positives["train"]
-            if held_out is not None:
-                labels = labels.take(train_rows[split])
-                if split == held_out.name:
-                    labels = holdout.without(labels, filters[split])
-        elif split in positives:
-            labels = positives[split]
-        else:
-            continue
-        splits[split] = dataclasses.replace(items.of(split), positives=labels)
-    return RawDataset(
-        splits=splits | {"label": label},
-        groups={} if groups is None else _groups(files, groups, splits),
-        filter=filters["test"],
-        merged={"train": 0, "test": 0} | merged,
-        raw_rows={} if held_out is None else {s: r.astype(np.int32) for s, r in train_rows.items()},
-        validation_filter=filters.get("validation"),
-    )
+    return _Reader(files, dataset, encoding, keep).read(validation_fraction, seed)
 
 
 def digests(files: Mapping[str, pathlib.Path]) -> dict[str, dict[str, str]]:
@@ -187,17 +142,11 @@ def digests(files: Mapping[str, pathlib.Path]) -> dict[str, dict[str, str]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _HeldOut:
-    """Documents of the training file that are not trained on.
+    """Documents of the training file that are not trained on."""
 
-    Attributes:
-        name: the split that they are.
-        drawn: bool[n], of each document; None where they are named.
-        uids: their identifiers where they are named.
-    """
-
-    name: str
-    drawn: np.ndarray | None = None
-    uids: frozenset[str] = frozenset()
+    name: str  # of the split that they are
+    drawn: np.ndarray | None = None  # bool[n], of each document; None where they are named
+    uids: frozenset[str] = frozenset()  # where they are named
 
     def of(self, first: int, block: RawItems) -> np.ndarray:
         """bool[n], of the items of a block, the first of which has this row."""
@@ -206,76 +155,169 @@ class _HeldOut:
         return np.fromiter((uid in self.uids for uid in block.uids), bool, len(block))
 
 
-class _Collected:
-    """RawItems by split: their texts handed on, or in memory if there is nobody to take them."""
+class _Reader:
+    """Reads a folder; see `read`."""
 
-    def __init__(self, keep: Keep | None):
-        self._keep = keep
+    def __init__(
+        self, files: Mapping[str, pathlib.Path], dataset: str, encoding: str, keep: Keep | None
+    ):
+        self._files, self._dataset, self._encoding, self._keep = files, dataset, encoding, keep
         self._parts: dict[str, list[RawItems]] = collections.defaultdict(list)
+        self._source_of = raw.read_groups(files["groups"]) if "groups" in files else None
+        self._counts: dict[str, int] = {}
 
-    def add(self, split: str, block: RawItems) -> None:
+    def read(self, fraction: float, seed: int) -> RawDataset:
+        for block in raw.blocks(self._files["label"], self._encoding):
+            self._add("label", block)
+        label = raw.together(self._parts["label"])
+        _check_uids(self._files["label"], label.uids)
+        self._counts["labels"] = len(label)
+        check_published(self._dataset, self._counts)
+        held_out = self._held_out(fraction, seed)
+        positives, merged, rows = {}, {"train": 0, "test": 0}, {}
+        for split in ("train", "test"):
+            if split in self._files:
+                whole, rows[split] = self._read_documents(
+                    split, held_out if split == "train" else None
+                )
+                self._counts[split] = whole.rows
+                pairs = len(whole.indices) if split == "train" else None
+                check_published(self._dataset, self._counts, pairs)
+                positives[split] = whole.deduplicated()
+                merged[split] = len(whole.indices) - len(positives[split].indices)
+        train_rows = rows["train"]
+        if held_out is not None and held_out.drawn is None:
+            self._check_named(held_out, train_rows, positives["train"])
+        filters = self._filters(held_out, train_rows)
+        if held_out is not None:
+            whole = positives.pop("train")
+            positives |= {split: whole.take(taken) for split, taken in train_rows.items()}
+            held = positives[held_out.name]
+            positives[held_out.name] = holdout.without(held, filters[held_out.name])
+        splits = {
+            split: dataclasses.replace(raw.together(self._parts[split]), positives=positives[split])
+            for split in ("train", "test", "validation")
+            if split in positives
+        }
+        groups = {}
+        if self._source_of is not None:
+            groups = {split: self._sources(split, items.uids) for split, items in splits.items()}
+        return RawDataset(
+            splits=splits | {"label": label},
+            groups=groups,
+            filter=filters["test"],
+            merged=merged,
+            raw_rows={s: r.astype(np.int32) for s, r in train_rows.items()} if held_out else {},
+            validation_filter=filters.get("validation"),
+        )
+
+    def _add(self, split: str, block: RawItems) -> None:
+        """Hands the texts of items on, or keeps them if there is nobody to take them."""
         if self._keep is not None:
             self._keep(split, block)
             block = dataclasses.replace(block, titles=[], contents=[])
         self._parts[split].append(dataclasses.replace(block, positives=None))
 
-    def of(self, split: str) -> RawItems:
-        return raw.together(self._parts[split])
+    def _read_documents(
+        self, split: str, held_out: _HeldOut | None
+    ) -> tuple[Csr, dict[str, np.ndarray]]:
+        """The labels of all documents of a file, and for each split the rows that are in it."""
+        path, matrix = self._files[split], self._files.get(f"{split} labels")
+        positives = None if matrix is None else raw.read_label_matrix(matrix)
+        parts: list[Csr] = []
+        rows: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+        count = 0
+        for block in raw.blocks(path, self._encoding, self._counts["labels"]):
+            out = np.zeros(len(block), bool) if held_out is None else held_out.of(count, block)
+            if block.positives is not None:
+                parts.append(block.positives)
+            for name, chosen in ((split, ~out), (held_out.name if held_out else split, out)):
+                if chosen.any():
+                    taken = np.flatnonzero(chosen)
+                    self._add(name, block if chosen.all() else block.take(taken))
+                    rows[name].append(count + taken)
+            count += len(block)
+        if positives is not None:
+            self._check_matrix(split, positives, count)
+        elif parts:
+            positives = concatenated(parts)
+        if positives is None or not len(positives.indices):
+            raise ValueError(f"{path}: expected documents with labels, found none")
+        return positives, {name: np.concatenate(parts) for name, parts in rows.items()}
 
+    def _check_matrix(self, split: str, positives: Csr, rows: int) -> None:
+        path, columns = self._files[f"{split} labels"], self._counts["labels"]
+        if (positives.rows, positives.columns) != (rows, columns):
+            raise ValueError(
+                f"{path}: expected {counted(rows, 'row')}, the lines of {self._files[split].name}, "
+                f"and {counted(columns, 'column')}, the lines of {self._files['label'].name}, "
+                f"found {positives.rows} and {positives.columns}"
+            )
+        if positives.values.min(initial=1) <= 0:
+            raise ValueError(f"{path}: expected positive values, found {positives.values.min():g}")
 
-def _read_documents(
-    files: Mapping[str, pathlib.Path],
-    split: str,
-    encoding: str,
-    num_labels: int,
-    held_out: _HeldOut | None,
-    items: _Collected,
-) -> tuple[Csr, dict[str, np.ndarray]]:
-    """Reads a file of documents, and its matrix of labels if they are not in it.
+    def _held_out(self, fraction: float, seed: int) -> _HeldOut | None:
+        """Which documents of the training file are in another split."""
+        if "validation" in self._files:
+            uids = frozenset(raw.read_names(self._files["validation"]))
+            return _HeldOut("validation", uids=uids)
+        if not fraction:
+            return None
+        # Whole sources are drawn, so all documents have to be known before the first is handed on.
+        blocks = raw.blocks(self._files["train"], self._encoding)
+        uids = [uid for block in blocks for uid in block.uids]
+        known = self._source_of is not None
+        sources = self._sources("train", uids) if known else np.arange(len(uids))
+        return _HeldOut("test", drawn=draw(sources, fraction, seed))
 
-    Returns:
-        The labels of all documents of the file, and for each split the rows that are in it.
-    """
-    matrix = f"{split} labels"
-    positives = raw.read_label_matrix(files[matrix]) if matrix in files else None
-    parts: list[Csr] = []
-    rows: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-    count = 0
-    for block in raw.blocks(files[split], encoding, num_labels):
-        out = np.zeros(len(block), bool) if held_out is None else held_out.of(count, block)
-        if block.positives is not None:
-            parts.append(block.positives)
-        for name, chosen in ((split, ~out), (held_out.name if held_out else split, out)):
-            if chosen.any():
-                taken = np.flatnonzero(chosen)
-                items.add(name, block if chosen.all() else block.take(taken))
-                rows[name].append(count + taken)
-        count += len(block)
-    if positives is not None:
-        _check_matrix(files, split, positives, count, num_labels)
-    elif parts:
-        positives = concatenated(parts)
-    if positives is None or not len(positives.indices):
-        raise ValueError(f"{files[split]}: expected documents with labels, found none")
-    return positives, {name: np.concatenate(found) for name, found in rows.items()}
+    def _check_named(
+        self, held_out: _HeldOut, rows: Mapping[str, np.ndarray], positives: Csr
+    ) -> None:
+        """Raises ValueError if named documents are missing, or nothing is left to train on."""
+        path, named = self._files["validation"], len(held_out.uids)
+        actual = len(rows.get("validation", ()))
+        if actual != named:
+            raise ValueError(
+                f"{path}: expected uids of {counted(named, 'document')} of "
+                f"{self._files['train'].name}, found {actual} with these"
+            )
+        for split, kind in (("train", "training"), ("validation", "validation")):
+            if not positives.counts()[rows.get(split, np.zeros(0, int))].any():
+                raise ValueError(
+                    f"{path}: expected {kind} documents with labels to be left, found none"
+                )
 
+    def _filters(
+        self, held_out: _HeldOut | None, rows: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Split -> i32[p, 2], see `RawDataset.filter`; held-out documents have training's."""
+        filters = {}
+        if "test" in self._files:
+            filters["test"] = self._read_filter("filter", "test")
+        if held_out is not None:
+            role = "filter" if held_out.name == "test" else "train filter"
+            pairs, out = self._read_filter(role, "train"), rows[held_out.name]
+            pairs = pairs[np.isin(pairs[:, 0], out)]
+            pairs[:, 0] = np.searchsorted(out, pairs[:, 0])
+            filters[held_out.name] = pairs
+        return filters
 
-def _held_out(
-    files: Mapping[str, pathlib.Path],
-    encoding: str,
-    groups: Mapping[str, str] | None,
-    fraction: float,
-    seed: int,
-) -> _HeldOut | None:
-    """Which documents of the training file are in another split."""
-    if "validation" in files:
-        return _HeldOut("validation", uids=frozenset(raw.read_names(files["validation"])))
-    if not fraction:
-        return None
-    # Whole sources are drawn, and so all documents have to be known before the first is handed on.
-    uids = [uid for block in raw.blocks(files["train"], encoding) for uid in block.uids]
-    sources = np.arange(len(uids)) if groups is None else _sources(files, "train", groups, uids)
-    return _HeldOut("test", drawn=draw(sources, fraction, seed))
+    def _read_filter(self, role: str, split: str) -> np.ndarray:
+        counts = self._counts
+        pairs = raw.read_filter(self._files[role], counts[split], counts["labels"])
+        return np.unique(pairs, axis=0)
+
+    def _sources(self, split: str, uids: list[str]) -> np.ndarray:
+        """i32[n], the source of each document."""
+        groups = self._source_of
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(groups.values()))}
+        missing = next((uid for uid in uids if uid not in groups), None)
+        if missing is not None:
+            raise ValueError(
+                f"{self._files['groups']}: expected a group for every document, found none for "
+                f"{missing!r} of {self._files.get(split, self._files['train']).name}"
+            )
+        return np.array([numbers[groups[uid]] for uid in uids], np.int32)
 
 
 def draw(sources: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -296,71 +338,6 @@ def draw(sources: np.ndarray, fraction: float, seed: int) -> np.ndarray:
             f"{counted(len(sources), 'document')} from {counted(len(np.unique(sources)), 'source')}"
         )
     return drawn
-
-
-def _check_held_out(
-    files: Mapping[str, pathlib.Path],
-    held_out: _HeldOut,
-    rows: Mapping[str, np.ndarray],
-    positives: Csr,
-) -> None:
-    """Raises ValueError if named documents are not there, or there is nothing to train on."""
-    if held_out.drawn is not None:
-        return
-    path, named = files["validation"], len(held_out.uids)
-    found = len(rows.get("validation", ()))
-    if found != named:
-        raise ValueError(
-            f"{path}: expected uids of {counted(named, 'document')} of {files['train'].name}, "
-            f"found {found} "
-            "with these"
-        )
-    for split, what in (("train", "training"), ("validation", "validation")):
-        if not positives.counts()[rows.get(split, np.zeros(0, int))].any():
-            raise ValueError(
-                f"{path}: expected {what} documents with labels to be left, found none"
-            )
-
-
-def _filters(
-    files: Mapping[str, pathlib.Path],
-    counts: Mapping[str, int],
-    held_out: _HeldOut | None,
-    rows: Mapping[str, np.ndarray],
-) -> dict[str, np.ndarray]:
-    """Split -> i32[p, 2], see `RawDataset.filter`; of held-out documents the training filter's."""
-    filters = {}
-    if "test" in files:
-        pairs = raw.read_filter(files["filter"], counts["test"], counts["labels"])
-        filters["test"] = np.unique(pairs, axis=0)
-    if held_out is not None:
-        path = files["filter" if held_out.name == "test" else "train filter"]
-        pairs = np.unique(raw.read_filter(path, counts["train"], counts["labels"]), axis=0)
-        out = rows[held_out.name]
-        pairs = pairs[np.isin(pairs[:, 0], out)]
-        pairs[:, 0] = np.searchsorted(out, pairs[:, 0])
-        filters[held_out.name] = pairs
-    return filters
-
-
-def _groups(
-    files: Mapping[str, pathlib.Path], groups: Mapping[str, str], splits: Mapping[str, RawItems]
-) -> dict[str, np.ndarray]:
-    """Split -> i32[n], the source of each document."""
-    return {split: _sources(files, split, groups, items.uids) for split, items in splits.items()}
-
-
-def _sources(
-    files: Mapping[str, pathlib.Path], split: str, groups: Mapping[str, str], uids: list[str]
-) -> np.ndarray:
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups.values()))}
-    missing = next((uid for uid in uids if uid not in groups), None)
-    if missing is not None:
-        raise ValueError(
-            f"{files['groups']}: expected a group for every document, found none for {missing!r} "
-            f"of {files.get(split, files['train']).name}"
-        )
-    return np.array([numbers[groups[uid]] for uid in uids], np.int32)
 
 
 def _existing(folder: pathlib.Path, names: tuple[str, ...]) -> list[pathlib.Path]:
@@ -394,20 +371,6 @@ def _check_uids(path: pathlib.Path, uids: list[str]) -> None:
                 f"{path}:{line}: expected labels whose uids differ, found {uid!r:.60}, as line "
                 f"{first[uid]} has"
             )
-
-
-def _check_matrix(
-    files: Mapping[str, pathlib.Path], split: str, positives: Csr, rows: int, columns: int
-) -> None:
-    path = files[f"{split} labels"]
-    if (positives.rows, positives.columns) != (rows, columns):
-        raise ValueError(
-            f"{path}: expected {counted(rows, 'row')}, the lines of {files[split].name}, and "
-            f"{counted(columns, 'column')}, the lines of {files['label'].name}, found "
-            f"{positives.rows} and {positives.columns}"
-        )
-    if positives.values.min(initial=1) <= 0:
-        raise ValueError(f"{path}: expected positive values, found {positives.values.min():g}")
 
 
 def check_published(dataset: str, counts: Mapping[str, int], pairs: int | None = None) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from xmc_jax.config import RecordsOptions
 from xmc_jax.data.records import data_report, record_scan
 from xmc_jax.data.records.record_scan import Keep, Scan
 from xmc_jax.data.tables import named_columns, table_files
@@ -45,78 +46,41 @@ encode = json.JSONEncoder(ensure_ascii=False).encode
 """One line of JSON."""
 
 
-@dataclasses.dataclass(frozen=True)
 class RecordsConfig:
     """Which records, and how they are read.
 
-    Attributes:
+    Args:
         records: a folder with `train.*`, perhaps `validation.*` and `test.*`, and `label.*` or
             `labels.*`; or a file of documents.
-        labels: the file of the labels, before one in the folder; None if that is meant, or if
-            labels are to be made of all ids (`unknown_labels="add"`).
-        columns: "field=column" for fields whose columns have other names; "field=" to leave one
-            out. Of several names for a field a file's own one is taken.
-        separator: of ids in a text, where they are no list in brackets.
-        delimiter: what separates the cells of CSV files whose header has it, one character or
-            "tab"; "" if each header is to tell it.
-        label_columns: columns of 0 and 1, one for each label, in place of a column of labels;
-            ("*",) for all that are no other field's.
-        row_per_pair: rows of one id that follow each other are one document with all their labels.
-        test_fraction: share of the documents for testing, where neither a file `test.*` with labels
-            nor a column `split` says which they are; whole groups, and texts that differ in
-            capitals and white space alone are in one.
-        split_seed: of that choice.
-        unknown_labels: what is done with ids that no label has: "error", "drop" or "add".
-        allow_paths: whether paths of images may lead out of the folder of the file that has them.
         overwrite: replace a folder that was made from other records.
+        **options: see `config.RecordsOptions`.
+
+    Attributes:
+        records: see above.
+        overwrite: see above.
+        options: see `config.RecordsOptions`.
+        form: how the labels of documents are written.
+        named: field -> columns that are to be taken for it.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
     """
 
-    records: str | pathlib.Path
-    labels: str | pathlib.Path | None = None
-    columns: tuple[str, ...] = ()
-    separator: str = "|"
-    delimiter: str = ""
-    label_columns: tuple[str, ...] = ()
-    row_per_pair: bool = False
-    test_fraction: float = 0.1
-    split_seed: int = 0
-    unknown_labels: str = "error"
-    allow_paths: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self):
-        unknown = ", ".join(record_scan.UNKNOWN)
-        for field, fits, expected in (
-            ("separator", bool(self.separator), "a character or more"),
-            ("test_fraction", 0 < self.test_fraction < 1, "a fraction between 0 and 1"),
-            ("split_seed", self.split_seed >= 0, "0 or more"),
-            ("unknown_labels", self.unknown_labels in record_scan.UNKNOWN, f"one of {unknown}"),
-        ):
-            if not fits:
-                raise ValueError(
-                    f"records: {field}: expected {expected}, got {getattr(self, field)!r}"
-                )
-        for column in self.columns:
-            field, equals, _ = column.partition("=")
+    def __init__(self, records: str | pathlib.Path, overwrite: bool = False, **options: Any):
+        self.records, self.overwrite = pathlib.Path(records), overwrite
+        self.options = options = RecordsOptions(**options)
+        self.form = named_columns.Form(
+            options.label_columns, options.row_per_pair, options.separator
+        )
+        self.named: dict[str, list[str]] = {}
+        for column in options.columns:
+            field, equals, name = column.partition("=")
             if not equals or field not in (*named_columns.FIELDS, "title"):
                 fields = ", ".join(named_columns.FIELDS)
                 raise ValueError(
                     f"records: column: expected FIELD=NAME, FIELD one of {fields}, got {column!r}"
                 )
-
-    @property
-    def form(self) -> named_columns.Form:
-        """How the labels of documents are written."""
-        return named_columns.Form(tuple(self.label_columns), self.row_per_pair, self.separator)
-
-    @property
-    def named(self) -> dict[str, list[str]]:
-        """Field -> columns that are to be taken for it."""
-        named: dict[str, list[str]] = {}
-        for column in self.columns:
-            field, _, name = column.partition("=")
-            named.setdefault("text" if field == "title" else field, []).append(name)
-        return named
+            self.named.setdefault("text" if field == "title" else field, []).append(name)
 
 
 def folder(data_dir: str | pathlib.Path, dataset: str) -> pathlib.Path:
@@ -201,7 +165,7 @@ class _Files:
 
 
 def _open(config: RecordsConfig) -> _Files:
-    records = pathlib.Path(config.records)
+    records, options = config.records, config.options
     if records.is_dir():
         paths = {role: table_files.find(records, role) for role in _ROLES}
         if not paths["train"]:
@@ -211,16 +175,16 @@ def _open(config: RecordsConfig) -> _Files:
         paths = {role: [] for role in _ROLES} | {"train": [records]}
     else:
         raise ValueError(f"{records}: expected a folder of records or a file, found none")
-    if config.labels is not None:
-        paths["label"] = [pathlib.Path(config.labels)]
-    if not paths["label"] and config.unknown_labels != "add":
+    if options.labels is not None:
+        paths["label"] = [pathlib.Path(options.labels)]
+    if not paths["label"] and options.unknown_labels != "add":
         beside = table_files.find(records.parent, "label") if records.is_file() else []
         raise ValueError(
             f"{records}: expected labels, a file label.* or labels.* in the folder or another one "
             f"named by --labels{''.join(f' (such as --labels={path})' for path in beside)}, found "
             "none; --unknown_labels=add makes labels of the documents' ids"
         )
-    delimiter = table_files.delimiter(config.delimiter)
+    delimiter = table_files.delimiter(options.delimiter)
     opened: dict[str, list[Opened]] = {}
     for role in _ROLES:
         fields = _LABEL_FIELDS if role == "label" else tuple(named_columns.FIELDS)
@@ -229,7 +193,7 @@ def _open(config: RecordsConfig) -> _Files:
         for path in paths[role]:
             table = table_files.open_table(path, delimiter)
             one = named_columns.open_fields(
-                table, fields, config.named, needed, config.form, config.allow_paths
+                table, fields, config.named, needed, config.form, options.allow_paths
             )
             if role == "label" and not {"text", "id"} & one.columns.keys():
                 raise named_columns.missing(table, "text", named_columns.FIELDS["text"])
@@ -262,8 +226,8 @@ def _check_columns(config: RecordsConfig, opened: Mapping[str, Sequence[Opened]]
 
 def _inputs(config: RecordsConfig, source: _Files) -> dict[str, Any]:
     """All that the folder's contents follow from."""
-    options = dataclasses.asdict(config)
-    for field in ("records", "labels", "allow_paths", "overwrite"):
+    options = dataclasses.asdict(config.options)
+    for field in ("labels", "allow_paths"):
         del options[field]
     digests = {
         role: [{"name": one.table.path.name, "sha256": sha256(one.table.path)} for one in files]
@@ -273,19 +237,15 @@ def _inputs(config: RecordsConfig, source: _Files) -> dict[str, Any]:
 
 
 def _scan(config: RecordsConfig, source: _Files, keep: Keep) -> Scan:
+    o = config.options
     return record_scan.read(
-        source.opened,
-        config.separator,
-        config.unknown_labels,
-        config.test_fraction,
-        config.split_seed,
-        keep,
+        source.opened, o.separator, o.unknown_labels, o.test_fraction, o.split_seed, keep
     )
 
 
 def _report(config: RecordsConfig, source: _Files, scan: Scan) -> dict[str, Any]:
     unlabelled = [table.path.name for table in source.unlabelled]
-    return data_report.make(scan, config.unknown_labels, unlabelled)
+    return data_report.make(scan, config.options.unknown_labels, unlabelled)
 
 
 def _write(

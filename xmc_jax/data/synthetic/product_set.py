@@ -22,98 +22,35 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tqdm
+from pydantic import Field
 
-from xmc_jax.data.synthetic import product_pictures
+from xmc_jax.config.declare import Share, options, section
+from xmc_jax.data.synthetic import product_pictures, product_words
+from xmc_jax.data.synthetic.product_words import (
+    ATTRIBUTES,
+    COLOURS,
+    MATERIALS,
+    NOUNS,
+    PATTERNS,
+    PLAIN,
+    SHAPES,
+)
 from xmc_jax.files import atomic, locks
 from xmc_jax.runtime import command
 
 FORMAT = 1
 """Version of the items: the same config gives the same items for as long as it stays the same."""
 SPLITS = {"train": "trn", "test": "tst", "label": "lbl"}
-ATTRIBUTES = ("shape", "colour", "pattern")
-"""What titles may state of a look; pictures show the pattern's colour besides."""
-
-# Ways to say a value; the first is its name.
-SHAPES = (
-    ("round", "circular"),
-    ("square", "boxy"),
-    ("triangular", "three-cornered"),
-    ("star-shaped", "star"),
-    ("heart-shaped", "heart"),
-    ("cross-shaped", "plus-shaped"),
-    ("ring-shaped", "donut-shaped"),
-    ("diamond-shaped", "diamond"),
-)
-COLOURS = (
-    ("red", "scarlet", "crimson"),
-    ("orange", "tangerine"),
-    ("yellow", "lemon"),
-    ("green", "emerald"),
-    ("turquoise", "teal"),
-    ("blue", "navy"),
-    ("purple", "violet"),
-    ("pink", "rose"),
-    ("brown", "chocolate"),
-    ("black", "jet black"),
-)
-PATTERNS = (
-    ("plain", "solid"),
-    ("striped", "pinstripe"),
-    ("dotted", "polka dot"),
-    ("checked", "checkerboard"),
-    ("chevron", "zigzag"),
-    ("bordered", "edged"),
-)
-_PLAIN = 0  # has no colour of its own
-SIZES = ("mini", "small", "medium", "large", "extra large")
-MATERIALS = (
-    "wooden",
-    "bamboo",
-    "steel",
-    "ceramic",
-    "glass",
-    "plastic",
-    "cotton",
-    "leather",
-    "felt",
-)
-NOUNS = (
-    ("teapot", "mug", "saucer", "plate", "bowl", "sugar jar"),
-    ("pillow", "blanket", "duvet cover", "bed sheet", "mattress topper", "throw"),
-    ("table lamp", "pendant light", "lampshade", "night light", "floor lamp", "wall sconce"),
-    ("backpack", "handbag", "wallet", "suitcase", "tote bag", "luggage tag"),
-    ("notebook", "pencil case", "stapler", "desk organizer", "binder", "bookmark"),
-    ("necklace", "bracelet", "earrings", "brooch", "pendant", "anklet"),
-    ("toy car", "puzzle", "building blocks", "doll", "plush toy", "spinning top"),
-    ("dog collar", "pet bed", "feeding dish", "leash", "cat tree", "chew toy"),
-    ("flower pot", "watering can", "garden gnome", "bird feeder", "planter", "wind chime"),
-    ("phone case", "charger", "earbuds", "screen protector", "phone stand", "power bank"),
-    ("shower curtain", "bath mat", "towel", "soap dispenser", "toothbrush holder", "robe"),
-    ("scarf", "beanie", "gloves", "socks", "sweater", "mittens"),
-    ("skillet", "saucepan", "baking tray", "spatula", "casserole", "oven mitt"),
-    ("tent", "sleeping bag", "camp stove", "hammock", "cooler", "folding chair"),
-    ("guitar strap", "drumsticks", "music stand", "tambourine", "ukulele", "capo"),
-    ("yoga mat", "dumbbell", "jump rope", "foam roller", "kettlebell", "resistance band"),
-    ("wall clock", "picture frame", "mirror", "vase", "candle holder", "tapestry"),
-    ("baby bib", "pacifier", "stroller toy", "crib mobile", "teether", "changing pad"),
-    ("fishing rod", "tackle box", "lure", "fishing net", "bobber", "fishing vest"),
-    ("bicycle bell", "saddle", "handlebar grips", "water bottle", "bike helmet", "pedal"),
-)
-HYPES = ("premium", "classic", "new", "deluxe", "everyday", "original", "handy", "luxury")
-EXTRAS = ("gift idea", "set of 2", "with gift box", "easy clean", "lightweight", "2024 edition")
-_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-
 _LOOK_SIZES = np.array([8, 6, 5, 4, 4, 3, 3, 2])  # labels of a look, over and over
 _LOOK_STARTS = np.concatenate([[0], np.cumsum(_LOOK_SIZES)])
 _PERIOD = int(_LOOK_SIZES.sum())
 # A document has the p-th label of its look with the p-th chance: a head and a tail in each look.
 _KEPT = np.array([0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6])
 _LOOK_EXPONENT = 0.8  # Zipf's, of the looks of a category
-_SAID = np.array([0.3, 0.3, 0.6, 0.3, 0.3])  # chance of what distracts in a title
 _STYLES = len(SHAPES) * len(COLOURS) * len(PATTERNS)
 _ORACLE_DOCUMENTS = 10_000  # test documents that oracles are asked about
 _ROWS = 512  # pictures of a row group
@@ -135,59 +72,44 @@ class _Kind(enum.IntEnum):
     LABEL_PICTURE = 10
 
 
-@dataclasses.dataclass(frozen=True)
+_Number = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+@section("")
 class SyntheticConfig:
     """How many items, and how hard. The defaults of the latter are the set that results are for.
-
-    Attributes:
-        documents: N, training documents.
-        labels: L.
-        test_documents: M; None for half of `documents`.
-        seed: of everything.
-        stated: chance that a title states an attribute of the look, for each by itself.
-        looks: looks of a category; the more, the less a title alone can tell them apart.
-        styles: looks of the shop; the closer to `looks`, the less pictures tell the category.
-        noise: share of products whose labels are those of another look of their category.
-        image_share: share of documents with 1 to 3 images; the default is LF-AmazonTitles-131K's.
-        label_image_share: the same of labels.
-        siblings: documents that show one product; they are one group, and never in two splits.
-        pixels: side of a picture.
 
     Source: ViXML Table 8 (shares of items with an image).
     """
 
-    documents: int = 2000
-    labels: int = 1000
-    test_documents: int | None = None
-    seed: int = 0
-    stated: float = 0.4
-    looks: int = 24
-    styles: int = 48
-    noise: float = 0.05
-    image_share: float = 0.79
-    label_image_share: float = 0.96
-    siblings: int = 2
-    pixels: int = 64
+    documents: _Number = Field(2000, description="training documents")
+    labels: _Number = Field(1000, description="labels")
+    test_documents: _Number | None = Field(
+        None, description="test documents; none is half of the training documents"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of everything")
+    stated: Share = Field(0.4, description="chance that a title states an attribute of the look")
+    looks: _Number = Field(
+        24, description="looks of a category; more make a title alone less telling"
+    )
+    styles: Annotated[int, Field(ge=1, le=_STYLES)] = Field(
+        48, description="looks of the shop; fewer make a picture alone less telling"
+    )
+    noise: Share = Field(
+        0.05, description="share of products whose labels are those of another look"
+    )
+    image_share: Share = Field(0.79, description="share of documents with 1 to 3 images")
+    label_image_share: Share = Field(0.96, description="share of labels with 1 to 3 images")
+    siblings: Annotated[int, Field(ge=1, le=100)] = Field(
+        2, description="documents that show one product; they are one group"
+    )
+    pixels: Annotated[int, Field(ge=16, le=1024)] = Field(64, description="side of a picture")
 
     def __post_init__(self):
-        count, share = "a whole number from 1 to 2^31 - 1", "a share from 0 to 1"
-        for field, low, high, expected in (
-            ("documents", 1, 2**31 - 1, count),
-            ("labels", 1, 2**31 - 1, count),
-            ("test_documents", 1, 2**31 - 1, count),
-            ("seed", 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"),
-            ("looks", 1, self.styles, f"1 to {self.styles} looks, as many as there are styles"),
-            ("styles", 1, _STYLES, f"1 to {_STYLES} styles"),
-            ("siblings", 1, 100, "1 to 100 documents"),
-            ("pixels", 16, 1024, "16 to 1024"),
-            ("stated", 0, 1, share),
-            ("noise", 0, 1, share),
-            ("image_share", 0, 1, share),
-            ("label_image_share", 0, 1, share),
-        ):
-            value = getattr(self, field)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"synthetic: {field}: expected {expected}, got {value!r}")
+        if self.looks > self.styles:
+            raise ValueError(
+                f"looks: expected at most the {self.styles} styles of the shop, got {self.looks}"
+            )
 
     def count(self, split: str) -> int:
         """Items of "train", "test" or "label"."""
@@ -196,30 +118,18 @@ class SyntheticConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
-    """A document or a label.
+class Product:
+    """A document or a label: what it shows, and what its title says."""
 
-    Attributes:
-        uid: unique over the splits.
-        title: what its text is.
-        group: the product it shows, the same for its siblings.
-        category: number of its category.
-        look: number of its look, within the category.
-        attributes: numbers of its shape, colour, pattern and the pattern's colour, -1 for none.
-        stated: which of these the title states.
-        images: how many it has, 0 to 3.
-        positives: labels of a document, ascending; () for a label.
-    """
-
-    uid: str
+    uid: str  # unique over the splits
     title: str
-    group: str
+    group: str  # the same for siblings
     category: int
-    look: int
-    attributes: tuple[int, int, int, int]
-    stated: tuple[bool, bool, bool]
-    images: int
-    positives: tuple[int, ...]
+    look: int  # its number within the category
+    attributes: tuple[int, int, int, int]  # shape, colour, pattern, the pattern's colour or -1
+    stated: tuple[bool, bool, bool]  # which of the first three the title states
+    images: int  # 0 to 3
+    positives: tuple[int, ...]  # labels of a document, ascending; () for a label
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,14 +157,14 @@ class Shop:
         shape_colour, patterns = np.divmod(rng.permutation(_STYLES)[: config.styles], len(PATTERNS))
         shapes, colours = np.divmod(shape_colour, len(COLOURS))
         seconds = (colours + rng.integers(1, len(COLOURS), size=config.styles)) % len(COLOURS)
-        seconds[patterns == _PLAIN] = -1
+        seconds[patterns == PLAIN] = -1
         self._styles = tuple(zip(*(a.tolist() for a in (shapes, colours, patterns, seconds))))
         periods, rest = divmod(size, _PERIOD)
         self._looks = periods * len(_LOOK_SIZES) + int(np.searchsorted(_LOOK_STARTS, rest))
         self.num_categories = -(-self._looks // config.looks)
         self.category = functools.lru_cache(maxsize=4096)(self._category)
 
-    def item(self, split: str, number: int) -> Item:
+    def item(self, split: str, number: int) -> Product:
         """The item of that number, 0 <= number < config.count(split)."""
         kinds = {
             "train": (_Kind.TRAIN_PRODUCT, _Kind.TRAIN_ITEM, self.config.siblings),
@@ -268,23 +178,25 @@ class Shop:
             category, look = divmod(self._look_of(number), self.config.looks)
         else:
             category, look = self._wanted(rng)
-        shown = self.category(category)
+        of_category = self.category(category)
         goes_with = look
         if split != "label" and rng.random() < self.config.noise:
-            goes_with = int(rng.integers(len(shown.looks)))
-        noun = shown.nouns[rng.integers(len(shown.nouns))]
+            goes_with = int(rng.integers(len(of_category.looks)))
+        noun = of_category.nouns[rng.integers(len(of_category.nouns))]
         material = MATERIALS[rng.integers(len(MATERIALS))]
         code = "".join(chr(ord("A") + c) for c in rng.integers(26, size=2))
         code += str(rng.integers(10, 1000))
         rng = self._rng(item_kind, number)
-        attributes = shown.looks[look]
+        attributes = of_category.looks[look]
         states = rng.random(len(ATTRIBUTES)) < self.config.stated
         share = self.config.label_image_share if split == "label" else self.config.image_share
         images = int(rng.random() < share) * (1 + int(np.searchsorted([0.5, 0.8], rng.random())))
         kept = rng.random(len(_KEPT)) < _KEPT
-        title = _title(rng, shown.brand, noun, material, code, attributes, states)
+        title = product_words.title(
+            rng, of_category.brand, noun, material, code, attributes, states
+        )
         positives = () if split == "label" else self._positives(category, goes_with, kept)
-        return Item(
+        return Product(
             uid=f"{SPLITS[split]}{number}",
             title=title,
             group=f"{SPLITS[split]}-product{product}",
@@ -296,12 +208,12 @@ class Shop:
             positives=positives,
         )
 
-    def items(self, split: str) -> Iterator[Item]:
+    def items(self, split: str) -> Iterator[Product]:
         """All items of a split, in order."""
         return (self.item(split, number) for number in range(self.config.count(split)))
 
     def picture(self, split: str, number: int, k: int) -> bytes:
-        """PNG of the k-th image of an item; there is one for any k, whatever `Item.images` says."""
+        """PNG of the k-th image of an item; there is one for any k, also past `images`."""
         kind = _Kind[f"{split.upper()}_PICTURE"]
         attributes = self.item(split, number).attributes
         return product_pictures.render(
@@ -333,7 +245,7 @@ class Shop:
         shares = (1.0 + np.arange(count)) ** -_LOOK_EXPONENT
         return _Category(
             nouns=NOUNS[number % len(NOUNS)],
-            brand=_brand(number),
+            brand=product_words.brand(number),
             looks=tuple(self._styles[style] for style in chosen),
             order=rng.permutation(count),
             wanted=np.cumsum(shares) / shares.sum(),
@@ -342,9 +254,9 @@ class Shop:
     def _wanted(self, rng: np.random.Generator) -> tuple[int, int]:
         """Category and look of a product: few categories and few looks have many products."""
         category = int(self.num_categories * rng.random() ** 2)  # density falls as c^(-1/2)
-        shown = self.category(category)
-        rank = int(np.searchsorted(shown.wanted, rng.random(), "right"))
-        return category, int(shown.order[min(rank, len(shown.order) - 1)])
+        of_category = self.category(category)
+        rank = int(np.searchsorted(of_category.wanted, rng.random(), "right"))
+        return category, int(of_category.order[min(rank, len(of_category.order) - 1)])
 
     def _positives(self, category: int, look: int, kept: np.ndarray) -> tuple[int, ...]:
         labels = self.labels_of(category, look)
@@ -367,27 +279,28 @@ def oracles(shop: Shop) -> dict[str, float]:
         "text and image": both.
     """
     likeliest: dict[tuple[int, ...], tuple[float, int]] = {}  # look -> share, first label
-    for category in range(shop.num_categories):
-        shown = shop.category(category)
-        share = np.diff(shown.wanted, prepend=0) * (
-            ((category + 1) / shop.num_categories) ** 0.5 - (category / shop.num_categories) ** 0.5
+    for number in range(shop.num_categories):
+        category, count = shop.category(number), shop.num_categories
+        share = np.diff(category.wanted, prepend=0) * (
+            ((number + 1) / count) ** 0.5 - (number / count) ** 0.5
         )
-        for rank, look in enumerate(shown.order.tolist()):
-            seen = likeliest.get(shown.looks[look], (0.0, -1))
-            if share[rank] > seen[0]:
-                likeliest[shown.looks[look]] = float(share[rank]), shop.labels_of(category, look)[0]
+        for rank, look in enumerate(category.order.tolist()):
+            attributes = category.looks[look]
+            if share[rank] > likeliest.get(attributes, (0.0, -1))[0]:
+                likeliest[attributes] = float(share[rank]), shop.labels_of(number, look)[0]
     most_wanted = max(likeliest.values())[1]
     hits = dict.fromkeys(("attributes", "text", "image", "text and image"), 0)
     count = min(shop.config.count("test"), _ORACLE_DOCUMENTS)
     for number in range(count):
         item = shop.item("test", number)
-        shown = shop.category(item.category)
+        category = shop.category(item.category)
+        looks_of = category.looks
         told = next(
             look
-            for look in shown.order.tolist()
+            for look in category.order.tolist()
             if all(
-                value == own
-                for value, own, states in zip(shown.looks[look], item.attributes, item.stated)
+                value == actual
+                for value, actual, states in zip(looks_of[look], item.attributes, item.stated)
                 if states
             )
         )
@@ -417,32 +330,31 @@ def generate(config: SyntheticConfig, folder: str | pathlib.Path) -> dict[str, A
     """
     _libraries()
     folder = pathlib.Path(folder)
-    asked = {"format": FORMAT, **dataclasses.asdict(config)}
-    asked["test_documents"] = config.count("test")
+    made_from = {"format": FORMAT, **dataclasses.asdict(config)}
+    made_from["test_documents"] = config.count("test")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
     with locks.locked(lock, str(folder), wait=True, remove=True):
         if folder.exists():
-            found = _stats(folder)
-            if found.get("synthetic") != asked:
-                there = found.get("synthetic", "something else")
+            stats = _stats(folder)
+            if stats.get("synthetic") != made_from:
+                there = stats.get("synthetic", "something else")
                 raise ValueError(
-                    f"{folder}: expected to be free, or made with {asked}, found {there}; choose "
-                    "another folder or delete it"
+                    f"{folder}: expected to be free, or made with {made_from}, found {there}; "
+                    "choose another folder or delete it"
                 )
-            return found
+            return stats
         shop = Shop(config)
         with atomic.replaced_folder(folder) as partial:
+            stats = {"name": folder.name, "synthetic": made_from}
             with _gzip(partial / "groups.tsv.gz") as groups:
-                stats = {split: _write(shop, split, partial, groups) for split in SPLITS}
+                stats |= {split: _write(shop, split, partial, groups) for split in SPLITS}
             for split in ("train", "test"):
                 (partial / f"filter_labels_{split}.txt").write_bytes(b"")
-            found = {"name": folder.name, "synthetic": asked, **stats}
-            found["P@1 of oracles"] = oracles(shop)
-            (partial / "stats.json").write_text(
-                json.dumps(found, indent=1) + "\n", encoding="utf-8"
-            )
-    return found
+            stats["P@1 of oracles"] = oracles(shop)
+            content = json.dumps(stats, indent=1) + "\n"
+            (partial / "stats.json").write_text(content, encoding="utf-8")
+    return stats
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -450,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run(
         "synthetic",
         lambda: _parse(arguments),
-        lambda asked: print(json.dumps(generate(*asked), indent=1)),
+        lambda parsed: print(json.dumps(generate(*parsed), indent=1)),
     )
 
 
@@ -458,12 +370,11 @@ def _parse(arguments: list[str] | None) -> tuple[SyntheticConfig, str]:
     """What to make, and the raw folder it goes to."""
     parser = command.Parser(prog="python -m xmc_jax.data.synthetic", allow_abbrev=False)
     parser.add_argument("--out", required=True, help="the raw folder to make")
-    described = (SyntheticConfig.__doc__ or "").split("Attributes:")[1]
-    for field in dataclasses.fields(SyntheticConfig):
-        text = described.split(f"{field.name}: ")[1].split("\n")[0].rstrip(".;")
-        text += "" if field.default is None else f" (default {field.default})"
-        number = float if isinstance(field.default, float) else int
-        parser.add_argument(f"--{field.name}", type=number, default=field.default, help=text)
+    for option in options(SyntheticConfig):
+        usual = "" if option.default is None else f" (default {option.default})"
+        parser.add_argument(
+            f"--{option.name}", type=option.kind, default=option.default, help=option.text + usual
+        )
     fields = vars(parser.parse_args(arguments))
     folder = fields.pop("out")
     return SyntheticConfig(**fields), folder
@@ -524,10 +435,10 @@ def _write(shop: Shop, split: str, folder: pathlib.Path, groups) -> dict[str, An
 
 def _stats(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not ours; the caller says so
+        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the caller says that the folder is another
         return {}
-    return found if isinstance(found, dict) else {}
+    return stats if isinstance(stats, dict) else {}
 
 
 def _gzip(path: pathlib.Path):
@@ -542,43 +453,3 @@ def _libraries() -> None:
         raise ValueError(
             f"expected Pillow and pyarrow, found no {error.name}; pip install 'xmc_jax[vision]'"
         ) from error
-
-
-def _brand(category: int) -> str:
-    """A made-up name, a different one for each category."""
-    block = len(_SYLLABLES) ** 3
-    # A step that is coprime to the block: neighbours do not sound alike.
-    number, name = category // block * block + (category * 7919 + 4321) % block, ""
-    while number or len(name) < 6:
-        number, digit = divmod(number, len(_SYLLABLES))
-        name += _SYLLABLES[digit]
-    return name.title()
-
-
-def _title(rng, brand: str, noun: str, material: str, code: str, attributes, states) -> str:
-    """A title as a seller would write it."""
-    shape, colour, pattern = (
-        words[value][rng.integers(len(words[value]))]
-        for words, value in zip((SHAPES, COLOURS, PATTERNS), attributes)
-    )
-    hype, extra = HYPES[rng.integers(len(HYPES))], EXTRAS[rng.integers(len(EXTRAS))]
-    size = SIZES[rng.integers(len(SIZES))]
-    says_hype, says_size, says_material, says_code, says_extra = rng.random(5) < _SAID
-    modifiers = [
-        hype if says_hype else "",
-        size if says_size else "",
-        colour if states[1] else "",
-        pattern if states[2] else "",
-        shape if states[0] else "",
-        material if says_material else "",
-    ]
-    modifiers = [m for m in modifiers if m]
-    form = rng.integers(3)
-    if form == 0:
-        words = " ".join([brand, *modifiers, noun])
-    elif form == 1:
-        words = ", ".join([f"{brand} {noun}", *modifiers])
-    else:
-        words = " ".join([*modifiers, noun, "by", brand])
-    words += f", {extra}" if says_extra else ""
-    return words.title().replace(" By ", " by ") + (f" {code}" if says_code else "")
