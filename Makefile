@@ -29,7 +29,7 @@ help:
 	@echo "make test        set up; run all tests          make test-fast  those not marked slow"
 	@echo "make scale       set up; every mesh, four processes, memory of plans, and with libtpu installed, slices of TPUs"
 	@echo "make reliability set up; kills and hostile input at length"
-	@echo "make lint        ruff format --check, ruff check, docs/config.md, shellcheck"
+	@echo "make lint        ruff, docs/config.md, names, pages, shellcheck"
 	@echo "make parity      set up with PyTorch; compare with transformers and sentence-transformers"
 	@echo "make wheel       build dist/*.whl               make clean      remove what was built ($(VENV) and runs/ stay)"
 	@echo "make lock        hashes of requirements.txt (uv)       make audit      its known vulnerabilities (pip-audit)"
@@ -58,6 +58,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m xmc_jax.config | diff docs/config.md -
+	$(BIN)/python tests/check_text.py
 	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
 
 parity: $(VENV)/.parity
