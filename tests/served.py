@@ -18,7 +18,7 @@ from xmc_jax.config import AugmentedConfig, ServeConfig
 from xmc_jax.data import texts
 from xmc_jax.data.types import Prompts
 from xmc_jax.files.digests import sha256
-from xmc_jax.shipping import artifact, packed_thumbnails, query_encoder
+from xmc_jax.shipping import artifact, contents, packed_thumbnails, query_encoder
 
 CONFIG = ServeConfig(
     port=0, max_batch=8, max_k=10, max_queries=4, max_exclude=40, max_only=20, max_text=200,
@@ -33,11 +33,14 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def described(
-    files: Mapping[str, str], width: int, max_length: int, images: artifact.ImageInput | None = None
-) -> artifact.ModelInput:
+    files: Mapping[str, str],
+    width: int,
+    max_length: int,
+    images: contents.ImageInput | None = None,
+) -> contents.ModelInput:
     """What a small encoder takes; `files` are its own, by digest."""
-    return artifact.ModelInput(
-        digest=artifact.digest_of_model(files),
+    return contents.ModelInput(
+        digest=contents.digest_of_model(files),
         width=width,
         max_length=max_length,
         special_tokens=True,
@@ -56,7 +59,7 @@ def write(
     labels: list[dict[str, Any]],
     documents: list[dict[str, Any]],
     name: str = "topics",
-    images: artifact.ImageInput | None = None,
+    images: contents.ImageInput | None = None,
     pictures: Mapping[str, Mapping[str, bytes]] | None = None,
 ) -> None:
     """Makes an encoder's folder an artifact.
@@ -105,7 +108,7 @@ def write(
             for kind in pictures
         }
         content["thumbnails"] = {"folder": "thumbnails"} | counts
-    artifact.write_manifest(folder, content)
+    contents.write_manifest(folder, content)
     encoder = query_encoder.QueryEncoder(artifact.open(folder, verify=False))
     for kind, items in items_of.items():
         files = [pictures[kind].get(item["uid"]) for item in items]
@@ -114,7 +117,7 @@ def write(
             for item, file in zip(items, files)
         ]
         np.save(folder / kind / "embeddings.npy", encoder.encode(asked, rows=(8,)))
-    artifact.write_manifest(folder, content)
+    contents.write_manifest(folder, content)
 
 
 def _small(files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:

@@ -28,7 +28,7 @@ LAYERS = (
 HOMES = {
     "fastapi": ("shipping/serve/",),
     "prometheus_client": ("shipping/serve/",),
-    "pydantic": ("config/", "data/", "files/", "shipping/serve/"),
+    "pydantic": ("config/", "data/", "files/", "shipping/contents.py", "shipping/serve/"),
     "starlette": ("shipping/serve/",),
     "uvicorn": ("shipping/serve/",),
     "PIL": (

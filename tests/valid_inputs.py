@@ -33,7 +33,7 @@ from xmc_jax.files import workdirs
 from xmc_jax.files.digests import sha256
 from xmc_jax.models import backbone, bert, hf, hf_tensors, hf_weights
 from xmc_jax.retrieval import tuned, tuning
-from xmc_jax.shipping import artifact, documents
+from xmc_jax.shipping import artifact, contents, documents
 
 Read = Callable[[pathlib.Path], None]
 
@@ -207,7 +207,7 @@ def artifact_files(folder: pathlib.Path) -> None:
     np.save(made_of / "free_vector_of.npy", np.arange(LABELS, dtype=np.int32))
     content["prototypes"] = {"folder": "prototypes", "count": LABELS, "model": model.digest}
     content["prototypes"]["config"] = dataclasses.asdict(prime)
-    artifact.write_manifest(folder, content)
+    contents.write_manifest(folder, content)
 
 
 def workdir_files(workdir: pathlib.Path, config: RunConfig, data: Any) -> None:
@@ -240,9 +240,9 @@ def index_files(folder: pathlib.Path) -> None:
 
 def forge(folder: pathlib.Path) -> None:
     """Writes digests of what lies there, as whoever sends a folder can."""
-    manifest = json.loads((folder / artifact.MANIFEST).read_text())
+    manifest = json.loads((folder / contents.MANIFEST).read_text())
     content = {k: v for k, v in manifest.items() if k not in ("format", "files")}
-    artifact.write_manifest(folder, content)
+    contents.write_manifest(folder, content)
 
 
 # Readers: whatever a user can reach with such an input.

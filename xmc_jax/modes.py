@@ -20,7 +20,7 @@ from xmc_jax.retrieval import evaluate, exact, scann, tuned, tuning
 from xmc_jax.retrieval.evaluate import Evaluation
 from xmc_jax.runtime import distributed, metrics_log
 from xmc_jax.runtime.wording import counted
-from xmc_jax.shipping import artifact, documents, exporting, labels
+from xmc_jax.shipping import artifact, contents, documents, exporting, labels
 from xmc_jax.shipping import predict_files as prediction_files
 from xmc_jax.shipping.serve import start as serving
 from xmc_jax.training import build, loop
@@ -341,7 +341,7 @@ def _opened(asked: Invocation, verify: bool = True) -> artifact.Artifact:
         raise ValueError(f"{folder}: expected a local folder; copy it here and name it --artifact")
     if asked.artifact:
         return artifact.open(folder, verify)
-    if not (epath.Path(folder) / artifact.MANIFEST).exists():
+    if not (epath.Path(folder) / contents.MANIFEST).exists():
         asked = _filled(asked)
         run, step, state = _restored(asked)
         logging.info("%s: no exported model yet; exporting step %d", folder, step)

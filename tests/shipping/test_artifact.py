@@ -14,7 +14,7 @@ import pytest
 from xmc_jax.data.store import Split
 from xmc_jax.files import digests
 from xmc_jax.retrieval import exact
-from xmc_jax.shipping import artifact, exporting
+from xmc_jax.shipping import artifact, contents, exporting
 from xmc_jax.shipping.predictor import Predictor
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def folder(exported, tmp_path) -> pathlib.Path:
 
 def change(folder: pathlib.Path, function, *names: str) -> None:
     """Changes artifact.json, as one who knows the format would: `names` get new digests."""
-    path = folder / artifact.MANIFEST
+    path = folder / contents.MANIFEST
     manifest = json.loads(path.read_text())
     function(manifest)
     for name in names:
@@ -91,7 +91,7 @@ def test_labels_are_encoded_once(exported, tmp_path, monkeypatch):
 
 def test_says_nothing_of_where_it_was_made(exported):
     """Neither folders of the machine nor of the run, but in the config, which is for the record."""
-    manifest = json.loads((exported.folder / artifact.MANIFEST).read_text())
+    manifest = json.loads((exported.folder / contents.MANIFEST).read_text())
     manifest.pop("config")
     assert str(exported.folder.parent) not in json.dumps(manifest)
     assert all(not name.startswith("/") for name in manifest["files"])
@@ -247,7 +247,7 @@ def test_labels_of_another_export_are_refused(exported, folder, tmp_path):
     params = jax.tree.map(lambda leaf: 1.1 * leaf, exported.state.params)
     state = exported.state.replace(params=params)
     made = pathlib.Path(str(exporting.whole(exported.run, 0, state, tmp_path)))
-    theirs = json.loads((made / artifact.MANIFEST).read_text())
+    theirs = json.loads((made / contents.MANIFEST).read_text())
     shutil.rmtree(folder / "labels")
     shutil.copytree(made / "labels", folder / "labels")
     with pytest.raises(ValueError, match=r"labels/embeddings\.npy: expected sha256"):
@@ -266,9 +266,9 @@ def test_weights_that_do_not_fit_are_refused_when_they_are_loaded(folder):
             manifest[section]["model"] = "?"
 
     change(folder, wider, "config.json")
-    manifest = json.loads((folder / artifact.MANIFEST).read_text())
+    manifest = json.loads((folder / contents.MANIFEST).read_text())
     digests = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-    digest = artifact.digest_of_model(digests)
+    digest = contents.digest_of_model(digests)
     for section in ("labels", "documents", "prototypes"):
         change(folder, lambda m, s=section: m[s].update(model=digest))
     change(folder, lambda m: m["model"].update(digest=digest))
@@ -290,8 +290,8 @@ class Finder:
     def find_spec(self, name, *rest):
         return None if name.partition(".")[0] in refused else self._finder.find_spec(name, *rest)
 sys.meta_path[:] = map(Finder, sys.meta_path)
-from xmc_jax.shipping import artifact, predict_files as files
 from xmc_jax.config import PredictConfig
+from xmc_jax.shipping import artifact, contents, predict_files as files
 from xmc_jax.shipping.predictor import Predictor
 from xmc_jax.retrieval import exact
 print(len(Predictor.open({str(exported.folder)!r}).predict(["abc"], k=3)[0]))

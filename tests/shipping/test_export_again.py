@@ -9,7 +9,7 @@ from etils import epath
 
 from xmc_jax.config import NewLabelsConfig
 from xmc_jax.files import atomic
-from xmc_jax.shipping import artifact, exporting, labels, replacing
+from xmc_jax.shipping import artifact, contents, exporting, labels, replacing
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def change_labels(folder: pathlib.Path) -> None:
 
 def forget_digests(folder: pathlib.Path) -> None:
     """As an earlier version wrote it."""
-    path = folder / artifact.MANIFEST
+    path = folder / contents.MANIFEST
     content = json.loads(path.read_text())
     del content["cards"]
     path.write_text(json.dumps(content))

@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from xmc_jax.config import NewLabelsConfig, RunConfig
-from xmc_jax.shipping import artifact, exporting, labels
+from xmc_jax.shipping import artifact, contents, exporting, labels
 from xmc_jax.shipping.labels import Label, LabelChanges
 from xmc_jax.shipping.predictor import Predictor, Query
 from xmc_jax.shipping.query_encoder import QueryEncoder
@@ -53,7 +53,7 @@ def each_folder(request, exported, tmp_path) -> pathlib.Path:
     return shutil.copytree(exported(request.param), tmp_path / "export")
 
 
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
+def all_files(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -189,15 +189,15 @@ def test_the_index_is_of_the_labels_there_are(folder):
     ],
 )
 def test_what_does_not_fit_changes_nothing(folder, changes, message):
-    before = contents(folder)
+    before = all_files(folder)
     with pytest.raises(ValueError, match=message):
         labels.change(folder, changes, NEAREST)
-    assert contents(folder) == before
+    assert all_files(folder) == before
 
 
 def test_killed_before_the_manifest_nothing_has_changed(folder, monkeypatch):
     before = Predictor.open(folder).predict(["some words"], 40)
-    write_manifest = artifact.write_manifest
+    write_manifest = contents.write_manifest
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -217,9 +217,9 @@ def test_changed_elsewhere_the_original_stays_and_texts_for_people_go_along(fold
     (folder / "notes").mkdir()
     (folder / "notes" / "first.html").write_text("of people\n")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    before, out = contents(folder), tmp_path / "changed"
+    before, out = all_files(folder), tmp_path / "changed"
     labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST, out=out)
-    assert contents(folder) == before
+    assert all_files(folder) == before
     assert len(artifact.open(out).labels) == 39
     for name in ("LICENSE.md", "DATA_CARD.md", "notes/first.html", ".gitattributes"):
         assert (out / name).read_bytes() == before[name]
@@ -233,7 +233,10 @@ def test_changed_elsewhere_the_original_stays_and_texts_for_people_go_along(fold
 
 
 def test_one_process_changes_a_folder_at_a_time(folder):
-    with artifact.locked(folder), pytest.raises(ValueError, match="expected no other process, fo"):
+    with (
+        contents.locked(folder),
+        pytest.raises(ValueError, match="expected no other process, fo"),
+    ):
         labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
     labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
     assert not (folder / ".lock").exists()

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from xmc_jax.config import RunConfig
-from xmc_jax.shipping import artifact, exporting
+from xmc_jax.shipping import artifact, contents, exporting
 from xmc_jax.shipping.predictor import Predictor
 from xmc_jax.shipping.query_encoder import Item
 from xmc_jax.training import build
@@ -36,7 +36,7 @@ def test_an_exported_model_puts_them_before_texts(fields, tmp_path):
     assert "begin with 'query: ', those of labels with 'tools: '" in (out / "README.md").read_text()
 
     # a folder that an earlier version exported has none
-    path = out / artifact.MANIFEST
+    path = out / contents.MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["model"]["document_prompt"], manifest["model"]["label_prompt"]
     path.write_text(json.dumps(manifest))

@@ -29,7 +29,7 @@ from xmc_jax.files import paths
 from xmc_jax.files.digests import sha256
 from xmc_jax.files.text_files import TextFile
 from xmc_jax.runtime.wording import counted
-from xmc_jax.shipping.artifact import ModelInput
+from xmc_jax.shipping.contents import ModelInput
 from xmc_jax.shipping.labels import Label
 from xmc_jax.shipping.predictor import Query
 

@@ -18,7 +18,7 @@ from xmc_jax.files.digests import sha256
 from xmc_jax.models import hf, hf_export
 from xmc_jax.retrieval import scann
 from xmc_jax.runtime import sharding
-from xmc_jax.shipping import artifact, cards, packed_thumbnails, replacing
+from xmc_jax.shipping import cards, contents, packed_thumbnails, replacing
 from xmc_jax.training import build
 from xmc_jax.training.run import Run
 from xmc_jax.training.state import TrainState
@@ -71,7 +71,7 @@ def whole(
             would be lost.
     """
     target = epath.Path(workdir) / "export"
-    with replacing.replaced(target, artifact.MANIFEST, overwrite) as folder:
+    with replacing.replaced(target, contents.MANIFEST, overwrite) as folder:
         _encoder(folder, run, state)
         _fill(folder, run, step, state)
     return target
@@ -165,17 +165,17 @@ def _fill(folder: pathlib.Path, run: Run, step: int, state: TrainState) -> None:
     for name, text in texts_for_people.items():
         (folder / name).write_text(text, encoding="utf-8")
     content["cards"] = {name: sha256(folder / name) for name in texts_for_people}
-    artifact.write_manifest(folder, content)
+    contents.write_manifest(folder, content)
 
 
-def _model(folder: pathlib.Path, run: Run) -> artifact.ModelInput:
+def _model(folder: pathlib.Path, run: Run) -> contents.ModelInput:
     images = None
     if run.data.images is not None:
         manifest = run.data.images.manifest
         made_by, source = manifest["encoder"], manifest["source"]
         processing = source.get("processing", {})
         asked = run.config.data.images
-        images = artifact.ImageInput(
+        images = contents.ImageInput(
             encoder=made_by["name"],
             revision=made_by["revision"],
             digest=made_by["digest"],
@@ -192,8 +192,8 @@ def _model(folder: pathlib.Path, run: Run) -> artifact.ModelInput:
             images = dataclasses.replace(images, folder=_carry(folder, images))
         images = dataclasses.replace(images, encoder=cards.public(images.encoder))
     model, layout = run.model, run.layout
-    return artifact.ModelInput(
-        digest=artifact.digest_of_model(
+    return contents.ModelInput(
+        digest=contents.digest_of_model(
             {
                 path.relative_to(folder).as_posix(): sha256(path)
                 for path in folder.rglob("*")
@@ -215,7 +215,7 @@ def _model(folder: pathlib.Path, run: Run) -> artifact.ModelInput:
     )
 
 
-def _carry(folder: pathlib.Path, images: artifact.ImageInput) -> str | None:
+def _carry(folder: pathlib.Path, images: contents.ImageInput) -> str | None:
     """Copies the image encoder; a descriptor has no files."""
     from xmc_jax.images import descriptor
 
@@ -323,8 +323,8 @@ def _thumbnails(folder: pathlib.Path, run: Run) -> dict[str, Any] | None:
     return section
 
 
-def _part(folder: str, count: int, model: artifact.ModelInput) -> dict[str, Any]:
-    return dataclasses.asdict(artifact.Part(folder, count, model.digest))
+def _part(folder: str, count: int, model: contents.ModelInput) -> dict[str, Any]:
+    return dataclasses.asdict(contents.Part(folder, count, model.digest))
 
 
 def _versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from xmc_jax.files import array_files, atomic, json_files, locks
 from xmc_jax.models import dual, hf_weights
 from xmc_jax.retrieval import new_labels, scann
 from xmc_jax.runtime import rng
-from xmc_jax.shipping import artifact
+from xmc_jax.shipping import artifact, contents
 from xmc_jax.shipping.artifact import Artifact, Documents, Prototypes
 from xmc_jax.shipping.query_encoder import Item, QueryEncoder
 
@@ -126,7 +126,7 @@ def change(folder, changes: LabelChanges, config: NewLabelsConfig, out=None) -> 
     if out is None:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected an exported model, found no folder")
-        with artifact.locked(folder):
+        with contents.locked(folder):
             opened = artifact.open(folder)
             return _change(folder, opened, changes, _check(opened, changes), config)
     out = pathlib.Path(out)
@@ -152,14 +152,14 @@ def _change(
     """Writes new parts beside the old ones, then the manifest; then the old parts go."""
     try:
         changed, content, note = _write_parts(folder, opened, changes, rows, config)
-        for name in artifact.folders(content) - artifact.folders(opened.manifest):
+        for name in contents.folders(content) - contents.folders(opened.manifest):
             atomic.tree_to_disk(folder / name)
         atomic.folder_to_disk(folder)
         # The model card is on the disk before, and gets its name when the labels have changed.
         with atomic.replaced(folder / _CARD) as card:
             card.write(note)
             atomic.to_disk(card)
-            artifact.write_manifest(folder, content)
+            contents.write_manifest(folder, content)
     finally:
         _remove_unused(folder)
     return changed
@@ -253,7 +253,7 @@ def _setting(opened: Artifact, section: str, name: str, kind: type) -> Any:
     found = fields.get(name) if isinstance(fields, dict) else None
     if type(found) is not kind:
         raise ValueError(
-            f"{opened.folder / artifact.MANIFEST}: config: {section}.{name}: expected "
+            f"{opened.folder / contents.MANIFEST}: config: {section}.{name}: expected "
             f"{kind.__name__}, found {found!r:.60}"
         )
     return found
@@ -358,15 +358,12 @@ def _index(
         )
         return None, None
     before = opened.manifest["index"]
-    settings = _setting(opened, "eval", "scann", dict)
-    config = artifact.parse(ScannConfig, settings, f"{opened.folder}: eval.scann")
+    try:
+        config = ScannConfig(**_setting(opened, "eval", "scann", dict))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{opened.folder}: eval.scann: {error}") from error
     some = embeddings if opened.documents is None else opened.documents.embeddings
     some = np.asarray(some[:: -(-len(some) // _QUERIES)], np.float32)
-    if type(before.get("k")) is not int or before["k"] < 1:
-        raise ValueError(
-            f"{opened.folder / artifact.MANIFEST}: index: k: expected a number of at least 1, "
-            f"found {before.get('k')!r:.60}"
-        )
     k = min(before["k"], len(embeddings))
     index, measured = scann.build_measured(embeddings, config, some, k)
     section = _section({"index": before}, "index", number, len(embeddings))
@@ -425,9 +422,9 @@ def _next_number(folder: pathlib.Path) -> int:
 
 def _remove_unused(folder: pathlib.Path) -> None:
     """Removes the parts that artifact.json does not name: replaced ones, or unfinished ones."""
-    used = artifact.folders(json_files.read(folder / artifact.MANIFEST))
+    used = contents.folders(json_files.read(folder / contents.MANIFEST))
     for path in folder.iterdir():
-        is_part = path.name.partition("-")[0] in artifact.PARTS and path.is_dir()
+        is_part = path.name.partition("-")[0] in contents.PARTS and path.is_dir()
         if is_part and path.name not in used:
             shutil.rmtree(path)
 
@@ -448,7 +445,11 @@ def _noted(card: pathlib.Path, content: dict[str, Any], entry: Mapping[str, Any]
 def _copy(opened: Artifact, out: pathlib.Path) -> None:
     """Copies an artifact with all that people put into it."""
     recorded = opened.manifest["files"]
-    for name in [*recorded, artifact.MANIFEST, *artifact.others(opened.folder, opened.manifest)]:
+    for name in [
+        *recorded,
+        contents.MANIFEST,
+        *contents.others(opened.folder, opened.manifest),
+    ]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         take = _link if name in recorded else shutil.copy2
         take(opened.folder / name, out / name)

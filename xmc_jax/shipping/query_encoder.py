@@ -8,11 +8,7 @@ blocks of one size are asked for, in which each item has a row of its own.
 
 import dataclasses
 import functools
-import os
-import pathlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -28,13 +24,13 @@ from xmc_jax.data.types import Inputs, Rows
 from xmc_jax.files import json_files
 from xmc_jax.models import dual, hf, hf_weights
 from xmc_jax.runtime import sharding
-from xmc_jax.shipping.artifact import Artifact, ImageInput
+from xmc_jax.shipping.artifact import Artifact
+from xmc_jax.shipping.picture_vectors import PictureVectors
 
 ROWS = (1, 8, 64, 256)
 """Sizes of blocks; the last is the most items of one call."""
 _HALVES = 3  # lengths of a row for one item: the longest, a half and a quarter of it
-_IMAGES = 8  # encoded at a time
-_AT_A_TIME = 4096  # items that are tokenised, and whose pictures' vectors are held
+_AT_A_TIME = 4096  # items that are tokenised, with the vectors of their pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,8 +316,8 @@ class QueryEncoder:
         return inputs.replace(images=vectors, image_count=counts), cut
 
     @functools.cached_property
-    def _pictures(self) -> "_Pictures":
-        return _Pictures(self.artifact.folder, self._input.images)
+    def _pictures(self) -> PictureVectors:
+        return PictureVectors(self.artifact.folder, self._input.images)
 
     def _load(self, source: hf.ModelSource, sizes: Any) -> Any:
         boxed = jax.eval_shape(lambda: dual.init_params(self._model, 0))
@@ -365,116 +361,3 @@ def _problem_of(item: Item, with_images: bool) -> str | None:
         if not isinstance(image, (bytes, np.ndarray)):
             return f"picture {number}: expected the bytes of an image file, got {image!r:.60}"
     return None
-
-
-class _Pictures:
-    """Bytes of image files to frozen vectors, by the encoder that training had."""
-
-    def __init__(self, folder: pathlib.Path, asked: ImageInput):
-        self._folder, self._asked = folder, asked
-        self._lock = threading.Lock()
-
-    def encode(
-        self, images: Sequence[Sequence[bytes | np.ndarray]], problems: dict[int, str]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """f16[n, K, E] and i32[n]; needs the encoder only where there are pictures."""
-        limit = self._asked.per_item
-        counts = np.array([min(len(of_item), limit) for of_item in images], np.int32)
-        vectors = np.zeros((len(images), limit, self._asked.width), np.float16)
-        places = [(i, k) for i, count in enumerate(counts.tolist()) for k in range(count)]
-        if not places:
-            return vectors, counts
-        encoder = self._loaded()
-        parts = [places[i : i + self._size] for i in range(0, len(places), self._size)]
-        for part, prepared in zip(parts, self._prepared(images, parts)):
-            whole = []
-            for (i, k), found in zip(part, prepared):
-                if isinstance(found, str):
-                    problems.setdefault(i, f"picture {k}: {found}")
-                else:
-                    whole.append((i, k, found))
-            if whole:
-                rows = jax.device_get(encoder.embed([found for *_, found in whole]))
-                for (i, k, _), row in zip(whole, np.asarray(rows)):
-                    vectors[i, k] = row.astype(np.float16)  # as image folders hold them
-        return vectors, counts
-
-    def _prepared(
-        self,
-        images: Sequence[Sequence[bytes | np.ndarray]],
-        parts: list[list[tuple[int, int]]],
-    ) -> Iterator[list[np.ndarray | str]]:
-        """What the encoder takes of each part, or what is wrong; the next part is under way."""
-        under_way: list[list[Future]] = []
-        for part in parts:
-            files = [images[i][k] for i, k in part]
-            under_way.append([self._threads.submit(self._prepare, x) for x in files])
-            if len(under_way) > 1:
-                yield [future.result() for future in under_way.pop(0)]
-        for futures in under_way:
-            yield [future.result() for future in futures]
-
-    def _prepare(self, image: bytes | np.ndarray) -> np.ndarray | str:
-        if isinstance(image, np.ndarray):
-            return image
-        try:
-            return self.prepare(image)
-        except ValueError as error:
-            return str(error)
-
-    def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
-        """See `QueryEncoder.prepare`."""
-        encoder = self._loaded()
-        from xmc_jax.images import decoding
-
-        return encoder.prepare(
-            decoding.decode(image, limits or decoding.Limits(), self._asked.alpha)
-        )
-
-    def warm_up(self) -> None:
-        """See `QueryEncoder.warm_up_pictures`."""
-        encoder = self._loaded()
-        from xmc_jax.images import decoding
-
-        jax.block_until_ready(encoder.embed([encoder.prepare(decoding.white(8))]))
-
-    @functools.cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(os.cpu_count())
-
-    def _loaded(self) -> Any:
-        with self._lock:  # several threads may prepare
-            return self._encoder
-
-    @property
-    def _size(self) -> int:
-        return _IMAGES * jax.local_device_count()
-
-    @functools.cached_property
-    def _encoder(self) -> Any:
-        asked = self._asked
-        name = asked.encoder if asked.folder is None else str(self._folder / asked.folder)
-        try:
-            from xmc_jax.images import descriptor, encoders
-
-            bare = asked.folder is not None or name == descriptor.NAME  # without revisions
-            found = encoders.build(
-                name,
-                self._size,
-                None if bare else asked.revision,
-                layout=asked.layout,
-                dtype=asked.dtype,
-            )
-        except (ImportError, ValueError) as error:
-            raise ValueError(
-                f"{self._folder}: pictures need the image encoder {asked.encoder}"
-                f"{f' at {asked.revision}' if asked.revision else ''}, which cannot be had here "
-                f"({str(error).splitlines()[0]}); export with --config.export.vision=carried, "
-                'install ".[vision]", or leave the pictures out'
-            ) from error
-        if found.identity["digest"] != asked.digest:
-            raise ValueError(
-                f"{name}: expected the image encoder of training (sha256 {asked.digest[:12]}), "
-                f"found another (sha256 {found.identity['digest'][:12]}); set its revision"
-            )
-        return found

@@ -11,7 +11,7 @@ from etils import epath
 
 from xmc_jax.files import atomic, json_files, locks, manifests
 from xmc_jax.files.digests import sha256
-from xmc_jax.shipping import artifact, cards
+from xmc_jax.shipping import cards, contents
 
 RECORD = "export.json"
 """Digests of the files of an exported folder that is no artifact."""
@@ -42,7 +42,7 @@ def replaced(target: epath.Path, marker: str, overwrite: bool) -> Iterator[pathl
             stack.enter_context(locks.locked(lock, str(target), remove=True))
             atomic.recover_folder(local)
             if local.is_dir():
-                stack.enter_context(artifact.locked(local))
+                stack.enter_context(contents.locked(local))
         _check(target, overwrite)
         with atomic.replaced_folder(target, marker) as folder:
             yield folder
@@ -73,20 +73,20 @@ def _check(target: epath.Path, overwrite: bool) -> None:
 
 def _losses(folder: epath.Path) -> list[str]:
     """What would be lost with a folder, in words; nothing of what can be exported again."""
-    if (folder / artifact.MANIFEST).exists():
-        name = artifact.MANIFEST
+    if (folder / contents.MANIFEST).exists():
+        name = contents.MANIFEST
     elif (folder / RECORD).exists():
         name = RECORD
     else:
-        names = artifact.settled(manifests.names(folder))
+        names = contents.settled(manifests.names(folder))
         return [f"no exported folder but {_listed(names)}"] if names else []
     try:
         content = json_files.read(folder / name)
-        if name == artifact.MANIFEST:
-            names, written = artifact.others(folder, content), content.get("cards")
+        if name == contents.MANIFEST:
+            names, written = contents.others(folder, content), content.get("cards")
             return _changed_labels(content) + _changed_files(folder, names, written)
         written = {name: facts["sha256"] for name, facts in content["files"].items()}
-        names = [one for one in artifact.settled(manifests.names(folder)) if one != RECORD]
+        names = [one for one in contents.settled(manifests.names(folder)) if one != RECORD]
         return _changed_files(folder, names, written)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{name} that cannot be read ({error!r:.80})"]

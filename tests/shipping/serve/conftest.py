@@ -9,7 +9,7 @@ import pytest
 from served import CONFIG, Served, read, write
 
 from xmc_jax.models import hf_export
-from xmc_jax.shipping import artifact
+from xmc_jax.shipping import contents
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def pictured(backbone, tmp_path_factory) -> pathlib.Path:
     noise = np.random.default_rng(0).standard_normal((made_by.width, 32)).astype(np.float32)
     projection = {"kernel": 3 * noise / made_by.width**0.5, "bias": np.zeros(32, np.float32)}
     hf_export.projection(folder, projection, made_by.identity)
-    images = artifact.ImageInput(
+    images = contents.ImageInput(
         encoder="hog-colour",
         revision=made_by.identity["revision"],
         digest=made_by.identity["digest"],
