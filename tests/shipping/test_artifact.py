@@ -127,22 +127,22 @@ def cut(path: pathlib.Path) -> None:
         ),
         (lambda f: (f / "artifact.json").write_text("[" * 10**5), "found a damaged file"),
         (lambda f: change(f, lambda m: m.update(format=2)), "expected format 1, found 2; export"),
-        (lambda f: change(f, lambda m: m.update(name=3)), "name: expected str, found 3"),
-        (lambda f: change(f, lambda m: m.update(files=[])), "files: expected names with bytes"),
-        (lambda f: change(f, lambda m: m.pop("labels")), "labels: expected an object, found None"),
+        (lambda f: change(f, lambda m: m.update(name=3)), "name: expected a valid string, found 3"),
+        (lambda f: change(f, lambda m: m.update(files=[])), "files: expected an object, found"),
+        (lambda f: change(f, lambda m: m.pop("labels")), "labels: expected a value, found none"),
         (
             lambda f: change(f, lambda m: m["model"].update(pooling="sum")),
-            "model: pooling: expected one of",
+            "model: pooling: expected 'mean'",
         ),
         (lambda f: change(f, lambda m: m["model"].pop("text")), "model: text: expected a value"),
         (lambda f: change(f, lambda m: m["model"].update(new=1)), "model: new: no such field"),
         (
             lambda f: change(f, lambda m: m["model"].update(width="32")),
-            "model: width: expected int, found '32'",
+            "model: width: expected a valid integer, found '32'",
         ),
         (
             lambda f: change(f, lambda m: m["ranking"].update(temperature=0)),
-            "ranking: eval.augmented.temperature: expected more than 0",
+            "ranking: temperature: expected greater than 0, found 0",
         ),
         # Names that lead out of the folder.
         (
