@@ -15,6 +15,7 @@ Where numbers come from:
 """
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,27 +28,13 @@ from xmc_jax.config.declare import options
 DEFAULT = "minilm_l6/debian_3k"
 
 
-def _lr(backbone: float, rest: float) -> tuple[tuple[str, float], ...]:
-    """Peak learning rates by parameter path; the first pattern that matches counts.
-
-    That of the projection goes where there are no images.
-    """
-    groups = ("combiner/.*", "free_vectors", "projection/.*")
-    return (("backbone/.*", backbone), *((group, rest) for group in groups))
+BASE = dataclasses.asdict(RunConfig())
 
 
-def _defaults(kind: type = RunConfig) -> dict[str, Any]:
-    """The defaults of a section; a field that may be None takes values of its type from flags."""
-    values: dict[str, Any] = {}
-    for option in options(kind):
-        values[option.name] = _defaults(option.section) if option.section else option.default
-        if option.optional and option.default is None:
-            value_type = option.kind if option.kind in (int, float) else str
-            values[option.name] = config_dict.placeholder(value_type)
-    return values
+def _lr(backbone: float) -> tuple[tuple[str, float], ...]:
+    """Peak learning rates; `_groups` drops the projection's if there are no images."""
+    return (("backbone/.*", backbone), *BASE["optimizer"]["lr"][1:])
 
-
-BASE = _defaults()
 
 _AMAZON = {"encoder": {"compute_dtype": "bfloat16"}}  # Departs: the reference has fp16 autocast
 
@@ -91,24 +78,17 @@ DATASETS = {
 
 AMAZON = [name for name, override in DATASETS.items() if "encoder" in override]
 
+
+def _encoder(name: str, lr: float) -> dict:
+    return {"encoder": {"backbone": name}, "optimizer": {"lr": _lr(lr)}}
+
+
 # Checkpoints and learning rates: [V] Table 9; rate of all other parameters: [V] supp. A.
 ENCODERS = {
-    "minilm_l3": {
-        "encoder": {"backbone": "sentence-transformers/paraphrase-MiniLM-L3-v2"},
-        "optimizer": {"lr": _lr(5e-4, 5e-4)},
-    },
-    "minilm_l6": {  # [ours]: not in the paper; the rate is MiniLM-L3's
-        "encoder": {"backbone": "minilm-l6-packaged"},
-        "optimizer": {"lr": _lr(5e-4, 5e-4)},
-    },
-    "distilbert": {
-        "encoder": {"backbone": "sentence-transformers/msmarco-distilbert-base-v4"},
-        "optimizer": {"lr": _lr(2e-4, 5e-4)},
-    },
-    "bert": {
-        "encoder": {"backbone": "intfloat/e5-base-v2"},
-        "optimizer": {"lr": _lr(1e-4, 5e-4)},
-    },
+    "minilm_l3": _encoder("sentence-transformers/paraphrase-MiniLM-L3-v2", 5e-4),
+    "minilm_l6": _encoder("minilm-l6-packaged", 5e-4),  # [ours]: the rate is MiniLM-L3's
+    "distilbert": _encoder("sentence-transformers/msmarco-distilbert-base-v4", 2e-4),
+    "bert": _encoder("intfloat/e5-base-v2", 1e-4),
 }
 
 _LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
@@ -117,12 +97,7 @@ _LORA_ONLY = ((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True))
 def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16, **encoder) -> dict:
     """A decoder LLM with adapters; [V] supp. A and Table 9, and the run script for decoders.
 
-    Args:
-        name: on the hub.
-        suffix: the token that ends a text, as this family calls it.
-        lr: of the adapters.
-        chunks: in which a batch is encoded, so that it fits in 80 GB (docs/models.md); [ours].
-        **encoder: other fields of the encoder.
+    The suffix ends a text; a batch is encoded in so many chunks to fit in 80 GB (docs/models.md).
     """
     return {
         "encoder": {
@@ -141,17 +116,12 @@ def _decoder(name: str, suffix: str, lr: float = 5e-5, chunks: int = 16, **encod
         },
         "prime": {"free_vector_init": "cluster_mean"},  # [script]; [V] is silent
         "optimizer": {
-            "lr": _lr(lr, 5e-4),  # [script]; [V] has 1e-4 for the others than the adapters
+            "lr": _lr(lr),  # [script]; [V] has 1e-4 for the others than the adapters
             "weight_decay": ((".*bias", 0.0), ("free_vectors", 0.0), (".*", 0.01)),
             "trainable": _LORA_ONLY,
             "clip_norm": 1.0,  # reference code
         },
-        "curriculum": {  # [script]
-            "start": 4,
-            "update_every": 2,
-            "cluster_size": 16,
-            "double_at": (8, 12, 16, 20, 24),
-        },
+        "curriculum": {"start": 4, "update_every": 2, "double_at": (8, 12, 16, 20, 24)},  # [script]
         "train": {
             "epochs": 30,  # [V] supp. A
             "n_chunks": chunks,
@@ -184,36 +154,25 @@ _REFERENCE = {
     "prime": {"free_vectors": 2048},
     # The script's own loss collapses on this set within two epochs.
     "loss": {"num_negatives": 200, "weighted": False},
-    "optimizer": {"lr": _lr(2e-4, 5e-4), "warmup_steps": 20},
-    "curriculum": {"start": 2, "update_every": 2, "cluster_size": 16, "double_at": (4, 6, 8)},
+    "optimizer": {"lr": _lr(2e-4), "warmup_steps": 20},
+    "curriculum": {"start": 2, "update_every": 2, "double_at": (4, 6, 8)},
     "train": {"batch_size": 256, "epochs": 12, "eval_every": 4},
 }
 # [ours]: every document against all labels (DEXML's softmax, over prototypes); see README, "The
 # default recipe".
-_DEBIAN = {
-    "data": {"max_length": 24},
+_OURS = {
     "encoder": {"dropout": 0.0},
     "prime": {"combiner": "sum", "free_vector_init": "zero"},
-    "loss": {
-        "kind": "decoupled_softmax",
-        "document_to_label": 0.0,
-        "label_to_document": 0.0,
-        "regularizer": 0.0,
-    },
+    "loss": {"kind": "decoupled_softmax"}
+    | dict.fromkeys(("document_to_label", "label_to_document", "regularizer"), 0.0),
     "optimizer": {
         "lr": (("backbone/.*", 4e-4), ("free_vectors", 5e-3), ("projection/.*", 5e-3)),
         "warmup_steps": 5,
     },
-    "curriculum": {"start": config_dict.placeholder(int)},
+    "curriculum": {"start": None},
     "train": {"batch_size": 256, "epochs": 3, "labels": "all", "eval_every": 0, "log_every": 4},
     "eval": {
-        "augmented": {
-            "labels": 200,
-            "documents": 100,
-            "temperature": 0.05,
-            "label_weight": 0.8,
-            "separate_softmax": True,
-        },
+        "augmented": {"labels": 200, "label_weight": 0.8, "separate_softmax": True},
         "compare_scann": True,
     },
 }
@@ -221,57 +180,40 @@ _DEBIAN = {
 _PACKAGED_L3 = {"encoder": {"backbone": "minilm-l6-packaged", "layers": 3}}
 
 # [ours], not tuned: the same objective, and what the family needs.
-_DEBIAN_DECODER = _DEBIAN | {
-    "data": {"max_length": 32},
+_OURS_DECODER = _OURS | {
     "optimizer": {
         "lr": (("backbone/.*", 1e-4), ("free_vectors", 5e-3), ("projection/.*", 5e-3)),
         "weight_decay": (("free_vectors", 0.0), (".*", 0.01)),
         "warmup_steps": 5,
-    },
+    }
 }
+_DEBIAN = _OURS | {"data": {"max_length": 24}}
+_OUR_SETS = ("debian_3k", "debian_26k", "mm_debian_3k", "synthetic", "own", "mm_own")
 
-# [ours], as _DEBIAN; chosen on data made with another seed.
-_SYNTHETIC = _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 6}}
 
-# [ours], as _DEBIAN, but for texts of any length.
-_OWN_ENCODER = {section: fields for section, fields in _DEBIAN.items() if section != "data"}
-_OWN_DECODER = {section: fields for section, fields in _DEBIAN_DECODER.items() if section != "data"}
+def _long_texts(batch_size: int, lr: float) -> dict:
+    return {"train": {"batch_size": batch_size}, "optimizer": {"lr": _lr(lr)}}
+
 
 # By (family or backbone, dataset); the family's comes first.
 RECIPES = {
     ("encoder", "debian_3k"): _DEBIAN,
     ("encoder", "debian_26k"): _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 2}},
-    ("decoder", "debian_3k"): _DEBIAN_DECODER,
-    ("decoder", "debian_26k"): _DEBIAN_DECODER,
     ("encoder", "mm_debian_3k"): _DEBIAN,
-    ("decoder", "mm_debian_3k"): _DEBIAN_DECODER,
-    ("encoder", "synthetic"): _SYNTHETIC,
-    ("decoder", "synthetic"): _DEBIAN_DECODER,
-    **{("encoder", dataset): _OWN_ENCODER for dataset in ("own", "mm_own")},
-    **{("decoder", dataset): _OWN_DECODER for dataset in ("own", "mm_own")},
+    # Chosen on data made with another seed.
+    ("encoder", "synthetic"): _DEBIAN | {"train": _DEBIAN["train"] | {"epochs": 6}},
+    ("encoder", "own"): _OURS,  # for texts of any length
+    ("encoder", "mm_own"): _OURS,
+    **{("decoder", dataset): _OURS_DECODER for dataset in _OUR_SETS},
     # [V] supp. A: with images; the option text_only has its own
     **{("encoder", dataset): {"train": {"epochs": 150}} for dataset in AMAZON},
     # [V] supp. A
     ("decoder", "amazontitles_1_3m"): {"train": {"epochs": 40}},
-    ("decoder", "amazon_131k"): {
-        "train": {"batch_size": 512},
-        "optimizer": {"lr": _lr(2e-5, 5e-4)},
-    },
-    ("minilm_l3", "debian_3k"): _PACKAGED_L3,
-    ("minilm_l3", "debian_26k"): _PACKAGED_L3,
-    ("minilm_l3", "mm_debian_3k"): _PACKAGED_L3,
-    ("minilm_l3", "synthetic"): _PACKAGED_L3,
-    ("minilm_l3", "own"): _PACKAGED_L3,
-    ("minilm_l3", "mm_own"): _PACKAGED_L3,
+    ("decoder", "amazon_131k"): _long_texts(512, 2e-5),
+    **{("minilm_l3", dataset): _PACKAGED_L3 for dataset in _OUR_SETS},
     # [V] supp. A: what fits in 80 GB at 128 tokens.
-    ("distilbert", "amazon_131k"): {
-        "train": {"batch_size": 1024},
-        "optimizer": {"lr": _lr(1e-4, 5e-4)},
-    },
-    ("bert", "amazon_131k"): {
-        "train": {"batch_size": 512},
-        "optimizer": {"lr": _lr(5e-5, 5e-4)},
-    },
+    ("distilbert", "amazon_131k"): _long_texts(1024, 1e-4),
+    ("bert", "amazon_131k"): _long_texts(512, 5e-5),
 }
 
 
@@ -286,10 +228,9 @@ def _reference(config: Mapping[str, Any]) -> dict:
         raise ValueError("option reference: expected an encoder, as its runs had, got a decoder")
     # Back to BASE first: nothing that our own recipe for the dataset sets may remain.
     sections = ("prime", "loss", "optimizer", "curriculum", "tables", "train", "eval")
-    override = {section: copy.deepcopy(BASE[section]) for section in sections}
+    override = copy.deepcopy({section: BASE[section] for section in sections})
     _merge(override, _REFERENCE)
-    dropout = config_dict.placeholder(float)  # a plain None would take no number from a flag
-    return override | {"data": {"max_length": 16}, "encoder": {"dropout": dropout}}
+    return override | {"data": {"max_length": 16}, "encoder": {"dropout": None}}
 
 
 def _ngame(config: Mapping[str, Any]) -> dict:
@@ -307,14 +248,9 @@ def _ngame(config: Mapping[str, Any]) -> dict:
 def _full(config: Mapping[str, Any]) -> dict:
     if not config["encoder"]["lora"]["rank"]:
         raise ValueError("option full: expected a decoder; encoders are trained whole without it")
-    decays = config["optimizer"]["weight_decay"]
-    return {
-        "encoder": {"lora": {"rank": 0}},
-        "optimizer": {
-            "trainable": ((".*", True),),
-            "weight_decay": (("backbone/.*norm.*", 0.0), *decays),
-        },
-    }
+    decays = (("backbone/.*norm.*", 0.0), *config["optimizer"]["weight_decay"])
+    optimizer = {"trainable": ((".*", True),), "weight_decay": decays}
+    return {"encoder": {"lora": {"rank": 0}}, "optimizer": optimizer}
 
 
 def _images(config: Mapping[str, Any], name: str, /, **fields) -> dict:
@@ -328,12 +264,11 @@ def _images(config: Mapping[str, Any], name: str, /, **fields) -> dict:
 
 
 def _text_only(config: Mapping[str, Any]) -> dict:
+    published = {DATASETS[name]["data"]["dataset"] for name in AMAZON}
     encoder = not config["encoder"]["lora"]["rank"]
-    published = any(
-        DATASETS[name]["data"]["dataset"] == config["data"]["dataset"] for name in AMAZON
-    )
-    epochs = {"epochs": BASE["train"]["epochs"]} if encoder and published else {}
-    return {"data": {"images": {"name": config_dict.placeholder(str)}}, "train": epochs}
+    longer = encoder and config["data"]["dataset"] in published
+    epochs = {"epochs": BASE["train"]["epochs"]} if longer else {}
+    return {"data": {"images": {"name": None}}, "train": epochs}
 
 
 def _compare(config: Mapping[str, Any]) -> dict:
@@ -354,8 +289,7 @@ def _image_text(config: Mapping[str, Any]) -> dict:
 
 
 def _has_images(config: Mapping[str, Any]) -> bool:
-    name = config["data"]["images"]["name"]
-    return (name.get() if isinstance(name, config_dict.FieldReference) else name) is not None
+    return config["data"]["images"]["name"] is not None
 
 
 def _groups(config: Mapping[str, Any]) -> dict:
@@ -371,19 +305,9 @@ def _groups(config: Mapping[str, Any]) -> dict:
 
 
 def _no_prompt(config: Mapping[str, Any], *names: str) -> dict:
-    if not any(isinstance(text := config["fusion"][name], str) and text for name in names):
+    if not any(config["fusion"][name] for name in names):
         raise ValueError(f"option no_{names[0]}: expected a decoder that has one, got none")
     return {"fusion": dict.fromkeys(names, "")}
-
-
-def _images_5(config: Mapping[str, Any]) -> dict:
-    name = config["data"]["images"]["name"]  # of a folder of its own: others hold three of each
-    return _images(config, "images_5", name=f"{name}-5", per_item=5)
-
-
-def _ema(config: Mapping[str, Any]) -> dict:
-    # Only the centroids of sampled labels move.
-    return {"tables": {"centroids": "ema"}, "train": {"labels": "sampled"}}
 
 
 # An option overrides fields; it is given the config made so far.
@@ -392,7 +316,9 @@ OPTIONS: dict[str, Callable[[Mapping[str, Any]], dict]] = {
     "compare": _compare,  # train on text alone first, and show both side by side
     "images_1": lambda config: _images(config, "images_1", per_item=1),  # [V] Table 10
     "images_2": lambda config: _images(config, "images_2", per_item=2),
-    "images_5": _images_5,
+    "images_5": lambda config: _images(  # in another folder: the usual one has three of each
+        config, "images_5", name=f"{config['data']['images']['name']}-5", per_item=5
+    ),
     "vit": lambda config: _images(  # [V] Tables 4, 9: MUFIN's image encoder
         config, "vit", name="vit", encoder="google/vit-base-patch16-224-in21k"
     ),
@@ -406,7 +332,8 @@ OPTIONS: dict[str, Callable[[Mapping[str, Any]], dict]] = {
     "margin": lambda config: {"loss": {"kind": "margin"}},
     "decoupled_softmax": lambda config: {"loss": {"kind": "decoupled_softmax"}},
     "exact": lambda config: {"tables": {"centroids": "exact"}},
-    "ema": _ema,  # over sampled labels
+    # Only the centroids of sampled labels move.
+    "ema": lambda config: {"tables": {"centroids": "ema"}, "train": {"labels": "sampled"}},
     "scann": lambda config: {"eval": {"index": "scann"}},
 }
 
@@ -469,7 +396,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if "/" not in head:
         _expect(variant, "name or backbone/dataset", head, [*NAMES, *_pairs()])
         head, named = NAMES.get(head, (head, {}))
-    head, *own = head.split(",")
+    head, *named_options = head.split(",")
     backbone, _, dataset = head.partition("/")
     _expect(variant, "backbone", backbone, BACKBONES)
     _expect(variant, "dataset", dataset, DATASETS)
@@ -482,12 +409,26 @@ def get_config(variant: str = "") -> ConfigDict:
         named,
     ):
         _merge(config, override)
-    for option in sorted((*own, *options), key="compare".__eq__):  # what it compares comes first
+    # The option compare comes last: it compares with all others applied.
+    for option in sorted((*named_options, *options), key="compare".__eq__):
         _expect(variant, "option", option, OPTIONS)
         _merge(config, OPTIONS[option](config))
     _merge(config, _groups(config))
     config["name"] = (variant or DEFAULT).replace("/", "-").replace(",", "-")
-    return ConfigDict(config).lock()
+    return ConfigDict(_settable(config, RunConfig)).lock()
+
+
+def _settable(config: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The same with placeholders for None, which take values of the field's type from flags."""
+    values = dict(config)
+    for option in options(kind):
+        name = option.name
+        if option.section:
+            values[name] = _settable(config[name], option.section)
+        elif option.optional and config[name] is None:
+            value_type = option.kind if option.kind in (int, float) else str
+            values[name] = config_dict.placeholder(value_type)
+    return values
 
 
 def _pairs() -> list[str]:
@@ -505,4 +446,4 @@ def _merge(config: dict, override: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and key != "baseline":
             _merge(config[key], value)
         else:
-            config[key] = copy.deepcopy(value)  # a placeholder holds the value set by a flag
+            config[key] = copy.deepcopy(value)

@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("--workdir: expected a folder, got none")
     config = _config()
     workdir = _WORKDIR.value or ("" if config is None else f"runs/{config.name}")
-    asked = modes.Invocation(
+    invocation = modes.Invocation(
         config=config,
         workdir=epath.Path(workdir),
         step=_STEP.value,
@@ -178,9 +178,9 @@ def main(argv: list[str]) -> int:
         serve=_SERVE(),
         profile=_profile(),
     )
-    distributed.agree("--mode", [_MODE.value, str(asked.workdir), asked.step])
+    distributed.agree("--mode", [_MODE.value, str(invocation.workdir), invocation.step])
     distributed.agree("config", config and dataclasses.asdict(config))
-    return modes.run(_MODE.value, asked)
+    return modes.run(_MODE.value, invocation)
 
 
 def _config() -> RunConfig | None:
@@ -283,10 +283,10 @@ def _explain(argv: list[str], error: Exception) -> str:
         return lines[-1].partition(": ")[2]
     said = " ".join(" ".join(lines).split())
     if file and not os.path.isfile(file[1]):
-        found = "a folder" if os.path.isdir(file[1]) else "none"
+        there = "a folder" if os.path.isdir(file[1]) else "none"
         return (
             f"--config={file[1]}: expected a config file, such as configs/vixml.py of a checkout, "
-            f"found {found}"
+            f"found {there}"
         )
     if file and isinstance(error, SyntaxError):
         return f"--config={file[1]}: expected a config file in Python, found: {said}"
@@ -335,8 +335,8 @@ def _cluster() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     """What a program depends on: processes with other versions may not fit together."""
     packages = ("flax", "jax", "jaxlib", "ml_dtypes", "numpy", "optax", "orbax-checkpoint")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return found | {"python": platform.python_version()}
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return versions | {"python": platform.python_version()}
 
 
 class _Numbered(logging.PythonFormatter):
@@ -373,14 +373,14 @@ def _follows_failed_write(error: BaseException | None, trace: types.TracebackTyp
     return isinstance(error, OSError) and any("tensorboardX" in x.filename for x in frames)
 
 
-def _show_unraisable(found: Any) -> None:
-    if not _follows_failed_write(found.exc_value, found.exc_traceback):
-        sys.__unraisablehook__(found)
+def _show_unraisable(unraisable: Any) -> None:
+    if not _follows_failed_write(unraisable.exc_value, unraisable.exc_traceback):
+        sys.__unraisablehook__(unraisable)
 
 
-def _show_of_thread(found: Any) -> None:
-    if not _follows_failed_write(found.exc_value, found.exc_traceback):
-        threading.__excepthook__(found)
+def _show_of_thread(thread_error: Any) -> None:
+    if not _follows_failed_write(thread_error.exc_value, thread_error.exc_traceback):
+        threading.__excepthook__(thread_error)
 
 
 def _main(argv: list[str]) -> None:

@@ -67,12 +67,12 @@ class Invocation:
     profile: tuple[int, int] | None = None
 
 
-def run(mode: str, asked: Invocation) -> int:
+def run(mode: str, invocation: Invocation) -> int:
     """Does what a mode is for, and prints what there is to say.
 
     Args:
         mode: see `xmc_jax.main`.
-        asked: see `Invocation`.
+        invocation: see `Invocation`.
 
     Returns:
         The exit code.
@@ -80,8 +80,8 @@ def run(mode: str, asked: Invocation) -> int:
     Raises:
         ValueError: one line on what is wrong.
     """
-    if asked.config is not None and mode not in ("predict", "labels", "serve"):
-        asked = _filled(asked)  # other modes need an exported model and no backbone
+    if invocation.config is not None and mode not in ("predict", "labels", "serve"):
+        invocation = _filled(invocation)  # other modes need an exported model and no backbone
     if mode in ("export", "predict", "labels", "serve") and jax.process_count() > 1:
         raise ValueError(
             f"--mode={mode}: expected one process, got {jax.process_count()}; one reads the "
@@ -98,20 +98,20 @@ def run(mode: str, asked: Invocation) -> int:
         "serve": _serve,
     }
     if mode in whole:
-        return whole[mode](asked)
+        return whole[mode](invocation)
     of_checkpoint = {
         "evaluate": _evaluate,
         "embed": _embed,
         "index": _index,
         "export": _export,
     }
-    of_checkpoint[mode](asked, *_restored(asked))
+    of_checkpoint[mode](invocation, *_restored(invocation))
     return 0
 
 
-def _filled(asked: Invocation) -> Invocation:
+def _filled(invocation: Invocation) -> Invocation:
     """The same with the fields that the config leaves to the backbone's folder; they are logged."""
-    config, recipe = asked.config, asked.recipe
+    config, recipe = invocation.config, invocation.recipe
     said = distributed.first_then_others("backbone", lambda: build.modules(config))
     if distributed.is_first():
         for line in build.differences(config, said):
@@ -122,19 +122,19 @@ def _filled(asked: Invocation) -> Invocation:
         if left and recipe is not None and getattr(getattr(recipe, section), name) is None:
             value = getattr(getattr(whole, section), name)  # no flag changed it
             recipe = recipe.replace(**{section: {name: value}})
-    return dataclasses.replace(asked, config=whole, recipe=recipe)
+    return dataclasses.replace(invocation, config=whole, recipe=recipe)
 
 
-def _plan(asked: Invocation) -> int:
+def _plan(invocation: Invocation) -> int:
     """Prints what a run needs on a topology; fails if there is not enough."""
-    text, fits = summary.make(asked.config, asked.topology)
+    text, fits = summary.make(invocation.config, invocation.topology)
     print(text)
     return 0 if fits else _FAILED
 
 
-def _prepare(asked: Invocation) -> int:
+def _prepare(invocation: Invocation) -> int:
     """Prints what is in the folders; of known datasets the shares of items with images must fit."""
-    data = build.data(asked.config)
+    data = build.data(invocation.config)
     print(prepare.report(data.folder))
     if data.images is not None:
         print(image_vectors.report(data.images.folder))
@@ -142,13 +142,13 @@ def _prepare(asked: Invocation) -> int:
     return 0
 
 
-def _train(asked: Invocation) -> int:
+def _train(invocation: Invocation) -> int:
     """Trains, the baseline of the config first if it has one; reports them side by side."""
-    workdir = asked.workdir
+    workdir = invocation.workdir
     rows: dict[str, Any] = {}
-    runs = [("", workdir, asked.config, asked.recipe)]
-    if asked.config.baseline:
-        name, configs = asked.config.baseline["name"], (asked.config, asked.recipe)
+    runs = [("", workdir, invocation.config, invocation.recipe)]
+    if invocation.config.baseline:
+        name, configs = invocation.config.baseline["name"], (invocation.config, invocation.recipe)
         runs.insert(0, (name, workdir / "baseline", *(one and one.compared() for one in configs)))
     with contextlib.ExitStack() as stack:
         for _, folder, _, _ in reversed(runs):
@@ -157,12 +157,12 @@ def _train(asked: Invocation) -> int:
             run = _begun(config, folder)
             logging.info("%s: %s", folder, name or config.name)
             try:
-                trained = loop.train(run, folder, asked.profile)
+                trained = loop.train(run, folder, invocation.profile)
             except loop.Interrupted as interrupted:
                 return _interrupted(interrupted)
             logging.info("%s: %s", folder, metrics_log.format_seconds(trained.seconds))
             zero_shot = {"zero-shot": trained.zero_shot} if trained.zero_shot else {}
-            found = _write(folder, trained.step, zero_shot, trained.evaluation)
+            table = _write(folder, trained.step, zero_shot, trained.evaluation)
             if distributed.is_first():
                 workdir_contents.write_facts(folder, trained.seconds)
                 page.write(
@@ -173,30 +173,30 @@ def _train(asked: Invocation) -> int:
                     pictures=build.pictures(config),
                 )
             if folder == workdir:  # printed last: standard output may be closed by now
-                _show(folder, trained.step, found, trained.evaluation, run.data, rows)
-            rows |= {f"{name}: {row}": metrics for row, metrics in found.items()}
+                _show(folder, trained.step, table, trained.evaluation, run.data, rows)
+            rows |= {f"{name}: {row}": metrics for row, metrics in table.items()}
     return 0
 
 
-def _report(asked: Invocation) -> int:
+def _report(invocation: Invocation) -> int:
     """Writes report.html again, from what the workdir holds."""
-    workdirs.read_config(asked.workdir)  # an absent run is answered before anything is loaded
-    data = build.data(asked.config)
+    workdirs.read_config(invocation.workdir)  # an absent run is answered before anything is loaded
+    data = build.data(invocation.config)
     if distributed.is_first():
-        pictures = build.pictures(asked.config)
-        recipe = asked.recipe and dataclasses.asdict(asked.recipe)
-        path = page.write(asked.workdir, data, recipe=recipe, pictures=pictures)
+        pictures = build.pictures(invocation.config)
+        recipe = invocation.recipe and dataclasses.asdict(invocation.recipe)
+        path = page.write(invocation.workdir, data, recipe=recipe, pictures=pictures)
         print(f"wrote {path}")
     return 0
 
 
-def _tune(asked: Invocation) -> int:
+def _tune(invocation: Invocation) -> int:
     """Chooses weights on validation documents; trains a run without these if there is none.
 
     The run of the workdir itself is without them if the data name them, or if its config holds some
     out; otherwise another run is trained in `tune`, without the documents drawn for it.
     """
-    config, folder = asked.config, asked.workdir
+    config, folder = invocation.config, invocation.workdir
     # The choice starts from the config's own settings.
     augmented = dataclasses.replace(config.eval.augmented, weights="config")
     held_out = config.replace(eval={"augmented": augmented, "compare_scann": False})
@@ -212,10 +212,10 @@ def _tune(asked: Invocation) -> int:
             except loop.Interrupted as interrupted:
                 return _interrupted(interrupted)
             logging.info("%s: %s", folder, metrics_log.format_seconds(trained.seconds))
-        step, state = loop.restore(run, folder, asked.step)
+        step, state = loop.restore(run, folder, invocation.step)
         choice = run.tune(state)
     if choice is not None:
-        path = tuned.write(asked.workdir, choice, config, run.data)
+        path = tuned.write(invocation.workdir, choice, config, run.data)
         print(f"{tuning.report(choice, config.tune)}\n\nstep {step} of {folder}; in {path}")
     return 0
 
@@ -244,61 +244,64 @@ def _opened_run(config: RunConfig, folder: epath.Path) -> tuple[Run, dict[str, A
     return run, dataclasses.asdict(config) | {"provenance": provenance}
 
 
-def _restored(asked: Invocation) -> tuple[Run, int, TrainState]:
+def _restored(invocation: Invocation) -> tuple[Run, int, TrainState]:
     """The run in the workdir, and a checkpoint of it: its step and its state."""
-    workdirs.read_config(asked.workdir)  # an absent run is answered before anything is loaded
-    run, fields = _opened_run(asked.config, asked.workdir)
-    workdirs.check_config(asked.workdir, fields, new=False)
-    return run, *loop.restore(run, asked.workdir, asked.step)
+    workdirs.read_config(invocation.workdir)  # an absent run is answered before anything is loaded
+    run, fields = _opened_run(invocation.config, invocation.workdir)
+    workdirs.check_config(invocation.workdir, fields, new=False)
+    return run, *loop.restore(run, invocation.workdir, invocation.step)
 
 
-def _evaluate(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
+def _evaluate(invocation: Invocation, run: Run, step: int, state: TrainState) -> None:
     # Apart from what training left: the settings may be others.
-    workdir, evaluation = asked.workdir / "evaluate", run.evaluate(state)
+    workdir, evaluation = invocation.workdir / "evaluate", run.evaluate(state)
     _show(workdir, step, _write(workdir, step, {}, evaluation), evaluation, run.data)
 
 
-def _embed(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
-    folder = asked.workdir / "embeddings" / str(step)
+def _embed(invocation: Invocation, run: Run, step: int, state: TrainState) -> None:
+    folder = invocation.workdir / "embeddings" / str(step)
     for split in ("test", "train"):
         run.embed_to(state.params, split, folder / f"{split}.npy")
     run.embed_index_to(state, folder / "label.npy")
     print(f"wrote test.npy, train.npy and label.npy to {folder}")
 
 
-def _index(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
-    labels, folder = exact.to_host(run.embed_index(state)), asked.workdir / "index" / str(step)
+def _index(invocation: Invocation, run: Run, step: int, state: TrainState) -> None:
+    labels, folder = exact.to_host(run.embed_index(state)), invocation.workdir / "index" / str(step)
     documents = run.embed(state.params, "test")
     if distributed.is_first():
         config = run.config.eval
         k = min(config.k, len(labels))
         scann.ScannIndex.build(labels, config.scann, documents[1::2], k).save(folder)
         index = scann.ScannIndex.load(folder, labels)
-        found = scann.compare(index, labels, documents[::2], k)
-        print(f"wrote {folder}\n{evaluate.format_index({'labels': found})}")
+        measured = scann.compare(index, labels, documents[::2], k)
+        print(f"wrote {folder}\n{evaluate.format_index({'labels': measured})}")
 
 
-def _export(asked: Invocation, run: Run, step: int, state: TrainState) -> None:
+def _export(invocation: Invocation, run: Run, step: int, state: TrainState) -> None:
     if run.config.export.format == "adapter":
-        folder = exporting.encoder(run, state, asked.workdir, asked.overwrite)
+        folder = exporting.encoder(run, state, invocation.workdir, invocation.overwrite)
     else:
-        folder = exporting.whole(run, step, state, asked.workdir, asked.overwrite)
+        folder = exporting.whole(run, step, state, invocation.workdir, invocation.overwrite)
     print(f"wrote {folder}")
 
 
-def _predict(asked: Invocation) -> int:
+def _predict(invocation: Invocation) -> int:
     """Ranks labels for the documents of a file; what there is to say goes to standard error."""
-    opened = _opened(asked)
+    opened = _opened(invocation)
     report = prediction_files.predict(
-        opened, asked.predict, asked.input, asked.output, asked.overwrite
+        opened, invocation.predict, invocation.input, invocation.output, invocation.overwrite
     )
-    print(f"{asked.output}: {report}", file=sys.stderr)
+    print(f"{invocation.output}: {report}", file=sys.stderr)
     return 0
 
 
-def _labels(asked: Invocation) -> int:
+def _labels(invocation: Invocation) -> int:
     """Changes the labels of an exported model."""
-    config, opened = asked.labels, _opened(asked, verify=False)  # verified when it is changed
+    config, opened = (
+        invocation.labels,
+        _opened(invocation, verify=False),
+    )  # verified when it is changed
     if not (config.add or config.update or config.remove):
         raise ValueError(
             "--mode=labels: expected a file of labels in --labels.add, --labels.update or "
@@ -317,46 +320,46 @@ def _labels(asked: Invocation) -> int:
     places = {uid: f"{config.remove}:{line}" for uid, line in lines.items()}
     changes = labels.LabelChanges(**read, remove=list(lines), remove_at=places)
     how = {} if config.how == "auto" else {"how": config.how}
-    found = labels.change(opened.folder, changes, NewLabelsConfig(**how), config.out or None)
-    recall = "" if found.recall is None else f"; the index finds {found.recall:.2%}"
+    changed = labels.change(opened.folder, changes, NewLabelsConfig(**how), config.out or None)
+    recall = "" if changed.recall is None else f"; the index finds {changed.recall:.2%}"
     print(
-        f"{config.out or opened.folder}: {counted(found.added, 'label')} added, "
-        f"{found.borrowing:,} of them by the documents of similar trained labels, "
-        f"{found.updated:,} updated, {found.removed:,} removed; {found.labels:,} now{recall}"
+        f"{config.out or opened.folder}: {counted(changed.added, 'label')} added, "
+        f"{changed.borrowing:,} of them by the documents of similar trained labels, "
+        f"{changed.updated:,} updated, {changed.removed:,} removed; {changed.labels:,} now{recall}"
     )
     return 0
 
 
-def _serve(asked: Invocation) -> int:
+def _serve(invocation: Invocation) -> int:
     """Answers queries over HTTP until it is told to end."""
     # It is verified when it is opened to be served.
-    serving.run(lambda: _opened(asked, verify=False).folder, asked.serve)
+    serving.run(lambda: _opened(invocation, verify=False).folder, invocation.serve)
     return 0
 
 
-def _opened(asked: Invocation, verify: bool = True) -> artifact.Artifact:
+def _opened(invocation: Invocation, verify: bool = True) -> artifact.Artifact:
     """The artifact that was asked for; exports the checkpoint first if the workdir has none."""
-    folder = asked.artifact or str(asked.workdir / "export")
+    folder = invocation.artifact or str(invocation.workdir / "export")
     if atomic.is_remote(folder):
         raise ValueError(f"{folder}: expected a local folder; copy it here and name it --artifact")
-    if asked.artifact:
+    if invocation.artifact:
         return artifact.open(folder, verify)
     if not (epath.Path(folder) / contents.MANIFEST).exists():
-        asked = _filled(asked)
-        run, step, state = _restored(asked)
+        invocation = _filled(invocation)
+        run, step, state = _restored(invocation)
         logging.info("%s: no exported model yet; exporting step %d", folder, step)
-        exporting.whole(run, step, state, asked.workdir)
+        exporting.whole(run, step, state, invocation.workdir)
         return artifact.open(folder, verify)
     opened = artifact.open(folder, verify)
-    if (asked.workdir / "checkpoints").exists():
-        wanted = loop.find(asked.workdir, asked.step)
+    if (invocation.workdir / "checkpoints").exists():
+        wanted = loop.find(invocation.workdir, invocation.step)
         if opened.step != wanted:
             logging.warning(
                 "%s: exported at step %d, and the checkpoint asked for (%s) is of step %d; "
                 "--mode=export makes it anew",
                 folder,
                 opened.step,
-                asked.step,
+                invocation.step,
                 wanted,
             )
     return opened
@@ -387,7 +390,7 @@ def _show(
         print(f"{image_vectors.report(data.images.folder)}\n")
     if baseline:
         name = f"text + {data.images.encoder}"
-        side_by_side = baseline | {f"{name}: {row}": found for row, found in rows.items()}
+        side_by_side = baseline | {f"{name}: {row}": metrics for row, metrics in rows.items()}
     print(evaluate.format_table(side_by_side))
     print()
     print(evaluate.format_full_table(rows))

@@ -140,10 +140,10 @@ class Costs:
 
     def sent(self) -> dict[str, int]:
         """Bytes that a device sends per run, by kind."""
-        found: dict[str, float] = {}
+        sent: dict[str, float] = {}
         for one in self.collectives:
-            found[one.kind] = found.get(one.kind, 0) + one.sent * one.calls
-        return {kind: round(count) for kind, count in sorted(found.items())}
+            sent[one.kind] = sent.get(one.kind, 0) + one.sent * one.calls
+        return {kind: round(count) for kind, count in sorted(sent.items())}
 
 
 def read(text: str, devices: int) -> Costs:
@@ -171,8 +171,8 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
         elif line.startswith("}"):
             current = None
         elif current is not None and (name := _NAME.match(line)):
-            found = _instruction(name[2], line[name.end() :], bool(name[1]))
-            current[found.name] = found
+            instruction = _instruction(name[2], line[name.end() :], bool(name[1]))
+            current[instruction.name] = instruction
     if entry is None:
         raise ValueError(f"hlo: expected the text of a compiled program, got {text[:80]!r}")
     return computations, entry
@@ -198,12 +198,12 @@ def _closing(text: str, start: int) -> int:
 
 
 def _arrays(kind: str) -> tuple[Array, ...]:
-    found = []
+    arrays = []
     for dtype, dims, layout in _ARRAY.findall(kind):
         sizes = [int(size.strip(" <=")) for size in dims.split(",") if size.strip(" <=")]
         bits = _BITS.get(dtype, 8)  # the many formats of eight bits
-        found.append(Array(math.ceil(math.prod(sizes) * bits / 8), "S(1)" in (layout or "")))
-    return tuple(found)
+        arrays.append(Array(math.ceil(math.prod(sizes) * bits / 8), "S(1)" in (layout or "")))
+    return tuple(arrays)
 
 
 class _Reader:
@@ -369,8 +369,8 @@ def _through(computation: Computation, name: str) -> Instruction:
 
 def _number(computation: Computation, name: str) -> int | None:
     one = _through(computation, name)
-    found = re.match(r"(-?\d+)\)", one.text) if one.opcode == "constant" else None
-    return int(found[1]) if found else None
+    value = re.match(r"(-?\d+)\)", one.text) if one.opcode == "constant" else None
+    return int(value[1]) if value else None
 
 
 def _main(one: Instruction) -> int:
@@ -410,8 +410,8 @@ def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     if iota := re.search("replica_groups=" + _IOTA.pattern, text):
         return _rows(_numbers(iota))
     listed = _LISTED.search(text)
-    found = re.findall(r"\{([\d, ]+)\}", listed[1]) if listed else []
-    groups = tuple(tuple(int(n) for n in group.split(",")) for group in found)
+    listed_groups = re.findall(r"\{([\d, ]+)\}", listed[1]) if listed else []
+    groups = tuple(tuple(int(n) for n in group.split(",")) for group in listed_groups)
     return groups or (tuple(range(devices)),)
 
 

@@ -60,7 +60,7 @@ def of(program: Program) -> list[Compilable]:
         + evaluations * (shape.test + shape.labels)
     )
     items = program.abstract_items(rows, parts=sharding.num_shards("batch", mesh))
-    found = [
+    compilables = [
         one(
             TRAIN_STEP,
             program.steps_per_epoch,
@@ -72,7 +72,7 @@ def of(program: Program) -> list[Compilable]:
     width = program.sizes.width
     if prime:
         by_rows = sharding.named(("batch", None), (rows, width), mesh, "pooled")
-        found.append(
+        compilables.append(
             one(
                 "prototype",
                 evaluations * shape.labels / rows / epochs,
@@ -83,7 +83,7 @@ def of(program: Program) -> list[Compilable]:
             )
         )
         if config.tables.centroids != "ema":
-            found.append(
+            compilables.append(
                 one(
                     "centroids",
                     shape.pairs / tables.PAIRS,
@@ -103,7 +103,7 @@ def of(program: Program) -> list[Compilable]:
         curriculum.num_leaves(shape.documents, size).bit_length() - 1 for size in clusterings
     )
     if clusterings:  # every level moves as much as the first
-        found.append(
+        compilables.append(
             one(
                 "cluster",
                 levels / epochs,
@@ -125,7 +125,7 @@ def of(program: Program) -> list[Compilable]:
         searched["search documents"] = shape.documents, depths[1]
     for name, (count, k) in searched.items() if search.index == "exact" else ():
         size, block, by_rows = exact.layout(count, width, mesh, search.database_block)
-        found.append(
+        compilables.append(
             one(
                 name,
                 evaluations * shape.test / search.query_block / epochs,
@@ -139,4 +139,4 @@ def of(program: Program) -> list[Compilable]:
                 recall_target=search.recall_target,
             )
         )
-    return found
+    return compilables

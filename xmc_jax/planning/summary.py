@@ -22,20 +22,20 @@ def make(config: RunConfig, name: str) -> tuple[str, bool]:
     Raises:
         ValueError: config, data and topology do not go together; says which and how.
     """
-    found = topology.find(name)
+    where = topology.find(name)
     data, origin = shape.of(config)
     prompts, tokenised = shape.prompts(config)
 
     def build(config: RunConfig) -> Program:
-        return Program(config, data, prompts, found.devices)
+        return Program(config, data, prompts, where.devices)
 
     program = build(config)
-    made = planning.make(program, found)
+    made = planning.make(program, where)
     said = f"{tokenised}, {counted(len(prompts.head + prompts.middle + prompts.tail), 'token')}"
     blocks = [_heading(program, made), _data(data, origin, said), *tables(made)]
     blocks.append(_verdict(made))
     if not made.fits:
-        change, tried = planning.cheapest_change(build, config, found, made)
+        change, tried = planning.cheapest_change(build, config, where, made)
         if change:
             blocks.append(f"fits with {change} (compiled)")
         else:
@@ -74,31 +74,31 @@ def tables(plan: Plan) -> list[str]:
             collectives.append([each.name, kind, f"{calls:,}", f"{size / 2**20:,.1f}"])
     head = ["program", "per epoch", "GiB", "TFLOP", "GiB moved", "GiB sent"]
     head += [f"ms {what}" for what in ("compute", "memory", "collectives", "total")]
-    found = [
+    blocks = [
         _table(["memory of a device", "GiB"], memory),
         _table(head, rows),
     ]
     if collectives:
-        found.append(_table(["collectives of", "kind", "calls", "MiB sent a call"], collectives))
+        blocks.append(_table(["collectives of", "kind", "calls", "MiB sent a call"], collectives))
     return [
-        *found,
+        *blocks,
         _table(["memory of a host", "GiB"], [[k, _gib(v)] for k, v in plan.host.items()]),
         _table(["disk", "GiB"], [[k, _gib(v)] for k, v in plan.disk.items()]),
     ]
 
 
 def _heading(program: Program, plan: Plan) -> str:
-    config, found = program.config, plan.topology
+    config, where = program.config, plan.topology
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{config.encoder.backbone} on {found.name}: "
-        f"{counted(len(found.devices), 'device')} of {_gib(found.memory)} GiB, hosts: "
-        f"{found.hosts}, mesh {mesh}",
+        f"{config.encoder.backbone} on {where.name}: "
+        f"{counted(len(where.devices), 'device')} of {_gib(where.memory)} GiB, hosts: "
+        f"{where.hosts}, mesh {mesh}",
         f"B = {config.train.batch_size:,} in {counted(config.train.n_chunks, 'chunk')}, remat "
         f"{config.encoder.remat}, tables {config.tables.dtype}, "
         f"{counted(plan.steps, 'step')} an epoch, {counted(plan.epochs, 'epoch')}",
     ]
-    if not found.exact:
+    if not where.exact:
         lines.append(
             "ESTIMATE: compiled for this machine's processor, which holds bfloat16 activations "
             "in float32; rates and capacities are published ones"
@@ -115,9 +115,9 @@ def _data(data: DataShape, origin: str, prompts: str) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    largest, room = plan.largest, _gib(plan.topology.memory)
+    largest, available = plan.largest, _gib(plan.topology.memory)
     fits = "fits" if plan.fits else "does not fit"
-    lines = [f"{fits}: {_gib(largest.memory)} of {room} GiB ({largest.name})"]
+    lines = [f"{fits}: {_gib(largest.memory)} of {available} GiB ({largest.name})"]
     if (epoch := plan.epoch_seconds()) is not None:
         lines.append(
             f"at published rates, nothing overlapped, at the least: step "

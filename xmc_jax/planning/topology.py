@@ -94,14 +94,14 @@ def _tpu(name: str, chip: Chip, sides: tuple[int, ...]) -> Topology:
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no cloud machine to ask for one
     try:
-        found = topologies.get_topology_desc(name, platform="tpu").devices
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
     except (RuntimeError, ImportError, ValueError) as error:
         raise ValueError(
             f"--topology={name}: expected libtpu and a slice that it knows ({error}); install it "
             "with pip install libtpu, or set TPU_LIBRARY_PATH to its libtpu.so; one process at a "
             "time may use it"
         ) from error
-    return Topology(name, tuple(found), chip, chip.memory, sides, exact=True)
+    return Topology(name, tuple(devices), chip, chip.memory, sides, exact=True)
 
 
 def _processor(count: int) -> tuple[jax.Device, ...]:
