@@ -44,7 +44,10 @@ NAN = float("nan")
         ({"eval": {"ks": (0, 5)}}, "eval.ks[0]: expected at least 1, got 0"),
         ({"eval": {"scann": {"recall_target": 0}}}, "eval.scann.recall_target: expected more"),
         ({"eval": {"augmented": {"prior_weight": NAN}}}, "eval.augmented.prior_weight: expected a"),
-        ({"tune": {"metric": "P1"}}, "tune.metric: expected metrics joined by +, each one of P,"),
+        (
+            {"tune": {"metric": "P1"}},
+            "tune.metric: expected metrics joined by +, each a name and a cut-off",
+        ),
         ({"tune": {"temperature": (0.1, 0)}}, "tune.temperature[1]: expected more than 0, got 0"),
         ({"data": {"text": "content"}}, "data.text: expected 'title' or 'title_content'"),
         ({"data": {"images": {"per_item": 0}}}, "data.images.per_item: expected at least 1"),

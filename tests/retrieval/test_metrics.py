@@ -182,3 +182,9 @@ def test_full_size_under_five_seconds():
     assert 0.4 < got["R@100"] < 0.6
     assert seconds < 5
     assert filtered - start < 5
+
+
+def test_unknown_metrics_are_refused():
+    assert metrics.parse("P@1+nDCG@5") == (("P", 1), ("nDCG", 5))
+    with pytest.raises(ValueError, match=r"tune.metric: expected some of P, .*, got 'F1'"):
+        metrics.parse("P@1+F1@3")

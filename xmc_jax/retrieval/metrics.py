@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from xmc_jax.config.retrieval_config import CUT_OFFS, METRICS
+from xmc_jax.config.retrieval_config import CUT_OFFS, parse_metric
 from xmc_jax.runtime.wording import counted
 
-NAMES, KS = METRICS, CUT_OFFS
+NAMES = ("P", "nDCG", "PSP", "PSnDCG", "R", "Hit", "MAP", "MRR")
+KS = CUT_OFFS
 
 _BLOCK = 16_384  # positives compared with their documents' predictions at a time
 
@@ -169,6 +170,19 @@ class Truth:
                 f"metrics: expected {what} in [{low}, {len(self._weight_of)}), got {ids.min()} to "
                 f"{ids.max()}; are predictions, positives and propensities of one dataset?"
             )
+
+
+def parse(formula: str) -> tuple[tuple[str, int], ...]:
+    """(name, k) of each metric of e.g. "P@1+nDCG@5".
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    parts = parse_metric(formula)
+    for name, _ in parts:
+        if name not in NAMES:
+            raise ValueError(f"tune.metric: expected some of {', '.join(NAMES)}, got {name!r}")
+    return parts
 
 
 def filtered_per_document(pairs: np.ndarray) -> int:

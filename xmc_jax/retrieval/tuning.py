@@ -16,12 +16,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from xmc_jax.config import AugmentedConfig, EvalConfig, TuneConfig
-from xmc_jax.config.retrieval_config import parse_metric
 from xmc_jax.data.csr import Csr
 from xmc_jax.data.store import Store
 from xmc_jax.retrieval import augmented, evaluate, exact
 from xmc_jax.retrieval.augmented import Mixture, Nearest
-from xmc_jax.retrieval.metrics import NAMES, Truth
+from xmc_jax.retrieval.metrics import NAMES, Truth, parse
 from xmc_jax.runtime import distributed
 from xmc_jax.runtime.wording import counted
 
@@ -189,7 +188,7 @@ def choose(
     Raises:
         ValueError: there are fewer sources than folds, or the metric goes beyond `config.k`.
     """
-    asked = parse_metric(tune.metric)
+    asked = parse(tune.metric)
     if max(k for _, k in asked) > config.k:
         raise ValueError(
             f"tune.metric: expected cut-offs within eval.k = {config.k}, got {tune.metric}"
@@ -230,7 +229,7 @@ def choose(
         }
         metrics[row][tune.metric] = float(seen[one].mean())
         columns = [column for column in evaluate.COLUMNS if column in metrics[row]]
-        added[row] = {c: measured.per_document(*parse_metric(c)[0], ranks) for c in columns}
+        added[row] = {c: measured.per_document(*parse(c)[0], ranks) for c in columns}
         added[row][tune.metric] = seen[one]
     added["difference"] = {c: x - added["defaults"][c] for c, x in added["best"].items()}
     return Choice(

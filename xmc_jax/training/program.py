@@ -22,6 +22,7 @@ from xmc_jax.data import batches
 from xmc_jax.data import rows as row_layout
 from xmc_jax.data.types import NO_PROMPTS, Batch, DataShape, Prompts, Rows
 from xmc_jax.models import backbone, dual, fusion, hf, hf_modules, hf_weights
+from xmc_jax.retrieval import metrics
 from xmc_jax.runtime import sharding
 from xmc_jax.runtime.wording import counted
 from xmc_jax.training import flops, losses, objective, optimizer, tables
@@ -94,6 +95,7 @@ class Program:
         if train.labels == "sampled":
             labels = train.batch_size * train.positives_per_document
         losses.find(config.loss.kind)  # or refused
+        metrics.parse(config.tune.metric)  # or refused
         objective.num_blocks(train.batch_size, labels, config.loss, shards)  # or refused
         self.source = hf.resolve(
             config.encoder.backbone,
