@@ -198,7 +198,7 @@ def test_settings_of_an_export(llm_folders, tmp_path):
     settings = prompts.read_settings(folder)
     assert (settings.pooling, settings.max_length, settings.order) == ("last", 9, None)
     assert settings.pieces.own_head == (2,) and settings.pieces.own_tail == ()
-    assert settings.pieces.suffix == prompts.Piece("<eos>", (1,))
+    assert settings.pieces.suffix == prompts.Piece(text="<eos>", ids=(1,))
     assert settings.pieces.prefix.text == "This product text"
     tokenizer = tokenizers.load(source)
     for order in (None, *ORDERS):
@@ -241,31 +241,21 @@ def test_other_prompts_than_an_exported_model_has_are_refused(llm_folders, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(format=2), "format: expected 1, got 2"),
-        (lambda s: s.pop("pooling"), "pooling: expected a text, got None"),
-        (lambda s: s.update(max_length=True), "max_length: expected 1 or more, got True"),
-        (
-            lambda s: s.update(order="images"),
-            r"order: expected one of \(None, 'text_image', 'image",
-        ),
-        (lambda s: s.update(own_head=3), "own_head: expected a list of token ids, got 3"),
-        (
-            lambda s: s.update(own_tail=["a"]),
-            r"own_tail: expected a list of token ids, got \['a'\]",
-        ),
-        (lambda s: s.update(prompts=[]), r"prompts\.prefix\.text: expected a text, got None"),
-        (lambda s: s["prompts"].pop("suffix"), r"prompts\.suffix\.text: expected a text, got None"),
-        (
-            lambda s: s["prompts"]["prefix"].update(ids=[-1]),
-            r"prompts\.prefix\.ids: expected a list",
-        ),
-        (lambda s: s.update(padding_side="left"), "padding_side: expected right, got 'left'"),
+        (lambda s: s.update(format=2), "format: expected 1, found 2"),
+        (lambda s: s.pop("pooling"), "pooling: expected a value, found none"),
+        (lambda s: s.update(max_length=True), "max_length: expected a valid integer, found True"),
+        (lambda s: s.update(order="images"), "order: expected 'text_image' or 'image_text', found"),
+        (lambda s: s.update(own_head=3), "own_head: expected a valid tuple, found 3"),
+        (lambda s: s.update(own_tail=["a"]), r"own_tail\.0: expected a valid integer, found 'a'"),
+        (lambda s: s["prompts"].pop("suffix"), r"prompts\.suffix: expected a value, found none"),
+        (lambda s: s["prompts"]["prefix"].update(ids=[-1]), r"prefix\.ids\.0: expected greater"),
+        (lambda s: s.update(padding_side="left"), "padding_side: expected 'right', found 'left'"),
     ],
 )
 def test_damaged_settings_are_named(llm_folders, tmp_path, change, message):
     folder = exported(llm_folders["qwen2"], tmp_path / "out")
     edit_json(folder / "xmc_jax.json", change)
-    with pytest.raises(ValueError, match=rf"out/xmc_jax\.json: {message}.*; export the") as e:
+    with pytest.raises(ValueError, match=rf"out/xmc_jax\.json: .*{message}.*; export the") as e:
         prompts.read_settings(folder)
     assert "\n" not in str(e.value)
     (folder / "xmc_jax.json").write_text("{")

@@ -29,7 +29,6 @@ def complete(order: np.ndarray, batch_size: int) -> np.ndarray:
 
     Args:
         order: i32[N], every document once.
-        batch_size: B.
 
     Returns:
         i32[ceil(N / B) * B]; the documents of a batch are all different if N >= B.
@@ -44,7 +43,6 @@ def fitting_batch_size(num_documents: int, batch_size: int, multiple: int) -> in
     """The documents of a batch: `batch_size`, or all documents where these are fewer.
 
     Args:
-        num_documents: N.
         batch_size: the most that are wanted, divisible by `multiple`.
         multiple: parts that a batch is divided into. All documents are rounded up to a multiple of
             it; `complete` then repeats some.
@@ -94,15 +92,11 @@ class Sampler:
     ):
         """
         Args:
-            store: the dataset.
-            batch_size: B, documents of a global batch.
             positives_per_document: labels sampled per document; U = B * positives_per_document.
             weighting: a positive's chance is proportional to its inverse propensity, or "uniform".
-            seed: the run's seed.
             labels: "sampled", those of the batch; or "all", where nothing is sampled and a batch
                 has the positives of its documents instead.
             layout: how texts become rows; by default, each has one.
-            shards: devices' parts of a batch.
             chunks: parts of these that are encoded one after the other.
 
         Raises:
@@ -154,7 +148,6 @@ class Sampler:
 
         Args:
             order: i32[steps * B], see `complete`.
-            step_in_epoch: which B documents of `order`.
             global_step: steps since the start of training; numbers the random draw.
             rows: i[n], this process's documents among the B, all those of some shards; the slots of
                 labels next to them are its own, too.
@@ -322,11 +315,8 @@ def sample(
     of them, repeated in turn; one without any has random labels, which are negatives to it.
 
     Args:
-        positives: labels of the n documents.
         weights: f64[L]; the first label of a document is drawn with chances proportional to these,
             the next likewise among the rest.
-        per_document: labels per document.
-        generator: where the randomness comes from.
 
     Returns:
         i32[n * per_document], the labels of document i at `i * per_document`.
@@ -348,7 +338,6 @@ def relevance(positives: Csr, label_ids: np.ndarray) -> np.ndarray:
     """Which columns are positives of which rows, by the full ground truth.
 
     Args:
-        positives: labels of the n documents.
         label_ids: i32[U], columns; a label may occur more than once.
 
     Returns:

@@ -13,7 +13,6 @@ def choose(source_of: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Args:
         source_of: i[n], the source of each document, numbered from 0.
         fraction: that share, at least.
-        seed: of the order.
 
     Returns:
         bool[n], whether a document is of these sources.
@@ -29,7 +28,6 @@ def choose_within(source_of: np.ndarray, fraction: float, seed: int) -> np.ndarr
     Args:
         source_of: i[n], the source of each document, numbered from 0.
         fraction: that share, at most, but for rounding it up; more if even the smallest source is.
-        seed: of the order.
 
     Returns:
         bool[n], whether a document is of these sources.
@@ -57,7 +55,6 @@ def without(positives: Csr, pairs: np.ndarray) -> Csr:
     """A matrix without some of its entries.
 
     Args:
-        positives: the matrix.
         pairs: i[p, 2], (row, column), in it or not.
     """
     rows = positives.row_ids()

@@ -40,7 +40,6 @@ def check_shares(dataset: str, shares: Mapping[str, float]) -> None:
     """Compares the items that have images with what is published; unknown datasets pass.
 
     Args:
-        dataset: its name.
         shares: split -> percent of its items that have an image.
 
     Raises:
@@ -58,8 +57,8 @@ def published(folder) -> dict[str, int]:
     """Encoder -> images per item, of all embeddings that a folder holds; maps may be missing."""
     folder = pathlib.Path(folder)
     names = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
-    found = filter(None, map(_ROWS_NAME.fullmatch, names))
-    return {_encoder(match): int(match[2]) for match in found}
+    listed = filter(None, map(_ROWS_NAME.fullmatch, names))
+    return {_encoder(match): int(match[2]) for match in listed}
 
 
 def _encoder(match: re.Match) -> str:
@@ -80,8 +79,6 @@ def import_published(
 
     Args:
         dataset: its name; counts and shares of known names are checked before anything is written.
-        data_dir: where dataset folders go.
-        name: of the image folder.
         embeddings: folder of `{trn,tst,lbl}_embs_imgs_<K>_<E>_<tag>.npy`, or one such file without
             a split for all, and of `{train,test,labels}_imgs_<size>_<K>_map.npy`.
         encoder: what made them, one of `published(embeddings)`.
@@ -131,9 +128,9 @@ def import_published(
     with image_writer.ImageWriter(
         folder, items, widths[0], dataset, identity, source, overwrite
     ) as writer:
-        total, done = sum(items.values()), sum(writer.written.values())
+        total, begun = sum(items.values()), sum(writer.written.values())
         with tqdm.tqdm(
-            total=total, initial=done, desc="importing", unit="item", disable=None
+            total=total, initial=begun, desc="importing", unit="item", disable=None
         ) as bar:
             for split in SPLITS:
                 for start in range(writer.written[split], items[split], _BLOCK):
@@ -147,10 +144,6 @@ def is_current(opened: image_vectors.ImageStore, embeddings) -> bool:
     """Whether published embeddings are those that a folder was made of.
 
     Files of the same sizes and times are not read. Files that are not there any more are no change.
-
-    Args:
-        opened: the folder.
-        embeddings: see `import_published`.
 
     Raises:
         ValueError: a file has changed; names it and both digests.
@@ -167,10 +160,10 @@ def is_current(opened: image_vectors.ImageStore, embeddings) -> bool:
         )
         return True
     for name, digest in recorded.items():
-        if now[name] != before.get(name) and (found := sha256(folder / name)) != digest:
+        if now[name] != before.get(name) and (listed := sha256(folder / name)) != digest:
             raise ValueError(
                 f"{folder / name}: expected the embeddings that {opened.folder} was made of "
-                f"(sha256 {digest:.12}...), found others (sha256 {found:.12}...); "
+                f"(sha256 {digest:.12}...), found others (sha256 {listed:.12}...); "
                 f"{image_vectors.REMEDY}"
             )
     if now != before:
@@ -193,25 +186,25 @@ def _find(folder: pathlib.Path, encoder: str) -> dict[str, tuple[pathlib.Path, p
         if _encoder(match) == encoder:
             kinds.setdefault(match.groups()[1:], {})[match[1] or ""] = match[0]
     if len(kinds) != 1:
-        found = ", ".join(n for n in names if _ROWS_NAME.fullmatch(n)) or "none"
+        listed = ", ".join(n for n in names if _ROWS_NAME.fullmatch(n)) or "none"
         raise ValueError(
             f"{folder}: expected one set of {{trn,tst,lbl}}_embs_imgs_<K>_<E>_<tag>.npy of "
-            f"{encoder}, found {found}"
+            f"{encoder}, found {listed}"
         )
     [((per_item, *_), rows)] = kinds.items()
     files = {}
     for split, prefixes in _PUBLISHED_SPLITS.items():
-        found = [rows[prefix] for prefix in (*prefixes, "") if prefix in rows]
+        listed = [rows[prefix] for prefix in (*prefixes, "") if prefix in rows]
         maps = [m for m in map(_MAP_NAME.fullmatch, names) if m and m[1] in prefixes]
         if len(maps) > 1:
             maps = [m for m in maps if m[3] == per_item]
-        if not found or len(maps) != 1:
+        if not listed or len(maps) != 1:
             raise ValueError(
                 f"{folder}: expected embeddings of {split} and one "
                 f"{{{','.join(prefixes)}}}_imgs_<size>_{per_item}_map.npy, found "
-                f"{', '.join([*found, *(m[0] for m in maps)]) or 'neither'}"
+                f"{', '.join([*listed, *(m[0] for m in maps)]) or 'neither'}"
             )
-        files[split] = (folder / found[0], folder / maps[0][0])
+        files[split] = (folder / listed[0], folder / maps[0][0])
     return files
 
 

@@ -62,9 +62,9 @@ def read(path, num_rows: int | None = None) -> Csr:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, IndexError, OverflowError) as error:
         cut = isinstance(error, IndexError)
-        found = "a damaged pickle" if cut else " ".join(str(error).split())[:200]
+        actual = "a damaged pickle" if cut else " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path}: expected -1 or row numbers for each item, found {found}; "
+            f"{path}: expected -1 or row numbers for each item, found {actual}; "
             "nothing in it was executed"
         ) from error
     limit = 2**31 if num_rows is None else num_rows
@@ -143,7 +143,7 @@ def _flatten(items: list, size: int) -> tuple[np.ndarray, np.ndarray]:
         if type(item) is np.ndarray:
             item = items[i] = item.tolist()
         if type(item) is not list or any(type(row) is not int or row < 0 for row in item):
-            raise ValueError(f"{_shown(item)} for item {i}")
+            raise ValueError(f"{_quoted(item)} for item {i}")
     return counts, np.fromiter(itertools.chain.from_iterable(items), np.int64, total)
 
 
@@ -162,7 +162,7 @@ class _Record:
 
 def _named(name: str) -> _Record:
     if name not in _NAMES:
-        raise ValueError(f"a reference to {_shown(name)}")
+        raise ValueError(f"a reference to {_quoted(name)}")
     return _Record(_NAMES[name])
 
 
@@ -179,7 +179,7 @@ def _called(function: Any, arguments: Any) -> Any:
             return text.encode("latin-1")
         case _Record("bytes"), ():
             return b""
-    raise ValueError(f"a call of {_shown(function)} that no array of rows makes")
+    raise ValueError(f"a call of {_quoted(function)} that no array of rows makes")
 
 
 def _build(record: Any, state: Any) -> None:
@@ -192,7 +192,7 @@ def _build(record: Any, state: Any) -> None:
                 raise ValueError("an array whose values do not fit its shape")
             record.value = values
         case _:
-            raise ValueError(f"an instruction to change {_shown(record)}")
+            raise ValueError(f"an instruction to change {_quoted(record)}")
 
 
 def _decoded(code: str, data: Any) -> np.ndarray:
@@ -268,7 +268,7 @@ def _run(data: mmap.mmap) -> list:
     raise ValueError("something other than one array of objects")
 
 
-def _shown(found: Any) -> str:
-    if type(found) in (str, bytes, int, bool, type(None)):
-        return ascii(found)[:80]
-    return found.kind if type(found) is _Record else f"<{type(found).__name__}>"
+def _quoted(actual: Any) -> str:
+    if type(actual) in (str, bytes, int, bool, type(None)):
+        return ascii(actual)[:80]
+    return actual.kind if type(actual) is _Record else f"<{type(actual).__name__}>"

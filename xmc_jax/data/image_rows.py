@@ -33,7 +33,6 @@ class ImageRows:
 
         Args:
             ids: i[n], items in any order, repeated or not.
-            limit: K, images per item.
 
         Returns:
             f16[n, K, E], zero where an item has fewer; and i32[n], how many it has, at most K.

@@ -134,7 +134,6 @@ def check_settings(opened: ImageStore, settings: Mapping[str, Any]) -> None:
     """Compares what a folder was made with and what a config asks for.
 
     Args:
-        opened: the folder.
         settings: "encoder", "revision", "per_item", "layout" and "dtype", as `data.images` of a
             config has them. A revision of None is any, and so is what a folder does not record.
 
@@ -190,8 +189,6 @@ def write_origin(
     A folder that may not be written to stays as it is: the images are compared anew each time.
 
     Args:
-        folder: see `path`.
-        origin: see `read_origin`.
         stamps: split -> u8[n, 16].
     """
     try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from xmc_jax.data import image_vectors
 from xmc_jax.data.image_vectors import CONTENT, FORMAT, ORIGIN, PROGRESS, REMEDY, STAMP
@@ -37,7 +37,7 @@ class _CountsPerSplit(BaseModel, strict=True):
 
 
 class _Progress(BaseModel, strict=True):
-    done: _CountsPerSplit
+    counts: _CountsPerSplit = Field(alias="done")
 
 
 class ImageWriter:
@@ -50,10 +50,7 @@ class ImageWriter:
     interrupted, and an old folder stays until the new one is whole.
 
     Args:
-        folder: see `image_vectors.path`.
         counts: "train", "test", "label" -> number of items.
-        width: E.
-        dataset: its name.
         encoder: what made the vectors: "name", "revision" (or None) and "digest".
         source: whatever else the vectors follow from, as JSON: processing, images per item.
         overwrite: replace a folder that is of other inputs or damaged.
@@ -189,9 +186,6 @@ class ImageWriter:
     def finish(self, origin: Mapping[str, Any] | None = None) -> pathlib.Path:
         """Completes the folder and gives it its place.
 
-        Args:
-            origin: see `image_vectors.read_origin`.
-
         Returns:
             The folder, for `image_vectors.open`.
 
@@ -299,7 +293,7 @@ class ImageWriter:
         recorded = json_files.read(path)
         progress = json_files.validate(path, _Progress, recorded, "begin anew with --overwrite")
         _check_same(str(path), self._inputs, recorded)
-        return {split: getattr(progress.done, split) for split in SPLITS}
+        return {split: getattr(progress.counts, split) for split in SPLITS}
 
     def _half(self, split: str, item: int, counts: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """f16[m, E] after checking shape and range."""

@@ -38,8 +38,8 @@ KNOWN = {
 
 def propensity(dataset: str) -> tuple[float, float]:
     """Constants A and B of a dataset by name; of unknown ones pyxclib's."""
-    found = KNOWN.get(dataset)
-    return (found.a, found.b) if found else (0.55, 1.5)
+    entry = KNOWN.get(dataset)
+    return (entry.a, entry.b) if entry else (0.55, 1.5)
 
 
 def text(dataset: str) -> str:

@@ -23,11 +23,9 @@ def open(
     Args:
         build: step in the epoch -> batch of numpy arrays.
         first: the first step wanted; `steps` or more gives nothing.
-        steps: steps of the epoch.
         put: hands a batch over to the devices, with an explicit `jax.device_put` or
             `jax.make_array_from_process_local_data`.
         prefetch: batches ahead; they lie on the devices.
-        threads: reading threads.
 
     Raises:
         ValueError: a negative first step, or no batch or thread to read ahead with.

@@ -60,8 +60,8 @@ def _numbers(path: pathlib.Path) -> Iterator[tuple[str, str, float]]:
     """Place, id of the label and number of each record."""
     table = table_files.open_table(path, headerless=_COLUMNS)
     if absent := [name for name in _COLUMNS if table.columns and name not in table.columns]:
-        found = ", ".join(table.columns)[:200]
-        raise ValueError(f"{path}: expected columns id and prior, found {found}; no {absent[0]}")
+        listed = ", ".join(table.columns)[:200]
+        raise ValueError(f"{path}: expected columns id and prior, found {listed}; no {absent[0]}")
     for place, cells in table.rows(_COLUMNS) if table.columns else ():
         try:
             label, number = cell_values.identifier(cells[0]), _number(cells[1])

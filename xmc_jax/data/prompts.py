@@ -5,51 +5,42 @@ around them, `Prompts`, is the same for all. In an exported decoder the tokenize
 prompts around a text, and `xmc_jax.json` beside it says which they are.
 """
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from etils import epath
+from pydantic import BaseModel, Field, StrictStr
 
 from xmc_jax.data import tokenizer as tokenizers
-from xmc_jax.data.types import ORDERS, Prompts
+from xmc_jax.data.types import Prompts
 from xmc_jax.files import json_files
 
 SETTINGS = "xmc_jax.json"
 """Of an exported decoder; see `Settings`."""
 
-_FORMAT = 1
 _PIECES = ("prefix", "image_prefix", "suffix")
+TokenIds = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+
 _SPECIAL_LOOKING = re.compile(r"<[^<>\s]+>")
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
+class Piece(BaseModel, frozen=True):
     """A prompt as it was written, and its token ids."""
 
-    text: str
-    ids: tuple[int, ...]
+    text: StrictStr
+    ids: TokenIds
 
 
-@dataclasses.dataclass(frozen=True)
-class Pieces:
-    """What stands around texts, piece by piece.
+class Pieces(BaseModel, frozen=True):
+    """What stands around texts, piece by piece."""
 
-    Attributes:
-        own_head: what the tokenizer itself puts before a text (BOS), prompts apart.
-        own_tail: what it puts behind a text (EOS), where there is no suffix.
-        prefix: before texts.
-        image_prefix: before images.
-        suffix: at the end.
-    """
-
-    own_head: tuple[int, ...]
-    own_tail: tuple[int, ...]
-    prefix: Piece
-    image_prefix: Piece
-    suffix: Piece
+    own_head: TokenIds  # what the tokenizer itself puts before a text (BOS), prompts apart
+    own_tail: TokenIds  # what it puts behind a text (EOS), where there is no suffix
+    prefix: Piece  # before texts
+    image_prefix: Piece  # before images
+    suffix: Piece  # at the end
 
     def prompts(self, order: str | None = None) -> Prompts:
         """The same as the model takes them.
@@ -67,21 +58,29 @@ class Pieces:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a decoder was exported with: the contents of `xmc_jax.json`.
+class _Texts(BaseModel, frozen=True):
+    prefix: Piece
+    image_prefix: Piece
+    suffix: Piece
 
-    Attributes:
-        pooling: as trained.
-        max_length: T, tokens per text, prompts not counted.
-        order: as trained with images; None without.
-        pieces: the prompts.
-    """
 
-    pooling: str
-    max_length: int
-    order: str | None
-    pieces: Pieces
+class Settings(BaseModel, frozen=True):
+    """What a decoder was exported with: the contents of `xmc_jax.json`."""
+
+    format: Literal[1]
+    pooling: StrictStr
+    max_length: Annotated[int, Field(ge=1, strict=True)]  # T, tokens per text without prompts
+    order: Literal["text_image", "image_text"] | None = None  # as trained with images
+    own_head: TokenIds
+    own_tail: TokenIds
+    prompts: _Texts
+    padding_side: Literal["right"]
+
+    @property
+    def pieces(self) -> Pieces:
+        """The prompts, with what the tokenizer itself puts around a text."""
+        prompts = {name: getattr(self.prompts, name) for name in _PIECES}
+        return Pieces(own_head=self.own_head, own_tail=self.own_tail, **prompts)
 
 
 def tokenize(
@@ -98,12 +97,8 @@ def tokenize(
     The tokenizer's own first tokens come once, also where the prefix spells them out.
 
     Args:
-        tokenizer: see `tokenizer.load`.
         folder: where it came from; if that was exported, the prompts must be those recorded there.
-        prefix: before texts; "" for none.
-        image_prefix: before images; "" for none.
         suffix: at the end; "" for what the tokenizer itself ends texts with, if anything.
-        order: see `Pieces.prompts`.
 
     Raises:
         ValueError: other prompts than those of an exported folder, a `<token>` that the tokenizer
@@ -133,29 +128,32 @@ def export(
     Args:
         source: local; may itself be an exported folder.
         folder: exists; may be remote.
-        prefix: see `tokenize`; like the next two, as trained.
-        image_prefix: see `tokenize`.
-        suffix: see `tokenize`.
-        pooling: as trained.
-        max_length: T, as trained.
-        order: see `Settings`.
 
     Raises:
         ValueError: as `tokenizer.export` and `tokenize` do.
     """
     tokenizer = tokenizers.load(source)
     pieces = _pieces(tokenizer, source, (prefix, image_prefix, suffix))
-    around = around_text(pieces.prompts(order), order)
+    outer = around_text(pieces.prompts(order), order)
     original = tokenizers.definition(source, tokenizer).get("post_processor")
     tokenizers.export(
         source,
         folder,
-        len(around.head) + max_length + len(around.tail),
+        len(outer.head) + max_length + len(outer.tail),
         tokenizer,
-        post_processor=_post_processor(tokenizer, original, around),
+        post_processor=_post_processor(tokenizer, original, outer),
     )
-    settings = Settings(pooling, max_length, order, pieces)
-    json_files.write(epath.Path(folder) / SETTINGS, _settings_to_json(settings))
+    settings = Settings(
+        format=1,
+        padding_side="right",
+        pooling=pooling,
+        max_length=max_length,
+        order=order,
+        own_head=pieces.own_head,
+        own_tail=pieces.own_tail,
+        prompts=_Texts(**{name: getattr(pieces, name) for name in _PIECES}),
+    )
+    json_files.write(epath.Path(folder) / SETTINGS, settings.model_dump(mode="json"))
 
 
 def around_text(prompts: Prompts, order: str | None) -> Prompts:
@@ -169,68 +167,30 @@ def around_text(prompts: Prompts, order: str | None) -> Prompts:
 def read_settings(folder: epath.PathLike) -> Settings | None:
     """What a decoder was exported with; None for a folder that is no export of one.
 
-    Args:
-        folder: of a model or a tokenizer.
-
     Raises:
         ValueError: the file is damaged; names the field.
     """
     path = epath.Path(folder) / SETTINGS
     if not path.is_file():
         return None
-    tree = json_files.read(path)
-
-    def take(field: str, fits, expected: str) -> Any:
-        node: Any = tree
-        for key in field.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        if not fits(node):
-            raise ValueError(
-                f"{path}: {field}: expected {expected}, got {node!r}; export the model again"
-            )
-        return node
-
-    def ids(field: str) -> tuple[int, ...]:
-        def fits(value):
-            return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-
-        return tuple(take(field, fits, "a list of token ids"))
-
-    def text(field: str) -> str:
-        return take(field, lambda value: isinstance(value, str), "a text")
-
-    take("format", lambda value: value == _FORMAT, str(_FORMAT))
-    take("padding_side", lambda value: value == "right", "right")
-    return Settings(
-        pooling=text("pooling"),
-        max_length=take("max_length", lambda v: type(v) is int and v >= 1, "1 or more"),
-        order=take("order", lambda v: v in (None, *ORDERS), f"one of {(None, *ORDERS)}"),
-        pieces=Pieces(
-            own_head=ids("own_head"),
-            own_tail=ids("own_tail"),
-            **{
-                name: Piece(text(f"prompts.{name}.text"), ids(f"prompts.{name}.ids"))
-                for name in _PIECES
-            },
-        ),
-    )
+    return json_files.validate(path, Settings, json_files.read(path), "export the model again")
 
 
 def _pieces(tokenizer: Any, folder: epath.PathLike, texts: Sequence[str]) -> Pieces:
     """See `tokenize`; `texts` are those of `_PIECES`."""
     recorded = read_settings(folder)
     if recorded is None:
-        head, tail = _own(tokenizer, folder)
+        head, tail = _special_ends(tokenizer, folder)
     else:
         head, tail = recorded.pieces.own_head, recorded.pieces.own_tail
-    asked = {}
+    given = {}
     for name, text in zip(_PIECES, texts):
         ids = _piece_ids(tokenizer, name, text)
         if head and name != "suffix" and ids[: len(head)] == head:
             ids = ids[len(head) :]
-        asked[name] = Piece(text, ids)
+        given[name] = Piece(text=text, ids=ids)
     differences = []
-    for name, here in asked.items():
+    for name, here in given.items():
         there = here if recorded is None else getattr(recorded.pieces, name)
         if there.text != here.text:
             differences.append(
@@ -246,10 +206,12 @@ def _pieces(tokenizer: Any, folder: epath.PathLike, texts: Sequence[str]) -> Pie
             f"{epath.Path(folder) / SETTINGS}: expected the prompts that the model was trained "
             f"with; {'; '.join(differences)}"
         )
-    return Pieces(head, tail, **asked)
+    return Pieces(own_head=head, own_tail=tail, **given)
 
 
-def _own(tokenizer: Any, folder: epath.PathLike) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _special_ends(
+    tokenizer: Any, folder: epath.PathLike
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What a tokenizer puts before and behind every text."""
     probes = [text for text in tokenizers.PROBES if text]
     splits = []
@@ -299,10 +261,10 @@ def _piece_ids(tokenizer: Any, name: str, text: str) -> tuple[int, ...]:
     return tuple(tokenizers.encode(tokenizer, [text], False)[0])
 
 
-def _post_processor(tokenizer: Any, original: Any, around: Prompts) -> dict[str, Any]:
+def _post_processor(tokenizer: Any, original: Any, outer: Prompts) -> dict[str, Any]:
     """As tokenizer.json has it: puts the prompts around a text."""
     # ids of several tokens may go by one name; an empty one is not allowed.
-    pieces = {name: list(ids) for name in ("head", "tail") if (ids := getattr(around, name))}
+    pieces = {name: list(ids) for name in ("head", "tail") if (ids := getattr(outer, name))}
 
     def template(*sequences: str) -> list[dict[str, Any]]:
         parts = [{"Sequence": {"id": name, "type_id": 0}} for name in sequences]
@@ -323,20 +285,3 @@ def _post_processor(tokenizer: Any, original: Any, around: Prompts) -> dict[str,
     # Byte-level ones stay: they say how to count offsets, and leave ids alone.
     kept = [p for p in original.get("processors", [original]) if p.get("type") == "ByteLevel"]
     return {"type": "Sequence", "processors": [*kept, made]} if kept else made
-
-
-def _settings_to_json(settings: Settings) -> dict[str, Any]:
-    pieces = settings.pieces
-    return {
-        "format": _FORMAT,
-        "pooling": settings.pooling,
-        "max_length": settings.max_length,
-        "order": settings.order,
-        "own_head": list(pieces.own_head),
-        "own_tail": list(pieces.own_tail),
-        "prompts": {
-            name: {"text": getattr(pieces, name).text, "ids": list(getattr(pieces, name).ids)}
-            for name in _PIECES
-        },
-        "padding_side": "right",
-    }

@@ -11,7 +11,6 @@ def inverse_propensity(frequency: np.ndarray, num_documents: int, a: float, b: f
 
     Args:
         frequency: i64[L], N_l, training documents of each label.
-        num_documents: N, training documents.
         a: exponent of the dataset, 0.6 for Amazon's.
         b: offset of the dataset, 2.6 for Amazon's.
 

@@ -73,7 +73,6 @@ def read_items(path, encoding: str = "utf-8", num_labels: int | None = None) -> 
     in which every line begins with an id and an arrow (`id->text`) gives ids and texts.
 
     Args:
-        path: the file.
         encoding: "utf-8", or "latin-1" as the reference reads everything.
         num_labels: L, to check label ids against; None checks only that they are not negative.
 

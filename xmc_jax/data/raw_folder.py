@@ -64,7 +64,6 @@ def find(folder: pathlib.Path, train_only: bool = False) -> dict[str, pathlib.Pa
     """Role -> file, of all that `read` will read.
 
     Args:
-        folder: the raw files.
         train_only: leave the test files out, for a dataset that is to be split anew.
 
     Raises:
@@ -118,13 +117,11 @@ def read(
     are removed before they are counted, so they could never be right.
 
     Args:
-        files: see `find`.
         dataset: the name; counts of known ones are checked.
         encoding: of the texts, "utf-8" or "latin-1".
         validation_fraction: share of the training documents that become the test split, at least;
             whole sources in a random order. Needs files without a test split, whose filter is the
             training split's. Documents without known sources are one source each.
-        seed: of that order.
         keep: is given the items of each split in order, some megabytes at a time, so that the texts
             need not be in memory; the result then has none. Whether all files fit is known only
             when the last item was given.
@@ -326,7 +323,6 @@ def draw(sources: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Args:
         sources: i[n], the source of each document.
         fraction: share of the documents that is held out, at least.
-        seed: of the choice.
 
     Raises:
         ValueError: no document is left to train on.
@@ -377,7 +373,6 @@ def check_published(dataset: str, counts: Mapping[str, int], pairs: int | None =
     """Raises ValueError if counts differ from what is published about a known name.
 
     Args:
-        dataset: the name.
         counts: "labels", "train", "test" -> how many there are, of those read so far.
         pairs: labels of all training documents, once they are read.
     """

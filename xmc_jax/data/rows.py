@@ -75,11 +75,6 @@ def layout(
     """The layout for items of some size.
 
     Args:
-        prompts: see `Layout`.
-        order: see `Layout`.
-        positions: see `Layout`.
-        length: see `Layout`.
-        images: see `Layout`.
         multiple: what the places of a row are a multiple of: 64 suits CPUs, 128 GPUs and TPUs.
             None is one item per row, with all its padding.
     """
@@ -96,20 +91,18 @@ def suited(layout: Layout, lengths: np.ndarray, multiple: int, hidden: int) -> L
     Short rows cost attention less; how full they are depends on the lengths.
 
     Args:
-        layout: see `Layout`, for as many items in a row as fit.
         lengths: i[n], own tokens of items like those that will be laid out.
         multiple: what the places of a row are a multiple of.
-        hidden: D of the model.
     """
     lengths = lengths[:: 1 + len(lengths) // _LENGTHS]
     least = -(-max(layout.head + layout.longest, _HEADS * layout.head) // multiple) * multiple
-    found = []
+    result = []
     for width in range(least, 2 * least + 1, multiple):
         one = dataclasses.replace(layout, width=width, per_row=width // _SHORTEST)
         # Of a place: what is computed once, and what attention computes with each place of its row.
         cost = 1 + _ATTENTION * width / hidden
-        found.append((fit(one, lengths).rows * width * cost, one))
-    return min(found, key=lambda pair: pair[0])[1]
+        result.append((fit(one, lengths).rows * width * cost, one))
+    return min(result, key=lambda pair: pair[0])[1]
 
 
 def longest(prompts: Prompts, length: int, images: int) -> int:
@@ -147,20 +140,19 @@ def fit(layout: Layout, lengths: np.ndarray, group: np.ndarray | None = None) ->
     """First-fit decreasing in each group.
 
     Args:
-        layout: see `Layout`.
         lengths: i[n], own tokens of each item.
         group: i[n], the group of each; None is one for all.
     """
     n = len(lengths)
     if group is None or not group.any():
         return Fit(np.zeros(n, np.int64), *first_fit(lengths, layout.places, layout.per_row))
-    found = [np.empty(n, np.int64) for _ in range(3)]
+    result = [np.empty(n, np.int64) for _ in range(3)]
     for number in np.unique(group):
         chosen = np.flatnonzero(group == number)
         fitted = first_fit(lengths[chosen], layout.places, layout.per_row)
-        for whole, part in zip(found, fitted):
+        for whole, part in zip(result, fitted):
             whole[chosen] = part
-    return Fit(group, *found)
+    return Fit(group, *result)
 
 
 def first_fit(lengths: np.ndarray, places: int, most: int) -> tuple[np.ndarray, ...]:
@@ -171,8 +163,6 @@ def first_fit(lengths: np.ndarray, places: int, most: int) -> tuple[np.ndarray, 
 
     Args:
         lengths: i[n], at least 0.
-        places: of a row.
-        most: items of a row.
 
     Returns:
         i64[n] each: the row, the first place in it, and the number of items before it in the row.
@@ -229,9 +219,6 @@ def compose(
     """Prompts, texts and images of n items, written into rows.
 
     Args:
-        layout: see `Layout`.
-        items: numpy arrays, of the n items.
-        fitted: where they lie.
         rows: of each group; at least `fitted.rows`.
         at: i[n], the number of each item among the slots; their order by default.
         slots: shape of the slots, over all groups; n of them by default.
@@ -253,7 +240,7 @@ def compose(
         return x.reshape(-1, *x.shape[len(slots) :])
 
     writer = _Writer(layout, fitted, rows, groups, chunks)
-    found = Rows(
+    result = Rows(
         tokens=writer.tokens,
         segments=writer.segments,
         positions=writer.positions,
@@ -262,22 +249,22 @@ def compose(
         head=layout.head,
         longest=layout.head + layout.longest,
     )
-    by_slot(found.slots)[at] = fitted.row * layout.per_row + fitted.number
+    by_slot(result.slots)[at] = fitted.row * layout.per_row + fitted.number
     if items.images is not None:
         shape, dtype = items.images.shape[1:], items.images.dtype
-        found = found.replace(
+        result = result.replace(
             images=np.zeros((*slots, *shape), dtype),
             image_places=indices(rows * layout.width, shape[0]),
         )
-        by_slot(found.images)[at] = items.images
+        by_slot(result.images)[at] = items.images
 
     def write_text() -> None:
         writer.write(items.tokens, items.lengths)
 
     def write_images() -> None:
         if items.images is not None:
-            count, number = items.image_count, np.arange(found.image_places.shape[-1])
-            places = by_slot(found.image_places)
+            count, number = items.image_count, np.arange(result.image_places.shape[-1])
+            places = by_slot(result.image_places)
             there = number < count[:, None]
             places[at] = np.where(there, writer.place_in_group()[:, None] + number, places[at])
             writer.write(np.full((n, len(number)), -1), count)
@@ -289,18 +276,11 @@ def compose(
     writer.write_prompt(prompts.middle)
     second()
     writer.write_prompt(prompts.tail)
-    return found
+    return result
 
 
 class _Writer:
     """Rows into which n items are written, piece by piece. They have their heads already.
-
-    Args:
-        layout: see `compose`, like all that follow.
-        fitted: see there.
-        rows: see there.
-        groups: see there.
-        chunks: see there.
 
     Attributes:
         tokens: see `types.Rows`.
@@ -348,14 +328,7 @@ def one_each(
     order: str = "image_text",
     positions: str = "contiguous",
 ) -> Rows:
-    """Items with a row of its own each, with room for the longest.
-
-    Args:
-        items: numpy arrays.
-        prompts: see `Layout`.
-        order: see `Layout`.
-        positions: see `Layout`.
-    """
+    """Items with a row of its own each, with room for the longest."""
     items = jax.tree.map(np.asarray, items)
     images = 0 if items.images is None else items.images.shape[1]
     of = layout(prompts, order, positions, items.tokens.shape[1], images, None)

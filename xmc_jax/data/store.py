@@ -130,7 +130,6 @@ class Store:
         """The same with images.
 
         Args:
-            images: of the same raw dataset.
             per_item: K, at most so many of each item.
 
         Raises:
@@ -149,8 +148,10 @@ class Store:
             else:
                 uids = self.manifest["files"][f"{name}.uids.txt"]["sha256"]
                 what = f"{images.folder}/manifest.json: source.uids.{name}"
-                found = images.manifest["source"].get("uids")
-                _compare(what, uids, found.get(name) if isinstance(found, dict) else None)
+                recorded_uids = images.manifest["source"].get("uids")
+                _compare(
+                    what, uids, recorded_uids.get(name) if isinstance(recorded_uids, dict) else None
+                )
             rows = getattr(images, source)
             splits[name] = dataclasses.replace(
                 split, images=rows, per_item=per_item, image_items=items
@@ -310,7 +311,6 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
     """Opens a dataset folder after checking it against its manifest.
 
     Args:
-        folder: what `prepare` returned.
         expect: dotted manifest field -> value that the run needs, e.g.
             {"tokenizer.digest": ..., "max_length": 32}.
         verify: also hash every file; sizes, dtypes and shapes are always checked.

@@ -18,7 +18,6 @@ class Texts(Sequence[str]):
     Args:
         utf8: u8[bytes].
         offsets: i64[n + 1], ascending from 0 to `len(utf8)`.
-        where: what to call them in an error.
 
     Raises:
         ValueError: offsets that do not fit.
@@ -71,11 +70,11 @@ def open(folder: pathlib.Path, name: str) -> Texts:
     Raises:
         ValueError: a file is missing, damaged, or does not fit the other.
     """
-    found = []
+    arrays = []
     for part in ("utf8", "offsets"):
         path = folder / f"{name}.{part}.npy"
         try:
-            found.append(array_files.mapped(path))
+            arrays.append(array_files.mapped(path))
         except ValueError as error:
             raise ValueError(f"{path}: expected an array of texts, found: {error}") from error
-    return Texts(*found, where=str(folder / name))
+    return Texts(*arrays, where=str(folder / name))

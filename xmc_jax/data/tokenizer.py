@@ -39,7 +39,6 @@ def load(name_or_folder: str | pathlib.Path, revision: str | None = None) -> Any
 
     Args:
         name_or_folder: a folder with tokenizer files, or a name on the hub.
-        revision: branch, tag or commit on the hub.
 
     Raises:
         ValueError: nothing usable there.
@@ -74,8 +73,6 @@ def encode_measured(
     """Texts as token ids, cut and right-padded to T.
 
     Args:
-        tokenizer: see `load`.
-        texts: n texts.
         max_length: T, tokens, special ones included.
         special_tokens: whether the tokenizer puts its special tokens around a text.
 
@@ -122,10 +119,7 @@ def are_longer(
     """bool[n], whether each text has more than T tokens; cheap for texts that are far longer.
 
     Args:
-        tokenizer: see `load`.
-        texts: n texts.
         max_length: T, special tokens included.
-        special_tokens: see `encode_measured`.
 
     Raises:
         ValueError: see `encode_measured`.
@@ -138,18 +132,17 @@ def are_longer(
         _, lengths, whole = encode_measured(tokenizer, of, max_length, special_tokens)
         return whole > lengths
 
-    found = longer(starts)
-    left = [i for i in np.flatnonzero(~found).tolist() if len(starts[i]) < len(texts[i])]
+    result = longer(starts)
+    left = [i for i in np.flatnonzero(~result).tolist() if len(starts[i]) < len(texts[i])]
     if left:
-        found[left] = longer([texts[i] for i in left])
-    return found
+        result[left] = longer([texts[i] for i in left])
+    return result
 
 
 def identity(tokenizer: Any, special_tokens: bool = True) -> dict[str, Any]:
     """What tells a tokenizer from others, the same in every version of the libraries.
 
     Args:
-        tokenizer: see `load`.
         special_tokens: whether what it puts around a text counts; without, a tokenizer that was
             exported with prompts is the one that it was made from.
 
@@ -183,7 +176,6 @@ def export(
         folder: exists; may be remote.
         max_length: tokens of the longest sequence.
         tokenizer: that of `source`, where it is loaded already.
-        **changes: of fields of tokenizer.json.
 
     Raises:
         ValueError: as `load` does; no token to pad with.
@@ -233,14 +225,14 @@ def _load_file(name: str, revision: str | None) -> Any | None:
     from transformers.utils import cached_file
 
     def find(file: str) -> pathlib.Path | None:
-        found = cached_file(
+        result = cached_file(
             name,
             file,
             revision=revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return None if found is None else pathlib.Path(found)
+        return None if result is None else pathlib.Path(result)
 
     path = find("tokenizer.json")
     if path is None:

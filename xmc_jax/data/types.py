@@ -102,13 +102,12 @@ def own_tokens(lengths: Array, image_count: Array | None, prompts: Prompts) -> A
     Args:
         lengths: i[n], of texts.
         image_count: i[n], or None for text only.
-        prompts: around each text.
 
     Returns:
         i[n].
     """
-    around = len(prompts.middle) + len(prompts.tail)
-    return lengths + around + (0 if image_count is None else image_count)
+    closing = len(prompts.middle) + len(prompts.tail)
+    return lengths + closing + (0 if image_count is None else image_count)
 
 
 @flax.struct.dataclass

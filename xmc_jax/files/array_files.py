@@ -28,7 +28,6 @@ def save(path: pathlib.Path, array: np.ndarray) -> None:
 
     Args:
         path: local.
-        array: of any shape; never of objects.
 
     Raises:
         OSError: the disk refuses the write.
@@ -49,8 +48,6 @@ def appended(
 
     Args:
         path: local.
-        dtype: of the rows.
-        columns: of each row.
     """
     count = 0
     with path.open("wb") as file:

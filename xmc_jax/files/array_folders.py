@@ -100,10 +100,7 @@ def read_manifest(
 
     Args:
         folder: local.
-        version: what its field `format` must be.
-        schema: of its other fields.
         kind: of folder, for the error where there is no manifest.
-        remedy: end of every error.
 
     Raises:
         ValueError: there is none, or a field is not as expected.

@@ -138,7 +138,6 @@ def move_folder(source: pathlib.Path, target: pathlib.Path) -> None:
     folder is called `.<name>.old` for a moment; see `recover_folder`.
 
     Args:
-        source: a folder, already on the disk.
         target: its new path; a folder there is removed.
     """
     old = set_aside_path(target)

@@ -27,10 +27,6 @@ def of_array(name: str, array: np.ndarray) -> str:
 
     The values are hashed in row-major order and little-endian, so that the digest depends neither
     on how an array lies in memory or in files nor on the mesh that it was split over.
-
-    Args:
-        name: what it is called.
-        array: any dtype with a fixed width.
     """
     array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):

@@ -56,9 +56,7 @@ def parse(where: Any, text: str | bytes, kind: type = dict) -> Any:
     """The JSON object that a text is.
 
     Args:
-        where: what the error begins with.
         text: as bytes, in UTF-8, UTF-16 or UTF-32.
-        kind: see `read`.
 
     Raises:
         ValueError: it is another value, none, or nested too deeply.
@@ -78,12 +76,6 @@ def validate(
 ) -> pydantic.BaseModel:
     """JSON values as an object of a class.
 
-    Args:
-        where: what the error begins with.
-        schema: the class.
-        content: values as `json` reads them.
-        remedy: what the error ends with.
-
     Raises:
         ValueError: a field is missing or of another type; names the first one.
     """
@@ -92,8 +84,10 @@ def validate(
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        expected = first["msg"].removeprefix("Input should be ")
-        actual = "none" if first["type"] == "missing" else f"{first['input']!r:.100}"
+        expected, actual = "a value", "none"
+        if first["type"] != "missing":
+            expected = first["msg"].removeprefix("Input should be ").partition(" or instance")[0]
+            actual = f"{first['input']!r:.100}"
         raise ValueError(
             f"{where}: {field}: expected {expected}, found {actual}; {remedy}"
         ) from None

@@ -100,10 +100,10 @@ def _sign(file: IO[bytes]) -> None:
 def _holder(path: pathlib.Path) -> str:
     """One line on the process that holds a lock."""
     try:
-        found = json.loads(path.read_bytes())
+        entry = json.loads(path.read_bytes())
         return (
-            f"process {found['pid']} on {found['host']} since {found['since']} "
-            f"({found['command']:.200})"
+            f"process {entry['pid']} on {entry['host']} since {entry['since']} "
+            f"({entry['command']:.200})"
         )
     except (OSError, ValueError, KeyError, TypeError):
         return "one that has not said its name"

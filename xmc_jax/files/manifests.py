@@ -53,13 +53,13 @@ def names(folder: epath.PathLike) -> list[str]:
     Links to files count as files; links to folders, pipes and the like are left out.
     """
     if "://" not in str(folder):
-        paths = (pathlib.Path(parent, x) for parent, _, found in os.walk(folder) for x in found)
+        paths = (pathlib.Path(parent, x) for parent, _, entries in os.walk(folder) for x in entries)
         return sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
-    found = []
+    entries = []
     for path in epath.Path(folder).iterdir():
         below = names(path) if path.is_dir() else None
-        found += [path.name] if below is None else [f"{path.name}/{name}" for name in below]
-    return sorted(found)
+        entries += [path.name] if below is None else [f"{path.name}/{name}" for name in below]
+    return sorted(entries)
 
 
 def files(folder: epath.PathLike, of: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -87,15 +87,14 @@ def damage(
 
     Args:
         folder: local.
-        recorded: what `files` gave.
         hashed: whether to read the files; without, only their sizes are compared.
     """
     for name, facts in recorded.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size is None or size != facts.get("bytes"):
-            found = "no file" if size is None else size
-            return f"{path}: expected {facts.get('bytes')} bytes, found {found}"
+            entries = "no file" if size is None else size
+            return f"{path}: expected {facts.get('bytes')} bytes, found {entries}"
         if hashed and (digest := sha256(path)) != facts.get("sha256"):
             return f"{path}: expected sha256 {facts.get('sha256')}, found {digest}"
     return None

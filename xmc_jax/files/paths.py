@@ -12,7 +12,6 @@ def within(folder: str | os.PathLike, name: str, allow: bool = False) -> pathlib
 
     Args:
         folder: local; where relative names begin, usually the folder of the table.
-        name: as the table has it.
         allow: whether the path may lie elsewhere.
 
     Raises:

@@ -76,8 +76,8 @@ class TextFile:
         if self.encoding == "UTF-8" and len(start) == 8:
             for odd, name in ((1, "LE"), (0, "BE")):
                 if not any(start[odd::2]):
-                    found = _UTF16.format(name)
-                    raise ValueError(f"{path}: expected text in UTF-8, found {found}")
+                    problem = _UTF16.format(name)
+                    raise ValueError(f"{path}: expected text in UTF-8, found {problem}")
 
     @property
     def plain(self) -> bool:

@@ -40,11 +40,7 @@ _CONFIG, _LOCK = "config.json", ".lock"
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps that a workdir has a committed checkpoint of, ascending, whole or damaged.
-
-    Args:
-        workdir: see `absolute`.
-    """
+    """The steps that a workdir has a committed checkpoint of, ascending, whole or damaged."""
     return [int(path.name) for path in _numbered(absolute(workdir)) if _is_committed(path)]
 
 
@@ -79,8 +75,6 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], new: bool =
     A workdir without a checkpoint takes any config: nothing has been made with the one before.
 
     Args:
-        workdir: see `absolute`.
-        config: nested mapping of JSON values.
         new: whether the workdir may be a new one.
 
     Raises:
@@ -105,10 +99,6 @@ def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
     that all have compared, and one behind; those that then find no config do not see the first
     one's workdir.
 
-    Args:
-        workdir: see `absolute`.
-        config: see `check_config`, which comes first.
-
     Raises:
         OSError: the disk refuses the write; the config of before is still there.
     """
@@ -124,9 +114,6 @@ def locked(workdir: epath.PathLike) -> Iterator[None]:
     """Keeps other commands from training in a local workdir; on gs:// nothing does.
 
     The first process holds the lock, others do nothing. The folder is made if it is missing.
-
-    Args:
-        workdir: see `absolute`.
 
     Raises:
         ValueError: another command trains there; the error names it.

@@ -9,9 +9,6 @@ NAMES = ("LF-DebianTitles-3K",)
 def path(name: str) -> pathlib.Path:
     """The raw folder of a bundled dataset, as `data.prepare` reads it; see DATA_CARD.md there.
 
-    Args:
-        name: one of `NAMES`.
-
     Raises:
         ValueError: no such dataset is bundled.
     """

@@ -36,8 +36,6 @@ def make(scan: Scan, treated: str, unlabelled: Sequence[str] = ()) -> dict[str, 
     """Counts of a scan; they follow from the records alone, not from their format.
 
     Args:
-        scan: see `Scan`.
-        treated: what was done with unknown labels.
         unlabelled: names of test files without labels.
     """
     labels, documents = scan.labels, scan.documents

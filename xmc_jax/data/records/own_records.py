@@ -53,7 +53,6 @@ class RecordsConfig:
         records: a folder with `train.*`, perhaps `validation.*` and `test.*`, and `label.*` or
             `labels.*`; or a file of documents.
         overwrite: replace a folder that was made from other records.
-        **options: see `config.RecordsOptions`.
 
     Attributes:
         records: see above.
@@ -90,10 +89,6 @@ def folder(data_dir: str | pathlib.Path, dataset: str) -> pathlib.Path:
 
 def convert(config: RecordsConfig, folder: pathlib.Path) -> tuple[dict[str, Any], bool]:
     """Makes the raw folder, unless it is there already.
-
-    Args:
-        config: see `RecordsConfig`.
-        folder: what to make.
 
     Returns:
         The report, and whether the folder was made now.
@@ -142,7 +137,6 @@ def check(config: RecordsConfig, keep: Keep | None = None) -> tuple[dict[str, An
     """Reads all records and writes nothing.
 
     Args:
-        config: see `RecordsConfig`.
         keep: is given every item; None if nobody wants them.
 
     Returns:

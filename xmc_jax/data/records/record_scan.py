@@ -36,11 +36,7 @@ def read(
     Args:
         opened: "train", "validation" and "test" (perhaps none), "label" (none where labels are to
             be added).
-        separator: of ids in a text.
-        unknown: of `UNKNOWN`.
         fraction: share of the other documents for testing, if neither a file nor a column says it.
-        seed: of that choice.
-        keep: is given every item, in order.
 
     Raises:
         ValueError: a record is bad, or there is none.
@@ -158,11 +154,7 @@ class Scan:
         """Reads a table of documents.
 
         Args:
-            opened: the table.
-            file_split: of `SPLITS`, what its file is for.
-            allowed: what a column `split` may say.
             row: number of its first row among the rows of the files of this split.
-            bar: counts the documents.
 
         Returns:
             The number behind the last row's.

@@ -28,7 +28,6 @@ def render(rng: np.random.Generator, attributes: tuple[int, ...], pixels: int) -
         rng: of place, size, turn, light, ground and grain.
         attributes: numbers of shape, colour, pattern and the pattern's colour, as `synthetic` has
             them; -1 for none.
-        pixels: per side.
     """
     import PIL.Image
 

@@ -65,7 +65,7 @@ def text(cell: Any) -> str:
         raise ValueError(f"expected a text, as in other records, found {keys}")
     if not isinstance(cell, str):
         remedy = "; join the list into one text" if isinstance(cell, list) else _cast(cell)
-        raise ValueError(f"expected a text, found {_shown(cell)}{remedy}")
+        raise ValueError(f"expected a text, found {_quoted(cell)}{remedy}")
     return _unicode(cell)
 
 
@@ -87,12 +87,12 @@ def identifier(cell: Any) -> str:
         if key is not None and not isinstance(cell[key], dict):
             return identifier(cell[key])
     if isinstance(cell, str):
-        found = normal(cell)
-        if found and not _BAD_IN_IDS.search(found):
-            return _unicode(found)
+        value = normal(cell)
+        if value and not _BAD_IN_IDS.search(value):
+            return _unicode(value)
     raise ValueError(
         f"expected an id, a text without tabs and line ends or a whole number, found "
-        f"{_shown(cell)}{_cast(cell)}"
+        f"{_quoted(cell)}{_cast(cell)}"
     )
 
 
@@ -113,17 +113,17 @@ def identifiers(cell: Any, separator: str) -> list[str]:
     Raises:
         ValueError: the cell is something else, or one of them is no id.
     """
-    found = listed(cell, separator)
-    kinds = set(map(type, found))
+    value = listed(cell, separator)
+    kinds = set(map(type, value))
     if kinds == {int}:
-        return list(map(str, found))
+        return list(map(str, value))
     if kinds == {str}:  # as most are: at once, for speed
-        found = list(map(str.strip, found))
-        together = "".join(found)
+        value = list(map(str.strip, value))
+        together = "".join(value)
         plain = together.isascii() and "<" not in together
-        if all(found) and plain and not _BAD_IN_IDS.search(together):
-            return found
-    return list(map(identifier, found))
+        if all(value) and plain and not _BAD_IN_IDS.search(together):
+            return value
+    return list(map(identifier, value))
 
 
 def hint(uid: str) -> str:
@@ -142,18 +142,18 @@ def weights(cell: Any, separator: str, count: int) -> list[float]:
     Raises:
         ValueError: the cell is something else.
     """
-    found = []
+    value = []
     for one in listed(cell, separator):
         try:
             number = float(one) if type(one) in (int, float, str, decimal.Decimal) else math.nan
         except (ValueError, OverflowError):
             number = math.nan
         if not 0 < number < math.inf:
-            raise ValueError(f"expected positive numbers, found {_shown(one)}")
-        found.append(number)
-    if len(found) != count:
-        raise ValueError(f"expected {count} numbers, one for each label, found {len(found)}")
-    return found
+            raise ValueError(f"expected positive numbers, found {_quoted(one)}")
+        value.append(number)
+    if len(value) != count:
+        raise ValueError(f"expected {count} numbers, one for each label, found {len(value)}")
+    return value
 
 
 def images(cell: Any, separator: str) -> list[str]:
@@ -162,7 +162,7 @@ def images(cell: Any, separator: str) -> list[str]:
     Raises:
         ValueError: the cell is something else, such as an image itself.
     """
-    found = []
+    value = []
     for one in listed(cell, separator):
         if isinstance(one, dict) and one.get("bytes") is None:  # Hugging Face's Image
             one = one.get("path")
@@ -172,12 +172,12 @@ def images(cell: Any, separator: str) -> list[str]:
                 "--column images= and give the file to python -m xmc_jax.images.embed --images"
             )
         if not isinstance(one, str) or not one.strip():
-            raise ValueError(f"expected a path or URL, found {_shown(one)}")
+            raise ValueError(f"expected a path or URL, found {_quoted(one)}")
         scheme = _SCHEME.match(one)
         if scheme and not is_url(one):
-            raise ValueError(f"expected a path, or a URL of http or https, found {_shown(one)}")
-        found.append(_unicode(one))
-    return found
+            raise ValueError(f"expected a path, or a URL of http or https, found {_quoted(one)}")
+        value.append(_unicode(one))
+    return value
 
 
 def is_url(image: str) -> bool:
@@ -199,7 +199,7 @@ def flag(cell: Any) -> bool:
         return True
     if written in ("0", "0.0", "false", ""):
         return False
-    raise ValueError(f"expected 0 or 1 in a column of a label, found {_shown(cell)}")
+    raise ValueError(f"expected 0 or 1 in a column of a label, found {_quoted(cell)}")
 
 
 def listed(cell: Any, separator: str) -> list[Any]:
@@ -208,7 +208,6 @@ def listed(cell: Any, separator: str) -> list[Any]:
     IRIs in angle brackets are apart without a separator.
 
     Args:
-        cell: see above; nothing gives [], and a number itself.
         separator: of the pieces; "" if a text without brackets is one element.
 
     Raises:
@@ -235,7 +234,7 @@ def listed(cell: Any, separator: str) -> list[Any]:
     except (ValueError, OverflowError, RecursionError):
         others = f", or texts separated by {separator!r}" if separator else ""
         raise ValueError(
-            f'expected a list in brackets, such as ["a", "b"]{others}, found {_shown(cell)}'
+            f'expected a list in brackets, such as ["a", "b"]{others}, found {_quoted(cell)}'
         ) from None
 
 
@@ -284,19 +283,19 @@ def _cast(cell: Any) -> str:
     return ""
 
 
-def _unicode(found: str) -> str:
-    if not found.isascii():
+def _unicode(value: str) -> str:
+    if not value.isascii():
         try:
-            found.encode()
+            value.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"expected Unicode, found half of a \\u pair in {_shown(found)}"
+                f"expected Unicode, found half of a \\u pair in {_quoted(value)}"
             ) from None
-    return found
+    return value
 
 
-def _shown(cell: Any) -> str:
+def _quoted(cell: Any) -> str:
     if is_null(cell) or cell == "":
         return "nothing"
-    shown = ascii(cell) if isinstance(cell, str) and not cell.isprintable() else repr(cell)
-    return shown[:60] + ("..." if len(shown) > 60 else "")
+    quoted = ascii(cell) if isinstance(cell, str) and not cell.isprintable() else repr(cell)
+    return quoted[:60] + ("..." if len(quoted) > 60 else "")

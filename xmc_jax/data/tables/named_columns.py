@@ -124,14 +124,14 @@ class Record:
 
     def flags(self, columns: Sequence[str], cells: Sequence[Any]) -> list[str]:
         """The columns whose cell says that the document has their label."""
-        found = []
+        matched = []
         for column, cell in zip(columns, cells):
             try:
                 if cell_values.flag(cell):
-                    found.append(column)
+                    matched.append(column)
             except ValueError as error:
                 raise self._error(column, str(error)) from None
-        return found
+        return matched
 
     def merge(self, other: "Record") -> None:
         """Adds the labels and weights of a record that is of the same document."""
@@ -166,12 +166,9 @@ def open_fields(
     """A table with the columns of its fields.
 
     Args:
-        table: the file.
         fields: of `FIELDS`, those that are to be taken.
-        named: see `columns`.
         needed: of `fields`, those that the table must have.
         form: how labels are written; None where the table has none.
-        allow_paths: see `Opened`.
 
     Raises:
         ValueError: columns are missing, or several are one field.
@@ -179,15 +176,15 @@ def open_fields(
     form = form or Form()
     if not table.columns:
         raise ValueError(f"{table.path}: expected records, found an empty file")
-    found = columns(table, fields, named)
+    matched = columns(table, fields, named)
     flags: Sequence[str] = form.label_columns
     if "labels" not in fields:
         flags = ()
     elif flags == ("*",):
-        found.pop("labels", None)
-        flags = [name for name in table.columns if name and name not in found.values()]
+        matched.pop("labels", None)
+        flags = [name for name in table.columns if name and name not in matched.values()]
     elif flags:
-        found.pop("labels", None)
+        matched.pop("labels", None)
         if absent := [name for name in flags if name not in table.columns]:
             there = ", ".join(table.columns)[:200]
             raise ValueError(
@@ -195,35 +192,33 @@ def open_fields(
                 f"{there}"
             )
     for field in needed:
-        if field not in found and not (field == "labels" and flags):
+        if field not in matched and not (field == "labels" and flags):
             names = [*filter(None, named.get(field, ())), *FIELDS[field]]
             raise missing(table, field, list(dict.fromkeys(names)))
     merged = form.row_per_pair and "labels" in fields
-    if merged and "id" not in found:
+    if merged and "id" not in matched:
         raise missing(table, "id", FIELDS["id"])
-    return Opened(table, found, flags, merged, form.separator, allow_paths)
+    return Opened(table, matched, flags, merged, form.separator, allow_paths)
 
 
 def columns(table: Table, fields: Iterable[str], named: Mapping[str, Sequence[str]]) -> dict:
     """Field -> the column of a table that it is in, of the fields that the table has.
 
     Args:
-        table: its columns are looked through.
-        fields: of `FIELDS`.
         named: field -> columns that are to be taken for it where a table has them, before those
             that `FIELDS` names; "" for none at all.
 
     Raises:
         ValueError: several columns are one field.
     """
-    asked = {
+    wanted = {
         field: [name for name in dict.fromkeys(names) if name in table.columns]
         for field, names in named.items()
     }
-    taken = {name for names in asked.values() for name in names}
-    found = {}
+    taken = {name for names in wanted.values() for name in names}
+    matched = {}
     for field in fields:
-        names = asked.get(field, [])
+        names = wanted.get(field, [])
         if not names and "" not in named.get(field, ()):
             names = [name for name in usual(table, FIELDS[field]) if name not in taken]
         if len(names) > 1:
@@ -235,8 +230,8 @@ def columns(table: Table, fields: Iterable[str], named: Mapping[str, Sequence[st
                 f"which: {remedy}"
             )
         if names:
-            found[field] = names[0]
-    return found
+            matched[field] = names[0]
+    return matched
 
 
 def usual(table: Table, names: Sequence[str]) -> list[str]:
@@ -264,11 +259,11 @@ def missing(table: Table, field: str, names: Sequence[str], flag: str = "--colum
 def _flags(table: Table) -> list[str]:
     """Columns that have nothing but 0 and 1 in the first records."""
     names = [name for name in table.columns if name]
-    found = dict.fromkeys(names, True)
+    matched = dict.fromkeys(names, True)
     for _, cells in itertools.islice(table.rows(names), _PEEKED):
         for name, cell in zip(names, cells):
             try:
                 cell_values.flag(cell)
             except ValueError:
-                found[name] = False
-    return [name for name in names if found[name]]
+                matched[name] = False
+    return [name for name in names if matched[name]]

@@ -45,7 +45,6 @@ def find(folder: pathlib.Path, role: str) -> list[pathlib.Path]:
     such as `train-00000-of-00002.parquet`. A .txt of documents counts where there is no other.
 
     Args:
-        folder: where to look.
         role: "train", "validation", "test" or "label".
 
     Raises:
@@ -56,28 +55,28 @@ def find(folder: pathlib.Path, role: str) -> list[pathlib.Path]:
         rf"({'|'.join(_NAMES[role])})(?:[-_.](\d+)(?:[-_.]of[-_.](\d+))?)?({suffixes})",
         re.IGNORECASE,
     )
-    found = sorted(
+    matches = sorted(
         (match[1].lower(), match[4].lower(), int(match[2] or -1), int(match[3] or 0), path.name)
         for path in folder.iterdir()
         if (match := pattern.fullmatch(path.name)) and path.is_file()
     )
-    lines = [one for one in found if one[1].startswith(".txt")]
-    found = [one for one in found if one not in lines] or (lines if role != "label" else [])
-    for path in [] if found else sorted(folder.iterdir()):
+    lines = [one for one in matches if one[1].startswith(".txt")]
+    matches = [one for one in matches if one not in lines] or (lines if role != "label" else [])
+    for path in [] if matches else sorted(folder.iterdir()):
         if path.suffix.lower() in _ELSEWHERE and path.stem.lower() in _NAMES[role]:
             open_table(path)  # says what to make of it
-    names = [name for *_, name in found]
-    if len({(stem, suffix, number >= 0) for stem, suffix, number, *_ in found}) > 1 or any(
-        one[:3] == other[:3] for one, other in itertools.pairwise(found)
+    names = [name for *_, name in matches]
+    if len({(stem, suffix, number >= 0) for stem, suffix, number, *_ in matches}) > 1 or any(
+        one[:3] == other[:3] for one, other in itertools.pairwise(matches)
     ):
         raise ValueError(
             f"{folder}: expected one file of {role}, or numbered ones of one kind, found "
             f"{', '.join(names)}"
         )
-    if any(total not in (0, len(found)) for *_, total, _ in found):
+    if any(total not in (0, len(matches)) for *_, total, _ in matches):
         raise ValueError(
-            f"{folder}: expected all {max(total for *_, total, _ in found)} files that "
-            f"{names[0]} is one of, found {len(found)}"
+            f"{folder}: expected all {max(total for *_, total, _ in matches)} files that "
+            f"{names[0]} is one of, found {len(matches)}"
         )
     return [folder / name for name in names]
 
@@ -121,10 +120,6 @@ def open_table(
 def open_stream(name: str, lines: Iterator[tuple[int, bytes]]) -> Table:
     """JSON lines that can be read once, such as a pipe's; the columns are those of the first.
 
-    Args:
-        name: what errors call it.
-        lines: numbered.
-
     Raises:
         ValueError: the first record is damaged.
     """
@@ -137,7 +132,7 @@ def delimiter(written: str, flag: str = "delimiter") -> str:
     Raises:
         ValueError: the flag has something else.
     """
-    found = {"tab": "\t", "\\t": "\t"}.get(written, written)
-    if len(found) > 1 or found in ('"', "\r", "\n"):
+    matches = {"tab": "\t", "\\t": "\t"}.get(written, written)
+    if len(matches) > 1 or matches in ('"', "\r", "\n"):
         raise ValueError(f"{flag}: expected one character, or tab, got {written!r}")
-    return found
+    return matches

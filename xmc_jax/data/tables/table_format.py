@@ -34,7 +34,6 @@ class Table(abc.ABC):
         A null, and what a JSON object lacks, is None. An empty cell of CSV is "".
 
         Args:
-            names: of the columns.
             required: those of `names` that every JSON object should have; where one lacks it the
                 cell is `record_cells.Absent`.
 

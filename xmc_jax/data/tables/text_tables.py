@@ -37,7 +37,6 @@ class TextTable(Table):
     """A text file of records.
 
     Args:
-        file: the file.
         limit: most bytes of a record; 0 for `table_format.MAX_RECORD`.
     """
 
@@ -104,10 +103,6 @@ class JsonLines(_JsonTable, TextTable):
 
 class JsonStream(_JsonTable):
     """JSON lines that come once, such as those of a pipe; the columns are those of the first.
-
-    Args:
-        name: what errors call it.
-        lines: numbered.
 
     Raises:
         ValueError: the first record is damaged.
@@ -216,8 +211,6 @@ class DelimitedText(TextTable):
     Line ends within quotes belong to the cell. The header tells what separates the cells.
 
     Args:
-        file: the file.
-        limit: see `TextTable`.
         delimiter: what separates the cells of files whose header has it; "" if each header is to
             tell it.
         usual: what separates them by the file's name.
@@ -362,10 +355,6 @@ class TextCells:
     """Cells of a column of a text file, by the numbers of their records.
 
     The file is read once. Its cells are kept in a temporary file, and memory holds their offsets.
-
-    Args:
-        table: the file.
-        column: name of the column.
     """
 
     def __init__(self, table: Table, column: str):
