@@ -102,7 +102,7 @@ def flops(sizes: VisionConfig) -> int:
 
 
 class Program:
-    """The jitted encoder on one device, as `xmc_jax.images.encoders.Tower` makes it.
+    """The jitted encoder on one device, as `xmc_jax.images.encoders.ImageTower` makes it.
 
     Args:
         settings: what is measured.

@@ -36,6 +36,7 @@ HOMES = {
         "images/isolated.py",
         "images/descriptor.py",
         "images/encoders.py",
+        "images/preprocessing.py",
         "data/synthetic/product_set.py",
         "data/synthetic/product_pictures.py",
     ),

@@ -29,6 +29,7 @@ UIDS = {
     "test": [f"b{i}" for i in range(5)],
     "label": [f"c{i}" for i in range(9)],
 }
+WRITE_FAULTS = (*write_faults.KINDS, "full disk in a file")
 ITEMS = [uid for split in SPLITS for uid in UIDS[split]]
 
 
@@ -175,7 +176,7 @@ def test_pictures_that_were_only_touched_are_read_once(config, folder, encoded, 
     encoded.clear()
     embed.make(config, UIDS)
     assert not encoded and image_folders.open(config.folder).digest == digest
-    monkeypatch.setattr(image_sources.Source, "read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(image_sources.ImageSource, "read", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(changes, "_contents", lambda source, items, _: (items[:, None], items > 0))
     assert embed.is_current(config, UIDS)
 
@@ -338,8 +339,14 @@ def test_lost_stamps_cost_a_reading(config, encoded, lost):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", [*write_faults.KINDS, "full disk in a file"])
-@pytest.mark.parametrize("renewed", [False, True], ids=["new", "renewed"])
+@pytest.mark.parametrize(
+    ("kind", "renewed"),
+    [
+        ("kill", False),
+        *((kind, True) for kind in WRITE_FAULTS),
+        *(pytest.param(kind, False, marks=pytest.mark.reliability) for kind in WRITE_FAULTS[1:]),
+    ],
+)
 def test_a_kill_and_a_full_disk_at_each_write(config, folder, monkeypatch, kind, renewed):
     """The folder is the old one or the new one, and the same command makes it."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and no moment of its own

@@ -18,8 +18,9 @@ from PIL import Image
 
 from tests.images import odd_images
 from tests.images.odd_images import IMAGES, encoded, oriented, picture, png, png_of, tiff
-from xmc_jax.images import decoding, isolated
-from xmc_jax.images.decoding import Limits, Processor
+from xmc_jax.images import decoding, isolated, preprocessing
+from xmc_jax.images.decoding import DecodeLimits
+from xmc_jax.images.preprocessing import Processor
 
 CASES = pathlib.Path(__file__).parents[1] / "cases" / "images"
 PUBLISHED = pathlib.Path(__file__).parents[1] / "models" / "published" / "vision"
@@ -241,24 +242,24 @@ def test_size_is_looked_at_before_decoding(width, height):
 
 def test_limits():
     data = encoded(picture(20, 10), "PNG")
-    assert decoding.decode(data, Limits(len(data), 200, 20)).size == (20, 10)
+    assert decoding.decode(data, DecodeLimits(len(data), 200, 20)).size == (20, 10)
     assert f"at most {len(data) - 1} bytes, got {len(data)}" in refused(
-        data, limits=Limits(max_bytes=len(data) - 1)
+        data, limits=DecodeLimits(max_bytes=len(data) - 1)
     )
-    for limits in (Limits(max_pixels=199), Limits(max_side=19)):
+    for limits in (DecodeLimits(max_pixels=199), DecodeLimits(max_side=19)):
         assert f"{limits.max_pixels} pixels" in refused(data, limits=limits)
-    assert "got 20 x 10" in refused(data, limits=Limits(max_pixels=199))
+    assert "got 20 x 10" in refused(data, limits=DecodeLimits(max_pixels=199))
 
 
 @pytest.mark.parametrize("field", ["max_bytes", "max_pixels", "max_side"])
 def test_limits_are_checked(field):
-    with pytest.raises(ValueError, match=f"Limits.{field}: expected at least 1, got 0"):
-        Limits(**{field: 0})
+    with pytest.raises(ValueError, match=f"{field}: expected at least 1.*got 0"):
+        DecodeLimits(**{field: 0})
 
 
 def test_limits_beyond_those_of_pillow_are_refused():
-    with pytest.raises(ValueError, match=r"max_pixels: expected at most 89478485, Pillow's"):
-        Limits(max_pixels=10**8)
+    with pytest.raises(ValueError, match=r"max_pixels: expected .* at most 89478485, Pillow's"):
+        DecodeLimits(max_pixels=10**8)
 
 
 def test_tiles_larger_than_the_image_are_refused():
@@ -358,7 +359,7 @@ def test_avif_and_heic(kind):
     np.testing.assert_allclose(found, expected, atol=8)
     assert "do not decode" in (message := refused(data[: len(data) // 2])) or kind in message
     with pytest.raises(decoding.TooLarge, match="at most 65536 per side, got 64 x 48"):
-        decoding.decode(data, Limits(max_pixels=3000))
+        decoding.decode(data, DecodeLimits(max_pixels=3000))
 
 
 def test_the_published_avif_and_its_orientation():
@@ -448,7 +449,7 @@ def test_a_decoded_image_outlives_its_file():
 def test_pad_square(size, shrunk):
     image = picture(*size)
     before = array(image).copy()
-    padded = array(decoding.pad_square(image, 20))
+    padded = array(preprocessing.pad_square(image, 20))
     np.testing.assert_array_equal(array(image), before)
     assert padded.shape == (20, 20, 3)
     width, height = shrunk
@@ -499,10 +500,10 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_published_processors(name):
     raw = json.loads((PUBLISHED / f"{name}.preprocessor.json").read_text(encoding="utf-8"))
-    assert decoding.from_hf(raw) == EXPECTED[name]
+    assert preprocessing.from_hf(raw) == EXPECTED[name]
     size = json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
     size = size.get("vision_config", size).get("image_size", 224)
-    assert decoding.from_hf(raw).size == (size, size)
+    assert preprocessing.from_hf(raw).size == (size, size)
 
 
 @pytest.mark.parametrize(
@@ -521,7 +522,7 @@ def test_published_processors(name):
     ],
 )  # fmt: skip
 def test_what_a_config_lacks_is_the_default(raw, changes):
-    assert decoding.from_hf(raw) == dataclasses.replace(Processor(), **changes)
+    assert preprocessing.from_hf(raw) == dataclasses.replace(Processor(), **changes)
 
 
 @pytest.mark.parametrize(
@@ -543,5 +544,5 @@ def test_what_a_config_lacks_is_the_default(raw, changes):
 )
 def test_other_processors_are_refused_in_one_line(raw, message):
     with pytest.raises(ValueError, match=message) as error:
-        decoding.from_hf(raw)
+        preprocessing.from_hf(raw)
     assert "\n" not in str(error.value)

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from xmc_jax.data import image_vectors
-from xmc_jax.images.image_sources import Source
+from xmc_jax.images.image_sources import ImageSource
 from xmc_jax.runtime.wording import counted
 
 FAILURES = "failures.jsonl"
@@ -27,7 +27,7 @@ FAILURES = "failures.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Changes:
+class ChangedImages:
     """What stays of a folder when it is made anew, since some of its images have changed.
 
     Attributes:
@@ -45,11 +45,11 @@ class Changes:
 
 def find(
     opened: image_vectors.ImageStore,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, ImageSource],
     per_item: int,
     origin: Mapping[str, Any],
     overwrite: bool = False,
-) -> Changes | None:
+) -> ChangedImages | None:
     """Compares a folder with its images; writes down where they are if they are the same.
 
     Items that have no image any more keep their vectors: pictures may be deleted once they are
@@ -107,7 +107,7 @@ def find(
             f"{image_vectors.REMEDY}"
         )
     logging.info("%s: the images of %s have changed", opened.folder, counted(changed, "item"))
-    return Changes(opened, kept, stamps, _read_failures(opened.folder / FAILURES))
+    return ChangedImages(opened, kept, stamps, _read_failures(opened.folder / FAILURES))
 
 
 def of_image(image: bytes | str) -> bytes:
@@ -125,7 +125,7 @@ def of_item(of_images: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(digest, np.uint8)
 
 
-def _contents(source: Source, items: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def _contents(source: ImageSource, items: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """u8[m, 32] and bool[m]: digests of the images of the items i[m], and whether one is there."""
     contents = np.zeros((len(items), image_vectors.CONTENT), np.uint8)
     readable = np.zeros(len(items), bool)

@@ -24,7 +24,7 @@ from typing import BinaryIO
 import httpcore2
 import httpx2
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from xmc_jax.images.settings import DownloadLimits
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _ADDRESSES = 4  # of a name, tried one after the other
@@ -38,48 +38,6 @@ _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _6TO4 = ipaddress.ip_network("2002::/16")
 # IPv6 networks whose last 32 bits are the IPv4 address that is reached: mapped, and NAT64.
 _IPV4_INSIDE = (ipaddress.ip_network("::ffff:0:0/96"), ipaddress.ip_network("64:ff9b::/96"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one URL may cost.
-
-    Attributes:
-        max_bytes: of a body.
-        max_redirects: followed per attempt.
-        timeout: seconds to resolve, to connect to one address, and between two pieces of an answer.
-        deadline: seconds for a URL in all: attempts and the waits between them, though not the wait
-            for its turn.
-        min_rate: bytes per second of a body, on average after the first `timeout` seconds.
-        attempts: 1 without retries.
-        backoff: seconds before the second attempt, doubled before each further one.
-        max_wait: seconds; a longer back-off or Retry-After is cut to it.
-        allowed: networks that may be connected to although they are not public.
-    """
-
-    max_bytes: int = 1 << 24
-    max_redirects: int = 5
-    timeout: float = 15.0
-    deadline: float = 300.0
-    min_rate: float = 1024.0
-    attempts: int = 4
-    backoff: float = 1.0
-    max_wait: float = 60.0
-    allowed: tuple[Network, ...] = ()
-
-    def __post_init__(self):
-        for field, low in (
-            ("max_bytes", 1),
-            ("max_redirects", 0),
-            ("timeout", 0.001),
-            ("deadline", 0.001),
-            ("min_rate", 0),
-            ("attempts", 1),
-            ("backoff", 0),
-            ("max_wait", 0),
-        ):
-            if not getattr(self, field) >= low:  # nor NaN
-                raise ValueError(f"{field}: expected at least {low}, got {getattr(self, field)}")
 
 
 class Failure(Exception):
@@ -120,7 +78,7 @@ class Downloader:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: DownloadLimits,
         concurrency: int,
         per_host: int,
         user_agent: str,
@@ -337,7 +295,7 @@ class _Disconnected(Failure):
 class _CheckedBackend(httpcore2.AsyncNetworkBackend):
     """Connects to a name's public or allowed addresses, and to nothing else."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: DownloadLimits):
         self._limits = limits
         self._inner = httpcore2.AnyIOBackend()
 
@@ -358,7 +316,7 @@ class _CheckedBackend(httpcore2.AsyncNetworkBackend):
 
     def _allows(self, address: str) -> bool:
         ip = _innermost(address)
-        return is_public(address) or any(ip in network for network in self._limits.allowed)
+        return is_public(address) or any(ip in network for network in self._limits.allow_private)
 
 
 async def _resolve(host: str, port: int, timeout: float) -> list[str]:

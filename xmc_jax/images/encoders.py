@@ -14,7 +14,7 @@ from PIL import Image
 
 from xmc_jax.config import MeshConfig
 from xmc_jax.files import json_files
-from xmc_jax.images import decoding, descriptor
+from xmc_jax.images import descriptor, preprocessing
 from xmc_jax.models import hf, hf_tensors, hf_weights
 from xmc_jax.models.vision import Vision
 from xmc_jax.runtime import sharding
@@ -51,7 +51,7 @@ class Encoder(Protocol):
         """
 
 
-class Tower:
+class ImageTower:
     """A vision tower: parameters on every device, batches split over them.
 
     Pixels travel as bytes and are normalised on the device. Every batch has the same shape; one
@@ -122,7 +122,7 @@ class Tower:
     def prepare(self, image: Image.Image) -> np.ndarray:
         """RGB of any size -> u8[H, W, 3]."""
         if self._layout == "pad":
-            image = decoding.pad_square(image, self._config.image_size)
+            image = preprocessing.pad_square(image, self._config.image_size)
         return self._processor.resize(image)
 
     def embed(self, prepared: Sequence[np.ndarray]) -> jax.Array:
@@ -180,7 +180,7 @@ class Descriptor:
     def prepare(self, image: Image.Image) -> np.ndarray:
         """RGB of any size -> f32[E]."""
         if self._layout == "pad":
-            image = decoding.pad_square(image, min(max(image.size), _PADDED_SIDE))
+            image = preprocessing.pad_square(image, min(max(image.size), _PADDED_SIDE))
         return descriptor.describe([image])[0]
 
     def embed(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
@@ -196,24 +196,24 @@ def build(
     layout: str = "pad",
     dtype: str = "bfloat16",
 ) -> Encoder:
-    """The encoder of a name: `descriptor.NAME`, or a `Tower`, whose arguments these are.
+    """The encoder of a name: `descriptor.NAME`, or a `ImageTower`, whose arguments these are.
 
     Raises:
-        ValueError: see `Tower` and `Descriptor`; or a revision or processor of the descriptor.
+        ValueError: see `ImageTower` and `Descriptor`; or a revision or processor of the descriptor.
     """
     if name != descriptor.NAME:
-        return Tower(name, batch_size, revision, processor, layout, dtype)
+        return ImageTower(name, batch_size, revision, processor, layout, dtype)
     for field, value in (("revision", revision), ("processor", processor)):
         if value is not None:
             raise ValueError(f"{field}: expected none for {name}, got {value!r}")
     return Descriptor(layout)
 
 
-def _load_processor(where: str | pathlib.Path) -> decoding.Processor:
+def _load_processor(where: str | pathlib.Path) -> preprocessing.Processor:
     path = pathlib.Path(where).expanduser()
     path = path / PROCESSOR if path.is_dir() else path
     try:
-        return decoding.from_hf(json_files.read(path))
+        return preprocessing.from_hf(json_files.read(path))
     except ValueError as error:
         named = "" if str(error).startswith(str(path)) else f"{path.parent}: "
         raise ValueError(f"{named}{error}; name another with --processor") from error

@@ -18,9 +18,7 @@ after its retries is recorded and not asked for again, except with --retry_faile
 import array
 import asyncio
 import collections
-import dataclasses
 import hashlib
-import ipaddress
 import json
 import os
 import pathlib
@@ -38,67 +36,18 @@ import tqdm
 from xmc_jax.data.tables import cell_values, table_files
 from xmc_jax.files import atomic, json_files, locks
 from xmc_jax.images import decoding, shards
-from xmc_jax.images.download import Downloader, Failure, Limits
+from xmc_jax.images.download import Downloader, Failure
+from xmc_jax.images.settings import FetchConfig, add_flags, from_flags
 from xmc_jax.runtime import command
 from xmc_jax.runtime.wording import counted
 
 FORMAT = 1
-_USER_AGENT = "xmc_jax.images.fetch"
 _OPEN_SHARDS = 16  # the slowest URL holds up no others until this many are waiting for theirs
 _HOSTS = 100  # listed in the report
 _THREADS = 4  # that decode what was downloaded
 # Images up to here are decoded side by side, larger ones singly. Bytes count too: of some formats'
 # headers Pillow makes objects fifty times as large.
 _SMALL_PIXELS, _SMALL_BYTES = 1 << 21, 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class FetchConfig:
-    """What to fetch, and how.
-
-    Attributes:
-        urls: a file, see `record_files`; a row has an id and a URL, none, or a list of them. Rows
-            of one id that follow each other are one item.
-        out: the folder to write.
-        limits: of each URL.
-        max_pixels: of an image; see `images.Limits`.
-        concurrency: downloads at a time.
-        per_host: of those, from one host.
-        id_column: name of the ids' column.
-        url_column: name of the URLs' column.
-        max_images: the first so many of an item are fetched; 0 for all.
-        shard_images: rows per Parquet file.
-        user_agent: what the servers are told.
-        retry_failed: ask again for what failed in an earlier run.
-    """
-
-    urls: str | pathlib.Path
-    out: str | pathlib.Path
-    limits: Limits = dataclasses.field(default_factory=Limits)
-    max_pixels: int = decoding.Limits.max_pixels
-    concurrency: int = 64
-    per_host: int = 32
-    id_column: str = "id"
-    url_column: str = "url"
-    max_images: int = 0
-    shard_images: int = 1024
-    user_agent: str = _USER_AGENT
-    retry_failed: bool = False
-
-    def __post_init__(self):
-        agent = self.user_agent
-        for field, fits, expected in (
-            ("concurrency", 1 <= self.concurrency <= 1024, "1 to 1024"),
-            ("per_host", self.per_host >= 1, "1 or more"),
-            ("max_images", self.max_images >= 0, "0 or more"),
-            ("shard_images", 1 <= self.shard_images <= 1 << 16, "1 to 65536"),
-            ("user_agent", agent.isascii() and agent.isprintable(), "printable ASCII"),
-        ):
-            if not fits:
-                raise ValueError(f"{field}: expected {expected}, got {getattr(self, field)!r}")
-        if self.limits.max_bytes > 1 << 28:
-            raise ValueError(f"max_bytes: expected at most 2^28, got {self.limits.max_bytes}")
-        decoding.Limits(self.limits.max_bytes, self.max_pixels)
 
 
 def fetch(config: FetchConfig) -> dict[str, Any]:
@@ -162,47 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> FetchConfig:
     parser = command.Parser(prog="python -m xmc_jax.images.fetch", allow_abbrev=False)
-    add = parser.add_argument
-    add("--urls", required=True, help="a .parquet, .jsonl or .csv file of ids and image URLs")
-    add("--out", required=True, help="the folder to write, or to go on with")
-    for flag, kind, default, text in (
-        ("concurrency", int, FetchConfig.concurrency, "downloads at a time"),
-        ("per_host", int, FetchConfig.per_host, "of those, from one host"),
-        ("id_column", str, "id", "name of the ids' column"),
-        ("url_column", str, "url", "name of the URLs' column"),
-        ("max_images", int, 0, "the first so many of an item; 0 for all"),
-        ("shard_images", int, FetchConfig.shard_images, "rows per Parquet file"),
-        ("user_agent", str, _USER_AGENT, "what the servers are told"),
-        ("max_pixels", int, FetchConfig.max_pixels, "of an image; no larger one is decoded"),
-    ):
-        add(f"--{flag}", type=kind, default=default, help=f"{text} (default {default})")
-    limits = (
-        ("max_bytes", int, "of an image file"),
-        ("max_redirects", int, "per attempt"),
-        ("timeout", float, "seconds to connect, and between two pieces of an answer"),
-        ("deadline", float, "seconds for one URL, retries and their waits included"),
-        ("min_rate", float, "bytes per second of an answer, after the first timeout"),
-        ("attempts", int, "per URL; network errors, 408, 425, 429 and 5xx are retried"),
-        ("backoff", float, "seconds before the second attempt; then doubled"),
-        ("max_wait", float, "seconds; longer waits, Retry-After's too, are cut to it"),
-    )
-    for flag, kind, text in limits:
-        default = getattr(Limits, flag)
-        add(f"--{flag}", type=kind, default=default, help=f"{text} (default {default})")
-    add(
-        "--allow_private",
-        nargs="*",
-        metavar="NETWORK",
-        help="connect to these networks too, such as 10.0.0.0/8; none named: to any address",
-    )
-    add("--retry_failed", action="store_true", help="ask again for what failed before")
-    fields = vars(parser.parse_args(arguments))
-    networks = fields.pop("allow_private")
-    if networks == []:
-        networks = ["0.0.0.0/0", "::/0"]
-    allowed = tuple(ipaddress.ip_network(network) for network in networks or ())
-    rules = {flag: fields.pop(flag) for flag, *_ in limits}
-    return FetchConfig(**fields, limits=Limits(**rules, allowed=allowed))
+    add_flags(parser, FetchConfig)
+    return from_flags(FetchConfig, vars(parser.parse_args(arguments)))
 
 
 def _inputs(config: FetchConfig) -> dict[str, Any]:
@@ -234,7 +144,7 @@ def _inputs(config: FetchConfig) -> dict[str, Any]:
             "max_bytes": config.limits.max_bytes,
             "max_pixels": config.max_pixels,
             "max_redirects": config.limits.max_redirects,
-            "allow_private": [str(network) for network in config.limits.allowed],
+            "allow_private": [str(network) for network in config.limits.allow_private],
         },
     }
 
@@ -369,8 +279,8 @@ class _Check:
 
     def __init__(self, config: FetchConfig):
         most = config.limits.max_bytes
-        self._full = decoding.Limits(most, config.max_pixels)
-        self._small = decoding.Limits(
+        self._full = decoding.DecodeLimits(most, config.max_pixels)
+        self._small = decoding.DecodeLimits(
             min(most, _SMALL_BYTES), min(config.max_pixels, _SMALL_PIXELS)
         )
         self._large = ThreadPoolExecutor(1)  # one thread: allocators keep memory for each

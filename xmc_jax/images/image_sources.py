@@ -5,18 +5,14 @@ records that hold its images; only the list is kept in memory, and images are re
 any item on. Nothing is downloaded here: URLs go through `vision.fetch` first.
 """
 
-import base64
-import binascii
 import dataclasses
 import hashlib
 import itertools
 import os
 import pathlib
 import re
-import stat
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +23,7 @@ from xmc_jax.data.tables import cell_values, table_files
 from xmc_jax.data.tables.parquet_tables import ParquetRows, ParquetTable
 from xmc_jax.data.tables.table_format import Table
 from xmc_jax.data.tables.text_tables import TextCells
-from xmc_jax.files import paths
+from xmc_jax.images.image_records import FileRecords, LineRecords, Records, TableRecords, stamp
 
 MAX_BYTES = 32 << 20
 """Bytes of an image's file, unless told otherwise."""
@@ -41,14 +37,11 @@ _KEYS = ("uid", "id", "index")
 _COLUMNS = ("bytes", "image", "base64", "path")  # in this order, where there are several
 _URLS = ("url", "urls")
 _NUMBERED = re.compile(r"(.+)_(\d{1,9})")
-_DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
-_SCAN_BYTES = 4 << 20
-_PEEKED = 16  # cells
 MAX_RECORD = 256 << 20  # bytes of a record of a text table, which may hold images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
+class ImageSource:
     """The images of one split's items.
 
     Attributes:
@@ -57,7 +50,7 @@ class Source:
     """
 
     listed: Csr
-    _records: "_Records"
+    _records: Records
     files: Sequence[pathlib.Path] = ()
 
     def __len__(self) -> int:
@@ -104,18 +97,21 @@ class Source:
         While an item's stamp stays the same, so do its images; none is read for it. An item without
         images has zeros.
         """
-        base = b"".join(map(_stamp, self.files))
+        base = b"".join(map(stamp, self.files))
         with_images = self.listed.counts() > 0
         stamps = np.zeros((len(self), STAMP), np.uint8)
         numbers, place = np.unique(self.listed.indices, return_inverse=True)
         outside = self._records.stamps(numbers)
         if outside is None:
-            stamps[with_images] = np.frombuffer(_short_digest(base), np.uint8)
+            stamps[with_images] = np.frombuffer(
+                hashlib.blake2b(base, digest_size=STAMP).digest(), np.uint8
+            )
             return stamps
         of_record, bounds = list(outside), self.listed.indptr.tolist()
         for item in np.flatnonzero(with_images).tolist():
             rows = place[bounds[item] : bounds[item + 1]].tolist()
-            digest = _short_digest(base + b"".join(of_record[row] for row in rows))
+            content = base + b"".join(of_record[row] for row in rows)
+            digest = hashlib.blake2b(content, digest_size=STAMP).digest()
             stamps[item] = np.frombuffer(digest, np.uint8)
         return stamps
 
@@ -134,22 +130,9 @@ class Place:
     by: str = "uid"
     allow_paths: bool = False
 
-    def open(self, split: str, uids: Sequence[str]) -> Source:
+    def open(self, split: str, uids: Sequence[str]) -> ImageSource:
         """The images of a split's items; see the function `open`."""
         return open(self.path, split, uids, self.by, allow_paths=self.allow_paths)
-
-
-class _Records(Protocol):
-    """Numbered records of images."""
-
-    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
-        """The images of the records i[n], in that order: bytes, or a reason why not."""
-
-    def stamps(self, numbers: np.ndarray) -> Iterator[bytes] | None:
-        """Names, sizes and times of image files of the records i[n]; None if there are none.
-
-        Files that hold many records are not among them: see `Source.files`.
-        """
 
 
 def open(
@@ -159,7 +142,7 @@ def open(
     by: str = "uid",
     max_bytes: int = MAX_BYTES,
     allow_paths: bool = False,
-) -> Source:
+) -> ImageSource:
     """Finds out what lies at a path, and which of it belongs to the items of a split.
 
     - A Parquet, JSONL or CSV file has one row per image, with a column `uid` (or `id`), or `index`,
@@ -311,9 +294,6 @@ def _of_split(folder: pathlib.Path, names: list[str], split: str) -> list[pathli
     return [folder / name for name in taken]
 
 
-# Which records are whose
-
-
 def _owners(uids: Sequence[str]) -> tuple[dict[str, int], np.ndarray]:
     """A number for each different uid; and i64[n], the number of each item's."""
     numbers: dict[str, int] = {}
@@ -360,25 +340,7 @@ def _match(
     return np.fromiter(owners(), np.int64), of_item
 
 
-# Folders of files
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _FileRecords:
-    folder: pathlib.Path
-    names: list[str]
-    max_bytes: int
-
-    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
-        for number in numbers.tolist():
-            name = self.names[number]
-            yield [_read_file(self.folder / name, name, self.max_bytes)]
-
-    def stamps(self, numbers: np.ndarray) -> Iterator[bytes]:
-        return (_stamp(self.folder / self.names[number]) for number in numbers.tolist())
-
-
-def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -> Source:
+def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -> ImageSource:
     numbers, of_item = _owners(uids if by == "uid" else list(map(str, range(len(uids)))))
     found = []  # (number of the owner, k, name)
     with os.scandir(folder) as entries:
@@ -403,7 +365,7 @@ def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -
     found.sort()
     names = [name for _, _, name in found]
     owner = np.array([owner for owner, _, _ in found], np.int64)
-    return Source(_grouped(owner, of_item), _FileRecords(folder, names, max_bytes))
+    return ImageSource(_grouped(owner, of_item), FileRecords(folder, names, max_bytes))
 
 
 def _rank(name: str) -> int:
@@ -412,153 +374,15 @@ def _rank(name: str) -> int:
     return int(digits[1]) if digits else -1
 
 
-@dataclasses.dataclass(frozen=True)
-class _Named:
-    """Image files that a table names, from its folder on.
-
-    Attributes:
-        folder: the table's.
-        max_bytes: see `open`.
-        allow_paths: see `open`.
-    """
-
-    folder: pathlib.Path
-    max_bytes: int
-    allow_paths: bool
-
-    def read(self, name: str) -> bytes | str:
-        """The bytes of a file, or why there are none."""
-        try:
-            return _read_file(self._path(name), name, self.max_bytes)
-        except ValueError as error:
-            return str(error)
-
-    def stamp(self, name: str) -> bytes:
-        """Its name, size and time."""
-        try:
-            path = self._path(name)
-        except ValueError:
-            path = pathlib.Path()  # whatever it is, it is not read
-        return name.encode("utf-8", "surrogatepass") + _stamp(path)
-
-    def _path(self, name: str) -> pathlib.Path:
-        """The file of a name, which another system may have written in another way.
-
-        Names may be surrounded by blanks, have the other Unicode form (macOS), or backslashes.
-        """
-        path = paths.within(self.folder, name, self.allow_paths)
-        if os.path.lexists(path):
-            return path
-        bare = name.strip()
-        others = (bare, *(unicodedata.normalize(form, bare) for form in ("NFC", "NFD")))
-        for other in (*others, bare.replace("\\", "/")):
-            found = paths.within(self.folder, other, self.allow_paths)
-            if os.path.lexists(found):
-                return found
-        return path
-
-
-def _stamp(path: pathlib.Path) -> bytes:
-    """Name, size and time of a file."""
-    try:
-        facts = os.stat(path)
-    except (OSError, ValueError):
-        return os.fsencode(path.name) + b"\0"
-    return os.fsencode(path.name) + b"\0%d\0%d\0" % (facts.st_size, facts.st_mtime_ns)
-
-
-def _short_digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=STAMP).digest()
-
-
-def _read_file(path: pathlib.Path, name: str, max_bytes: int) -> bytes | str:
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            return f"not a file: {name:.200}"
-        if found.st_size > max_bytes:
-            return _too_large(found.st_size, max_bytes)
-        return path.read_bytes() or f"an empty file: {name:.200}"
-    except OSError as error:
-        return f"{(error.strerror or 'unreadable').lower()}: {name:.200}"
-
-
-def _too_large(size: int, max_bytes: int) -> str:
-    return f"{size} bytes, more than {max_bytes}"
-
-
-# ViXML's .bin, one image after another
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _TextRecords:
-    """Records between byte offsets i64[n + 1] of a file; `parse` makes images of a record.
-
-    A longer one than `max_record` bytes is not read.
-    """
-
-    path: pathlib.Path
-    offsets: np.ndarray
-    max_record: int
-    parse: Callable[[bytes], list[bytes | str]]
-
-    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
-        with self.path.open("rb") as file:
-            for number in numbers.tolist():
-                start, end = self.offsets[number : number + 2].tolist()
-                if end - start > self.max_record:
-                    yield [f"a line of {_too_large(end - start, self.max_record)}"]
-                    continue
-                file.seek(start)
-                yield self.parse(file.read(end - start))
-
-    def stamps(self, numbers: np.ndarray) -> None:
-        return None
-
-
-def _lines(path: pathlib.Path, uids: Sequence[str], max_bytes: int) -> Source:
+def _lines(path: pathlib.Path, uids: Sequence[str], max_bytes: int) -> ImageSource:
     """ViXML's base64 lines with their map. Source: ViXML reference, download_amazon_imgs.py."""
     map_path = path.with_name(f"{path.stem}_map.npy")
     if not map_path.is_file():
         raise ValueError(f"{path}: expected {map_path.name} beside it, found none")
-    offsets = _line_offsets(path)
-    listed = image_maps.read(map_path, len(offsets) - 1)
+    records = LineRecords(path, max_bytes)
+    listed = image_maps.read(map_path, len(records))
     _check_items(map_path, listed, uids)
-
-    def parse(line: bytes) -> list[bytes | str]:
-        return [_decode(line, max_bytes)]
-
-    max_line = 4 * max_bytes // 3 + 1024
-    return Source(listed, _TextRecords(path, offsets, max_line, parse), (path, map_path))
-
-
-def _line_offsets(path: pathlib.Path) -> np.ndarray:
-    """i64[lines + 1], where lines begin and the last one ends; reads the file once."""
-    ends = [np.zeros(1, np.int64)]
-    at = 0
-    with path.open("rb") as file:
-        while block := file.read(_SCAN_BYTES):
-            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
-            at += len(block)
-    offsets = np.concatenate(ends)
-    return offsets if offsets[-1] == at else np.append(offsets, at)
-
-
-def _decode(text: bytes | str, max_bytes: int) -> bytes | str:
-    if isinstance(text, str):
-        start = _DATA_URL.match(text[:200])
-        text = text[start.end() if start else 0 :].encode("ascii", "replace")
-    text = b"".join(text.split())
-    if len(text) // 4 * 3 > max_bytes + 3:
-        return _too_large(len(text) // 4 * 3, max_bytes)
-    try:
-        data = base64.b64decode(text, validate=True)
-    except binascii.Error:
-        return "not base64"
-    return data or "no bytes"
-
-
-# Tables
+    return ImageSource(listed, records, (path, map_path))
 
 
 def _table(
@@ -567,15 +391,14 @@ def _table(
     max_bytes: int,
     allow_paths: bool,
     fetched: bool = False,
-) -> Source:
+) -> ImageSource:
     """A table in one file, or in several Parquet files that are read one after the other.
 
     Of those that `vision.fetch` has made, rows with an error have no image and are left out.
     """
     where = files[0]
-    named = _Named(where.parent, max_bytes, allow_paths)
     parts = [table_files.open_table(path, limit=MAX_RECORD) for path in files]
-    records: Any
+    cells: ParquetRows | TextCells
     if isinstance(parts[0], ParquetTable):
         key, column = _columns(where, parts[0].types)
         for part in parts:
@@ -589,14 +412,14 @@ def _table(
         if fetched:
             errors = (cell for part in parts for cell in part.cells("error"))
             owner[np.fromiter((cell is not None for cell in errors), bool, len(owner))] = -1
-        records = _TableRecords(ParquetRows(parts, column), column, named)
+        cells = ParquetRows(parts, column)
     else:
         (part,) = parts
         key, column = _columns(where, dict.fromkeys(part.columns, ""))
         cells = TextCells(part, column)
         owner, of_item = _match(((part, *found) for found in cells.keys(key)), key, uids)
-        records = _TableRecords(cells, column, named)
-    return Source(_grouped(owner, of_item), records, files)
+    records = TableRecords(cells, column, where.parent, max_bytes, allow_paths)
+    return ImageSource(_grouped(owner, of_item), records, files)
 
 
 def _indexed(
@@ -605,15 +428,15 @@ def _indexed(
     uids: Sequence[str],
     max_bytes: int,
     allow_paths: bool,
-) -> Source:
+) -> ImageSource:
     """Rows of a Parquet file by an index of the items."""
     table = ParquetTable(table_path)
     _, column = _columns(table_path, table.types | {"uid": "string"})
     listed = image_maps.read(index_path, table.num_rows)
     _check_items(index_path, listed, uids)
     rows = ParquetRows([table], column)
-    named = _Named(table_path.parent, max_bytes, allow_paths)
-    return Source(listed, _TableRecords(rows, column, named), (table_path, index_path))
+    records = TableRecords(rows, column, table_path.parent, max_bytes, allow_paths)
+    return ImageSource(listed, records, (table_path, index_path))
 
 
 def _check_items(path: pathlib.Path, listed: Csr, uids: Sequence[str]) -> None:
@@ -642,68 +465,3 @@ def _image_column(columns: Mapping[str, str]) -> str | None:
     binary = [name for name, kind in columns.items() if kind.endswith("binary")]
     named = next((name for name in _COLUMNS if name in columns), None)
     return binary[0] if named is None and len(binary) == 1 else named
-
-
-def _images(
-    cell: Any, column: str, read: Callable[[str], bytes | str], max_bytes: int
-) -> list[bytes | str]:
-    """The images of a cell, or reasons.
-
-    Args:
-        cell: of a table.
-        column: its column's name.
-        read: the file of a path.
-        max_bytes: see `open`.
-    """
-    images = []
-    for one in cell if isinstance(cell, list) else [cell]:
-        kind = column
-        if isinstance(one, dict):  # Hugging Face's Image
-            kind = column if one.get("bytes") else "path"
-            one = one.get("bytes") or one.get("path")
-        if isinstance(one, str) and one and kind == "path":
-            images.append(read(one))
-        elif one is not None and one != "":
-            images.append(_held(one, kind, max_bytes))
-    return images
-
-
-def _held(cell: Any, column: str, max_bytes: int) -> bytes | str:
-    """An image that a cell holds itself, or a reason."""
-    if isinstance(cell, bytes) and column != "path":
-        if len(cell) > max_bytes:
-            return _too_large(len(cell), max_bytes)
-        return _decode(cell, max_bytes) if column == "base64" else cell or "no bytes"
-    if isinstance(cell, str):
-        return _decode(cell, max_bytes)
-    return f"a cell of type {type(cell).__name__} in column {column}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _TableRecords:
-    cells: ParquetRows | TextCells
-    column: str
-    named: _Named
-
-    def fetch(self, numbers: np.ndarray) -> Iterator[list[bytes | str]]:
-        for cell in self.cells.fetch(numbers):
-            yield _images(cell, self.column, self.named.read, self.named.max_bytes)
-
-    def stamps(self, numbers: np.ndarray) -> Iterator[bytes] | None:
-        # A column `image` may have paths, too; where the first few cells have none, no other is
-        # looked at: they would all be read.
-        seen = {"path": len(numbers), "image": _PEEKED}.get(self.column, 0)
-        if not any(self._stamps(numbers[:seen])):
-            return None
-        return self._stamps(numbers)
-
-    def _stamps(self, numbers: np.ndarray) -> Iterator[bytes]:
-        for cell in self.cells.fetch(numbers):
-            found: list[bytes] = []
-
-            def note(name: str, found: list[bytes] = found) -> str:
-                found.append(self.named.stamp(name))
-                return ""
-
-            _images(cell, self.column, note, self.named.max_bytes)
-            yield b"".join(found)

@@ -36,7 +36,7 @@ _slots = threading.BoundedSemaphore(_PROCESSES)
 _idle: list[subprocess.Popen] = []
 
 
-def decode(data: bytes, limits: decoding.Limits, alpha: str) -> Image.Image:
+def decode(data: bytes, limits: decoding.DecodeLimits, alpha: str) -> Image.Image:
     """What `images.decode` returns and raises, of an AVIF or HEIC file."""
     size = (limits.max_bytes, limits.max_pixels, limits.max_side)
     request = _REQUEST.pack(len(data), *size, decoding.ALPHA.index(alpha))
@@ -111,7 +111,9 @@ def serve(memory: int, seconds: int) -> None:
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + seconds)
         kind, sides, body = _PICTURE, (0, 0), b""
         try:
-            picture = decoding.decode_here(data, decoding.Limits(*limits), decoding.ALPHA[alpha])
+            picture = decoding.decode_here(
+                data, decoding.DecodeLimits(*limits), decoding.ALPHA[alpha]
+            )
             sides, body = picture.size, picture.tobytes()
         except decoding.TooLarge as error:
             kind, body = _TOO_LARGE, str(error).encode()

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from absl import logging
 
 from xmc_jax.images import decoding
-from xmc_jax.images.image_sources import Source
+from xmc_jax.images.image_sources import ImageSource
 from xmc_jax.runtime.wording import counted
 
 SIDE = 96
@@ -17,7 +17,7 @@ SIDE = 96
 _AHEAD = 64  # read before they are due
 
 
-def make(source: Source, uids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+def make(source: ImageSource, uids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """Id and WebP file of each item whose first image can be read; several threads make them.
 
     Args:

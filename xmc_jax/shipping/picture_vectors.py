@@ -82,15 +82,15 @@ class PictureVectors:
         from xmc_jax.images import decoding
 
         return encoder.prepare(
-            decoding.decode(image, limits or decoding.Limits(), self._expected.alpha)
+            decoding.decode(image, limits or decoding.DecodeLimits(), self._expected.alpha)
         )
 
     def warm_up(self) -> None:
         """See `QueryEncoder.warm_up_pictures`."""
         encoder = self._loaded()
-        from xmc_jax.images import decoding
+        from xmc_jax.images import preprocessing
 
-        jax.block_until_ready(encoder.embed([encoder.prepare(decoding.white(8))]))
+        jax.block_until_ready(encoder.embed([encoder.prepare(preprocessing.white(8))]))
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:

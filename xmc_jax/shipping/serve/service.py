@@ -153,9 +153,9 @@ class Service:
         return prepared
 
     def _prepare(self, predictor: Predictor, image: str) -> np.ndarray:
-        from xmc_jax.images.decoding import Limits
+        from xmc_jax.images.decoding import DecodeLimits
 
-        limits = Limits(self.config.max_image_bytes, self.config.max_image_pixels)
+        limits = DecodeLimits(self.config.max_image_bytes, self.config.max_image_pixels)
         return predictor.prepare(_bytes(image), limits)
 
     async def close(self, seconds: float | None = None) -> bool:
