@@ -28,7 +28,15 @@ LAYERS = (
 HOMES = {
     "fastapi": ("shipping/serve/",),
     "prometheus_client": ("shipping/serve/",),
-    "pydantic": ("config/", "data/", "files/", "shipping/contents.py", "shipping/serve/"),
+    "pydantic": (
+        "config/",
+        "data/",
+        "files/",
+        "images/images_config.py",
+        "images/settings.py",
+        "shipping/contents.py",
+        "shipping/serve/",
+    ),
     "starlette": ("shipping/serve/",),
     "uvicorn": ("shipping/serve/",),
     "PIL": (

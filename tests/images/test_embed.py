@@ -420,7 +420,7 @@ def test_killed_commands_give_the_same_bytes(topics, tmp_path, tower):
 
 
 def test_batches_begun_again_are_the_same(monkeypatch):
-    monkeypatch.setattr(embed, "_BATCH_ITEMS", 7)
+    monkeypatch.setattr(item_vectors, "_BATCH_ITEMS", 7)
     generator = np.random.default_rng(0)
     counts = generator.integers(0, 4, 200) * (generator.random(200) < 0.4)
     counts[50:80] = 0

@@ -31,10 +31,10 @@ from xmc_jax.files.digests import sha256
 from xmc_jax.images import changes, encoders, fetch, image_sources, item_vectors
 from xmc_jax.images.changes import ChangedImages
 from xmc_jax.images.image_sources import ImageSource, Place
+from xmc_jax.images.images_config import ImagesConfig
 from xmc_jax.images.settings import (
     DownloadLimits,
     FetchConfig,
-    ImagesConfig,
     add_flags,
     from_flags,
 )

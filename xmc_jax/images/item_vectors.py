@@ -23,7 +23,7 @@ from xmc_jax.images import changes, decoding
 from xmc_jax.images.changes import ChangedImages
 from xmc_jax.images.encoders import Encoder
 from xmc_jax.images.image_sources import ImageSource
-from xmc_jax.images.settings import ImagesConfig
+from xmc_jax.images.images_config import ImagesConfig
 
 _THREADS = 32  # that decode, at most; Pillow lets go of the interpreter meanwhile
 _SMALL_PIXELS = 1 << 22  # images up to here are decoded side by side, larger ones singly
