@@ -78,9 +78,9 @@ def worker(arguments: argparse.Namespace) -> None:
     print(
         json.dumps(
             {
-                "documents": report.done.documents,
+                "documents": report.progress.documents,
                 "seconds": report.seconds,
-                "documents_per_second": report.done.documents / report.seconds,
+                "documents_per_second": report.progress.documents / report.seconds,
                 "processor_seconds": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]),
                 "rss_model_loaded": loaded["rss"],
                 "rss_peak": _status("VmHWM"),

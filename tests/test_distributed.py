@@ -6,7 +6,7 @@ import socket
 import processes
 import pytest
 
-from xmc_jax.runtime import distributed, peers
+from xmc_jax.runtime import distributed, peers, process_flags
 
 # Of three processes the last has another config, and the last two share a host.
 VALUES = """
@@ -121,7 +121,7 @@ def test_one_process_needs_nobody():
 )
 def test_flags_that_contradict_each_other_are_named(given, said):
     with pytest.raises(ValueError, match=r"^--") as raised:
-        distributed.check(*given)
+        process_flags.check(*given)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 

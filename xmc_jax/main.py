@@ -387,10 +387,10 @@ def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_for_users)
     sys.unraisablehook, threading.excepthook = _show_unraisable, _show_of_thread
-    from xmc_jax.runtime import distributed
+    from xmc_jax.runtime import distributed, process_flags
 
     try:
-        distributed.check(**_cluster())
+        process_flags.check(**_cluster())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_USAGE)

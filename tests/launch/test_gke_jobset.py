@@ -201,13 +201,9 @@ def test_a_template_with_an_unknown_name_is_refused(cluster, tmp_path):
     ("option", "said"),
     [
         ("--image=a b", "--image"),
-        ("--topology=4", "--topology"),
         ("--chips=3", "not a multiple of --chips 3"),
-        ("--chips=0", "--chips"),
         ("--name=A", "--name"),
-        ("--data=here", "--data"),
         ("--service-account=a;b", "--service-account"),
-        ("--restarts=many", "--restarts"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_done(cluster, option, said):

@@ -226,9 +226,8 @@ def test_deletion_at_the_end_comes_after_the_results(cloud):
 
 @pytest.mark.parametrize(
     ("verb", "state"),
-    [("status", "SUSPENDED"), ("status", "FAILED"), ("status", "MACHINES-PREEMPTED"),
-     ("install", "SUSPENDED"), ("start", "MACHINES-TERMINATED")],
-)  # fmt: skip
+    [("status", "MACHINES-PREEMPTED"), ("install", "SUSPENDED"), ("start", "MACHINES-TERMINATED")],
+)
 def test_after_a_preemption_all_is_done_again(cloud, verb, state):
     cloud.plan(**{verb: f"preempt {state}"})
     if verb == "status":  # not the first look, before there is a run
@@ -281,21 +280,18 @@ def test_a_creation_that_was_killed_but_done_is_found(cloud):
     assert cloud.count("create") == 2 and "killed" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["describe", "create", "install"])
-def test_what_goes_on_failing_ends_with_one_line(cloud, verb):
-    cloud.plan(**{verb: "\n".join(["fail (boom) twice"] * 9)})
+def test_what_goes_on_failing_ends_with_one_line(cloud):
+    cloud.plan(create="\n".join(["fail (boom) twice"] * 9))
     done = cloud("up", "--tries=3")
     assert done.returncode == 4
-    assert "boom" in _error(done) and cloud.count(verb) == 3
+    assert "boom" in _error(done) and cloud.count("create") == 3
 
 
 @pytest.mark.parametrize(
     "message",
     [
         "Quota 'TPUV5sLitepodPerProjectPerZone' exhausted. Limit 16 in zone us-west4-a",
-        "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied",
         "INVALID_ARGUMENT: accelerator type v5litepod-16 is not in us-west4-a",
-        "You do not currently have an active account selected.",
     ],
 )
 def test_what_the_cloud_refuses_is_not_tried_again(cloud, message):
@@ -325,21 +321,15 @@ def test_the_queue_is_waited_in_and_left_after_a_time(cloud):
     assert "WAITING_FOR_RESOURCES after 0 s; the same command waits on" in _error(done)
 
 
-@pytest.mark.parametrize(("codes", "code"), [("1", 1), ("2", 2), ("137", 137)])
-def test_a_run_that_fails_is_reported_with_its_log_and_not_repeated(cloud, codes, code):
-    cloud.codes(codes, "wait")
+def test_a_run_that_fails_is_reported_with_its_log_and_not_repeated(cloud):
+    cloud.codes("2", "wait")
     done = cloud()
-    assert done.returncode == code
-    assert f"the run ended with exit code {code}; logs in" in _error(done)
-    assert f"a line of the log, to end with {code}" in done.stderr
+    assert done.returncode == 2
+    assert "the run ended with exit code 2; logs in" in _error(done)
+    assert "a line of the log, to end with 2" in done.stderr
+    assert (cloud.folder / "w1" / "xmc_jax" / "code").read_text() == "143\n"
     assert len(cloud.lines("runs")) == 2 and cloud.count("storage") == 0
     assert cloud.count("create") == 1 and (cloud.folder / "state").exists()
-
-
-def test_the_other_workers_of_a_failed_run_are_ended(cloud):
-    cloud.codes("1", "wait")
-    assert cloud().returncode == 1
-    assert (cloud.folder / "w1" / "xmc_jax" / "code").read_text() == "143\n"
 
 
 def test_a_run_that_the_machines_interrupted_goes_on(cloud):
@@ -350,9 +340,8 @@ def test_a_run_that_the_machines_interrupted_goes_on(cloud):
     assert cloud.count("create") == 1 and len(cloud.lines("runs")) == 4
 
 
-@pytest.mark.parametrize("codes", ["75 0", "137 0"])
-def test_a_run_that_lost_a_process_or_was_stuck_goes_on(cloud, codes):
-    cloud.codes(codes, "75 0")
+def test_a_run_that_lost_a_process_or_was_stuck_goes_on(cloud):
+    cloud.codes("137 0", "75 0")
     done = cloud()
     assert done.returncode == 0, done.stderr
     assert cloud.count("create") == 1 and len(cloud.lines("runs")) == 4
@@ -471,14 +460,9 @@ def test_what_is_not_committed_is_said(cloud):
     ("options", "arguments", "said"),
     [
         ([], ["--config=a"], "--workdir="),
-        ([], ["--config=a", "--workdir=runs/a"], "gs://BUCKET/RUN"),
         ([], ["--workdir=gs://b/$(id)"], "gs://BUCKET/RUN"),
         (["--name=A b"], RUN, "--name: expected lower-case"),
-        (["--zone=here"], RUN, "--zone"),
-        (["--type=v5e"], RUN, "--type"),
         (["--extras=tpu;id"], RUN, "--extras"),
-        (["--data=/local"], RUN, "--data"),
-        (["--commit=nowhere"], RUN, "--commit"),
         (["--poll=1.5"], RUN, "--poll: expected a whole number"),
         (["--secrets=/nowhere"], RUN, "--secrets"),
     ],

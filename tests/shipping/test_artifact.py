@@ -105,8 +105,6 @@ def cut(path: pathlib.Path) -> None:
     ("tamper", "message"),
     [
         (lambda f: flip(f / "model.safetensors"), "model.safetensors: expected sha256"),
-        (lambda f: flip(f / "labels/embeddings.npy"), "labels/embeddings.npy: expected sha256"),
-        (lambda f: flip(f / "documents/texts.utf8.npy"), "texts.utf8.npy: expected sha256"),
         (lambda f: cut(f / "labels/embeddings.npy"), "bytes, found"),
         (
             lambda f: (f / "tokenizer.json").unlink(),
@@ -118,16 +116,11 @@ def cut(path: pathlib.Path) -> None:
             "artifact.json: expected artifact.json of an exported model, found none",
         ),
         (
-            lambda f: (f / "artifact.json").write_text("{"),
-            "of an exported model, found a damaged file",
-        ),
-        (
             lambda f: (f / "artifact.json").write_text("[]"),
             "of an exported model, found a damaged file",
         ),
         (lambda f: (f / "artifact.json").write_text("[" * 10**5), "found a damaged file"),
         (lambda f: change(f, lambda m: m.update(format=2)), "expected format 1, found 2; export"),
-        (lambda f: change(f, lambda m: m.update(name=3)), "name: expected a valid string, found 3"),
         (lambda f: change(f, lambda m: m.update(files=[])), "files: expected an object, found"),
         (lambda f: change(f, lambda m: m.pop("labels")), "labels: expected a value, found none"),
         (
@@ -162,7 +155,7 @@ def cut(path: pathlib.Path) -> None:
                 lambda f, part=part: change(f, lambda m: m[part].update(folder="../labels")),
                 "expected a name within the folder, found '../labels'",
             )
-            for part in ("labels", "documents", "prototypes")
+            for part in ("labels", "prototypes")
         ),
         # Parts of another model.
         *(
@@ -170,7 +163,7 @@ def cut(path: pathlib.Path) -> None:
                 lambda f, part=part: change(f, lambda m: m[part].update(model="0" * 64)),
                 f"expected {part} of the model",
             )
-            for part in ("labels", "documents", "prototypes")
+            for part in ("labels", "prototypes")
         ),
         (
             lambda f: [
@@ -296,7 +289,7 @@ from xmc_jax.shipping.predictor import Predictor
 from xmc_jax.retrieval import exact
 print(len(Predictor.open({str(exported.folder)!r}).predict(["abc"], k=3)[0]))
 opened = artifact.open({str(exported.folder)!r})
-print(files.predict(opened, PredictConfig(k=3), "in.jsonl", "out.jsonl").done.documents)
+print(files.predict(opened, PredictConfig(k=3), "in.jsonl", "out.jsonl").progress.documents)
 try:
     files.predict(opened, PredictConfig(k=3), "in.jsonl", "out.parquet")
 except ValueError as error:

@@ -98,7 +98,7 @@ def test_every_case_is_predicted(predictor, tmp_path, monkeypatch):
         )
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"\n")))
     report = predict_files.predict(predictor.artifact, config, "-", str(tmp_path / "none.parquet"))
-    assert report.done.documents == 0 and (tmp_path / "none.parquet").is_file()
+    assert report.progress.documents == 0 and (tmp_path / "none.parquet").is_file()
 
 
 # Ids

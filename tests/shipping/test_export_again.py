@@ -21,9 +21,7 @@ def workdir(exported, tmp_path) -> pathlib.Path:
 
 
 def again(exported, workdir: pathlib.Path, **options) -> None:
-    exporting.whole(
-        exported.fields, exported.run, 0, exported.state, epath.Path(workdir), **options
-    )
+    exporting.whole(exported.run, 0, exported.state, epath.Path(workdir), **options)
 
 
 def change_labels(folder: pathlib.Path) -> None:

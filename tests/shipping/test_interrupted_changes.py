@@ -83,7 +83,7 @@ def test_export(exported, workdir, monkeypatch, kind, step):
     monkeypatch.setattr(exported.run, "evaluate", lambda *_: evaluation)
 
     def export():
-        work = exported.fields, exported.run, 0, exported.state
+        work = exported.run, 0, exported.state
         exporting.whole(*work, epath.Path(workdir), overwrite=True)
 
     writes = write_faults.count(workdir, export)

@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_told(predictor, items, tmp_path):
     with pytest.raises(ValueError, match=r"in.jsonl:2: picture 0: .*; --predict.on_error=skip"):
         predict(predictor, source, tmp_path / "stopped.jsonl", batch_size=2)
     report = predict(predictor, source, tmp_path / "out.jsonl", on_error="skip")
-    assert report.done.errors == len(cells) - 1
+    assert report.progress.errors == len(cells) - 1
     for line, problem in zip((tmp_path / "out.jsonl").read_text().splitlines(), cells.values()):
         found = json.loads(line)
         if problem is None:

@@ -50,20 +50,20 @@ def data_uris(
         gibibytes = _SOURCE_BYTES >> 30
         return {}, f"No pictures: they are shown of folders of up to {gibibytes} GiB."
     wanted = list(dict.fromkeys(wanted))[:_PICTURES]
-    found: dict[Item, str] = {}
+    uris: dict[Item, str] = {}
     try:
         for split in SPLITS:
             items = np.array([item for of, item in wanted if of == split], np.int64)
             if len(items):
-                found |= _of_split(source, data, split, items)
+                uris |= _of_split(source, data, split, items)
     except ValueError as error:  # a run that has ended well ends so without its pictures, too
         return {}, f"No pictures: {error}."
-    shown, room = {}, _PICTURE_BYTES
+    kept, left = {}, _PICTURE_BYTES
     for item in wanted:
-        if item in found and len(found[item]) <= room:
-            shown[item] = found[item]
-            room -= len(found[item])
-    return shown, ""
+        if item in uris and len(uris[item]) <= left:
+            kept[item] = uris[item]
+            left -= len(uris[item])
+    return kept, ""
 
 
 def _of_split(source: Any, data: Store, split: str, items: np.ndarray) -> dict[Item, str]:
@@ -74,13 +74,13 @@ def _of_split(source: Any, data: Store, split: str, items: np.ndarray) -> dict[I
     uids = data.raw_uids()[name]
     opened = source.open(name, uids)
     item_of = dict(zip(rows.tolist(), items.tolist()))
-    found = {}
+    uris = {}
     for row, _, image in opened.read(1, np.sort(rows)):
         if isinstance(image, bytes):
             picture = _decoded(image)
             if picture is not None:
-                found[split, item_of[row]] = _uri(picture)
-    return found
+                uris[split, item_of[row]] = _uri(picture)
+    return uris
 
 
 def _decoded(data: bytes):

@@ -74,10 +74,10 @@ def _card(matched: MatchedPredictions, row: int) -> dict[str, Any]:
     """A document: its number, and labels by number."""
     hits, scores = matched.hits["plain"], matched.rankings["plain"].scores
     part = slice(matched.positives.indptr[row], matched.positives.indptr[row + 1])
-    found = sorted(zip(hits.rank[part].tolist(), matched.positives.indices[part].tolist()))
+    ranked = sorted(zip(hits.rank[part].tolist(), matched.positives.indices[part].tolist()))
     missed = [
         (label, rank + 1 if rank < hits.ids.shape[1] else None)
-        for rank, label in found
+        for rank, label in ranked
         if rank >= DEPTH
     ]
     predicted = zip(hits.ids[row, :DEPTH].tolist(), scores[row].tolist(), hits.right[row].tolist())

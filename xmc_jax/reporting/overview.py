@@ -153,12 +153,12 @@ def _tile(metric: str, rows: Sequence[MetricsRow]) -> dict[str, Any]:
 
 
 def _standard_error(rows: Sequence[MetricsRow], documents: int) -> str:
-    found = [row.metrics["P@1"] for row in rows if "P@1" in row.metrics]
-    if not found:
+    precisions = [row.metrics["P@1"] for row in rows if "P@1" in row.metrics]
+    if not precisions:
         return ""
     if documents < _FEW:
         return f"Too few test documents ({documents:,}) to tell one model from another."
-    error = math.sqrt(max(p * (1 - p) for p in found) / documents)
+    error = math.sqrt(max(p * (1 - p) for p in precisions) / documents)
     return (
         f"With {counted(documents, 'test document')} one standard error of P@1 is up to "
         f"{100 * error:.2f} points."
@@ -224,10 +224,10 @@ def training(run: RunContents, data: Store, epochs: Epochs) -> dict[str, Any]:
 def _evaluations(run: RunContents) -> dict[str, Any]:
     """The headline's metrics of every row at every evaluation: column -> step -> fraction."""
     columns = {
-        f"{metric}, {row_label(row).short}": dict(zip(found.steps.tolist(), found.values.tolist()))
+        f"{metric}, {row_label(row).short}": dict(zip(line.steps.tolist(), line.values.tolist()))
         for row in ordered_rows(run.evaluated_rows)
         for metric in _TILES
-        if (found := curve(run.records, metric_prefix(row) + metric, 60))
+        if (line := curve(run.records, metric_prefix(row) + metric, 60))
     }
     steps = sorted({step for column in columns.values() for step in column})
     return {"evaluated_steps": steps, "evaluations": columns}
@@ -247,14 +247,14 @@ def _figure(
     """A plot of values in the records; None without values."""
     series, size = [], 1
     for record_name, (name, style) in names.items():
-        found = curve(run.records, record_name)
-        if found:
-            at, size = epochs.at(found.steps), max(size, found.records)
+        line = curve(run.records, record_name)
+        if line:
+            at, size = epochs.at(line.steps), max(size, line.records)
             tips = [
                 f"{name}, epoch {number(epoch, 3)}, step {step:,.0f}: {write(value)}"
-                for epoch, step, value in zip(at, found.steps, found.values)
+                for epoch, step, value in zip(at, line.steps, line.values)
             ]
-            series.append(Series(name, style, at, found.values, tips, level=style == "zero"))
+            series.append(Series(name, style, at, line.values, tips, level=style == "zero"))
     if not series:
         return None
     description = f"{title} over {counted(epochs.total, 'epoch')}: " + "; ".join(

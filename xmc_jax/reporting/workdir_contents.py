@@ -134,17 +134,17 @@ def rankings(
         count: M.
         evaluation: that evaluation, where it is at hand; it is read else.
     """
-    found: dict[str, RankedLabels] = {}
+    ranked: dict[str, RankedLabels] = {}
     zero_shot = saved_predictions.path(workdir, 0)
     if zero_shot.exists():
         of_zero_shot = saved_predictions.read(zero_shot, documents, count, scores=False)
-        found["zero-shot"] = of_zero_shot["plain"]
+        ranked["zero-shot"] = of_zero_shot["plain"]
     if evaluation is not None:
         for row, ids in evaluation.ids.items():
-            found[row] = RankedLabels(ids[documents], evaluation.scores[row][documents])
+            ranked[row] = RankedLabels(ids[documents], evaluation.scores[row][documents])
     elif step is not None and saved_predictions.path(workdir, step).exists():
-        found |= saved_predictions.read(saved_predictions.path(workdir, step), documents, count)
-    return found
+        ranked |= saved_predictions.read(saved_predictions.path(workdir, step), documents, count)
+    return ranked
 
 
 def _processor() -> str:

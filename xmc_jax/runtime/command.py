@@ -97,16 +97,16 @@ def lost_output(error: OSError | None = None) -> tuple[int, str] | None:
     """
     try:
         sys.stdout.flush()
-        found = error if isinstance(error, BrokenPipeError) else None
+        failure = error if isinstance(error, BrokenPipeError) else None
     except OSError as refused:
-        found = refused
-    if found is None:
+        failure = refused
+    if failure is None:
         return None
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
-    code = 128 + signal.SIGPIPE if isinstance(found, BrokenPipeError) else 1
-    return code, f"standard output: {found.strerror}"
+    code = 128 + signal.SIGPIPE if isinstance(failure, BrokenPipeError) else 1
+    return code, f"standard output: {failure.strerror}"
 
 
 def without_native_log() -> None:

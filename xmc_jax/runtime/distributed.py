@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
-from xmc_jax.runtime import peers, relay
+from xmc_jax.runtime import peers, process_flags, relay
 
 Result = TypeVar("Result")
 
@@ -73,12 +72,12 @@ def initialize(
     Raises:
         ValueError: the three contradict each other, or not all processes came.
     """
-    check(mode, coordinator_address, num_processes, process_id)
+    process_flags.check(mode, coordinator_address, num_processes, process_id)
     explicit = coordinator_address is not None
-    if mode == "off" or num_processes == 1 or (not explicit and _is_lone_task()):
+    if mode == "off" or num_processes == 1 or (not explicit and process_flags.is_lone_task()):
         return
     jax.config.update("jax_enable_preemption_service", preemption)
-    flags = _flags(coordinator_address, num_processes, process_id)
+    flags = process_flags.flags_of(coordinator_address, num_processes, process_id)
     # JAX aborts with a stack trace when its own time is over, so it gets more.
     clock = threading.Timer(timeout, _give_up, (flags, timeout))
     clock.daemon = True
@@ -99,7 +98,7 @@ def initialize(
         if str(error).startswith("coordinator_address should be defined"):
             return  # no cluster
         said = " ".join(str(error).split())
-        raise ValueError(f"distributed: {said[:300]} ({_shown(flags)})") from error
+        raise ValueError(f"distributed: {said[:300]} ({process_flags.described(flags)})") from error
     finally:
         clock.cancel()
     if not _alone():
@@ -132,11 +131,11 @@ def gather(name: str, value: Any) -> list[Any]:
     if is_first():
         texts = [_wait_for(f"{key}/{i}") for i in range(jax.process_count())]
         _store().key_value_set(f"{key}/all", f"[{','.join(texts)}]")
-    found = json.loads(_wait_for(f"{key}/all"))
-    names = [there for there, _ in found]
+    everyone = json.loads(_wait_for(f"{key}/all"))
+    names = [there for there, _ in everyone]
     if len(set(names)) > 1:
         raise ValueError(f"distributed: expected all processes at the same call, found {names}")
-    return [value for _, value in found]
+    return [value for _, value in everyone]
 
 
 def barrier(name: str) -> None:
@@ -172,8 +171,8 @@ def agree(name: str, value: Any) -> None:
             if value != usual
         ]
         if others:
-            shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-            differ.append(f"{field}: {usual} on process {values.index(usual)}, but {shown}")
+            listed = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            differ.append(f"{field}: {usual} on process {values.index(usual)}, but {listed}")
     if differ:
         raise ValueError(
             f"{name}: expected the same on all {len(everywhere)} processes, got "
@@ -194,9 +193,9 @@ def first_then_others(name: str, function: Callable[[], Result]) -> Result:
     """
     if _alone():
         return function()
-    hosts, own = gather(f"{name}: hosts", _host()), jax.process_index()
-    leads = hosts.index(hosts[own]) == own
-    turn = 0 if own == 0 else 1 if leads else 2
+    hosts, number_here = gather(f"{name}: hosts", _host()), jax.process_index()
+    leads = hosts.index(hosts[number_here]) == number_here
+    turn = 0 if number_here == 0 else 1 if leads else 2
     for current in range(3):
         if turn == current:
             result = function()
@@ -276,40 +275,6 @@ def fail(reason: str, code: int) -> None:
     _leave(code)
 
 
-def check(
-    mode: str,
-    coordinator_address: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-) -> None:
-    """Checks what `initialize` takes, without starting anything.
-
-    Raises:
-        ValueError: one contradicts another.
-    """
-    given = _flags(coordinator_address, num_processes, process_id)
-    present = [flag for flag, value in given.items() if value is not None]
-    if mode == "off" and present:
-        raise ValueError(f"{present[0]}: expected none with --distributed=off, got one")
-    if present and len(present) < len(given):
-        missing = [flag for flag in given if flag not in present]
-        raise ValueError(
-            f"{present[0]}: expected {' and '.join(missing)} with it, or none of the three where "
-            f"JAX finds the processes by itself"
-        )
-    if not present:
-        return
-    if not re.fullmatch(r"\S+:[0-9]{1,5}", coordinator_address):
-        raise ValueError(f"--coordinator_address: expected HOST:PORT, got {coordinator_address!r}")
-    if num_processes < 1:
-        raise ValueError(f"--num_processes: expected at least 1, got {num_processes}")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"--process_id: expected 0 to {num_processes - 1}, one less than --num_processes, got "
-            f"{process_id}"
-        )
-
-
 def _check_count() -> None:
     """Raises a ValueError if process 0 counts otherwise: JAX would go on, and hang some time."""
     count = jax_distributed.global_state.num_processes
@@ -319,29 +284,16 @@ def _check_count() -> None:
         raise ValueError(f"--num_processes: expected {first} as on process 0, got {count}")
 
 
-def _flags(address: str | None, count: int | None, own: int | None) -> dict[str, Any]:
-    return {"--coordinator_address": address, "--num_processes": count, "--process_id": own}
-
-
-def _is_lone_task() -> bool:
-    """Whether SLURM started one task, as in an interactive job."""
-    return os.environ.get("SLURM_NTASKS") == "1" and "OMPI_MCA_orte_hnp_uri" not in os.environ
-
-
 def _give_up(flags: Mapping[str, Any], timeout: int) -> None:
     """In a thread: ends a process that waits for others within JAX."""
     print(
         f"error: distributed: expected all processes within {timeout} s, not all came "
-        f"({_shown(flags)}); see that every one runs and reaches the address of process 0",
+        f"({process_flags.described(flags)}); see that every one runs and reaches the address of "
+        "process 0",
         file=sys.stderr,
         flush=True,
     )
     os._exit(1)
-
-
-def _shown(flags: Mapping[str, Any]) -> str:
-    given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
-    return " ".join(given) or "as JAX found them"
 
 
 def _fields(name: str, value: Any) -> dict[str, Any]:

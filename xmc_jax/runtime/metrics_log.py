@@ -101,12 +101,12 @@ class Clock:
         if not event.startswith(_COMPILE_EVENTS) or threading.get_ident() != self._thread:
             return
         # Tracing a function that calls others is heard after theirs, and has their time in it.
-        now, own = self._now(), seconds
+        now, alone = self._now(), seconds
         while self._compiled and self._compiled[-1][0] > now - seconds:
-            own -= self._compiled.pop()[1]
+            alone -= self._compiled.pop()[1]
         self._compiled.append((now - seconds / 2, seconds))
-        self._seconds["compile"] += own
-        self._seconds[self.phase] -= own
+        self._seconds["compile"] += alone
+        self._seconds[self.phase] -= alone
 
     def __enter__(self) -> "Clock":
         jax.monitoring.register_event_duration_secs_listener(self._hear)
@@ -139,7 +139,7 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str):
         first = jax.process_index() == 0
         self._what, self._total, self._unit = what, total, unit
-        self._done, self._said = 0, time.monotonic()
+        self._count, self._said = 0, time.monotonic()
         self._in_log = first and not sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
@@ -153,12 +153,12 @@ class Progress:
     def update(self, count: int) -> None:
         """Counts so many more that are done."""
         self._bar.update(count)
-        self._done += count
+        self._count += count
         now = time.monotonic()
         if self._in_log and now - self._said >= _PROGRESS_SECONDS:
             self._said = now
             logging.info(
-                "%s: %s of %s", self._what, f"{self._done:,}", counted(self._total, self._unit)
+                "%s: %s of %s", self._what, f"{self._count:,}", counted(self._total, self._unit)
             )
 
     def __enter__(self) -> "Progress":
@@ -350,13 +350,13 @@ class Reporter:
     def latest(self, prefix: str) -> dict[str, float]:
         """The values of the newest record with names of this prefix, the prefix taken off."""
         for record in reversed(self._records):
-            found = {
+            values = {
                 name.removeprefix(prefix): value
                 for name, value in record.items()
                 if name.startswith(prefix)
             }
-            if found:
-                return found
+            if values:
+                return values
         return {}
 
     def __enter__(self) -> "Reporter":

@@ -179,12 +179,12 @@ class _Link:
         if not data or len(self._read) > _LINE:
             raise ConnectionResetError("closed")
         try:
-            found = [json.loads(line) for line in lines]
+            messages = [json.loads(line) for line in lines]
         except ValueError:
-            found = [None]
-        if not all(isinstance(message, dict) for message in found):
+            messages = [None]
+        if not all(isinstance(message, dict) for message in messages):
             raise ConnectionResetError("not a peer")
-        return found
+        return messages
 
 
 def _first(link: _Link) -> dict[str, Any]:

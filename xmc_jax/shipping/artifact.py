@@ -182,9 +182,9 @@ def open(folder, verify: bool = True) -> Artifact:
     content, parts = contents.read(folder)
     manifest = json.loads(content)
     files = manifest["files"]
-    if found := manifests.damage(folder, files, verify):
+    if damage := manifests.damage(folder, files, verify):
         raise ValueError(
-            f"{found}: a damaged file, or one of another model; copy or export the folder again"
+            f"{damage}: a damaged file, or one of another model; copy or export the folder again"
         )
     _check_models(folder, parts)
     labels = _labels(folder / parts.labels.folder, parts)
@@ -292,7 +292,7 @@ def _array(path: pathlib.Path, dtype: type, shape: tuple[int | None, ...]) -> np
     except ValueError as error:
         raise ValueError(f"{path}: expected an array, found: {error}") from error
     fits = len(array.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, array.shape)
+        size in (None, actual) for size, actual in zip(shape, array.shape)
     )
     if array.dtype != dtype or not fits:
         raise ValueError(

@@ -184,15 +184,15 @@ class DocumentFile:
             "give the same again, or begin anew with --overwrite"
         )
 
-    def _find(self, asked: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    def _find(self, chosen: Mapping[str, Sequence[str]]) -> dict[str, str]:
         """Field -> column."""
-        there, found = self._table.columns, {}
+        there, columns = self._table.columns, {}
         loose = self._table.loose
         for field in self._fields:
             usual = FIELDS[field]
-            names = asked.get(field)
+            names = chosen.get(field)
             if names is None:
-                used = {name for given in asked.values() for name in given}
+                used = {name for given in chosen.values() for name in given}
                 names = [n for n in named_columns.usual(self._table, usual) if n not in used]
                 if field == "text" and len(names) > 1:
                     raise ValueError(
@@ -208,24 +208,24 @@ class DocumentFile:
                     f"found {_some(there)}"
                 )
             if names:
-                found[field] = names[0]
-        if "text" not in found and not (self._model.images and "images" in found):
+                columns[field] = names[0]
+        if "text" not in columns and not (self._model.images and "images" in columns):
             raise ValueError(
                 f"{self.name}: expected a column text or title, found {_some(there)}; say which it "
                 f"is: {self._flag}=text=NAME"
             )
         if self._model.text == "title":
-            found.pop("content", None)
-        if self._model.images is None and found.get("images") in there:
+            columns.pop("content", None)
+        if self._model.images is None and columns.get("images") in there:
             logging.warning("%s: pictures are left out: the model was trained without", self.name)
         if self._model.images is None:
-            found.pop("images", None)
-        return found
+            columns.pop("images", None)
+        return columns
 
     def _document(
         self, number: int, at: str, cells: Mapping[str, Any], digest: str | None
     ) -> Document:
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "id": "",
             "text": "",
             "content": "",
@@ -247,21 +247,21 @@ class DocumentFile:
                     self._columns[field],
                 )
             try:
-                found[field] = self._value(field, cell)
+                values[field] = self._value(field, cell)
             except ValueError as error:
                 problem = problem or f"column {self._columns[field]}: {error}"
-        if not found["id"] and self._numbered:
-            found["id"] = f"{_ROW}{number}" if self._with_ids else str(number)
-        elif not found["id"]:
+        if not values["id"] and self._numbered:
+            values["id"] = f"{_ROW}{number}" if self._with_ids else str(number)
+        elif not values["id"]:
             named = f"; {self._flag}=id=NAME names a column of ids"
             problem = problem or f"expected an id, found none{'' if self._with_ids else named}"
-        text = found["text"]
-        if found["content"]:
-            text = f"{text} {found['content']}".strip()
-        if not (text.strip() or found["images"]):
+        text = values["text"]
+        if values["content"]:
+            text = f"{text} {values['content']}".strip()
+        if not (text.strip() or values["images"]):
             problem = problem or "expected a text or a picture, found neither"
-        query = Query(text, found["images"], found["only"], found["exclude"])
-        return Document(found["id"], query, at, problem, digest)
+        query = Query(text, values["images"], values["only"], values["exclude"])
+        return Document(values["id"], query, at, problem, digest)
 
     def _value(self, field: str, cell: Any) -> Any:
         if field == "id":
@@ -295,16 +295,16 @@ def named(columns: Sequence[str], flag: str, fields: Sequence[str]) -> dict[str,
     Raises:
         ValueError: something else.
     """
-    found: dict[str, list[str]] = {}
+    chosen: dict[str, list[str]] = {}
     for column in columns:
         field, equals, name = column.partition("=")
-        if not equals or field not in fields or field in found:
+        if not equals or field not in fields or field in chosen:
             raise ValueError(
                 f"{flag}: expected FIELD=NAME, FIELD one of {', '.join(fields)}, each once, got "
                 f"{column!r}"
             )
-        found[field] = [name] if name else []
-    return found
+        chosen[field] = [name] if name else []
+    return chosen
 
 
 def labels(
@@ -331,18 +331,18 @@ def ids_of(path: str) -> dict[str, int] | None:
     """Ids of labels -> their lines, of a file with one in a line; None without a file."""
     if not path:
         return None
-    found: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for number, line in TextFile(pathlib.Path(path)).lines(table_format.MAX_RECORD):
         try:
             if line.strip():
-                found.setdefault(cell_values.identifier(line.decode("utf-8")), number)
+                line_of.setdefault(cell_values.identifier(line.decode("utf-8")), number)
         except UnicodeDecodeError:
             raise ValueError(f"{path}:{number}: expected an id in UTF-8, found another") from None
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
-    if not found:
+    if not line_of:
         raise ValueError(f"{path}: expected ids of labels, one in a line, found none")
-    return found
+    return line_of
 
 
 class _Lines:
@@ -412,15 +412,15 @@ def _read(path: pathlib.Path, name: str) -> bytes:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError(f"expected a file, found something else: {name:.200}")
-            found = file.read(MAX_IMAGE + 1)
+            content = file.read(MAX_IMAGE + 1)
     except OSError as error:  # its own message has the path once more
         raise ValueError(
             f"expected a picture, found {(error.strerror or 'nothing').lower()}: {name:.200}"
         ) from None
-    if not 0 < len(found) <= MAX_IMAGE:
-        size = f"more than {MAX_IMAGE} bytes" if found else "an empty file"
+    if not 0 < len(content) <= MAX_IMAGE:
+        size = f"more than {MAX_IMAGE} bytes" if content else "an empty file"
         raise ValueError(f"expected a picture, found {size}: {name:.200}")
-    return found
+    return content
 
 
 def _without_waiting(path: str, flags: int) -> int:

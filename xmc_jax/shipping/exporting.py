@@ -80,12 +80,12 @@ def whole(
 def _encoder(folder: pathlib.Path, run: Run, state: TrainState) -> None:
     """Writes what `encoder` is for into a folder."""
     config, T = run.config, run.config.data.max_length
-    around = prompts.around_text(run.layout.prompts, build.order(config))
+    outside = prompts.around_text(run.layout.prompts, build.order(config))
     common = {
         "lora": config.encoder.lora,
         "pooling": run.model.pooling,
         "prompts": run.data.prompts,
-        "max_length": len(around.head) + T + len(around.tail),
+        "max_length": len(outside.head) + T + len(outside.tail),
     }
     params = run.merged(state)
     if config.export.format == "adapter":
@@ -119,11 +119,11 @@ def _fill(folder: pathlib.Path, run: Run, step: int, state: TrainState) -> None:
     """Everything but the encoder, the manifest last."""
     config, data = run.config.export, run.data
     # Exactly, and without the comparison with an index that is not shipped.
-    judged = dataclasses.replace(run.config.eval, index="exact", compare_scann=False)
+    config_exact = dataclasses.replace(run.config.eval, index="exact", compare_scann=False)
     label_texts = folder / "label_texts.npy"
     run.embed_to(state.params, "label", label_texts, pooled=True)
     embeddings = _labels(folder / "labels", run, state, label_texts)
-    evaluation = run.evaluate(state, judged, embeddings)
+    evaluation = run.evaluate(state, config_exact, embeddings)
     model = _model(folder, run)
     content: dict[str, Any] = {
         "name": run.config.name,
@@ -174,16 +174,16 @@ def _model(folder: pathlib.Path, run: Run) -> contents.ModelInput:
         manifest = run.data.images.manifest
         made_by, source = manifest["encoder"], manifest["source"]
         processing = source.get("processing", {})
-        asked = run.config.data.images
+        options = run.config.data.images
         images = contents.ImageInput(
             encoder=made_by["name"],
             revision=made_by["revision"],
             digest=made_by["digest"],
             width=made_by["E"],
             per_item=run.data.train.per_item,
-            layout=processing.get("layout", asked.layout),
+            layout=processing.get("layout", options.layout),
             alpha=source.get("alpha", "white"),
-            dtype=processing.get("dtype", asked.dtype),
+            dtype=processing.get("dtype", options.dtype),
             folder=None,
         )
         # A folder of this machine has no name by which others could find it.
@@ -293,7 +293,7 @@ def _thumbnails(folder: pathlib.Path, run: Run) -> dict[str, Any] | None:
     try:
         from xmc_jax.images import thumbnails as making
 
-        found = build.picture_files(run.config)
+        files = build.picture_files(run.config)
     except (ImportError, ValueError) as error:
         if required:
             raise ValueError(f"export.thumbnails: expected image files, found none: {error}") from (
@@ -308,7 +308,7 @@ def _thumbnails(folder: pathlib.Path, run: Run) -> dict[str, Any] | None:
         del splits["documents"]
     for kind in packed_thumbnails.KINDS:
         section[kind] = 0
-        source, uids = found.get(splits.get(kind), (None, ()))
+        source, uids = files.get(splits.get(kind), (None, ()))
         if len(uids) > _MOST_THUMBNAILS and not required:
             logging.info(
                 "no thumbnails of %d %s; --config.export.thumbnails=always makes them",
@@ -328,8 +328,11 @@ def _part(folder: str, count: int, model: contents.ModelInput) -> dict[str, Any]
 
 
 def _versions() -> dict[str, str]:
-    found = {"xmc_jax": importlib.metadata.version("xmc_jax"), "python": platform.python_version()}
+    versions = {
+        "xmc_jax": importlib.metadata.version("xmc_jax"),
+        "python": platform.python_version(),
+    }
     for name in _VERSIONS:
         if name != "scann" or scann.available():
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -30,7 +30,7 @@ from xmc_jax.models import dual, hf_weights
 from xmc_jax.retrieval import new_labels, scann
 from xmc_jax.runtime import rng
 from xmc_jax.shipping import artifact, contents
-from xmc_jax.shipping.artifact import Artifact, Documents, Prototypes
+from xmc_jax.shipping.artifact import Artifact, Prototypes
 from xmc_jax.shipping.query_encoder import Item, QueryEncoder
 
 _CARD, _TITLE = "README.md", b"\n\n## Labels changed since training"
@@ -75,15 +75,9 @@ class LabelChanges:
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """What has changed.
+    """Numbers of changed labels, of labels afterwards, and the index's recall (None without one).
 
-    Attributes:
-        added: labels added.
-        borrowing: of these, how many found trained labels like them.
-        updated: labels changed.
-        removed: labels removed.
-        labels: L afterwards.
-        recall: of the index; None without one.
+    `borrowing` counts the added labels that found trained labels like them.
     """
 
     added: int
@@ -131,8 +125,8 @@ def change(folder, changes: LabelChanges, config: NewLabelsConfig, out=None) -> 
             return _change(folder, opened, changes, _check(opened, changes), config)
     out = pathlib.Path(out)
     if out.exists() or out.resolve().is_relative_to(folder.resolve()):
-        found = "one" if out.exists() else f"a part of {folder}"
-        raise ValueError(f"{out}: expected no such folder, found {found}; choose another for --out")
+        there = "one" if out.exists() else f"a part of {folder}"
+        raise ValueError(f"{out}: expected no such folder, found {there}; choose another for --out")
     opened = artifact.open(folder)
     rows = _check(opened, changes)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -250,13 +244,13 @@ def _check(opened: Artifact, changes: LabelChanges) -> dict[str, int]:
 def _setting(opened: Artifact, section: str, name: str, kind: type) -> Any:
     """A setting of the config that the model was trained with."""
     fields = opened.manifest["config"].get(section)
-    found = fields.get(name) if isinstance(fields, dict) else None
-    if type(found) is not kind:
+    value = fields.get(name) if isinstance(fields, dict) else None
+    if type(value) is not kind:
         raise ValueError(
             f"{opened.folder / contents.MANIFEST}: config: {section}.{name}: expected "
-            f"{kind.__name__}, found {found!r:.60}"
+            f"{kind.__name__}, found {value!r:.60}"
         )
-    return found
+    return value
 
 
 def _kept(opened: Artifact, made_of: Prototypes | None, kept: np.ndarray, more: int) -> _Table:
@@ -292,15 +286,15 @@ def _kept(opened: Artifact, made_of: Prototypes | None, kept: np.ndarray, more: 
 
 def _encode(tower: QueryEncoder, labels: Sequence[Label]) -> np.ndarray:
     """f32[n, D], pooled."""
-    found = []
+    parts = []
     for start in range(0, len(labels), _BLOCK):
         block, problems = labels[start : start + _BLOCK], {}
-        found.append(tower.encode(block, pooled=True, problems=problems, kind="label"))
+        parts.append(tower.encode(block, pooled=True, problems=problems, kind="label"))
         if problems:
             number = min(problems)
             where = block[number].at or f"label {block[number].id!r}"
             raise ValueError(f"{where}: {problems[number]}")
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def _embed(
@@ -322,9 +316,9 @@ def _embed(
     table.text[rows] = pooled
     for start in range(0, int(known.sum()), _BLOCK):
         part = np.flatnonzero(known)[start : start + _BLOCK]
-        own = rows[part]
-        free = table.free_vectors[table.free_vector_of[own]]
-        table.embeddings[own] = combine(pooled[part], free, table.centroids[own])
+        changed = rows[part]
+        free = table.free_vectors[table.free_vector_of[changed]]
+        table.embeddings[changed] = combine(pooled[part], free, table.centroids[changed])
     new, vectors = rows[~known], pooled[~known]
     neighbours = new_labels.nearest(vectors, new_labels.unit(table.text[trained]), config)
     free = new_labels.borrowed(neighbours, table.free_vectors, table.free_vector_of[trained])
@@ -396,13 +390,13 @@ def _write_documents(
     for path in before.iterdir():
         if not path.name.startswith("positives."):
             _link(path, folder / path.name)
-    positives = _renumbered(opened.documents, kept)
+    positives = _renumbered(opened.documents.positives, kept)
     array_files.save(folder / "positives.indptr.npy", positives.indptr)
     array_files.save(folder / "positives.indices.npy", positives.indices)
 
 
-def _renumbered(documents: Documents, kept: np.ndarray) -> Csr:
-    whole = documents.positives
+def _renumbered(whole: Csr, kept: np.ndarray) -> Csr:
+    """Positives [N, L] of the kept labels, as their new numbers."""
     place = np.full(whole.columns, -1, np.int32)
     place[kept] = np.arange(len(kept))
     indices = place[whole.indices]

@@ -62,9 +62,13 @@ class Output:
     """
 
     def __init__(
-        self, path: pathlib.Path, made_of: Mapping[str, Any], done: OutputProgress, complete: bool
+        self,
+        path: pathlib.Path,
+        made_of: Mapping[str, Any],
+        progress: OutputProgress,
+        complete: bool,
     ):
-        self.path, self.done, self.complete = path, done, complete
+        self.path, self.progress, self.complete = path, progress, complete
         self.partial = _beside(path, "partial")
         self._made_of = made_of
         self._is_parquet = path.suffix.lower() == ".parquet"
@@ -72,23 +76,23 @@ class Output:
         if self._is_parquet:
             _arrow(path)
 
-    def commit(self, done: OutputProgress, size: int | None = None) -> None:
+    def commit(self, progress: OutputProgress, size: int | None = None) -> None:
         """Records what is on the disk; with the size of the whole file, that it is whole."""
         content = {
             "format": _FORMAT,
             "complete": size is not None,
             "bytes": size,
             "made_of": self._made_of,
-            **dataclasses.asdict(done),
+            **dataclasses.asdict(progress),
         }
         atomic.write(_beside(self.path, "progress.json"), json.dumps(content, indent=1) + "\n")
-        self.done = done
+        self.progress = progress
 
-    def finish(self, done: OutputProgress) -> None:
+    def finish(self, progress: OutputProgress) -> None:
         """Gives the output its name, when all its lines are on the disk."""
         if self._is_parquet:
             _convert(self.partial, self._whole)
-        self.commit(done, self._whole.stat().st_size)
+        self.commit(progress, self._whole.stat().st_size)
         self.name_whole()
         self.complete = True
 
@@ -132,18 +136,18 @@ def begin(
 
 def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> Output | None:
     """The output to go on with, or that is complete; None to begin."""
-    progress = _beside(path, "progress.json")
-    recorded = _read(progress)
+    record = _beside(path, "progress.json")
+    recorded = _read(record)
     if recorded is None or recorded["made_of"] != made_of:
-        _check_nothing_is_lost(path, progress, recorded, made_of, overwrite)
+        _check_nothing_is_lost(path, record, recorded, made_of, overwrite)
         return None
     names = [field.name for field in dataclasses.fields(OutputProgress)]
-    done = OutputProgress(**{name: recorded[name] for name in names if name in recorded})
-    output = Output(path, made_of, done, complete=recorded["complete"])
+    progress = OutputProgress(**{name: recorded[name] for name in names if name in recorded})
+    output = Output(path, made_of, progress, complete=recorded["complete"])
     if not output.complete:
         if path.exists() and not overwrite:
             raise ValueError(
-                f"{path}: expected nothing, since it is only half made ({done.documents:,} "
+                f"{path}: expected nothing, since it is only half made ({progress.documents:,} "
                 "documents), found a file; go on and replace it with --overwrite"
             )
         return output
@@ -151,7 +155,7 @@ def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) ->
         return None
     if path.stat().st_size != recorded["bytes"]:
         raise ValueError(
-            f"{path}: expected {recorded['bytes']} bytes, as {progress.name} says, found "
+            f"{path}: expected {recorded['bytes']} bytes, as {record.name} says, found "
             f"{path.stat().st_size}; make it anew with --overwrite"
         )
     return output
@@ -159,7 +163,7 @@ def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) ->
 
 def _check_nothing_is_lost(
     path: pathlib.Path,
-    progress: pathlib.Path,
+    record: pathlib.Path,
     recorded: Mapping[str, Any] | None,
     made_of: Mapping[str, Any],
     overwrite: bool,
@@ -178,15 +182,15 @@ def _check_nothing_is_lost(
         then = recorded["made_of"]
         name = next(n for n in (*made_of, *then) if then.get(n) != made_of.get(n))
         raise ValueError(
-            f"{progress}: expected {name} {json.dumps(made_of.get(name))}, found "
+            f"{record}: expected {name} {json.dumps(made_of.get(name))}, found "
             f"{json.dumps(then.get(name)):.100}: {path.name} is of another run; choose another "
             "--output, or replace it with --overwrite"
         )
 
 
-def _read(progress: pathlib.Path) -> dict[str, Any] | None:
+def _read(record: pathlib.Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(progress.read_bytes())
+        content = json.loads(record.read_bytes())
         kinds = (("complete", bool), ("made_of", dict), ("documents", int), ("written", dict))
         if content["format"] != _FORMAT or any(type(content[n]) is not t for n, t in kinds):
             raise ValueError("another format")
@@ -196,7 +200,7 @@ def _read(progress: pathlib.Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{progress}: expected the progress of a run, found something else ({error!r:.60}); "
+            f"{record}: expected the progress of a run, found something else ({error!r:.60}); "
             "remove it, and begin anew with --overwrite"
         ) from error
     return content
@@ -267,7 +271,7 @@ class LineSink:
 
     def __init__(self, output: Output, labels: Labels):
         self._lines, self._path = Lines(labels), output.partial
-        size = output.done.written.get("bytes", 0)
+        size = output.progress.written.get("bytes", 0)
         there = self._path.stat().st_size if self._path.is_file() else 0
         if there < size:
             raise ValueError(

@@ -42,13 +42,13 @@ class PictureVectors:
         parts = [places[i : i + self._size] for i in range(0, len(places), self._size)]
         for part, prepared in zip(parts, self._prepared(images, parts)):
             whole = []
-            for (i, k), found in zip(part, prepared):
-                if isinstance(found, str):
-                    problems.setdefault(i, f"picture {k}: {found}")
+            for (i, k), pixels in zip(part, prepared):
+                if isinstance(pixels, str):
+                    problems.setdefault(i, f"picture {k}: {pixels}")
                 else:
-                    whole.append((i, k, found))
+                    whole.append((i, k, pixels))
             if whole:
-                rows = jax.device_get(encoder.embed([found for *_, found in whole]))
+                rows = jax.device_get(encoder.embed([pixels for *_, pixels in whole]))
                 for (i, k, _), row in zip(whole, np.asarray(rows)):
                     vectors[i, k] = row.astype(np.float16)  # as image folders hold them
         return vectors, counts
@@ -112,7 +112,7 @@ class PictureVectors:
             from xmc_jax.images import descriptor, encoders
 
             bare = expected.folder is not None or name == descriptor.NAME  # without revisions
-            found = encoders.build(
+            encoder = encoders.build(
                 name,
                 self._size,
                 None if bare else expected.revision,
@@ -126,9 +126,9 @@ class PictureVectors:
                 f"available ({str(error).splitlines()[0]}); export with "
                 '--config.export.vision=carried, install ".[vision]", or leave the pictures out'
             ) from error
-        if found.identity["digest"] != expected.digest:
+        if encoder.identity["digest"] != expected.digest:
             raise ValueError(
                 f"{name}: expected the image encoder of training (sha256 {expected.digest[:12]}), "
-                f"found another (sha256 {found.identity['digest'][:12]}); set its revision"
+                f"found another (sha256 {encoder.identity['digest'][:12]}); set its revision"
             )
-        return found
+        return encoder

@@ -47,23 +47,23 @@ class Report:
         complete: whether all was there before.
     """
 
-    done: OutputProgress
+    progress: OutputProgress
     before: int
     seconds: float
     complete: bool = False
 
     def __str__(self) -> str:
-        done = self.done
-        said = [f"{counted(done.documents, 'document')}"]
+        progress = self.progress
+        said = [f"{counted(progress.documents, 'document')}"]
         if self.complete:
             return f"is complete: {said[0]}"
         if self.before:
-            said.append(f"{done.documents - self.before:,} of them now")
-        if done.errors:
-            said.append(f"{done.errors:,} with an error in place of labels")
-        if done.cut:
-            said.append(f"{done.cut:,} longer than the model takes, and cut")
-        rate = (done.documents - self.before) / max(self.seconds, 1e-9)
+            said.append(f"{progress.documents - self.before:,} of them now")
+        if progress.errors:
+            said.append(f"{progress.errors:,} with an error in place of labels")
+        if progress.cut:
+            said.append(f"{progress.cut:,} longer than the model takes, and cut")
+        rate = (progress.documents - self.before) / max(self.seconds, 1e-9)
         digits = 1 if rate < 10 else 0
         return f"{', '.join(said)}; {self.seconds:,.1f} s, {rate:,.{digits}f} documents/s"
 
@@ -131,8 +131,8 @@ def predict(
     }
     with outputs.begin(path, made_of, overwrite) as output:
         if output.complete:
-            read.check_ends(output.done.documents, output.done.digest)
-            return Report(output.done, output.done.documents, 0.0, complete=True)
+            read.check_ends(output.progress.documents, output.progress.digest)
+            return Report(output.progress, output.progress.documents, 0.0, complete=True)
         return _run(load(), read, config, LineSink(output, opened.labels), output)
 
 
@@ -143,7 +143,7 @@ def _run(
     sink: LineSink | PipeSink,
     output: Output | None,
 ) -> Report:
-    before = OutputProgress() if output is None else output.done
+    before = OutputProgress() if output is None else output.progress
     behind = _Behind(sink, output, before)
     batches = source.batches(config.batch_size, before.documents, before.digest)
     start = time.perf_counter()
@@ -173,7 +173,7 @@ def _run(
             behind.keep()
             raise
         behind.finish()
-    return Report(behind.done, before.documents, time.perf_counter() - start)
+    return Report(behind.progress, before.documents, time.perf_counter() - start)
 
 
 def _ranked(
@@ -182,9 +182,9 @@ def _ranked(
     """The ranking of a batch, and why some documents have no labels."""
     problems = {i: document.problem for i, document in enumerate(batch) if document.problem}
     whole = [i for i in range(len(batch)) if i not in problems]
-    found: dict[int, str] = {}
+    unranked: dict[int, str] = {}
     queries = [batch[i].query for i in whole]
-    ranked = predictor.rank(queries, config.k, config.ranking, _ROWS, found)
+    ranked = predictor.rank(queries, config.k, config.ranking, _ROWS, unranked)
     shape = len(batch), ranked.rows.shape[1]
     ranking = Ranking(
         np.full(shape, -np.inf, np.float32),
@@ -193,14 +193,14 @@ def _ranked(
     )
     for of_all, of_whole in zip(ranking, ranked):
         of_all[whole] = of_whole
-    return ranking, problems | {whole[i]: problem for i, problem in found.items()}
+    return ranking, problems | {whole[i]: problem for i, problem in unranked.items()}
 
 
 class _Behind:
     """A thread that writes a batch while the next is ranked, and records what is on the disk."""
 
-    def __init__(self, sink: LineSink | PipeSink, output: Output | None, done: OutputProgress):
-        self._sink, self._output, self.done = sink, output, done
+    def __init__(self, sink: LineSink | PipeSink, output: Output | None, progress: OutputProgress):
+        self._sink, self._output, self.progress = sink, output, progress
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None
 
@@ -228,15 +228,15 @@ class _Behind:
             self._writing.result()
         if self._output is not None:
             self._sink.close()
-            self._output.finish(self.done)
+            self._output.finish(self.progress)
 
     def _write(self, batch, ranking, problems) -> None:
         self._sink.add([document.id for document in batch], ranking, problems)
-        self.done = dataclasses.replace(
-            self.done,
-            documents=self.done.documents + len(batch),
-            errors=self.done.errors + len(problems),
-            cut=self.done.cut + int(ranking.cut.sum()),
+        self.progress = dataclasses.replace(
+            self.progress,
+            documents=self.progress.documents + len(batch),
+            errors=self.progress.errors + len(problems),
+            cut=self.progress.cut + int(ranking.cut.sum()),
             digest=batch[-1].digest,
         )
         if self._sink.due():
@@ -244,19 +244,19 @@ class _Behind:
 
     def _commit(self) -> None:
         if self._output is not None:
-            self._output.commit(dataclasses.replace(self.done, written=self._sink.sync()))
+            self._output.commit(dataclasses.replace(self.progress, written=self._sink.sync()))
 
 
 def _ahead(items: Iterable[T]) -> Iterator[T]:
     """The items, of which a thread makes some in advance."""
     made: queue.SimpleQueue = queue.SimpleQueue()
-    room = threading.Semaphore(_AHEAD)
+    slots = threading.Semaphore(_AHEAD)
     ended = threading.Event()
 
     def make() -> None:
         try:
             for item in items:
-                room.acquire()
+                slots.acquire()
                 if ended.is_set():
                     return
                 made.put((item, None))
@@ -274,10 +274,10 @@ def _ahead(items: Iterable[T]) -> Iterator[T]:
             if error is not None:
                 raise error
             yield item
-            room.release()
+            slots.release()
     finally:
         ended.set()
-        room.release()
+        slots.release()
 
 
 def _digest(ids: Iterable[str] | None) -> str | None:

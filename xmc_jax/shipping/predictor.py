@@ -318,7 +318,7 @@ class Predictor:
         rows: tuple[int, ...] = ROWS,
         exclude: int = 0,
         neighbours: int = 0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[int, int], None] = lambda ready, total: None,
     ) -> None:
         """Compiles all that texts may need, so that no later call waits for it.
 

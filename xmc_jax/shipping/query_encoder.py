@@ -148,12 +148,12 @@ class QueryEncoder:
         vectors = np.zeros((len(items), self._input.width), np.float32)
         cut = np.zeros(len(items), bool)
         for start in range(0, len(items), _AT_A_TIME):
-            part, found = slice(start, start + _AT_A_TIME), {}
-            vectors[part], cut[part] = self._encode(items[part], pooled, rows, found, kind)
-            if found and problems is None:
-                number = min(found)
-                raise ValueError(f"item {start + number}: {found[number]}")
-            for number, problem in found.items():
+            part, failed = slice(start, start + _AT_A_TIME), {}
+            vectors[part], cut[part] = self._encode(items[part], pooled, rows, failed, kind)
+            if failed and problems is None:
+                number = min(failed)
+                raise ValueError(f"item {start + number}: {failed[number]}")
+            for number, problem in failed.items():
                 problems[start + number] = problem
         return Encoded(vectors, cut)
 
@@ -178,8 +178,8 @@ class QueryEncoder:
             pending.append((block, self._embedded(taken, block, pooled)))
             if len(pending) > 1:  # one is fetched while the next is computed
                 self._take(out, *pending.pop(0))
-        for block, found in pending:
-            self._take(out, block, found)
+        for block, outputs in pending:
+            self._take(out, block, outputs)
         return Encoded(out, cut)
 
     def programs(self, rows: tuple[int, ...] = ROWS) -> list[Callable[[], Any]]:
@@ -231,8 +231,8 @@ class QueryEncoder:
                 "without, got some"
             )
 
-    def _take(self, out: np.ndarray, block: "_Block", found: jax.Array) -> None:
-        out[block.items] = jax.device_get(found)[block.at]
+    def _take(self, out: np.ndarray, block: "_Block", outputs: jax.Array) -> None:
+        out[block.items] = jax.device_get(outputs)[block.at]
 
     def _row_count(self, rows: int) -> int:
         """Rows of a device, where all need so many: a power of two."""

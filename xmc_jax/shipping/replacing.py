@@ -15,7 +15,7 @@ from xmc_jax.shipping import cards, contents
 
 RECORD = "export.json"
 """Digests of the files of an exported folder that is no artifact."""
-_SHOWN = 5  # names of files in an error
+_NAMED = 5  # names of files in an error
 
 
 @contextlib.contextmanager
@@ -114,5 +114,5 @@ def _changed_files(
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

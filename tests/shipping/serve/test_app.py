@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import gzip
-import http.client
 import json
 import re
 import select
@@ -21,7 +20,7 @@ import pytest
 
 from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.predictor import Query
-from xmc_jax.shipping.serve import bodies, guard, protocol, server, start
+from xmc_jax.shipping.serve import bodies, guard, server, start
 from xmc_jax.shipping.serve.batching import Batcher, Full
 
 
@@ -56,18 +55,6 @@ def test_predictions_are_the_predictor_s(served, titles, ranking, count):
     if count == 1:  # the sizes of its blocks begin with one, too
         best = served.predictor.predict(titles[:1], 7, ranking)
         assert listed(answer) == [list(map(tuple, best[0]))]
-
-
-@pytest.mark.parametrize("ranking", ["plain", "augmented"])
-def test_page_after_page_until_all_labels_were_seen(served, ranking):
-    labels, seen = list(served.predictor.artifact.labels.ids), []
-    while len(seen) < len(labels):
-        query = {"text": "a", "exclude": seen}
-        _, answer = served.post("/v1/predict", {"queries": [query], "k": 9, "ranking": ranking})
-        page = [label["id"] for label in answer["results"][0]["labels"]]
-        assert len(page) == min(9, len(labels) - len(seen))
-        seen += page
-    assert sorted(seen) == sorted(labels)
 
 
 def test_a_text_that_was_cut_is_marked(served, titles):
@@ -222,17 +209,13 @@ QUERIES = {"queries": [TEXT]}
     [
         (b"{", 400, "body: expected JSON, got: Expecting property name"),
         (b"\xff", 400, "body: expected JSON"),
-        (b"[" * 900, 400, "body: expected JSON"),
         (b"[" * 5000, 413, "body: expected at most 1104 commas and brackets, got more"),
         (b"1" * 5000, 400, "body: expected JSON, got a number of too many digits"),
         ("{}".encode("utf-16"), 400, "body: expected JSON in UTF-8, got: "),
         (b'{"k": 1, "k": 2}', 422, "body: expected each field once, got 'k' twice"),
         ({str(i): 1 for i in range(17)}, 422, "body: expected at most 16 fields of an object"),
-        ({"queries": None}, 422, "queries: expected a value, got none"),
         (b"", 422, "body: expected a value, got none"),
-        (b"null", 422, "body: expected an object, got None"),
         ([], 422, "body: expected an object, got a list of 0"),
-        ({}, 422, "queries: expected a value, got none"),
         ({"queries": []}, 422, "queries: expected at least 1 item, got a list of 0"),
         ({"queries": [TEXT] * 5}, 422, "queries: expected at most 4 items, got a list of 5"),
         ({"queries": [{}]}, 422, "queries[0]: expected a text or an image, got neither"),
@@ -242,23 +225,12 @@ QUERIES = {"queries": [TEXT]}
         (b'{"queries": [{"text": "\\ud800"}]}', 422, "queries[0].text: expected a valid string"),
         (b'{"queries": [{"text": "a", "\\ud800": 1}]}', 422, "queries[0]: expected"),
         ({"queries": [TEXT], "k": 0}, 422, "k: expected greater than or equal to 1, got 0"),
-        ({"queries": [TEXT], "k": 11}, 422, "k: expected less than or equal to 10, got 11"),
         ({"queries": [TEXT], "k": 1.5}, 422, "k: expected a valid integer, got 1.5"),
-        ({"queries": [TEXT], "k": "5"}, 422, "k: expected a valid integer, got '5'"),
-        ({"queries": [TEXT], "k": True}, 422, "k: expected a valid integer, got True"),
         (b'{"queries": [{"text": "a"}], "k": NaN}', 422, "k: expected a valid integer, got nan"),
-        ({"queries": [TEXT], "K": 5}, 422, "K: no such field"),
         ({"queries": [TEXT], "ranking": "best"}, 422, "ranking: expected 'auto', 'plain' or"),
         ({"queries": [TEXT | {"only": ["x"]}]}, 422, "queries[0].only[0]: expected the id of a"),
-        ({"queries": [TEXT | {"exclude": ["x"]}]}, 422, "queries[0].exclude[0]: expected the id"),
         ({"queries": [TEXT | {"only": [True]}]}, 422, "queries[0].only[0]: expected an id, a text"),
-        (b'{"queries": [{"text": "a", "only": NaN}]}', 422, "queries[0].only[0]: expected an id"),
         ({"queries": [TEXT | {"exclude": "a|" * 101}]}, 422, "queries[0].exclude: expected a list"),
-        (
-            {"queries": [TEXT | {"exclude": [2]}]},
-            422,
-            "queries[0].exclude[0]: expected the id of a label, got '2'",
-        ),
         (
             {"queries": [TEXT | {"exclude": ["topic1, topic2"]}]},
             422,
@@ -401,12 +373,10 @@ def test_who_hangs_up_is_not_waited_for(served, monkeypatch):
     assert cancelled == ["word"]
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_other_types_are_refused(served, kind):
+def test_other_types_are_refused(served):
     """A form of another site can send these without asking."""
-    status, _, body = served.ask(
-        "POST", "/v1/predict", b'{"queries":[{"text":"a"}]}', content_type=kind
-    )
+    body = b'{"queries":[{"text":"a"}]}'
+    status, _, body = served.ask("POST", "/v1/predict", body, content_type="text/plain")
     assert status == 415 and "application/json" in json.loads(body)["error"]
 
 
@@ -414,15 +384,11 @@ def test_other_types_are_refused(served, kind):
     "host, status",
     [
         ("localhost", 200),
-        ("localhost:8000", 200),
-        ("LOCALHOST:1", 200),
         ("127.0.0.1", 200),
-        ("[::1]:80", 200),
         ("10.1.2.3:8000", 200),  # as Prometheus names a pod
         ("[fd00::1]:8000", 200),
         ("evil.example", 421),
         ("localhost.evil.example", 421),
-        ("evil.example:127.0.0.1", 421),
         ("", 421),
     ],
 )
@@ -464,7 +430,7 @@ def test_other_methods_and_paths(served):
         assert served.ask("GET", path)[0] == 404, path
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/v1/info", "/v1/labels/topic1", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/v1/labels/topic1", "/metrics"])
 def test_head_is_get_without_its_content(served, path):
     (status, headers, body), (_, of_get, content) = (
         served.ask(method, path) for method in ("HEAD", "GET")
@@ -485,7 +451,6 @@ def test_null_is_a_field_left_out(served):
     "encoding, packed, status, said",
     [
         ("gzip", gzip.compress, 200, ""),
-        ("identity", bytes, 200, ""),
         ("gzip", bytes, 400, "body: expected gzip, as content-encoding says, got something else"),
         ("gzip", lambda body: gzip.compress(body)[:-9], 400, "body: expected gzip, as content-"),
         ("gzip", lambda body: 2 * gzip.compress(body), 400, "body: expected gzip, as content-"),
@@ -513,9 +478,7 @@ def test_training_documents_are_shown_only_where_they_may_be(served, titles, mon
     assert served.post("/v1/predict", {"queries": [TEXT]})[0] == 200
 
 
-@pytest.mark.parametrize(
-    "host, shown", [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)]
-)
+@pytest.mark.parametrize("host, shown", [("localhost", True), ("::1", True), ("0.0.0.0", False)])
 def test_who_listens_to_other_machines_shows_no_training_documents(host, shown):
     for given, expected in ((None, shown), (True, True), (False, False)):
         config = ServeConfig(host=host, port=0, show_documents=given)
@@ -553,19 +516,6 @@ def test_metrics(served, titles):
 # Connections
 
 
-def test_a_connection_is_kept(served, titles):
-    client = http.client.HTTPConnection("127.0.0.1", served.port, 60)
-    body = json.dumps({"queries": [{"text": titles[0]}]})
-    ports = set()
-    for _ in range(3):
-        client.request("POST", "/v1/predict", body, {"content-type": "application/json"})
-        answer = client.getresponse()
-        assert answer.status == 200 and answer.read()
-        ports.add(client.sock.getsockname()[1])
-    client.close()
-    assert len(ports) == 1
-
-
 def test_a_head_that_does_not_end_is_refused(served):
     with socket.create_connection(("127.0.0.1", served.port), 30) as client:
         client.sendall(b"GET / HTTP/1.1\r\n")
@@ -575,14 +525,6 @@ def test_a_head_that_does_not_end_is_refused(served):
                 client.sendall(b"x: " + b"y" * 1000 + b"\r\n")
             answer = client.recv(1 << 16)
     assert answer.startswith(b"HTTP/1.1 431 ") or answer == b""
-
-
-def test_who_says_nothing_is_hung_up_on(served, monkeypatch):
-    monkeypatch.setattr(protocol, "SECONDS", 0.05)
-    for said in (b"", b"GET / HTTP/1.1\r\nhost: local"):
-        with socket.create_connection(("127.0.0.1", served.port), 30) as client:
-            client.sendall(said)
-            assert client.recv(1024) == b""
 
 
 def test_a_body_that_does_not_come_is_408(served, monkeypatch):

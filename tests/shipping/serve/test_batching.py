@@ -1,7 +1,6 @@
 """Requests in one batch: each gets its own answer, fails alone, and is bounded."""
 
 import asyncio
-import math
 import threading
 import time
 import types
@@ -164,18 +163,6 @@ def test_a_full_queue_refuses_and_takes_again():
     assert found.rows[0, 0] == 5
 
 
-def test_pictures_count_in_the_queue():
-    async def scenario(batcher, predictor):
-        pictures = [np.zeros(1)] * 3
-        tasks = await held_back(batcher, predictor, ([Query("1", pictures)], PLAIN))
-        with pytest.raises(Full):
-            await batcher.answer([Query("2", pictures), Query("3")], PLAIN)
-        predictor.gate.set()
-        await asyncio.gather(*tasks)
-
-    run(scenario)
-
-
 def test_who_has_gone_is_not_ranked():
     async def scenario(batcher, predictor):
         tasks = await held_back(batcher, predictor, (queries(1), PLAIN), (queries(2), PLAIN))
@@ -202,18 +189,6 @@ def test_how_long_the_thread_is_at_it(monkeypatch):
         predictor.gate.set()
         await asyncio.gather(*tasks)
         assert await batcher.close() and batcher.position() == ""
-
-    run(scenario)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_has_ended_is_told():
-    async def scenario(batcher, predictor):
-        batcher._observe = None
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(batcher.answer(queries(1), PLAIN), 0.1)
-        batcher._thread.join(30)
-        assert batcher.stalled() == math.inf
 
     run(scenario)
 

@@ -269,7 +269,7 @@ def test_text_can_be_read(page, scheme):
     assert dark == (scheme == "dark")
 
 
-@pytest.mark.parametrize("width", [320, 400, 700, 1000, 1920])
+@pytest.mark.parametrize("width", [320, 1000])
 def test_nothing_is_wider_than_the_window(page, width, tmp_path):
     page.size(width, 800)
     page.type("puzzle " + "x" * 120)
@@ -308,7 +308,9 @@ def test_the_policy_keeps_the_page_to_itself(browser, products):
 
 
 def test_the_files_are_small_and_name_nobody_else():
-    static = pathlib.Path(chromium.__file__).parents[1] / "xmc_jax" / "serve" / "static"
+    static = (
+        pathlib.Path(chromium.__file__).parents[1] / "xmc_jax" / "shipping" / "serve" / "static"
+    )
     for file in static.iterdir():
         text = file.read_text()
         assert len(text) < 40_000

@@ -100,10 +100,10 @@ def _routes(service: Service) -> fastapi.FastAPI:
                 422,
                 "ranking: expected plain, got augmented; the model was exported without documents",
             )
-        found = await service.answer(request, await queries(model, body.queries), kind)
-        if found is None:
+        answer = await service.answer(request, await queries(model, body.queries), kind)
+        if answer is None:
             return fastapi.Response(status_code=_GONE)
-        results = found.model.results(found.scores, found.rows, found.cut, body.k, kind)
+        results = answer.model.results(answer.scores, answer.rows, answer.cut, body.k, kind)
         return _json({"ranking": kind, "results": results})
 
     @app.post(
@@ -120,10 +120,10 @@ def _routes(service: Service) -> fastapi.FastAPI:
             )
         if not service.config.show_documents:
             raise Refused(403, _NOT_SHOWN)
-        found = await service.answer(request, await queries(model, body.queries), NEIGHBOURS)
-        if found is None:
+        answer = await service.answer(request, await queries(model, body.queries), NEIGHBOURS)
+        if answer is None:
             return fastapi.Response(status_code=_GONE)
-        results = found.model.results(found.scores, found.rows, found.cut, body.k, NEIGHBOURS)
+        results = answer.model.results(answer.scores, answer.rows, answer.cut, body.k, NEIGHBOURS)
         return _json({"results": results})
 
     @app.get("/v1/info", response_model=schema.InfoAnswer, responses={503: _refusal(503)})
@@ -195,10 +195,10 @@ def _picture(service: Service, kind: str) -> Route:
         if kind == "documents" and not service.config.show_documents:
             raise Refused(403, _NOT_SHOWN)
         pictures = service.model().artifact.thumbnails.get(kind)
-        found = None if pictures is None else pictures.get(name)
-        if found is None:
+        image = None if pictures is None else pictures.get(name)
+        if image is None:
             raise Refused(404, f"{kind}: expected an id with a picture, got {name[:60]!r}")
-        return _cached(request, found, packed_thumbnails.TYPE, "max-age=3600")
+        return _cached(request, image, packed_thumbnails.TYPE, "max-age=3600")
 
     return picture
 

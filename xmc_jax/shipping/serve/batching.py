@@ -238,12 +238,14 @@ def ranked(
         places = np.flatnonzero(np.isin(of, chosen))
         # As many as any request may ask for, which is compiled; the best of them are answered.
         if kind == NEIGHBOURS:
-            found = predictor.neighbours_embedded(embedded[places], config.max_k, config.rows)
+            ranked = predictor.neighbours_embedded(embedded[places], config.max_k, config.rows)
         else:
-            own = [queries[place] for place in places]
-            found = predictor.rank_embedded(embedded[places], own, config.max_k, kind, config.rows)
+            of_kind = [queries[place] for place in places]
+            ranked = predictor.rank_embedded(
+                embedded[places], of_kind, config.max_k, kind, config.rows
+            )
         ends = np.cumsum([len(requests[i].queries) for i in chosen])[:-1]
-        for i, *parts in zip(chosen, *(np.split(x, ends) for x in (*found, cut[places]))):
+        for i, *parts in zip(chosen, *(np.split(x, ends) for x in (*ranked, cut[places]))):
             answers[i] = Results(model, *parts)
     return [answers[i] for i in range(len(requests))]
 

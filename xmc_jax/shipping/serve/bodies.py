@@ -248,8 +248,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise Refused(
             422, f"body: expected at most {_FIELDS} fields of an object, got {len(pairs)}"
         )
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
         raise Refused(422, f"body: expected each field once, got {twice[:60]!r} twice")
-    return found
+    return fields

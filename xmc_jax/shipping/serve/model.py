@@ -54,8 +54,8 @@ class ServedModel:
 
     def image_path(self, kind: str, name: str) -> str | None:
         """Of the picture of a label or document, from the server's root; None without."""
-        found = self.artifact.thumbnails.get(kind)
-        if found is None or name not in found:
+        thumbnails = self.artifact.thumbnails.get(kind)
+        if thumbnails is None or name not in thumbnails:
             return None
         return f"v1/{kind}/{urllib.parse.quote(name, safe='')}/image"
 
