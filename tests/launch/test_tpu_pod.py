@@ -322,11 +322,11 @@ def test_the_queue_is_waited_in_and_left_after_a_time(cloud):
 
 
 def test_a_run_that_fails_is_reported_with_its_log_and_not_repeated(cloud):
-    cloud.codes("2", "wait")
+    cloud.codes("1", "wait")
     done = cloud()
-    assert done.returncode == 2
-    assert "the run ended with exit code 2; logs in" in _error(done)
-    assert "a line of the log, to end with 2" in done.stderr
+    assert done.returncode == 1
+    assert "the run ended with exit code 1; logs in" in _error(done)
+    assert "a line of the log, to end with 1" in done.stderr
     assert (cloud.folder / "w1" / "xmc_jax" / "code").read_text() == "143\n"
     assert len(cloud.lines("runs")) == 2 and cloud.count("storage") == 0
     assert cloud.count("create") == 1 and (cloud.folder / "state").exists()

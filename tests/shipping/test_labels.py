@@ -195,23 +195,6 @@ def test_what_does_not_fit_changes_nothing(folder, changes, message):
     assert all_files(folder) == before
 
 
-def test_killed_before_the_manifest_nothing_has_changed(folder, monkeypatch):
-    before = Predictor.open(folder).predict(["some words"], 40)
-    write_manifest = contents.write_manifest
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(contents, "write_manifest", killed)
-    with pytest.raises(KeyboardInterrupt):
-        labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
-    assert Predictor.open(folder).predict(["some words"], 40) == before
-    monkeypatch.setattr(contents, "write_manifest", write_manifest)
-    labels.change(folder, LabelChanges(remove=["topic3"]), NEAREST)
-    parts = {path.name for path in folder.iterdir() if path.name.startswith("labels")}
-    assert len(parts) == 1 and len(artifact.open(folder).labels) == 39
-
-
 def test_changed_elsewhere_the_original_stays_and_texts_for_people_go_along(folder, tmp_path):
     (folder / "LICENSE.md").write_text("ours\n")
     (folder / "notes").mkdir()

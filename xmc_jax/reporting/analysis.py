@@ -126,9 +126,7 @@ def by_frequency(hits: Hits, positives: Csr, bins: Bins) -> ByFrequency:
     """Splits precision and recall by the frequency of labels.
 
     Args:
-        hits: of m documents.
         positives: [m, L].
-        bins: of the L labels.
     """
     count = len(bins.low)
     of_positive = bins.of_label[positives.indices]
@@ -172,7 +170,6 @@ def score_histograms(scores: np.ndarray, right: np.ndarray, bins: int = 48) -> S
     Args:
         scores: f32[m, >= DEPTH], -inf where there is no prediction.
         right: bool[m, DEPTH].
-        bins: how many.
     """
     scores = scores[:, :DEPTH].astype(np.float64)
     right = right[:, : scores.shape[1]]
@@ -315,7 +312,6 @@ def examples(
         right: bool[m, DEPTH].
         positives: [m, L].
         count: of each kind, at most.
-        seed: of those drawn.
 
     Returns:
         "best": most of what could be right among the first DEPTH is, then most right ones, then the
@@ -357,7 +353,6 @@ def confused(hits: Hits, positives: Csr, count: int) -> ConfusedPairs:
     """Counts pairs of a missed positive and a wrong first prediction.
 
     Args:
-        hits: of m documents.
         positives: [m, L].
         count: pairs to keep; ties go to lower labels.
     """
@@ -390,8 +385,6 @@ def curve(records: Sequence[Mapping[str, float]], name: str, limit: int = 120) -
     """A value from the records of a run; None where no record has it.
 
     Args:
-        records: each with its "step".
-        name: of the value.
         limit: most points; more records are averaged in groups of one size, the last one smaller.
     """
     pairs = [(record["step"], record[name]) for record in records if name in record]

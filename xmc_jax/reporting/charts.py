@@ -28,11 +28,9 @@ class Series:
     """Values of one kind in a plot.
 
     Attributes:
-        name: written beside it.
         style: a class of style.css, which gives colour and mark.
         x: f64[n].
         y: f64[n]; values that are not finite are left out.
-        tips: n tooltips.
         interval: f64[2, n], of y; None without.
         level: whether to compare others with its last value. A line leads from it to the name.
     """
@@ -51,8 +49,6 @@ class Axis:
     """One direction of a plot.
 
     Attributes:
-        low: value at its start.
-        high: value at its end.
         ticks: values, and the text at each.
         name: the quantity with its unit, written below a horizontal axis.
     """
@@ -73,12 +69,8 @@ class Plot:
 
     Attributes:
         description: what the plot shows, in a sentence, for screen readers.
-        x_axis: from left to right.
-        y_axis: from bottom to top.
         height: of the plot with its margins.
         left: left edge of the area.
-        margin: space at its right.
-        top: upper edge.
     """
 
     description: str
@@ -117,11 +109,8 @@ def axis(
     """An axis with round ticks that holds all finite values.
 
     Args:
-        values: the values to show.
         zero: whether it has to begin at 0.
         percent: values are fractions, written in percent.
-        whole: ticks are whole numbers.
-        most: approximate number of ticks.
     """
     finite = [float(value) for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
@@ -183,9 +172,6 @@ def lines(
 
     Args:
         series: what to draw, in ascending x.
-        x: the quantity's axis.
-        y: the values' axis.
-        height: of the plot.
         named: whether to write the names.
     """
     margin = 12 + _BOLD * max((len(one.name) for one in series if named), default=0)
@@ -221,8 +207,6 @@ def dots(title: str, bins: Sequence[str], rows: Mapping[str, np.ndarray]) -> Mar
     """Fractions by bin of labels, one bin below the other; a line spans the values of each bin.
 
     Args:
-        title: what the fractions are.
-        bins: names of b bins.
         rows: row of metrics.json -> f64[b]; values that are not finite are left out.
     """
     labels = {row: row_label(row) for row in rows}
@@ -258,11 +242,7 @@ def columns(
     """One column for each name, its value above it.
 
     Args:
-        names: below the columns.
         values: fractions, the heights of the columns.
-        x_name: what the names are.
-        styles: classes of style.css.
-        tips: tooltips.
     """
     x = Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), x_name)
     plot = Plot(description, x, Axis(0, max(*values, 1e-9) * 1.12, ()), _HEIGHT, 6, 6)
@@ -276,11 +256,8 @@ class Ridge:
     """One row of `ridges`.
 
     Attributes:
-        name: written at its left.
         above: f64[n], counts drawn upwards.
         below: f64[n], counts drawn downwards.
-        note: written at its right.
-        tip: its tooltip.
     """
 
     name: str
@@ -300,7 +277,6 @@ def ridges(
     """Histograms one below the other, all on one scale; the two of a row share their base.
 
     Args:
-        rows: of n bins each.
         edges: f64[n + 1].
         x: the axis of the quantity.
         styles: classes of style.css, above and below.

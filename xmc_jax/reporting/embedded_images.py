@@ -31,7 +31,6 @@ def data_uris(
 
     Args:
         source: where pictures are, a `vision.sources.Place`; None where none are at hand.
-        data: the dataset.
         wanted: items; of those without a picture, or with one that cannot be read, none is shown.
 
     Returns:

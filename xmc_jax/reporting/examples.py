@@ -26,7 +26,6 @@ def examples(matched: MatchedPredictions, source: Any | None) -> dict[str, Any]:
     """Documents with their predictions, and labels that are taken for each other.
 
     Args:
-        matched: the predictions.
         source: the source of pictures, a `vision.sources.Place`; None without.
     """
     plain = matched.hits["plain"]

@@ -66,7 +66,6 @@ class Epochs:
     """Steps as epochs.
 
     Attributes:
-        steps: of an epoch.
         total: epochs of the whole run.
     """
 

@@ -23,10 +23,8 @@ class MatchedPredictions:
     """Predictions of some test documents, matched with their positives once for all sections.
 
     Attributes:
-        data: the dataset.
         documents: i64[m], which of its test documents.
         positives: [m, L].
-        bins: of the labels.
         rankings: by row of metrics.json, in the order of `ordered_rows`.
     """
 
@@ -54,9 +52,7 @@ def match(
     """Matches predictions with positives.
 
     Args:
-        data: the dataset.
         documents: i64[m], the test documents of the predictions.
-        rankings: by row of metrics.json.
     """
     positives = data.positives("test").take(documents)
     rankings = {row: rankings[row] for row in ordered_rows(rankings)}

@@ -35,7 +35,6 @@ class RunContents:
         step: of the newest evaluation; None where there is none.
         evaluated_rows: rows of metrics.json that the records have.
         metrics: row -> metric -> fraction, of that evaluation and of zero-shot.
-        index: of metrics.json, see `Evaluation.index`.
         facts: what `write_facts` has written; empty where it has not.
         baseline: row -> metric -> fraction of the baseline's run; empty without.
     """
@@ -51,12 +50,7 @@ class RunContents:
 
 
 def write_facts(workdir: epath.PathLike, seconds: Mapping[str, float]) -> None:
-    """Writes run.json: when a run ended, how long it took, on what and with which versions.
-
-    Args:
-        workdir: of the run.
-        seconds: by phase, see `xmc_jax.runtime.metrics_log.Clock`.
-    """
+    """Writes run.json: when a run ended, how long it took, on what and with which versions."""
     devices = jax.devices()
     facts = {
         "ended": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -128,10 +122,7 @@ def rankings(
     """Predictions of some documents, by row of metrics.json; of what there is.
 
     Args:
-        workdir: of the run.
-        step: of its newest evaluation.
         documents: i64[m], ascending.
-        count: M.
         evaluation: that evaluation, where it is at hand; it is read else.
     """
     ranked: dict[str, RankedLabels] = {}

@@ -91,9 +91,6 @@ def lost_output(error: OSError | None = None) -> tuple[int, str] | None:
 
     What was printed is written out. If that fails, all that follows goes to the null device, so
     that nothing more is said of it.
-
-    Args:
-        error: what ended the command.
     """
     try:
         sys.stdout.flush()

@@ -62,7 +62,6 @@ def initialize(
             (also on GKE), SLURM and Open MPI, known by what they put into the environment. Without
             any this is one process, with nothing to wait for. "off" is one process anywhere.
         coordinator_address: host and port of process 0.
-        num_processes: of the run.
         process_id: 0 to num_processes - 1.
         timeout: seconds until all processes must be there.
         peer_timeout: seconds after which a host that no longer answers has failed, and all end; a
@@ -152,7 +151,6 @@ def agree(name: str, value: Any) -> None:
     """Checks that all processes have the same value.
 
     Args:
-        name: what it is.
         value: any JSON value, e.g. a digest; of mappings the fields are compared.
 
     Raises:
@@ -188,7 +186,6 @@ def first_then_others(name: str, function: Callable[[], Result]) -> Result:
     since they may not; then the rest.
 
     Args:
-        name: what it makes.
         function: called once by every process.
     """
     if _alone():
@@ -218,9 +215,6 @@ class Decision:
     Process 0 names the step some steps ahead, in the store. The others look there, and find it:
     they are never more steps ahead of process 0 than the loop lets hosts be ahead of devices, as
     each step takes the devices of all processes. With one process a decision holds at once.
-
-    Args:
-        name: of what is decided.
     """
 
     def __init__(self, name: str):

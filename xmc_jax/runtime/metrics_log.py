@@ -43,7 +43,6 @@ class Clock:
         now: seconds from any origin.
 
     Attributes:
-        phase: the current one.
         moves: how often a phase began or ended; a run that makes headway moves.
         steps: that the devices have done in this process.
     """
@@ -131,8 +130,6 @@ class Progress:
     Nothing is shown for what ends within seconds, nor by any process but the first.
 
     Args:
-        what: is done.
-        total: how many there are.
         unit: the name of one, such as "item".
     """
 
@@ -202,7 +199,6 @@ class Reporter:
 
     Args:
         workdir: where metrics.jsonl and tensorboard/ go.
-        every: steps per training record.
         steps_per_epoch: the last step of an epoch is recorded too, whatever `every`.
         total_steps: of the whole run. On a terminal a bar shows the progress, elsewhere a line for
             each training record.
@@ -254,7 +250,6 @@ class Reporter:
 
         Args:
             metrics: f32[] arrays.
-            documents: in the batch.
             skipped: the step changed nothing, as numbers of it are not finite; it is counted, and
                 its metrics are in no mean.
 

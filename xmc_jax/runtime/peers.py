@@ -25,7 +25,6 @@ class Hub:
     """Process 0's end.
 
     Args:
-        count: processes of the run.
         silence: seconds after which a host that does not answer is gone.
 
     Attributes:
@@ -109,8 +108,6 @@ class Spoke:
 
     Args:
         host: of process 0.
-        address: `Hub.address`.
-        process: this one's number.
         timeout: seconds that connecting may take.
 
     Raises:

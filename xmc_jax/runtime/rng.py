@@ -25,8 +25,6 @@ def key(seed: int, stream: Stream, counter) -> jax.Array:
     """The device key of (seed, stream, counter).
 
     Args:
-        seed: the run's seed.
-        stream: what it is for.
         counter: step or epoch; an int or a traced i32[].
     """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), int(stream)), counter)

@@ -46,7 +46,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh (data, fsdp, tensor); one device is the mesh (1, 1, 1), not another path.
 
     Args:
-        config: devices per axis.
         devices: what the mesh is made of; all devices of all processes by default.
 
     Raises:
@@ -87,7 +86,6 @@ def spec(
 
     Args:
         logical: one name of `RULES`, "table_width" or None for each axis.
-        shape: the array's shape.
         name: what to call the array in an error; None if it may be padded.
 
     Raises:
@@ -239,7 +237,6 @@ def constrain(x: jax.Array, *logical: Axis, name: str | None = None) -> jax.Arra
     """Within `under`, pins an activation to logical axes; does nothing elsewhere.
 
     Args:
-        x: an array.
         *logical: as of `spec`; axes after those named are not split.
 
     Raises:
@@ -266,7 +263,6 @@ def gathered(x: jax.Array, logical: tuple[Axis, ...]) -> jax.Array:
 
     Args:
         x: the parameter, in the dtype that it is computed in: what is sent.
-        logical: names of its axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
@@ -326,7 +322,6 @@ def on_shards(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any
 
     Args:
         function: of (whole, [m, ...]) to a pytree of [m, ...]; sees one device.
-        whole: pytree of arrays.
         rows: pytree of arrays split like a batch, whose devices divide their rows.
     """
     if groups() == 1:
@@ -349,7 +344,6 @@ def on_copies(function: Callable[..., Any], params: Any, items: Any) -> Any:
 
     Args:
         function: of (params, items, number of the copy), by rows of the items.
-        params: pytree of arrays.
         items: pytree of arrays split like a batch.
     """
     mesh = jax.sharding.get_abstract_mesh()

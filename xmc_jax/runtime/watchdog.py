@@ -24,7 +24,6 @@ class Watchdog:
     is a thread that wakes a few times within the limit.
 
     Args:
-        clock: of the run.
         limit: seconds that a step may take; four times the slowest step up to then, if that is
             more. Eight times as much for the first step of this process and for boundaries,
             evaluations, saves and the start. 0 is no limit.

@@ -22,7 +22,6 @@ def make(content: Mapping[str, Any], run: Run) -> dict[str, str]:
     """Name of a file, one of `NAMES`, to its text.
 
     Args:
-        content: of artifact.json.
         run: the run that is exported.
     """
     templates = jinja2.Environment(

@@ -49,7 +49,8 @@ FIELDS = {
 
 _SEPARATOR = "|"  # of ids and paths in a text
 _BATCH_BYTES = 64 << 20  # of pictures and texts, after which a batch is not waited for
-_DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
+DATA_URL = re.compile(r"data:[\w/+.;=-]{0,100};base64,")
+"""How a data: URL of base64 begins."""
 _ROW = "row-"
 
 
@@ -58,7 +59,6 @@ class Document:
     """A record.
 
     Attributes:
-        id: its identifier.
         query: what is to be ranked.
         at: where it is, as errors begin with it.
         problem: why it cannot be; None if it can.
@@ -76,8 +76,6 @@ class DocumentFile:
     """A file of records, or standard input.
 
     Args:
-        path: the file, or "-".
-        model: what the model takes.
         columns: "field=column" for fields whose columns have other names; "field=" to leave one
             out.
         numbered: whether a record without an id has its number as one; otherwise it is a problem.
@@ -86,7 +84,6 @@ class DocumentFile:
         fields: those of `FIELDS` that are read.
 
     Attributes:
-        name: what errors call it.
         digest: SHA-256 of the file; None of a pipe.
         total: records, where that is known.
 
@@ -288,9 +285,7 @@ def named(columns: Sequence[str], flag: str, fields: Sequence[str]) -> dict[str,
     """Field -> the column that is to be taken for it, none where it is to be left out.
 
     Args:
-        columns: "field=column" or "field=".
         flag: that has them, for errors.
-        fields: those that there are.
 
     Raises:
         ValueError: something else.
@@ -381,10 +376,10 @@ def _picture(cell: Any, folder: pathlib.Path, allow_paths: bool) -> bytes:
         held = cell.get("bytes")
         cell = cell.get("path") if held is None else held
         if isinstance(held, str):
-            cell = _decoded(held)
+            cell = decoded(held)
     if isinstance(cell, str):
-        if start := _DATA_URL.match(cell[:200]):
-            cell = _decoded(cell[start.end() :])
+        if start := DATA_URL.match(cell[:200]):
+            cell = decoded(cell[start.end() :])
         elif cell_values.is_url(cell):
             raise ValueError(
                 f"expected a path or a picture, found the URL {cell[:100]}; fetch it first: "
@@ -399,7 +394,8 @@ def _picture(cell: Any, folder: pathlib.Path, allow_paths: bool) -> bytes:
     return cell
 
 
-def _decoded(text: str) -> bytes:
+def decoded(text: str) -> bytes:
+    """The bytes of base64, which may be wrapped; ValueError for another text."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, binascii.Error):

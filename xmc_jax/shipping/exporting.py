@@ -37,7 +37,6 @@ def encoder(
     """Writes the encoder, or its adapters, its projection of images, and its tokenizer.
 
     Args:
-        state: what to export.
         workdir: gets `export/`, or `export-adapter/`, which is returned; see `replacing.replaced`.
 
     Raises:
@@ -62,8 +61,6 @@ def whole(
     """Writes an artifact: see `inference.artifact`. It is evaluated as it is written.
 
     Args:
-        step: optimizer steps done.
-        state: what to export.
         workdir: gets `export/`, which is returned; see `replacing.replaced`.
 
     Raises:

@@ -48,7 +48,6 @@ class Label(Item):
     """A label as its owner has it.
 
     Attributes:
-        id: its identifier.
         at: where it was read, for errors; "" if it was not read from a file.
     """
 
@@ -61,9 +60,7 @@ class LabelChanges:
     """What is to change.
 
     Attributes:
-        add: labels with new identifiers.
         update: labels with identifiers that are there, in other words or pictures.
-        remove: identifiers that are there.
         remove_at: identifier -> where it was read, likewise.
     """
 
@@ -108,7 +105,6 @@ def change(folder, changes: LabelChanges, config: NewLabelsConfig, out=None) -> 
 
     Args:
         folder: the artifact, local.
-        changes: what is to change.
         config: how new labels get their prototypes.
         out: a folder that is not there yet, for the changed artifact; None changes `folder` itself.
 

@@ -37,7 +37,6 @@ class OutputProgress:
     """What is on the disk.
 
     Attributes:
-        documents: how many.
         errors: documents with an error in place of labels.
         cut: documents with a text that has more tokens than the model takes.
         digest: of the pipe's lines that they were made of; None of files.
@@ -55,10 +54,7 @@ class Output:
     """An output that is being made, or is complete.
 
     Attributes:
-        path: the output.
-        done: see `OutputProgress`.
         complete: whether the output is there already, made of the same.
-        partial: the file of lines.
     """
 
     def __init__(
@@ -112,7 +108,6 @@ def begin(
     """Begins an output or goes on with it, and keeps other processes from doing so.
 
     Args:
-        path: the output.
         made_of: JSON of all that it follows from.
         overwrite: replace an output that was made of something else.
 
@@ -221,8 +216,6 @@ class Lines:
         """The lines of n documents.
 
         Args:
-            ids: of the documents.
-            ranking: of the documents.
             problems: number of a document -> why it has no labels.
         """
         lines = []

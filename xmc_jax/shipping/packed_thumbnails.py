@@ -5,6 +5,7 @@ ids of these in ascending order, `<kind>.ids` (see `data.texts`); their files in
 `<kind>.images.bin`; and from where to where each of them is there, `<kind>.spans.npy` i64[n, 2].
 """
 
+import bisect
 import pathlib
 from collections.abc import Iterable
 
@@ -21,9 +22,6 @@ TYPE = "image/webp"
 
 class Thumbnails:
     """The pictures of one kind, memory-mapped.
-
-    Args:
-        kind: one of KINDS.
 
     Raises:
         ValueError: damaged files.
@@ -59,11 +57,8 @@ class Thumbnails:
         return None if row is None else self._images[slice(*self._spans[row])].tobytes()
 
     def _row(self, name: str) -> int | None:
-        low, high = 0, len(self._ids)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._ids[middle] < name else (low, middle)
-        return low if low < len(self._ids) and self._ids[low] == name else None
+        row = bisect.bisect_left(self._ids, name)
+        return row if row < len(self._ids) and self._ids[row] == name else None
 
 
 def save(folder: pathlib.Path, kind: str, images: Iterable[tuple[str, bytes]]) -> int:
@@ -71,7 +66,6 @@ def save(folder: pathlib.Path, kind: str, images: Iterable[tuple[str, bytes]]) -
 
     Args:
         folder: exists.
-        kind: one of KINDS.
         images: ids, all different, and files, in any order.
 
     Returns:

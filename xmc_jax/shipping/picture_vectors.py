@@ -20,7 +20,6 @@ class PictureVectors:
     """Encodes image files as training did.
 
     Args:
-        folder: of the artifact.
         expected: the image encoder of training.
     """
 

@@ -43,7 +43,6 @@ class Report:
     Attributes:
         done: all that is there now.
         before: documents that were there before.
-        seconds: for the others.
         complete: whether all was there before.
     """
 

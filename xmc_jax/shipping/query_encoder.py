@@ -132,7 +132,6 @@ class QueryEncoder:
         """Unit embeddings of items, or their embeddings before normalisation.
 
         Args:
-            items: n of them.
             pooled: whether to return the embeddings before normalisation.
             rows: the last is the most items of a call. With one size, an item's embedding is the
                 same to the bit whatever it is encoded with.
@@ -205,9 +204,6 @@ class QueryEncoder:
 
     def prepare(self, image: bytes, limits: Any = None) -> np.ndarray:
         """What `Item.images` may hold in place of an image file; for other threads, too.
-
-        Args:
-            image: an image file.
 
         Raises:
             ValueError: see `encode`.

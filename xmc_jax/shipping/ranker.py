@@ -27,9 +27,6 @@ class Ranker:
     """Ranks all labels of an artifact, or some.
 
     Args:
-        opened: the artifact.
-        mesh: the devices.
-        index: see `PredictConfig`.
         labels: i32[l], ascending rows of the labels to rank; None for all.
         whole: the ranker of all labels, whose arrays of documents are shared.
 
@@ -104,10 +101,6 @@ class Ranker:
 
         Args:
             embedded: f32[n, D].
-            allowed: of each document.
-            k: labels.
-            mix: see `mix`.
-            rows: sizes of blocks.
         """
         out_scores = np.full((len(embedded), k), -np.inf, np.float32)
         out_rows = np.full((len(embedded), k), -1, np.int32)
@@ -195,10 +188,7 @@ class Ranker:
         mix: AugmentedConfig | None,
         near: augmented.Nearest | None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """f32[k] and i32[k], the ranking of one document among some columns, i[m].
-
-        On the host: a program for every number of rows would take longer to compile than a search.
-        """
+        """f32[k] and i32[k], the ranking of one document among some columns, i[m]."""
         prior = self._prior if mix is not None else None
         if prior is not None:
             columns = columns[prior[columns] > 0]

@@ -38,7 +38,6 @@ class Results:
     """Answer to a request of n queries.
 
     Attributes:
-        model: the model that ranked.
         scores: f32[n, k], descending; -inf where there are no more.
         rows: i32[n, k] of its labels or documents; -1 where there are no more.
         cut: bool[n], whether a text has more tokens than the model takes.
@@ -102,9 +101,6 @@ class Batcher:
 
     async def answer(self, queries: Sequence[Query], kind: str) -> Results:
         """Ranks the queries of a request; a cancelled one is not ranked.
-
-        Args:
-            queries: n of them.
 
         Raises:
             Full: too many wait.

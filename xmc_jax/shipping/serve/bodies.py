@@ -37,7 +37,6 @@ class Refused(HTTPException):
     """A request that is not answered.
 
     Args:
-        status: of HTTP.
         error: one line that says why.
         **headers: further headers of the answer.
     """

@@ -1,8 +1,6 @@
 """The model that is served: warmed up, asked, replaced by another, ended."""
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import os
 import re
@@ -16,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from xmc_jax.config import ServeConfig
+from xmc_jax.shipping import documents
 from xmc_jax.shipping.predictor import Predictor, Query
 from xmc_jax.shipping.serve import bodies
 from xmc_jax.shipping.serve.batching import Batcher, Full, Results, warm_up
@@ -25,18 +24,13 @@ from xmc_jax.shipping.serve.telemetry import Metrics
 
 STARTING, READY, ENDING = "starting", "ready", "ending"
 
-_DATA_URL = re.compile(r"data:[\w/+.;=-]{0,100};base64,")
 _URL = re.compile(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*:")
 _ITEM = re.compile(r"^queries: item (\d+)")
 Answer = TypeVar("Answer")
 
 
 class Service:
-    """A model that is served, and perhaps replaced; of one event loop.
-
-    Attributes:
-        state: STARTING, READY or ENDING.
-    """
+    """A model that is served, and perhaps replaced; of one event loop."""
 
     def __init__(self, config: ServeConfig):
         self.config, self.state = config, STARTING
@@ -216,14 +210,11 @@ async def _unless_gone(
 
 def _bytes(image: str) -> bytes:
     """An image file from base64 or a data: URL."""
-    given = _DATA_URL.match(image)
-    if given is None and _URL.match(image):
+    if start := documents.DATA_URL.match(image):
+        return documents.decoded(image[start.end() :])
+    if _URL.match(image):
         raise ValueError(
             f"expected an image file in base64 or as a data: URL, got {image[:40]!r}; nothing is "
             "fetched"
         )
-    whole = "".join(image[given.end() if given else 0 :].split())  # it may be wrapped
-    try:
-        return base64.b64decode(whole, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"expected base64, got something else: {error}") from None
+    return documents.decoded(image)
