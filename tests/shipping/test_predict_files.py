@@ -114,7 +114,7 @@ def test_every_format_gives_the_same(opened, records, expected, tmp_path, name):
     wanted = expected.splitlines()
     assert found[:3] + found[4:] == wanted[:3] + wanted[4:]
     assert (found[3] == wanted[3]) is not bool(columns)
-    assert (report.progress.documents, report.done.errors) == (200, 0)
+    assert (report.progress.documents, report.progress.errors) == (200, 0)
     assert "200 documents; " in str(report) and str(report).endswith(" documents/s")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([name, "out.jsonl", "out.jsonl.progress.json"])

@@ -37,7 +37,7 @@ from xmc_jax.data.csr import Csr
 from xmc_jax.files import array_files, manifests
 from xmc_jax.runtime.wording import counted
 from xmc_jax.shipping import contents
-from xmc_jax.shipping.contents import MANIFEST, Manifest, ModelInput, ThumbnailsPart
+from xmc_jax.shipping.contents import MANIFEST, ArtifactManifest, ModelInput, ThumbnailsPart
 from xmc_jax.shipping.packed_thumbnails import KINDS, Thumbnails
 
 
@@ -122,7 +122,7 @@ class Artifact:
 
     folder: pathlib.Path
     manifest: Mapping[str, Any]
-    parts: Manifest
+    parts: ArtifactManifest
     digest: str
     model: ModelInput
     ranking: AugmentedConfig
@@ -213,7 +213,7 @@ def open(folder, verify: bool = True) -> Artifact:
     )
 
 
-def _check_models(folder: pathlib.Path, parts: Manifest) -> None:
+def _check_models(folder: pathlib.Path, parts: ArtifactManifest) -> None:
     """Raises ValueError for parts of different models."""
     digest = contents.digest_of_model({name: facts.sha256 for name, facts in parts.files.items()})
     if digest != parts.model.digest:
@@ -230,7 +230,7 @@ def _check_models(folder: pathlib.Path, parts: Manifest) -> None:
             )
 
 
-def _labels(folder: pathlib.Path, parts: Manifest) -> Labels:
+def _labels(folder: pathlib.Path, parts: ArtifactManifest) -> Labels:
     count = parts.labels.count
     has_prior = parts.ranking.prior is not None
     return Labels(
@@ -242,7 +242,7 @@ def _labels(folder: pathlib.Path, parts: Manifest) -> Labels:
     )
 
 
-def _documents(folder: pathlib.Path, parts: Manifest) -> Documents | None:
+def _documents(folder: pathlib.Path, parts: ArtifactManifest) -> Documents | None:
     if parts.documents is None:
         return None
     folder, count = folder / parts.documents.folder, parts.documents.count

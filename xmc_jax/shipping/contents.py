@@ -151,7 +151,7 @@ class DatasetFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileFacts:
+class RecordedFile:
     bytes: int
     sha256: str
 
@@ -163,7 +163,7 @@ def _without_retired(ranking: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class ArtifactManifest:
     """The fields of artifact.json that are read."""
 
     name: str
@@ -172,7 +172,7 @@ class Manifest:
     config: dict[str, Any]
     dataset: DatasetFacts
     metrics: dict[str, dict[str, FiniteFloat]]
-    files: dict[_Inside, FileFacts]
+    files: dict[_Inside, RecordedFile]
     model: ModelInput
     ranking: Annotated[AugmentedConfig, BeforeValidator(_without_retired)]
     labels: Part
@@ -182,10 +182,10 @@ class Manifest:
     thumbnails: ThumbnailsPart | None = None
 
 
-_ADAPTER = pydantic.TypeAdapter(Manifest)
+_ADAPTER = pydantic.TypeAdapter(ArtifactManifest)
 
 
-def read(folder: pathlib.Path) -> tuple[bytes, Manifest]:
+def read(folder: pathlib.Path) -> tuple[bytes, ArtifactManifest]:
     """The content of artifact.json, and its fields.
 
     Raises:

@@ -57,7 +57,7 @@ class Label(Item):
 
 @dataclasses.dataclass(frozen=True)
 class LabelChanges:
-    """What is to change.
+    """Labels to change.
 
     Attributes:
         update: labels with identifiers that are there, in other words or pictures.
@@ -448,5 +448,5 @@ def _copy(opened: Artifact, out: pathlib.Path) -> None:
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # no links between or on these file systems
         shutil.copyfile(source, target)
