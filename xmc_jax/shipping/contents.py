@@ -16,6 +16,7 @@ from xmc_jax.config import AugmentedConfig, PrimeConfig
 from xmc_jax.config.model_config import Dtype, Order, Pooling
 from xmc_jax.data.types import Prompts
 from xmc_jax.files import atomic, digests, locks, manifests
+from xmc_jax.files.array_folders import FileFacts
 from xmc_jax.models import hf_weights
 from xmc_jax.retrieval.augmented import RETIRED
 
@@ -150,12 +151,6 @@ class DatasetFacts:
     name: str
 
 
-@dataclasses.dataclass(frozen=True)
-class RecordedFile:
-    bytes: int
-    sha256: str
-
-
 def _without_retired(ranking: Any) -> Any:
     if not isinstance(ranking, dict):
         return ranking
@@ -172,7 +167,7 @@ class ArtifactManifest:
     config: dict[str, Any]
     dataset: DatasetFacts
     metrics: dict[str, dict[str, FiniteFloat]]
-    files: dict[_Inside, RecordedFile]
+    files: dict[_Inside, FileFacts]
     model: ModelInput
     ranking: Annotated[AugmentedConfig, BeforeValidator(_without_retired)]
     labels: Part

@@ -45,11 +45,7 @@ _QUERIES = 2_000  # documents that tune and measure an index
 
 @dataclasses.dataclass(frozen=True)
 class Label(Item):
-    """A label as its owner has it.
-
-    Attributes:
-        at: where it was read, for errors; "" if it was not read from a file.
-    """
+    """A label as its owner has it; `at` says where it was read, for errors."""
 
     id: str = ""
     at: str = ""
@@ -57,11 +53,9 @@ class Label(Item):
 
 @dataclasses.dataclass(frozen=True)
 class LabelChanges:
-    """Labels to change.
+    """Labels to add, to give other words or pictures, and identifiers of labels to remove.
 
-    Attributes:
-        update: labels with identifiers that are there, in other words or pictures.
-        remove_at: identifier -> where it was read, likewise.
+    `remove_at` says where an identifier was read, for errors.
     """
 
     add: Sequence[Label] = ()
