@@ -69,14 +69,14 @@ def test_the_first_picture_of_each_item(tmp_path):
 def test_export_takes_them_from_the_dataset(tmp_path):
     pytest.importorskip("PIL.Image", reason='needs the extra "vision"')
     from configs import vixml
-    from xmc_jax.config import ExportConfig
+    from xmc_jax.config import RunConfig
     from xmc_jax.data.synthetic import product_set
     from xmc_jax.shipping import exporting
 
     def exported(fields, **settings):
-        config = types.SimpleNamespace(export=ExportConfig(**settings))
+        config = RunConfig.from_dict(fields | {"export": settings})
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return exporting._thumbnails(folder, fields, types.SimpleNamespace(config=config)), folder
+        return exporting._thumbnails(folder, types.SimpleNamespace(config=config)), folder
 
     fields = vixml.get_config("minilm_l3/synthetic").to_dict()
     fields["data"]["data_dir"] = str(tmp_path / "data")
