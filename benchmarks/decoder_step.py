@@ -115,6 +115,7 @@ class Program:
         config = OptimizerConfig(
             lr=(("backbone/.*", 5e-5), (".*", 5e-4)),
             trainable=((".*/lora_[ab]", True), ("backbone/.*", False), (".*", True)),
+            weight_decay=((".*", 0.01),),
             clip_norm=1.0,
         )
         boxed = jax.eval_shape(lambda: dual.init_params(self.model, s.seed))

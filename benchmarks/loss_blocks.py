@@ -39,7 +39,7 @@ class Objective:
     """Loss, metrics and gradients of a batch, compiled."""
 
     def __init__(self, batch: int, width: int, cfg: LossConfig):
-        def objective(units, relevance, key):
+        def loss_of(units, relevance, key):
             document, label, prototype = units
             pairs = Pairs(document, label, prototype, relevance=relevance)
             return objective.objective(pairs, key, cfg)
@@ -47,7 +47,7 @@ class Objective:
         unit = jax.ShapeDtypeStruct((batch, width), jnp.float32)
         relevance = jax.ShapeDtypeStruct((batch, batch), bool)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        function = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        function = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
         traced = function.trace((unit, unit, unit), relevance, key)
         self.compiled = traced.lower().compile()
         memory = self.compiled.memory_analysis().temp_size_in_bytes

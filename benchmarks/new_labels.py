@@ -47,7 +47,7 @@ from configs import vixml
 from xmc_jax.config import AugmentedConfig, NewLabelsConfig, RunConfig
 from xmc_jax.data import bundled, raw_folder
 from xmc_jax.data.csr import Csr
-from xmc_jax.data.raw import Items
+from xmc_jax.data.raw import RawItems
 from xmc_jax.data.raw_folder import RawDataset
 from xmc_jax.models import dual
 from xmc_jax.retrieval import augmented, exact, new_labels
@@ -124,9 +124,9 @@ def write(dataset: RawDataset, folder: pathlib.Path) -> None:
     (folder / "filter_labels_train.txt").write_text("")
 
 
-def _take(items: Items, rows: np.ndarray, positives: Csr | None) -> Items:
+def _take(items: RawItems, rows: np.ndarray, positives: Csr | None) -> RawItems:
     lists = [[x[i] for i in rows] for x in (items.uids, items.titles, items.contents)]
-    return Items(*lists, None if positives is None else positives.take(rows))
+    return RawItems(*lists, None if positives is None else positives.take(rows))
 
 
 def _columns(matrix: Csr, kept: np.ndarray) -> Csr:

@@ -88,7 +88,12 @@ class Run:
         trainable = LORA_ONLY if lora else ((".*", True),)
         params, self.frozen = optimizer.partition(params, trainable)
         transform = optimizer.build(
-            OptimizerConfig(lr=((".*", 1e-3),), warmup_steps=2, clip_norm=1.0 if lora else None),
+            OptimizerConfig(
+                lr=((".*", 1e-3),),
+                weight_decay=((".*", 0.01),),
+                warmup_steps=2,
+                clip_norm=1.0 if lora else None,
+            ),
             params,
             2 * STEPS,
         )
