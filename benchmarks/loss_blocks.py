@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.environment import environment, save
 from xmc_jax.config import LossConfig
-from xmc_jax.training import flops
+from xmc_jax.training import flops, objective
 from xmc_jax.training.state import Pairs
 
 PACKAGES = ("jax", "jaxlib", "numpy")
