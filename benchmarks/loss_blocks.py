@@ -89,9 +89,9 @@ def measure(
     seconds: list[list[float]] = [[] for _ in objectives]
     for step in range(-1, steps):  # the first warms up
         found = []
-        for objective, taken in zip(objectives, seconds):
+        for compared, taken in zip(objectives, seconds):
             start = time.perf_counter()
-            result = objective.compiled(units, relevance, jax.random.key(max(step, 0)))
+            result = compared.compiled(units, relevance, jax.random.key(max(step, 0)))
             found.append(float(result[0][0]))
             jax.block_until_ready(result)
             if step >= 0:
@@ -99,10 +99,10 @@ def measure(
         if not np.allclose(found, found[0], rtol=1e-5):
             raise RuntimeError(f"batch {batch}, {kind}: expected one loss, got {found}")
     rows = []
-    for objective, taken in zip(objectives, seconds):
+    for compared, taken in zip(objectives, seconds):
         ratios = [ours / whole for ours, whole in zip(taken, seconds[0])]
         timed = {"seconds": taken, "time": statistics.median(ratios)}
-        rows.append({"kind": kind, "batch": batch, **objective.costs, **timed})
+        rows.append({"kind": kind, "batch": batch, **compared.costs, **timed})
     return rows
 
 
