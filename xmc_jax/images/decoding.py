@@ -155,10 +155,10 @@ def decode_here(data: bytes, limits: DecodeLimits, alpha: str) -> Image.Image:
             kind = "a damaged WebP, AVIF or HEIC"
         if kind is None and data[:200].lstrip().lower().startswith((b"<html", b"<!doctype html")):
             kind = "a page in HTML"
-        found = f"{len(data)} bytes of something else"
+        problem = f"{len(data)} bytes of something else"
         if kind is not None:
-            found = f"{kind} that Pillow does not read"
-        raise ValueError(f"image: expected one of {', '.join(FORMATS)}, found {found}") from error
+            problem = f"{kind} that Pillow does not read"
+        raise ValueError(f"image: expected one of {', '.join(FORMATS)}, found {problem}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(
             f"image: expected at most {limits.max_pixels} pixels, got more: {_one_line(error)}"
@@ -184,16 +184,16 @@ def _one_line(error: BaseException) -> str:
 
 def _check_work(data: bytes) -> None:
     """Refuses files that cost far more to decode than their bytes and pixels say."""
-    found = ""
+    problem = ""
     if data.startswith(b"\xff\xd8"):
         if data.count(_SCAN) > _FREE_SCANS + len(data) // _BYTES_PER_SCAN:
-            found = "a JPEG of more scans"
+            problem = "a JPEG of more scans"
         elif sum(map(data.count, _SEGMENTS)) > _FREE_SEGMENTS + len(data) // _BYTES_PER_SEGMENT:
-            found = "a JPEG of more segments"
+            problem = "a JPEG of more segments"
     elif data.startswith(b"GIF8") and _gif_pieces(data) > _GIF_PIECES:
-        found = "a GIF of more pieces"
-    if found:
-        raise ValueError(f"image: expected what encoders make, got {found} than they do")
+        problem = "a GIF of more pieces"
+    if problem:
+        raise ValueError(f"image: expected what encoders make, got {problem} than they do")
 
 
 def _gif_pieces(data: bytes) -> int:

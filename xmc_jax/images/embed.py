@@ -73,7 +73,7 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
             config.overwrite,
         )
     opened = {split: place.open(split, uids[split]) for split, place in _places(config).items()}
-    if not any(found.items_with_images for found in opened.values()):
+    if not any(images.items_with_images for images in opened.values()):
         first = next((uid for split in SPLITS for uid in uids[split]), None)
         remedy = "files named by an item's number in its split need --by=index"
         if example := next(_files_below(source), None):
@@ -100,7 +100,7 @@ def make(config: ImagesConfig, uids: Mapping[str, Sequence[str]]) -> pathlib.Pat
         config.layout,
         config.dtype,
     )
-    counts = {split: len(found) for split, found in opened.items()}
+    counts = {split: len(images) for split, images in opened.items()}
     inputs = {
         "uids": image_folders.digests(uids),
         "per_item": config.per_item,
@@ -221,8 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     return command.run("embed", lambda: _parse(arguments), _embed_and_check)
 
 
-def _embed_and_check(asked: tuple[ImagesConfig, str, str]) -> None:
-    config, raw, encoding = asked
+def _embed_and_check(parsed: tuple[ImagesConfig, str, str]) -> None:
+    config, raw, encoding = parsed
     uids = read_uids(config.dataset, None if raw == BUNDLED else raw, encoding)
     folder = make(config, uids)
     print(report(config))
@@ -275,13 +275,13 @@ def _url_tables(
     """
     tables_of = {path: tuple(SPLITS)}
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if _is_table(file))
-        tables_of = {file: tuple(SPLITS) for file in found}
-        if len(found) > 1:
+        tables = sorted(file for file in path.iterdir() if _is_table(file))
+        tables_of = {file: tuple(SPLITS) for file in tables}
+        if len(tables) > 1:
             tables_of = {
                 file: (split,)
                 for split in SPLITS
-                if (file := image_sources.table_of_split(found, split)) is not None
+                if (file := image_sources.table_of_split(tables, split)) is not None
             }
     urls = ((splits, _url_table(file)) for file, splits in tables_of.items())
     return [(splits, table) for splits, table in urls if table is not None]

@@ -211,10 +211,10 @@ async def _fetch(config: FetchConfig, out: pathlib.Path, bar: tqdm.tqdm) -> None
     async def fill(path: pathlib.Path, rows: list[shards.Image]) -> None:
         partial_path = out / ".partial" / path.stem
         with shards.Partial(partial_path, path, len(rows), config.retry_failed) as partial:
-            _count_done(bar, len(partial.done))
+            _count_done(bar, len(partial.outcomes))
             async with asyncio.TaskGroup() as group:
                 for row, image in enumerate(rows):
-                    if row not in partial.done:
+                    if row not in partial.outcomes:
                         group.create_task(one(partial, row, image.url))
             async with writing:  # one at a time, for the memory it takes
                 await asyncio.to_thread(shards.write, path, rows, partial)

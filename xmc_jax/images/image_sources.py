@@ -211,12 +211,12 @@ def open(
                 f"{path}: expected one .bin of {split}, found {', '.join(binaries)}; name one"
             )
         return _lines(path / binaries[0], uids, max_bytes)
-    found = [name for name in files if name.lower().endswith(table_files.IN_FOLDERS)]
+    tables = [name for name in files if name.lower().endswith(table_files.IN_FOLDERS)]
     if not fetched and len(there) > 1:  # others may be tables of items, beside their pictures
-        useful = [name for name in found if _may_have_images(path / name)]
-        found = useful if useful or len(found) < len(there) else found
-    if found:
-        return _table(_of_split(path, found, split), uids, max_bytes, allow_paths, fetched)
+        useful = [name for name in tables if _may_have_images(path / name)]
+        tables = useful if useful or len(tables) < len(there) else tables
+    if tables:
+        return _table(_of_split(path, tables, split), uids, max_bytes, allow_paths, fetched)
     of_splits = {name: _split_of(name) for name in folders}
     if split in of_splits.values():
         (name, *_) = (name for name, owner in of_splits.items() if owner == split)
@@ -266,8 +266,8 @@ def _may_have_images(path: pathlib.Path) -> bool:
 def table_of_split(files: Sequence[pathlib.Path], split: str) -> pathlib.Path | None:
     """The only one of a folder's tables that is a split's by its name; None if there is no such."""
     owners = _owners_of([file.name for file in files])
-    own = [file for file in files if owners.get(file.name) == split]
-    return own[0] if len(own) == 1 else None
+    matching = [file for file in files if owners.get(file.name) == split]
+    return matching[0] if len(matching) == 1 else None
 
 
 def _owners_of(names: Iterable[str]) -> dict[str, str]:
@@ -342,14 +342,14 @@ def _match(
 
 def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -> ImageSource:
     numbers, of_item = _owners(uids if by == "uid" else list(map(str, range(len(uids)))))
-    found = []  # (number of the owner, k, name)
-    with os.scandir(folder) as entries:
-        for entry in entries:
+    entries = []  # (number of the owner, k, name)
+    with os.scandir(folder) as folder_entries:
+        for entry in folder_entries:
             if _is(entry.is_dir):
                 owner = numbers.get(cell_values.normal(entry.name))
                 if owner is not None:
                     with os.scandir(entry.path) as inner:
-                        found += [
+                        entries += [
                             (owner, _rank(one.name), f"{entry.name}/{one.name}")
                             for one in inner
                             if not one.name.startswith(".") and not _is(one.is_dir)
@@ -359,12 +359,12 @@ def _files(folder: pathlib.Path, uids: Sequence[str], by: str, max_bytes: int) -
             stem = cell_values.normal(pathlib.PurePath(name).stem)
             numbered = _NUMBERED.fullmatch(stem)
             if name in numbers or stem in numbers:
-                found.append((numbers.get(name, numbers.get(stem)), -1, entry.name))
+                entries.append((numbers.get(name, numbers.get(stem)), -1, entry.name))
             elif numbered and numbered[1] in numbers:
-                found.append((numbers[numbered[1]], int(numbered[2]), entry.name))
-    found.sort()
-    names = [name for _, _, name in found]
-    owner = np.array([owner for owner, _, _ in found], np.int64)
+                entries.append((numbers[numbered[1]], int(numbered[2]), entry.name))
+    entries.sort()
+    names = [name for _, _, name in entries]
+    owner = np.array([owner for owner, _, _ in entries], np.int64)
     return ImageSource(_grouped(owner, of_item), FileRecords(folder, names, max_bytes))
 
 
@@ -417,7 +417,7 @@ def _table(
         (part,) = parts
         key, column = _columns(where, dict.fromkeys(part.columns, ""))
         cells = TextCells(part, column)
-        owner, of_item = _match(((part, *found) for found in cells.keys(key)), key, uids)
+        owner, of_item = _match(((part, *pair) for pair in cells.keys(key)), key, uids)
     records = TableRecords(cells, column, where.parent, max_bytes, allow_paths)
     return ImageSource(_grouped(owner, of_item), records, files)
 

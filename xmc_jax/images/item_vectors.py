@@ -34,14 +34,9 @@ _BATCH_ITEMS = 1 << 12  # most items of a batch; those without images take no ro
 
 @dataclasses.dataclass(eq=False)
 class _Batch:
-    """Items in a row whose images are encoded at a time.
+    """Items in a row whose images are encoded at a time; `prepared` has those that can be read.
 
-    Attributes:
-        first: number of the first item.
-        counts: images of each item that could be read.
-        contents: digests of each item's images, see `changes.of_item`.
-        prepared: those images.
-        failures: item, k and reason of the others.
+    A failure is item, number of the image, and reason. See `changes.of_item` for `contents`.
     """
 
     first: int
@@ -69,21 +64,28 @@ def append(
     kept: ChangedImages | None,
 ) -> None:
     """Appends all items that are missing, with the vectors of those that have not changed."""
-    done = writer.written
-    total = sum(len(found) for found in opened.values())
+    written = writer.written
+    total = sum(len(source) for source in opened.values())
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     prepare = _preparation(encoder, config.alpha)
+    start, images = time.monotonic(), [0]  # images of this run
     try:
         with (
-            _Failures(writer.partial / changes.FAILURES, done) as failures,
-            _Progress(total, sum(done.values())) as progress,
+            _Failures(writer.partial / changes.FAILURES, written) as failures,
+            tqdm.tqdm(
+                total=total,
+                initial=sum(written.values()),
+                desc="embedding",
+                unit="item",
+                disable=None,
+            ) as bar,
         ):
-            for split, found in opened.items():
-                stamps = found.stamps() if kept is None else kept.stamps[split]
-                items = np.arange(len(found))
+            for split, source in opened.items():
+                stamps = source.stamps() if kept is None else kept.stamps[split]
+                items = np.arange(len(source))
                 if kept is not None:
                     items = np.flatnonzero(~kept.kept[split])
-                items = items[items >= done[split]]
+                items = items[items >= written[split]]
 
                 def write(split: str, stamps: np.ndarray, batch: _Batch, vectors: Any) -> None:
                     rows = np.empty((0, encoder.width), np.float32)
@@ -96,12 +98,15 @@ def append(
                     part = stamps[batch.first : batch.end]
                     contents = np.stack(batch.contents)
                     writer.extend(split, batch.first, batch.counts, rows, contents, part)
-                    progress.add(len(batch.counts), count)
+                    images[0] += count
+                    rate = images[0] / max(time.monotonic() - start, 1e-9)
+                    bar.set_postfix_str(f"{rate:,.1f} images/s", refresh=False)
+                    bar.update(len(batch.counts))
 
                 pending = None
-                read = found.read(config.per_item, items)
+                read = source.read(config.per_item, items)
                 ready = _in_threads(read, prepare, pool, _AHEAD_BATCHES * config.batch_size)
-                for batch in _batches(ready, done[split], len(found), config.batch_size):
+                for batch in _batches(ready, written[split], len(source), config.batch_size):
                     vectors = encoder.embed(batch.prepared) if batch.prepared else None
                     if pending is not None:
                         write(split, stamps, *pending)
@@ -156,7 +161,7 @@ def _preparation(encoder: Encoder, alpha: str) -> Callable[[bytes | str], _Prepa
 
 
 def _in_threads(
-    found: Iterable[tuple[int, int, bytes | str]],
+    source: Iterable[tuple[int, int, bytes | str]],
     prepare: Callable[[bytes | str], _Prepared],
     pool: ThreadPoolExecutor,
     ahead: int,
@@ -164,7 +169,7 @@ def _in_threads(
     """Images prepared, in the order they come in; at most `ahead` are read before they are due."""
     waiting: collections.deque = collections.deque()
     held = 0
-    for item, k, data in found:
+    for item, k, data in source:
         waiting.append((item, k, len(data), pool.submit(prepare, data)))
         held += len(data)
         while len(waiting) > ahead or held > _AHEAD_BYTES:
@@ -206,21 +211,16 @@ def _batches(
 
 
 class _Failures:
-    """failures.jsonl: lines of items that are done are kept, those behind them are cut.
+    """failures.jsonl, cut after the lines of the items that are written (split -> count)."""
 
-    Args:
-        path: the file.
-        done: split -> items that are done.
-    """
-
-    def __init__(self, path: pathlib.Path, done: Mapping[str, int]):
+    def __init__(self, path: pathlib.Path, written: Mapping[str, int]):
         self._file = path.open("a+b")
         self._file.seek(0)
         kept = 0
         for line in self._file:
             try:
                 failure = json.loads(line)
-                if not line.endswith(b"\n") or failure["item"] >= done[failure["split"]]:
+                if not line.endswith(b"\n") or failure["item"] >= written[failure["split"]]:
                     break
             except (ValueError, KeyError, TypeError):  # torn by a kill
                 break
@@ -241,31 +241,3 @@ class _Failures:
             line = {"split": split, "item": item, "uid": uids[item], "k": k, "reason": reason}
             self._file.write(json.dumps(line).encode() + b"\n")
         atomic.to_disk(self._file)
-
-
-class _Progress:
-    """A bar of items, with the images per second of this run.
-
-    Args:
-        total: items.
-        done: items that are there already.
-    """
-
-    def __init__(self, total: int, done: int):
-        self._bar = tqdm.tqdm(
-            total=total, initial=done, desc="embedding", unit="item", disable=None
-        )
-        self._start, self._images = time.monotonic(), 0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def add(self, items: int, count: int) -> None:
-        """Counts items and images that are written."""
-        self._images += count
-        rate = self._images / max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{rate:,.1f} images/s", refresh=False)
-        self._bar.update(items)

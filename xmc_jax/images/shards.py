@@ -57,14 +57,14 @@ class Partial:
         retry_failed: forget the failures among earlier outcomes.
 
     Attributes:
-        done: rows with an outcome, and where in the file that is.
+        outcomes: row -> where its outcome is in the file.
     """
 
     def __init__(self, path: pathlib.Path, shard: pathlib.Path, rows: int, retry_failed: bool):
         self._path, self._shard, self._rows = path, shard, rows
         self._retry_failed = retry_failed
         self._lock = threading.Lock()
-        self.done: dict[int, tuple[int, int, int]] = {}  # place, lengths of error and image
+        self.outcomes: dict[int, tuple[int, int, int]] = {}  # place, lengths of error and image
 
     def __enter__(self) -> "Partial":
         if self._shard.exists():
@@ -86,11 +86,11 @@ class Partial:
             for part in (_CRC.pack(crc), fields, text, data):
                 self._file.write(part)
             self._file.flush()  # to the system, which a kill does not stop
-            self.done[row] = (place + _CRC.size + _FIELDS.size, len(text), len(data))
+            self.outcomes[row] = (place + _CRC.size + _FIELDS.size, len(text), len(data))
 
     def read(self, row: int) -> tuple[str, bytes]:
         """The outcome of a row: error and image, one of them empty."""
-        place, text, data = self.done[row]
+        place, text, data = self.outcomes[row]
         with self._lock:
             self._file.seek(place)
             return self._file.read(text).decode("utf-8"), self._file.read(data)
@@ -109,11 +109,11 @@ class Partial:
                         self.add(row, "", data.as_py())
                     row += 1
             atomic.to_disk(self._file)
-        self.done.clear()
+        self.outcomes.clear()
         self._shard.unlink()
 
     def _read_back(self) -> int:
-        """Fills `done`; returns where the last good record ends."""
+        """Fills `outcomes`; returns where the last good record ends."""
         end, size = 0, self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         while size - end >= _CRC.size + _FIELDS.size:
@@ -126,7 +126,7 @@ class Partial:
             if crc != zlib.crc32(self._file.read(text + data), zlib.crc32(fields)):
                 break
             if not (text and self._retry_failed):
-                self.done[row] = (place, text, data)
+                self.outcomes[row] = (place, text, data)
             end = place + text + data
         return end
 

@@ -103,7 +103,7 @@ def products(folder: pathlib.Path, kernels: Collection[str]) -> dict[str, LowRan
         raise ValueError(
             f"{path}: expected the adapter's weights, found none; save the adapter as safetensors"
         )
-    found: dict[str, dict[str, str]] = {}
+    pairs: dict[str, dict[str, str]] = {}
     ranks: dict[str, int] = {}
     others, prefixes = [], set()
     with hf_files.opened(path) as file:
@@ -117,9 +117,9 @@ def products(folder: pathlib.Path, kernels: Collection[str]) -> dict[str, LowRan
                 continue
             prefixes.add(tuple(parts[:at]))
             kernel, shape = ".".join(parts[at:]), file.get_slice(name).get_shape()
-            found.setdefault(kernel, {})[match[2]] = name
+            pairs.setdefault(kernel, {})[match[2]] = name
             ranks[kernel] = shape[0] if match[2] == "A" else shape[-1]
-    odd = [kernel for kernel, pair in found.items() if len(pair) != 2]
+    odd = [kernel for kernel, pair in pairs.items() if len(pair) != 2]
     if others or odd or len(prefixes) != 1:
         raise ValueError(
             f"{path}: expected lora_A and lora_B of the backbone's projections, found also "
@@ -130,5 +130,5 @@ def products(folder: pathlib.Path, kernels: Collection[str]) -> dict[str, LowRan
         kernel: LowRank(
             path, pair["A"], pair["B"], alpha / ranks[kernel] ** (0.5 if stabilised else 1.0)
         )
-        for kernel, pair in found.items()
+        for kernel, pair in pairs.items()
     }

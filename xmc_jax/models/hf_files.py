@@ -44,10 +44,8 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     others = [
         f"{path.name} ({what})" for glob, what in _FORMATS.items() for path in folder.glob(glob)
     ]
-    found = ", ".join(sorted(others)[:3]) or "none"
-    raise ValueError(
-        f"{folder}: expected {WEIGHTS}, found {found}; convert the model to safetensors"
-    )
+    got = ", ".join(sorted(others)[:3]) or "none"
+    raise ValueError(f"{folder}: expected {WEIGHTS}, found {got}; convert the model to safetensors")
 
 
 def check_not_quantised(folder: pathlib.Path) -> None:
@@ -69,9 +67,9 @@ def check_dtypes(folder: pathlib.Path, dtypes: set[str]) -> None:
         raise _quantised(folder, ", ".join(others))
 
 
-def _quantised(folder: pathlib.Path, found: str) -> ValueError:
+def _quantised(folder: pathlib.Path, got: str) -> ValueError:
     return ValueError(
-        f"{folder}: expected weights in {', '.join(_DTYPES)}, found {found}, which are quantised; "
+        f"{folder}: expected weights in {', '.join(_DTYPES)}, found {got}, which are quantised; "
         "take the model that they were made from, or save it dequantised with transformers "
         "(model.dequantize())"
     )

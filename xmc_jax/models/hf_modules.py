@@ -127,8 +127,8 @@ def _poolings(path: pathlib.Path, config: Mapping) -> tuple[str, ...]:
     if modes is None:
         on = [name.removeprefix(_FLAG) for name, on in config.items() if on is True]
         ours = {flag: name for name, flag in POOLINGS.items()}
-        found = [ours.get(name, name) for name in on if _FLAG + name in config]
-        return tuple(found) or (_DEFAULT,)
+        modes_on = [ours.get(name, name) for name in on if _FLAG + name in config]
+        return tuple(modes_on) or (_DEFAULT,)
     modes = modes if isinstance(modes, list) else [modes]
     if not modes or not all(isinstance(mode, str) for mode in modes):
         raise ValueError(f"{path}: expected pooling_mode to be a name, found {modes!r:.100}")

@@ -84,8 +84,8 @@ def pool(hidden: jax.Array, segments: jax.Array, per_row: int, head: int, poolin
 
         def largest(number: jax.Array) -> jax.Array:
             seen = of_number(number)[:, 0, :, None]
-            found = jnp.where(seen, hidden, -jnp.inf).max(axis=1)
-            return jnp.where(seen.any(axis=1), found, 0)
+            values = jnp.where(seen, hidden, -jnp.inf).max(axis=1)
+            return jnp.where(seen.any(axis=1), values, 0)
 
         return jax.lax.map(largest, jnp.arange(per_row)).swapaxes(0, 1)
     seen = of_number(jnp.arange(per_row)[:, None])
@@ -112,5 +112,5 @@ def take(pooled: jax.Array, slots: jax.Array) -> jax.Array:
     def read(pooled: jax.Array, slots: jax.Array) -> jax.Array:
         return pooled.at[slots].get(mode="fill", fill_value=0, unique_indices=True)
 
-    found = jax.vmap(read)(pooled.reshape(groups, -1, width), slots.reshape(groups, -1))
-    return layers.wide(found).reshape(*slots.shape, width)
+    values = jax.vmap(read)(pooled.reshape(groups, -1, width), slots.reshape(groups, -1))
+    return layers.wide(values).reshape(*slots.shape, width)
