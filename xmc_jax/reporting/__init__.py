@@ -1,1 +1,1 @@
-"""What a finished run was like, as one page to look at: report.html."""
+"""The report of a run as one page: report.html."""

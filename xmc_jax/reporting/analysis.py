@@ -1,4 +1,4 @@
-"""What a report shows of predictions, from arrays: by frequency, by score, before and after."""
+"""Analyses of predictions for the report: by frequency, by score, before and after."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

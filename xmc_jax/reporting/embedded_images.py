@@ -83,7 +83,7 @@ def _of_split(source: Any, data: Store, split: str, items: np.ndarray) -> dict[I
 
 
 def _decoded(data: bytes):
-    """The picture, or None of what is none; its encoding has told which these are."""
+    """The decoded picture; None if it cannot be decoded."""
     from xmc_jax.images import decoding  # what it imports is an extra
 
     try:

@@ -81,7 +81,7 @@ def path_points(points: Sequence[tuple[float, float]]) -> str:
 
 
 def printable(value: object) -> object:
-    """What a template prints for a value, before it is escaped."""
+    """The form in which a template prints a value, before it is escaped."""
     if isinstance(value, Markup):  # the output of another template or macro
         return value
     if isinstance(value, float):

@@ -75,7 +75,7 @@ def open_standard_streams() -> tuple[str, ...]:
 
 
 def explained(error: Exception) -> str:
-    """What an error says; of the system's refusals the file and the reason, without numbers."""
+    """The text of an error; for an OSError the file and the reason, without numbers."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or repr(error)
     said = error.strerror.lower()

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events and progress; process 0 only.
+"""Records of a run: metrics.jsonl, TensorBoard events and progress; process 0 only.
 
 Records are a function of the training state and its data, except for values named `time/...`: a
 resumed run writes what the straight run would have written. Metrics are fetched from the devices
@@ -358,7 +358,7 @@ class Reporter:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        """Writes what is left, ends the progress bar and the event file."""
+        """Writes the last records, ends the progress bar and the event file."""
         if self._writes:
             self._bar.close()
             try:

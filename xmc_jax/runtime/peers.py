@@ -1,4 +1,4 @@
-"""Who else is there: a connection between process 0 and each other one, which the kernels watch.
+"""Connections between process 0 and each other process, watched by the kernels.
 
 A process that is killed closes its connection; a host that fails no longer answers its peer's
 kernel. A process that is busy, holds Python's lock or is suspended does neither, however long.
@@ -73,7 +73,7 @@ class Hub:
                         key.fileobj.close()
 
     def _hear(self, link: "_Link") -> bool:
-        """Reads what there is; whether more may come."""
+        """Handles the messages of a peer; False if no more can come."""
         try:
             messages = link.receive()
         except OSError as error:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Stream(enum.IntEnum):
-    """What a random number is for. A checkpoint relies on the values: append, never renumber."""
+    """The purpose of a random number. A checkpoint relies on the values: append, never renumber."""
 
     INIT = 0  # parameters
     DROPOUT = 1  # per step

@@ -1,4 +1,4 @@
-"""A run that is alive and makes no headway: where each thread stands, and an end for all."""
+"""Ends a run that makes no headway, and writes the stack of each thread."""
 
 import faulthandler
 import os

@@ -282,7 +282,7 @@ class DocumentFile:
 
 
 def named(columns: Sequence[str], flag: str, fields: Sequence[str]) -> dict[str, list[str]]:
-    """Field -> the column that is to be taken for it, none where it is to be left out.
+    """Field -> its column as a list of one; an empty list leaves the field out.
 
     Args:
         flag: that has them, for errors.
@@ -371,7 +371,7 @@ def _listed(cell: Any) -> list[Any]:
 
 
 def _picture(cell: Any, folder: pathlib.Path, allow_paths: bool) -> bytes:
-    """A picture's file, of what a record says of it."""
+    """The bytes of a picture that a record names or holds."""
     if isinstance(cell, dict):  # Hugging Face's Image
         held = cell.get("bytes")
         cell = cell.get("path") if held is None else held

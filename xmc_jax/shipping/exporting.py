@@ -58,7 +58,7 @@ def whole(
     workdir: epath.PathLike,
     overwrite: bool = False,
 ) -> epath.Path:
-    """Writes an artifact: see `inference.artifact`. It is evaluated as it is written.
+    """Writes an artifact: see `artifact`. The model is evaluated as it is written.
 
     Args:
         workdir: gets `export/`, which is returned; see `replacing.replaced`.

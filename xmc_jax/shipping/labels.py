@@ -414,7 +414,7 @@ def _remove_unused(folder: pathlib.Path) -> None:
 
 
 def _noted(card: pathlib.Path, content: dict[str, Any], entry: Mapping[str, Any], n: int) -> bytes:
-    """The model card with one line more: what it says of metrics is of the labels before."""
+    """The model card with a line about this change; its metrics are those of the labels before."""
     text = card.read_bytes() if card.is_file() else b""
     is_unedited = content.get("cards", {}).get(_CARD) == hashlib.sha256(text).hexdigest()
     if _TITLE not in text:

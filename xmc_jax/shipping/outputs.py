@@ -34,7 +34,7 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 @dataclasses.dataclass(frozen=True)
 class OutputProgress:
-    """What is on the disk.
+    """The part of an output that is on the disk.
 
     Attributes:
         errors: documents with an error in place of labels.
@@ -73,7 +73,7 @@ class Output:
             _arrow(path)
 
     def commit(self, progress: OutputProgress, size: int | None = None) -> None:
-        """Records what is on the disk; with the size of the whole file, that it is whole."""
+        """Records the progress; `size`, the bytes of the whole file, marks it as complete."""
         content = {
             "format": _FORMAT,
             "complete": size is not None,
@@ -130,7 +130,7 @@ def begin(
 
 
 def _resumed(path: pathlib.Path, made_of: Mapping[str, Any], overwrite: bool) -> Output | None:
-    """The output to go on with, or that is complete; None to begin."""
+    """An unfinished or complete output; None if there is none."""
     record = _beside(path, "progress.json")
     recorded = _read(record)
     if recorded is None or recorded["made_of"] != made_of:

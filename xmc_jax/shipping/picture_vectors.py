@@ -57,7 +57,7 @@ class PictureVectors:
         images: Sequence[Sequence[bytes | np.ndarray]],
         parts: list[list[tuple[int, int]]],
     ) -> Iterator[list[np.ndarray | str]]:
-        """What the encoder takes of each part, or what is wrong; the next part is under way."""
+        """Pixels or an error of each picture, by part; the next part is decoded meanwhile."""
         under_way: list[list[Future]] = []
         for part in parts:
             files = [images[i][k] for i, k in part]

@@ -38,12 +38,12 @@ _AHEAD = 2  # batches that are read
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run did.
+    """The outcome of a run.
 
     Attributes:
-        done: all that is there now.
-        before: documents that were there before.
-        complete: whether all was there before.
+        progress: of the output, at the end of the run.
+        before: documents that the output had before the run.
+        complete: whether the output was complete before the run.
     """
 
     progress: OutputProgress
@@ -196,7 +196,7 @@ def _ranked(
 
 
 class _Behind:
-    """A thread that writes a batch while the next is ranked, and records what is on the disk."""
+    """Writes a batch in a thread while the next is ranked, and commits the progress."""
 
     def __init__(self, sink: LineSink | PipeSink, output: Output | None, progress: OutputProgress):
         self._sink, self._output, self.progress = sink, output, progress

@@ -72,7 +72,7 @@ def _check(target: epath.Path, overwrite: bool) -> None:
 
 
 def _losses(folder: epath.Path) -> list[str]:
-    """What would be lost with a folder, in words; nothing of what can be exported again."""
+    """Changes by people that would be lost with a folder, in words."""
     if (folder / contents.MANIFEST).exists():
         name = contents.MANIFEST
     elif (folder / RECORD).exists():

@@ -128,7 +128,7 @@ def _routes(service: Service) -> fastapi.FastAPI:
 
     @app.get("/v1/info", response_model=schema.InfoAnswer, responses={503: _refusal(503)})
     async def info() -> fastapi.Response:
-        """What is served, and within which limits."""
+        """The model that is served, and the limits of requests."""
         return _json(service.model().info(service.config))
 
     for kind in packed_thumbnails.KINDS:

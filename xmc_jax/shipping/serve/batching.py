@@ -30,7 +30,7 @@ _EVERY = 5.0  # seconds between lines on how far warming up is
 
 
 class Full(Exception):
-    """There is no room for another request; to be tried again later."""
+    """The queue is full; the client may try again later."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(_deliver, batch, answers)
 
     def _gather(self, company: int, seconds: float) -> list[_Request]:
-        """What is ranked next; [] at the end."""
+        """Waits for the next batch of requests; [] at the end."""
         wait = min(self._config.max_wait_ms / 1000, seconds * _WAITED)
         with self._changed:
             self._company = company

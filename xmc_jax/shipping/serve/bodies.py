@@ -34,7 +34,7 @@ _PARSER = ThreadPoolExecutor(1, "parses")
 
 
 class Refused(HTTPException):
-    """A request that is not answered.
+    """A request that is refused.
 
     Args:
         error: one line that says why.
@@ -148,7 +148,7 @@ class Body:
 
 
 def _bad(status: int, error: str, **headers: str) -> Refused:
-    """Of a body that is not read to its end, after which the connection is of no use."""
+    """A refusal before the body is read to its end; the connection is closed."""
     return Refused(status, error, connection="close", **headers)
 
 

@@ -11,7 +11,7 @@ from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.predictor import Predictor
 
 PLAIN, AUGMENTED, NEIGHBOURS = "plain", "augmented", "neighbours"
-"""What is looked for: labels by inner product or mixed, or training documents."""
+"""Kinds of answers: labels by inner product, labels mixed with neighbours, documents."""
 
 _LABELS = 10  # of a document that is shown
 _REMEMBERED = 2**16  # labels, and documents, whose texts need not be looked up again

@@ -16,7 +16,7 @@ from xmc_jax.config import ServeConfig
 from xmc_jax.shipping.serve import guard
 
 MAX_HEAD = 2**16
-"""Bytes of a head, and of whatever lies between two parts of a body. One read may exceed it."""
+"""Most bytes of a head, and between two parts of a body. One read may exceed it."""
 MAX_HEADERS = 100
 """Headers of a request, and fields after its body."""
 MAX_AHEAD = 16
@@ -58,7 +58,7 @@ class Protocol(HttpToolsProtocol):
         return len(self.connections) - self._limits.max_connections
 
     def _refuse(self, status: int, error: str, **headers: str) -> None:
-        """Answers what is no request that could be answered, and hangs up."""
+        """Answers an invalid request and closes the connection."""
         body = json.dumps({"error": error}).encode()
         named = {name.replace("_", "-").encode(): x.encode() for name, x in headers.items()}
         lines = {
@@ -103,7 +103,7 @@ class Protocol(HttpToolsProtocol):
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
 
     def _parse_without_upgrade(self, rest: bytes) -> None:
-        """Takes a request as if it asked for no other protocol, as some clients always do."""
+        """Ignores the wish for another protocol, which some clients always send."""
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
             self._refuse(405, "CONNECT: Method Not Allowed")

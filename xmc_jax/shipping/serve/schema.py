@@ -1,4 +1,4 @@
-"""What requests and answers look like, and what is wrong with a request, in one line."""
+"""Bodies of requests and answers, and one line for an invalid request."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -169,7 +169,7 @@ class ImagesAnswer(_Strict):
 
 
 class InfoAnswer(_Strict):
-    """What is served."""
+    """The model that is served."""
 
     name: str
     digest: str = Field(description="SHA-256 of artifact.json.")
@@ -187,7 +187,7 @@ class InfoAnswer(_Strict):
 
 
 class HealthAnswer(_Strict):
-    """Whether the server does what it is for."""
+    """The state of the server."""
 
     status: str
 

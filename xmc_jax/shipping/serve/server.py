@@ -74,7 +74,7 @@ def settings(service: Service) -> uvicorn.Config:
 
 @contextlib.contextmanager
 def _address(config: ServeConfig) -> Iterator[None]:
-    """Turns an OSError within into what is wrong with the address."""
+    """Turns an OSError into a ValueError that names the address."""
     try:
         yield
     except OSError as error:

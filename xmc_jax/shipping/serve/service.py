@@ -1,4 +1,4 @@
-"""The model that is served: warmed up, asked, replaced by another, ended."""
+"""The life of the served model: warm-up, answers, replacement, end."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ Answer = TypeVar("Answer")
 
 
 class Service:
-    """A model that is served, and perhaps replaced; of one event loop."""
+    """Serves a model, which may be replaced, in one event loop."""
 
     def __init__(self, config: ServeConfig):
         self.config, self.state = config, STARTING
@@ -88,7 +88,7 @@ class Service:
         return ServedModel(predictor, reason)
 
     def model(self) -> ServedModel:
-        """What is served; also to requests that were there before the end was.
+        """The served model, also while the server ends.
 
         Raises:
             Refused: not yet.
@@ -100,7 +100,7 @@ class Service:
     async def answer(
         self, request: fastapi.Request, queries: Sequence[Query], kind: str
     ) -> Results | None:
-        """What is found for the queries of a request; None if who asked has gone.
+        """The results of the queries of a request; None if the client has gone.
 
         Raises:
             Refused: too many wait, or too long; or what is wrong with a query.
@@ -168,7 +168,7 @@ class Service:
 
 
 async def in_thread(function: Callable[..., Answer], *arguments: Any) -> Answer:
-    """What a function returns, which takes long; the process may end meanwhile."""
+    """The result of a slow function; the process may end before the function does."""
     loop = asyncio.get_running_loop()
     returned = loop.create_future()
 
@@ -193,7 +193,7 @@ async def in_thread(function: Callable[..., Answer], *arguments: Any) -> Answer:
 async def _unless_gone(
     request: fastapi.Request, awaited: Awaitable[Answer], seconds: float
 ) -> Answer | None:
-    """What is awaited; None if the client has gone before."""
+    """The awaited result; None if the client goes first."""
     gone = asyncio.ensure_future(request.receive())
     task = asyncio.ensure_future(awaited)
     try:

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Counters of the server, for Prometheus."""
 
 from collections.abc import Callable
 
