@@ -288,7 +288,7 @@ def _thumbnails(folder: pathlib.Path, run: Run) -> dict[str, Any] | None:
     """Writes them; returns the folder and counts. None where there are no image files."""
     required = run.config.export.thumbnails == "always"
     try:
-        from xmc_jax.images import thumbnails as making
+        from xmc_jax.images import thumbnails as item_thumbnails
 
         files = build.picture_files(run.config)
     except (ImportError, ValueError) as error:
@@ -313,7 +313,7 @@ def _thumbnails(folder: pathlib.Path, run: Run) -> dict[str, Any] | None:
                 kind,
             )
         elif uids:
-            section[kind] = packed_thumbnails.save(folder, kind, making.make(source, uids))
+            section[kind] = packed_thumbnails.save(folder, kind, item_thumbnails.make(source, uids))
     if not any(section[kind] for kind in packed_thumbnails.KINDS):
         folder.rmdir()
         return None

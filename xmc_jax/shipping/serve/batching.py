@@ -204,14 +204,14 @@ def warm_up(predictor: Predictor, config: ServeConfig) -> None:
     """Compiles all that `Batcher` may need, so that no request waits for it; logs its progress."""
     started = logged = time.monotonic()
 
-    def progress(done: int, total: int) -> None:
+    def progress(ready: int, total: int) -> None:
         nonlocal logged
         now = time.monotonic()
-        if done == total:
+        if ready == total:
             logging.info("warmed up: %s in %.0f s", counted(total, "program"), now - started)
         elif now - logged >= _EVERY:
             logged = now
-            logging.info("warming up: %d of %s", done, counted(total, "program"))
+            logging.info("warming up: %d of %s", ready, counted(total, "program"))
 
     predictor.warm_up(config.max_k, config.rows, config.max_exclude, config.max_k, progress)
 
