@@ -80,6 +80,7 @@ def test_by_default_the_folder_is_the_users_own(tmp_path):
 STEP = """
 import hashlib, json, sys
 import jax, numpy as np
+from xmc_jax.config import RunConfig
 from xmc_jax.training import build
 from xmc_jax.runtime import compilation
 compilation.keep(sys.argv[1])

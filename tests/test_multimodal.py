@@ -236,7 +236,7 @@ def test_a_projection_of_other_images_is_refused(
     folder = exporting.encoder(program, stepped[1], tmp_path)
     data = with_random_images(program.data, tmp_path / "images-x")
     again = changed(with_images, encoder={"backbone": str(folder)})
-    with pytest.raises(ValueError, match=r"of images 8 wide, found one of \[32, 452\]") as refused:
+    with pytest.raises(ValueError, match=r"of images 8 wide, got one of \[32, 452\]") as refused:
         Run(RunConfig.from_dict(again), data).initial_state()
     assert "\n" not in str(refused.value)
 
