@@ -63,7 +63,7 @@ def folder(tmp_path) -> pathlib.Path:
 # Reading
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("limit", [1, 3, 9])
 def test_gather_is_the_first_images_and_zeros(folder, limit):
     opened = image_vectors.open(folder, expect=COUNTS, verify=True)
     generator = np.random.default_rng(1)
@@ -94,14 +94,6 @@ def test_manifest(folder):
         plain = np.load(folder / f"{split}.rows.npy"), np.load(folder / f"{split}.indptr.npy")
         np.testing.assert_array_equal(plain[0], getattr(opened, split).rows)
         assert plain[0].dtype == np.float16 and plain[1].dtype == np.int64
-
-
-def test_a_dataset_without_any_image(tmp_path):
-    none = {split: [np.zeros((0, WIDTH))] * count for split, count in COUNTS.items()}
-    opened = image_vectors.open(write(tmp_path / "images-none", none), verify=True)
-    found, count = opened.label.gather(np.array([3, 0]), 2)
-    assert found.shape == (2, 2, WIDTH) and not found.any() and count.tolist() == [0, 0]
-    assert opened.shares == {"train": 0, "test": 0, "label": 0}
 
 
 def test_sizes_types_and_offsets_are_checked(folder):
@@ -143,7 +135,7 @@ def test_damaged_rows_are_found_on_request(folder):
         image_vectors.open(folder, verify=True)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"files": {}}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"files": {}}'])
 def test_manifest_refusals(folder, content):
     path = folder / "manifest.json"
     path.unlink()
@@ -300,8 +292,9 @@ def test_one_writer_at_a_time(tmp_path):
     writer(tmp_path / "images-x").close()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65520.0, -1e6])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "value, dtype", [(np.nan, np.float32), (-np.inf, np.float32), (65520.0, np.float64)]
+)
 def test_numbers_that_do_not_fit_are_refused_by_place(tmp_path, value, dtype):
     with writer(tmp_path / "images-x") as opened:
         opened.append("test", 0, np.full((2, WIDTH), 65504, dtype))
@@ -411,13 +404,12 @@ def test_a_kill_and_a_full_disk_at_each_write(tmp_path, monkeypatch, kind):
 SMALL = image_gather.Settings(rows=300, width=8, batch=4, batches=3)
 
 
-@pytest.mark.parametrize("cold", [True, False])
-def test_the_benchmark_counts_what_it_gathers(tmp_path, cold):
+def test_the_benchmark_counts_what_it_gathers(tmp_path):
     place = tmp_path / "images-rows"
     image_gather.write(place, SMALL)
     written = image_vectors.open(place).manifest["images"]
     assert sum(written.values()) == 300
-    found = image_gather.measure(place, SMALL, cold)
+    found = image_gather.measure(place, SMALL, cold=True)
     assert found["items"] == 3 * 2 * 4 and found["items_per_second"] > 0
     assert found["anonymous_bytes"] == found["rss_anon"] + found["gather_peak"] > 1 << 20
     before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
@@ -427,7 +419,7 @@ def test_the_benchmark_counts_what_it_gathers(tmp_path, cold):
     rows[:, 0] += 1
     del rows
     with pytest.raises(RuntimeError, match="expected the rows of"):
-        image_gather.measure(place, SMALL, cold)
+        image_gather.measure(place, SMALL, cold=True)
 
 
 @pytest.mark.slow
@@ -535,13 +527,6 @@ def test_maps_of_integers(tmp_path, order):
     assert lists(image_maps.read(path)) == [[200], [0]]
     np.save(path, np.array([], np.int64))
     assert lists(image_maps.read(path)) == []
-
-
-def test_a_map_of_many_items(tmp_path):
-    values = [-1 if i % 3 == 0 else list(range(i, i + i % 4)) for i in range(70_000)]
-    np.save(tmp_path / "map.npy", object_array(values))
-    expected = [[] if value == -1 else value for value in values]
-    assert lists(image_maps.read(tmp_path / "map.npy")) == expected
 
 
 class Call:
@@ -834,11 +819,10 @@ def test_counts_are_the_datasets(published, tmp_path):
     assert str(raised.value).startswith(f"{place}: ") and not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize("case", ["a command", "in the array", "eval", "an instance", "an object"])
-def test_a_crafted_map_is_not_imported(published, tmp_path, case):
+def test_a_crafted_map_is_not_imported(published, tmp_path):
     place, items = published
     canary = tmp_path / "canary"
-    (place / "test_imgs_384_3_map.npy").write_bytes(crafted(canary)[case])
+    (place / "test_imgs_384_3_map.npy").write_bytes(crafted(canary)["in the array"])
     with pytest.raises(ValueError, match=r"test_imgs_384_3_map\.npy: .* was executed") as raised:
         imported(place, tmp_path / "d", items)
     assert "\n" not in str(raised.value)
@@ -910,14 +894,6 @@ def test_known_datasets_have_known_counts_and_shares(tmp_path):
         run(test=134_834)
 
 
-def test_every_dataset_with_published_shares_is_known():
-    from xmc_jax.data.known import KNOWN
-
-    assert set(image_import.SHARES) < set(KNOWN)
-    assert image_import.SHARES["LF-AmazonTitles-1.3M"] == (99.01, 99.00, 99.65)
-    image_import.check_shares("Other", {"train": 0.0, "test": 0.0, "label": 0.0})
-
-
 def rename(place, old, new):
     (place / old).rename(place / new)
 
@@ -981,10 +957,3 @@ def test_published_files_that_do_not_fit(published, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         imported(place, tmp_path / "d", items)
     assert "\n" not in str(raised.value)
-
-
-def test_the_encoder_chooses_among_tags(published, tmp_path):
-    place, items = published
-    add_tag(place, "minus")
-    folder = imported(place, tmp_path / "d", items, encoder="minus")
-    check_imported(folder, {s: [-v for v in vectors] for s, vectors in items.items()})

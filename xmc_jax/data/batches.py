@@ -51,21 +51,13 @@ def fitting_batch_size(num_documents: int, batch_size: int, multiple: int) -> in
 
 
 class _Contents(NamedTuple):
-    """What a batch encodes: B documents, then the different ones of the labels sampled for them.
+    """What a batch encodes: B documents, then the different ones of the labels sampled for them."""
 
-    Attributes:
-        lengths: i64[B + u], own tokens of each.
-        group: i64[B + u] of each: a chunk of a device's part of the batch.
-        labels: i[u].
-        place: i64[u], which of the U places of labels each has.
-        columns: i32[U], the place of the label of each column.
-    """
-
-    lengths: np.ndarray
-    group: np.ndarray
-    labels: np.ndarray
-    place: np.ndarray
-    columns: np.ndarray
+    lengths: np.ndarray  # i64[B + u], own tokens of each
+    group: np.ndarray  # i64[B + u] of each: a chunk of a device's part of the batch
+    labels: np.ndarray  # i[u]
+    place: np.ndarray  # i64[u], which of the U places of labels each has
+    columns: np.ndarray  # i32[U], the place of the label of each column
 
 
 class Sampler:

@@ -8,19 +8,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Csr:
-    """A sparse matrix by rows; without values, a set of (row, column) pairs.
+    """A sparse matrix by rows; without values, a set of (row, column) pairs."""
 
-    Attributes:
-        indptr: i64[n + 1]; row i is the range `indptr[i]:indptr[i + 1]`.
-        indices: i32[nnz], columns.
-        values: f32[nnz], or None where every entry is 1.
-        columns: number of columns.
-    """
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    values: np.ndarray | None
-    columns: int
+    indptr: np.ndarray  # i64[n + 1]; row i is the range `indptr[i]:indptr[i + 1]`
+    indices: np.ndarray  # i32[nnz], columns
+    values: np.ndarray | None  # f32[nnz], or None where every entry is 1
+    columns: int  # number of columns
 
     @classmethod
     def of_pairs(cls, pairs: np.ndarray, rows: int, columns: int) -> "Csr":

@@ -134,7 +134,7 @@ def _flatten(items: list, size: int) -> tuple[np.ndarray, np.ndarray]:
         if type(item) is int and item == -1:
             items[i] = ()
             continue
-        if type(item) is _Record and type(item.value) is np.ndarray:
+        if type(item) is _PickledObject and type(item.value) is np.ndarray:
             item = item.value
         counts[i] = len(item) if type(item) in (list, np.ndarray) else 0
         total += int(counts[i])
@@ -148,7 +148,7 @@ def _flatten(items: list, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Record:
+class _PickledObject:
     """Stands for what a pickle refers to or makes.
 
     Attributes:
@@ -160,33 +160,35 @@ class _Record:
     value: Any = None
 
 
-def _named(name: str) -> _Record:
+def _named(name: str) -> _PickledObject:
     if name not in _NAMES:
         raise ValueError(f"a reference to {_quoted(name)}")
-    return _Record(_NAMES[name])
+    return _PickledObject(_NAMES[name])
 
 
 def _called(function: Any, arguments: Any) -> Any:
     match function, arguments:
-        case _Record("_reconstruct"), (_Record("ndarray"), (0,), b"b"):
-            return _Record("an array")
-        case _Record("dtype"), (str() as code, False | 0, True | 1) if _DTYPE.fullmatch(code):
-            return _Record("a dtype", f"|{code}")
-        case _Record("scalar"), (_Record("a dtype", code), bytes() as data):
+        case _PickledObject("_reconstruct"), (_PickledObject("ndarray"), (0,), b"b"):
+            return _PickledObject("an array")
+        case _PickledObject("dtype"), (str() as code, False | 0, True | 1) if _DTYPE.fullmatch(
+            code
+        ):
+            return _PickledObject("a dtype", f"|{code}")
+        case _PickledObject("scalar"), (_PickledObject("a dtype", code), bytes() as data):
             (value,) = _decoded(code, data).tolist()
             return value
-        case _Record("encode"), (str() as text, "latin1"):
+        case _PickledObject("encode"), (str() as text, "latin1"):
             return text.encode("latin-1")
-        case _Record("bytes"), ():
+        case _PickledObject("bytes"), ():
             return b""
     raise ValueError(f"a call of {_quoted(function)} that no array of rows makes")
 
 
 def _build(record: Any, state: Any) -> None:
     match record, state:
-        case _Record("a dtype", code), (_, "<" | ">" | "|" | "=" as order, *_):
+        case _PickledObject("a dtype", code), (_, "<" | ">" | "|" | "=" as order, *_):
             record.value = order + code[1:]
-        case _Record("an array"), (_, (length,), _Record("a dtype", code), _, values):
+        case _PickledObject("an array"), (_, (length,), _PickledObject("a dtype", code), _, values):
             values = values if "O" in code else _decoded(code, values)
             if type(values) not in (list, np.ndarray) or length != len(values):
                 raise ValueError("an array whose values do not fit its shape")
@@ -263,7 +265,7 @@ def _run(data: mmap.mmap) -> list:
         if made > _MADE_PER_BYTE * (2048 + position):
             raise ValueError("more lists or numbers than its bytes can be")
     match stack:
-        case [_Record("an array", list() as items)]:
+        case [_PickledObject("an array", list() as items)]:
             return items
     raise ValueError("something other than one array of objects")
 
@@ -271,4 +273,4 @@ def _run(data: mmap.mmap) -> list:
 def _quoted(actual: Any) -> str:
     if type(actual) in (str, bytes, int, bool, type(None)):
         return ascii(actual)[:80]
-    return actual.kind if type(actual) is _Record else f"<{type(actual).__name__}>"
+    return actual.kind if type(actual) is _PickledObject else f"<{type(actual).__name__}>"

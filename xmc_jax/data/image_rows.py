@@ -10,15 +10,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageRows:
-    """The images of train, test or label.
+    """The images of train, test or label."""
 
-    Attributes:
-        rows: f16[images, E], memory-mapped.
-        indptr: i64[n + 1], memory-mapped; item i has the rows `indptr[i]:indptr[i + 1]`.
-    """
-
-    rows: np.ndarray
-    indptr: np.ndarray
+    rows: np.ndarray  # f16[images, E], memory-mapped
+    indptr: np.ndarray  # i64[n + 1], memory-mapped; item i has the rows `indptr[i]:indptr[i + 1]`
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -47,23 +42,14 @@ class ImageRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageStore:
-    """An image folder; see the module.
+    """An image folder; see the module."""
 
-    Attributes:
-        folder: where it lies.
-        manifest: what the writer recorded.
-        digest: SHA-256 of manifest.json; equal on two hosts when their images are.
-        train: images of the N training documents.
-        test: images of the M test documents.
-        label: images of the L labels.
-    """
-
-    folder: pathlib.Path
-    manifest: Mapping[str, Any]
-    digest: str
-    train: ImageRows
-    test: ImageRows
-    label: ImageRows
+    folder: pathlib.Path  # where it lies
+    manifest: Mapping[str, Any]  # what the writer recorded
+    digest: str  # SHA-256 of manifest.json; equal on two hosts when their images are
+    train: ImageRows  # images of the N training documents
+    test: ImageRows  # images of the M test documents
+    label: ImageRows  # images of the L labels
 
     @property
     def width(self) -> int:

@@ -34,7 +34,7 @@ from xmc_jax.data import store
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.store import SPLITS
 from xmc_jax.files import array_files, array_folders, atomic, json_files
-from xmc_jax.files.array_folders import FileFacts
+from xmc_jax.files.array_folders import ArrayFileFacts
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -49,7 +49,7 @@ PROGRESS, ORIGIN = "progress.json", "origin.json"
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class _Encoder(BaseModel, strict=True):
+class _EncoderFacts(BaseModel, strict=True):
     name: str
     E: int
 
@@ -66,16 +66,16 @@ class _Shares(BaseModel, strict=True):
     label: float
 
 
-class _Manifest(BaseModel, strict=True):
+class _ImageManifest(BaseModel, strict=True):
     """The fields that are read."""
 
     dataset: str
-    encoder: _Encoder
+    encoder: _EncoderFacts
     counts: _PerSplit
     images: _PerSplit
     with_image: _Shares
     source: dict[str, Any]
-    files: dict[str, FileFacts]
+    files: dict[str, ArrayFileFacts]
 
 
 def path(data_dir, dataset: str, name: str) -> pathlib.Path:
@@ -108,7 +108,9 @@ def open(folder, expect: Mapping[str, int] | None = None, verify: bool = False) 
             f"{folder}: expected an image folder with a manifest.json, found an unfinished one; "
             "python -m xmc_jax.images.embed finishes it"
         )
-    manifest = array_folders.read_manifest(folder, FORMAT, _Manifest, "an image folder", REMEDY)
+    manifest = array_folders.read_manifest(
+        folder, FORMAT, _ImageManifest, "an image folder", REMEDY
+    )
     counts = manifest.content["counts"]
     for split, count in (expect or {}).items():
         manifest.compare(f"{split} items", count, counts[split])

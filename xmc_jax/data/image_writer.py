@@ -22,7 +22,7 @@ _COMMIT_SECONDS = 5.0
 _MOST_DIFFERENCES = 4  # fields that an error names
 
 
-class _Counts(BaseModel, strict=True):
+class _SplitProgress(BaseModel, strict=True):
     """What of a split is durable."""
 
     items: int
@@ -30,14 +30,14 @@ class _Counts(BaseModel, strict=True):
     with_image: int
 
 
-class _CountsPerSplit(BaseModel, strict=True):
-    train: _Counts
-    test: _Counts
-    label: _Counts
+class _ProgressPerSplit(BaseModel, strict=True):
+    train: _SplitProgress
+    test: _SplitProgress
+    label: _SplitProgress
 
 
-class _Progress(BaseModel, strict=True):
-    counts: _CountsPerSplit = Field(alias="done")
+class _WriterProgress(BaseModel, strict=True):
+    counts: _ProgressPerSplit = Field(alias="done")
 
 
 class ImageWriter:
@@ -285,13 +285,15 @@ class ImageWriter:
             }
         self._pending, self._committed = 0, time.monotonic()
 
-    def _read_progress(self) -> dict[str, _Counts] | None:
+    def _read_progress(self) -> dict[str, _SplitProgress] | None:
         """What an earlier writer of the same inputs has made durable; None if there was none."""
         path = self.partial / PROGRESS
         if not path.is_file():
             return None
         recorded = json_files.read(path)
-        progress = json_files.validate(path, _Progress, recorded, "begin anew with --overwrite")
+        progress = json_files.validate(
+            path, _WriterProgress, recorded, "begin anew with --overwrite"
+        )
         _check_same(str(path), self._inputs, recorded)
         return {split: getattr(progress.counts, split) for split in SPLITS}
 
@@ -322,8 +324,8 @@ class ImageWriter:
         atomic.write(self.partial / name, json.dumps(content, indent=1) + "\n")
 
 
-def _no_counts() -> dict[str, _Counts]:
-    return {split: _Counts(items=0, images=0, with_image=0) for split in SPLITS}
+def _no_counts() -> dict[str, _SplitProgress]:
+    return {split: _SplitProgress(items=0, images=0, with_image=0) for split in SPLITS}
 
 
 def _open_cut(file: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]):

@@ -5,23 +5,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What is published about a dataset.
+    """What is published about a dataset."""
 
-    Attributes:
-        train: training documents.
-        test: test documents.
-        labels: labels.
-        labels_per_document: mean positives of a training document.
-        a: propensity exponent.
-        b: propensity offset.
-    """
-
-    train: int
-    test: int
-    labels: int
-    labels_per_document: float
-    a: float = 0.6
-    b: float = 2.6
+    train: int  # training documents
+    test: int  # test documents
+    labels: int  # labels
+    labels_per_document: float  # mean positives of a training document
+    a: float = 0.6  # propensity exponent
+    b: float = 2.6  # propensity offset
 
 
 # Source: the Extreme Classification Repository's table, 28 Feb 2025; A and B as in ViXML's run

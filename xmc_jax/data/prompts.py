@@ -58,7 +58,7 @@ class Pieces(BaseModel, frozen=True):
         )
 
 
-class _Texts(BaseModel, frozen=True):
+class _PromptTexts(BaseModel, frozen=True):
     prefix: Piece
     image_prefix: Piece
     suffix: Piece
@@ -73,7 +73,7 @@ class Settings(BaseModel, frozen=True):
     order: Literal["text_image", "image_text"] | None = None  # as trained with images
     own_head: TokenIds
     own_tail: TokenIds
-    prompts: _Texts
+    prompts: _PromptTexts
     padding_side: Literal["right"]
 
     @property
@@ -151,7 +151,7 @@ def export(
         order=order,
         own_head=pieces.own_head,
         own_tail=pieces.own_tail,
-        prompts=_Texts(**{name: getattr(pieces, name) for name in _PIECES}),
+        prompts=_PromptTexts(**{name: getattr(pieces, name) for name in _PIECES}),
     )
     json_files.write(epath.Path(folder) / SETTINGS, settings.model_dump(mode="json"))
 

@@ -129,7 +129,7 @@ def read(
     Raises:
         ValueError: a file is bad, or does not fit the others or what is published.
     """
-    return _Reader(files, dataset, encoding, keep).read(validation_fraction, seed)
+    return _RawFolderReader(files, dataset, encoding, keep).read(validation_fraction, seed)
 
 
 def digests(files: Mapping[str, pathlib.Path]) -> dict[str, dict[str, str]]:
@@ -152,7 +152,7 @@ class _HeldOut:
         return np.fromiter((uid in self.uids for uid in block.uids), bool, len(block))
 
 
-class _Reader:
+class _RawFolderReader:
     """Reads a folder; see `read`."""
 
     def __init__(

@@ -112,19 +112,12 @@ def longest(prompts: Prompts, length: int, images: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Where items lie. All are of n items.
+    """Where items lie. All are of n items."""
 
-    Attributes:
-        group: i64[n], which group of rows each is in.
-        row: i64[n], in its group.
-        start: i64[n], its first place in the row, the head not counted.
-        number: i64[n], how many items stand before it in the row.
-    """
-
-    group: np.ndarray
-    row: np.ndarray
-    start: np.ndarray
-    number: np.ndarray
+    group: np.ndarray  # i64[n], which group of rows each is in
+    row: np.ndarray  # i64[n], in its group
+    start: np.ndarray  # i64[n], its first place in the row, the head not counted
+    number: np.ndarray  # i64[n], how many items stand before it in the row
 
     def take(self, chosen: np.ndarray, group: np.ndarray) -> "Fit":
         """Some of the items, with other numbers for their groups."""

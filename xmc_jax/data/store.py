@@ -23,7 +23,7 @@ from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.types import DataShape, Inputs, Prompts, own_tokens
 from xmc_jax.files import array_folders, manifests
-from xmc_jax.files.array_folders import FileFacts, Manifest
+from xmc_jax.files.array_folders import ArrayFileFacts, FolderManifest
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -38,17 +38,17 @@ REMEDY = (
 _Constant = Annotated[float, Field(ge=0, le=100)]
 
 
-class _Tokenizer(BaseModel, strict=True):
+class _TokenizerFacts(BaseModel, strict=True):
     vocab_size: int
 
 
-class _Manifest(BaseModel, strict=True):
+class _DatasetManifest(BaseModel, strict=True):
     """The fields that are read, see `prepare`."""
 
-    files: dict[Annotated[str, Field(pattern=r"^[\w.-]+\.(npy|txt)$")], FileFacts]
+    files: dict[Annotated[str, Field(pattern=r"^[\w.-]+\.(npy|txt)$")], ArrayFileFacts]
     dataset: str
     max_length: int
-    tokenizer: _Tokenizer
+    tokenizer: _TokenizerFacts
     propensity: Annotated[list[_Constant], Field(min_length=2, max_length=2)]
     validation: dict[str, Any] | None
     raw: dict[str, Any]
@@ -319,7 +319,9 @@ def open(folder, expect: Mapping[str, Any] | None = None, verify: bool = False) 
         ValueError: the folder differs from its manifest or from `expect`; names both values.
     """
     folder = pathlib.Path(folder)
-    manifest = array_folders.read_manifest(folder, FORMAT, _Manifest, "a dataset folder", REMEDY)
+    manifest = array_folders.read_manifest(
+        folder, FORMAT, _DatasetManifest, "a dataset folder", REMEDY
+    )
     content = manifest.content
     recorded = manifests.flat(content)
     for field, value in (expect or {}).items():
@@ -401,7 +403,7 @@ def _unescape(line: str) -> str:
     return re.sub(r"\\.?", lambda m: undo[m[0]], line)
 
 
-def _check_arrays(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
+def _check_arrays(manifest: FolderManifest, arrays: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError unless the arrays that every folder has fit together."""
 
     def check(name: str, dtype: type, *shape: int | None) -> np.ndarray:

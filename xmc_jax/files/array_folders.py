@@ -18,7 +18,7 @@ from xmc_jax.files.digests import sha256
 MANIFEST = "manifest.json"
 
 
-class FileFacts(BaseModel, strict=True):
+class ArrayFileFacts(BaseModel, strict=True):
     """What a manifest says of a file; dtype and shape are those of arrays."""
 
     bytes: int
@@ -28,20 +28,13 @@ class FileFacts(BaseModel, strict=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """A manifest that was read and checked.
+class FolderManifest:
+    """A manifest that was read and checked."""
 
-    Attributes:
-        folder: where it lies.
-        content: its values.
-        digest: SHA-256 of the file.
-        remedy: end of every error.
-    """
-
-    folder: pathlib.Path
-    content: Mapping[str, Any]
-    digest: str
-    remedy: str
+    folder: pathlib.Path  # where it lies
+    content: Mapping[str, Any]  # its values
+    digest: str  # SHA-256 of the file
+    remedy: str  # end of every error
 
     def compare(self, field: str, expected: Any, actual: Any) -> None:
         """Raises ValueError if a field of the manifest differs from what is expected."""
@@ -95,7 +88,7 @@ def compare(what: str, expected: Any, actual: Any, remedy: str) -> None:
 
 def read_manifest(
     folder: pathlib.Path, version: int, schema: type[BaseModel], kind: str, remedy: str
-) -> Manifest:
+) -> FolderManifest:
     """Reads and checks a manifest.
 
     Args:
@@ -115,11 +108,11 @@ def read_manifest(
         ) from error
     compare(f"{path}: format", version, fields.get("format"), remedy)
     json_files.validate(path, schema, fields, remedy)
-    return Manifest(folder, fields, hashlib.sha256(content).hexdigest(), remedy)
+    return FolderManifest(folder, fields, hashlib.sha256(content).hexdigest(), remedy)
 
 
 def facts(folder: pathlib.Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """What a manifest says of files, see `FileFacts`; of all below the folder by default."""
+    """What a manifest says of files, see `ArrayFileFacts`; of all below the folder by default."""
     recorded = manifests.files(folder, names)
     for name, entry in recorded.items():
         if name.endswith(".npy"):

@@ -35,13 +35,9 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """Stands for the cell of a JSON object that lacks a key.
+    """Stands for the cell of a JSON object that lacks a key."""
 
-    Attributes:
-        keys: the object's own.
-    """
-
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # the object's own
 
 
 def is_null(cell: Any) -> bool:

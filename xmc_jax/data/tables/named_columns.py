@@ -46,23 +46,14 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A table and what is taken from it.
+    """A table and what is taken from it."""
 
-    Attributes:
-        table: the file.
-        columns: field -> column.
-        label_columns: see `Form`; none of them is "*".
-        merged: whether rows of one id are one record, see `Form`.
-        separator: see `Form`.
-        allow_paths: whether paths of images may lead out of the file's folder.
-    """
-
-    table: Table
-    columns: Mapping[str, str]
-    label_columns: Sequence[str] = ()
-    merged: bool = False
-    separator: str = "|"
-    allow_paths: bool = False
+    table: Table  # the file
+    columns: Mapping[str, str]  # field -> column
+    label_columns: Sequence[str] = ()  # see `Form`; none of them is "*"
+    merged: bool = False  # whether rows of one id are one record, see `Form`
+    separator: str = "|"  # see `Form`
+    allow_paths: bool = False  # whether paths of images may lead out of the file's folder
 
     def records(self) -> Iterator["Record"]:
         """All of them, in order.
