@@ -34,7 +34,7 @@ from xmc_jax.data import store
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.store import SPLITS
 from xmc_jax.files import array_files, array_folders, atomic, json_files
-from xmc_jax.files.array_folders import ArrayFileFacts
+from xmc_jax.files.array_folders import FileFacts
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -75,7 +75,7 @@ class _ImageManifest(BaseModel, strict=True):
     images: _PerSplit
     with_image: _Shares
     source: dict[str, Any]
-    files: dict[str, ArrayFileFacts]
+    files: dict[str, FileFacts]
 
 
 def path(data_dir, dataset: str, name: str) -> pathlib.Path:

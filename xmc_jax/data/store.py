@@ -23,7 +23,7 @@ from xmc_jax.data.csr import Csr
 from xmc_jax.data.image_rows import ImageRows, ImageStore
 from xmc_jax.data.types import DataShape, Inputs, Prompts, own_tokens
 from xmc_jax.files import array_folders, manifests
-from xmc_jax.files.array_folders import ArrayFileFacts, FolderManifest
+from xmc_jax.files.array_folders import FileFacts, FolderManifest
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -45,7 +45,7 @@ class _TokenizerFacts(BaseModel, strict=True):
 class _DatasetManifest(BaseModel, strict=True):
     """The fields that are read, see `prepare`."""
 
-    files: dict[Annotated[str, Field(pattern=r"^[\w.-]+\.(npy|txt)$")], ArrayFileFacts]
+    files: dict[Annotated[str, Field(pattern=r"^[\w.-]+\.(npy|txt)$")], FileFacts]
     dataset: str
     max_length: int
     tokenizer: _TokenizerFacts

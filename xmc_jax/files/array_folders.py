@@ -18,7 +18,7 @@ from xmc_jax.files.digests import sha256
 MANIFEST = "manifest.json"
 
 
-class ArrayFileFacts(BaseModel, strict=True):
+class FileFacts(BaseModel, strict=True):
     """What a manifest says of a file; dtype and shape are those of arrays."""
 
     bytes: int
@@ -112,7 +112,7 @@ def read_manifest(
 
 
 def facts(folder: pathlib.Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """What a manifest says of files, see `ArrayFileFacts`; of all below the folder by default."""
+    """What a manifest says of files, see `FileFacts`; of all below the folder by default."""
     recorded = manifests.files(folder, names)
     for name, entry in recorded.items():
         if name.endswith(".npy"):
