@@ -189,7 +189,7 @@ for read_only in (True, False):
     with checkpoint.Checkpoints(workdir, read_only=read_only) as checkpoints:
         step = checkpoints.latest()
         damage.assert_restored(checkpoints, step, everywhere)
-        print(json.dumps([step, [x.reason for x in checkpoints._found.values() if x.reason]]))
+        print(json.dumps([step, [x.reason for x in checkpoints._findings.values() if x.reason]]))
 """
 
 

@@ -77,9 +77,9 @@ def test_a_threshold_parts_the_labels(labels):
     """So that the test above has labels of both kinds, and with some of their neighbours."""
     new, known, *_ = labels
     found = new_labels.nearest(new, known, NewLabelsConfig(neighbours=4, threshold=0.6))
-    assert 0 < found.found.sum() < len(new)
+    assert 0 < found.has_neighbour.sum() < len(new)
     assert {0, 1, 2} < set((found.weights > 0).sum(axis=1))
-    np.testing.assert_allclose(found.weights.sum(axis=1), found.found, rtol=1e-6)
+    np.testing.assert_allclose(found.weights.sum(axis=1), found.has_neighbour, rtol=1e-6)
     cosines = np.take_along_axis(unit(new) @ known.T, found.ids, axis=1)
     np.testing.assert_array_equal(found.weights > 0, cosines >= 0.6)
     assert (np.diff(cosines, axis=1) <= 0).all()

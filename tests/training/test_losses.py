@@ -394,7 +394,7 @@ def pairs_of(labels: str, dtype=np.float64) -> Pairs:
         positives[::3, 1:] = count
         own = rng.uniform(-1, 1, positives.size).astype(dtype)
         owners = np.repeat(np.arange(32, dtype=np.int32), 3)
-        return Pairs(x, u, z, positives=positives.ravel(), owners=owners, own=own)
+        return Pairs(x, u, z, positives=positives.ravel(), owners=owners, positive_cosines=own)
     y = (np.arange(32)[:, None] == np.arange(count) // 2) | (rng.random((32, count)) < 0.1)
     y[3] = False  # without positives
     y[4] = True  # without negatives

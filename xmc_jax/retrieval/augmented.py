@@ -125,7 +125,7 @@ class Mixture:
         def candidates(block: int) -> _Candidates:
             rows = self._blocks[block]
             return _Candidates(
-                *(tuple(x[rows] for x in found) for found in (labels, documents)),
+                *(tuple(x[rows] for x in neighbours) for neighbours in (labels, documents)),
                 positives,
                 mode,
                 None if excluded is None else excluded.take(rows),
@@ -348,14 +348,14 @@ def _powers(prior: np.ndarray, weight: float) -> np.ndarray:
         ValueError: it is beyond float32, as 0 with a negative weight is.
     """
     with np.errstate(divide="ignore", over="ignore"):
-        found = np.power(prior, weight, dtype=np.float64)
-    if not (found <= np.finfo(np.float32).max).all():
-        worst = prior.flat[np.argmax(np.where(np.isnan(found), np.inf, found))]
+        factors = np.power(prior, weight, dtype=np.float64)
+    if not (factors <= np.finfo(np.float32).max).all():
+        worst = prior.flat[np.argmax(np.where(np.isnan(factors), np.inf, factors))]
         raise ValueError(
             f"eval.augmented.prior: expected numbers whose power {weight:g} is below 3e38, got "
             f"{worst:g}; scale them, or set --config.eval.augmented.prior_weight nearer to 0"
         )
-    return found
+    return factors
 
 
 def _limits(config: AugmentedConfig) -> tuple[int, int]:

@@ -83,11 +83,11 @@ def evaluate(
         if prior is not None and not prior.all():
             to_mix = search.labels(labels, depth, excluded, prior)
         documents = search("documents", train, of_documents)
-    found, measured = {}, None
+    rankings, measured = {}, None
     if distributed.is_first():
-        found["plain"] = first(*nearest, k)
+        rankings["plain"] = first(*nearest, k)
         if mix is not None:
-            found["augmented"] = augmented.rank(
+            rankings["augmented"] = augmented.rank(
                 to_mix, documents, store.positives("train"), mix, k, excluded, prior
             )
         truth = store.positives("test")
@@ -95,13 +95,13 @@ def evaluate(
             row: metrics(
                 ids, truth.indptr, truth.indices, store.inverse_propensity, config.cut_offs
             )
-            for row, (_, ids) in found.items()
+            for row, (_, ids) in rankings.items()
         }
     measured, index = distributed.broadcast("evaluation", [measured, search.index])
     return Evaluation(
         metrics=measured,
-        scores={row: scores for row, (scores, _) in found.items()},
-        ids={row: ids for row, (_, ids) in found.items()},
+        scores={row: scores for row, (scores, _) in rankings.items()},
+        ids={row: ids for row, (_, ids) in rankings.items()},
         index=index,
     )
 
@@ -154,10 +154,10 @@ class _Search:
             nothing = np.zeros((len(self._test), 0), np.float32)
             return nothing, nothing.astype(np.int32)
         name = "labels whose prior is not 0"
-        found = self(name, exact.take(labels, rows), k, excluded.select(rows))
-        if found is None:
+        nearest = self(name, exact.take(labels, rows), k, excluded.select(rows))
+        if nearest is None:
             return None
-        scores, ids = found
+        scores, ids = nearest
         return scores, np.where(ids < 0, -1, rows[ids]).astype(np.int32)
 
     def _approximate(self, name, rows, config, k, excluded):
@@ -307,10 +307,10 @@ def format_full_table(rows: Mapping[str, Mapping[str, float]], ks: tuple[int, ..
 def format_index(index: Mapping[str, Mapping[str, float]]) -> str:
     """A line on each ScaNN index, from `Evaluation.index`."""
     return "\n".join(
-        f"ScaNN over {name}: recall {found['recall']:.4f} of exact search, "
-        f"{found['queries_per_second']:,.0f} queries/s (exact: "
-        f"{found['exact_queries_per_second']:,.0f})"
-        for name, found in index.items()
+        f"ScaNN over {name}: recall {measured['recall']:.4f} of exact search, "
+        f"{measured['queries_per_second']:,.0f} queries/s (exact: "
+        f"{measured['exact_queries_per_second']:,.0f})"
+        for name, measured in index.items()
     )
 
 

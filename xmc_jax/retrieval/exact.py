@@ -94,8 +94,8 @@ def place(database: np.ndarray, mesh: Mesh, limit: int = BLOCK, dtype: str = "fl
         for start in range(first, min(end, count), size):
             start = min(start, end - size)  # the last write repeats rows rather than pass the end
             rows = np.zeros((size, width), part.dtype)
-            found = database[start : min(start + size, count)]
-            rows[: len(found)] = found
+            block_rows = database[start : min(start + size, count)]
+            rows[: len(block_rows)] = block_rows
             part = _write(part, *jax.device_put((rows, np.int32(start - first)), device))
             part.block_until_ready()  # else the host would hold all blocks
         parts.append(part)
@@ -315,13 +315,13 @@ def search_block(
                 columns = jnp.where(columns < 0, block, columns)  # which is past the end
                 query = jnp.arange(len(queries))[:, None]
                 scores = scores.at[query, columns].set(-jnp.inf, mode="drop")
-            found, columns = _best(scores, min(k, block), count - start, recall_target)
-            return found, start + columns
+            best, columns = _best(scores, min(k, block), count - start, recall_target)
+            return best, start + columns
 
         blocks = len(rows) // block
         parts = jnp.arange(blocks, dtype=jnp.int32), rows.reshape(-1, block, width)
-        found = (jnp.concatenate(list(x), axis=1) for x in jax.lax.map(search, parts))
-        return _merged(k, blocks, *found)
+        merged = (jnp.concatenate(list(x), axis=1) for x in jax.lax.map(search, parts))
+        return _merged(k, blocks, *merged)
 
     per_device = jax.shard_map(
         local,
@@ -377,8 +377,8 @@ def _by_groups(scores: jax.Array, k: int, count: jax.Array) -> tuple[jax.Array, 
     maxima = _masked(maxima, _GROUP * jnp.arange(n // _GROUP), count)
     chosen = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=1)[..., None]
     columns = (chosen * _GROUP + member).reshape(q, -1)  # ascending: of equal ones the first
-    found = jnp.take_along_axis(groups, chosen, axis=1, mode="clip").reshape(q, -1)
-    return _top(k, _masked(found, columns, count), columns)
+    values = jnp.take_along_axis(groups, chosen, axis=1, mode="clip").reshape(q, -1)
+    return _top(k, _masked(values, columns, count), columns)
 
 
 def _masked(scores: jax.Array, columns: jax.Array, count: jax.Array) -> jax.Array:

@@ -265,16 +265,16 @@ def hits(
     Returns:
         i[h] each: row, rank from 0, and position in `labels` of the pairs that are; in their order.
     """
-    found = []
+    parts = []
     for start in range(0, len(labels), _BLOCK):
         rows = row_of[start : start + _BLOCK]
         # Of one dimension, which is four times as fast as of two.
         there = np.flatnonzero(indices[rows] == labels[start : start + _BLOCK, None])
         pair, rank = np.divmod(there, indices.shape[1])
-        found.append((rows[pair], rank, pair + start))
-    if not found:
+        parts.append((rows[pair], rank, pair + start))
+    if not parts:
         return (np.zeros(0, np.int64),) * 3
-    return tuple(np.concatenate(part) for part in zip(*found))
+    return tuple(np.concatenate(part) for part in zip(*parts))
 
 
 def _ordinals(row: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:

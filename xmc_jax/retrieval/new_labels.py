@@ -38,7 +38,7 @@ class Neighbours:
     weights: np.ndarray
 
     @property
-    def found(self) -> np.ndarray:
+    def has_neighbour(self) -> np.ndarray:
         """bool[n], whether a label has a neighbour."""
         return self.weights.any(axis=1)
 
@@ -118,9 +118,9 @@ def prototypes(
         combine: the model's combiner; it is given all labels that have neighbours, in blocks.
         config: see `NewLabelsConfig`.
     """
-    rows, found = unit(new), np.flatnonzero(neighbours.found)
-    for start in range(0, len(found), _BLOCK):
-        part = found[start : start + _BLOCK]
+    rows, borrowing = unit(new), np.flatnonzero(neighbours.has_neighbour)
+    for start in range(0, len(borrowing), _BLOCK):
+        part = borrowing[start : start + _BLOCK]
         rows[part] = np.asarray(combine(new[part], free[part], centroids[part]), np.float32)
     return np.float32(config.scale) * rows
 

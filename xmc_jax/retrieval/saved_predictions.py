@@ -90,9 +90,9 @@ def _rows(
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
             raise ValueError(f"{name} has version {version}")
-        shape, by_column, found = np.lib.format.read_array_header_1_0(file)
-        if found != dtype or by_column or len(shape) != 2:
-            raise ValueError(f"{name} holds {found}{list(shape)}")
+        shape, by_column, stored = np.lib.format.read_array_header_1_0(file)
+        if stored != dtype or by_column or len(shape) != 2:
+            raise ValueError(f"{name} holds {stored}{list(shape)}")
         if shape[0] != count:
             raise ValueError(f"{name} has {counted(shape[0], 'document')}, not {count}")
         size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
@@ -110,7 +110,7 @@ def _rows(
 
 
 def _exactly(file: BinaryIO, count: int) -> bytes:
-    found = file.read(count)
-    if len(found) != count:
+    content = file.read(count)
+    if len(content) != count:
         raise EOFError("it ends early")
-    return found
+    return content

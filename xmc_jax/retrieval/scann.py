@@ -132,8 +132,8 @@ class ScannIndex:
         _, exactly = exact.search(sample, database, k)
 
         def reaches(share: float, reorder: float) -> bool:
-            found = self._with(leaves_searched=share, reorder=reorder).search(sample, k)[1]
-            each = _found(found, exactly, self.count)
+            ids = self._with(leaves_searched=share, reorder=reorder).search(sample, k)[1]
+            each = _share_found(ids, exactly, self.count)
             error = each.std() / math.sqrt(len(each))
             return each.mean() - 2 * error >= config.recall_target
 
@@ -190,8 +190,8 @@ class ScannIndex:
         more[excluded.counts() == 0] = 0
         for number in np.unique(more):
             rows = np.flatnonzero(more == number)
-            found = self._nearest(queries[rows], min(k + int(number), self.count))
-            scores[rows], ids[rows] = drop_filtered(*found, excluded.take(rows).pairs(), k)
+            nearest = self._nearest(queries[rows], min(k + int(number), self.count))
+            scores[rows], ids[rows] = drop_filtered(*nearest, excluded.take(rows).pairs(), k)
         return scores, ids
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -309,8 +309,8 @@ def build_measured(
     """
     index = ScannIndex.build(database, config, queries[1::2], k)
     some = queries[::2]
-    found = compare(index, np.asarray(database), some, k)
-    return index, {"recall": found["recall"], "k": k, "queries": len(some)}
+    measured = compare(index, np.asarray(database), some, k)
+    return index, {"recall": measured["recall"], "k": k, "queries": len(some)}
 
 
 def compare(
@@ -330,23 +330,23 @@ def compare(
     """
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
     placed = exact.place(database, mesh)
-    seconds, found = {}, {}
+    seconds, neighbours = {}, {}
     for name, search in (
         ("scann", index.search),
         ("exact", lambda x, k: exact.search(x, placed, k)),
     ):
         search(queries[:1], k)
         start = time.perf_counter()
-        _, found[name] = search(queries, k)
+        _, neighbours[name] = search(queries, k)
         seconds[name] = time.perf_counter() - start
     return {
-        "recall": float(_found(found["scann"], found["exact"], index.count).mean()),
+        "recall": float(_share_found(neighbours["scann"], neighbours["exact"], index.count).mean()),
         "queries_per_second": len(queries) / seconds["scann"],
         "exact_queries_per_second": len(queries) / seconds["exact"],
     }
 
 
-def _found(ids: np.ndarray, exactly: np.ndarray, count: int) -> np.ndarray:
+def _share_found(ids: np.ndarray, exactly: np.ndarray, count: int) -> np.ndarray:
     """f64[Q], the share of the `exactly` i32[Q, k] that is among `ids`, which are -1 for none."""
     # Looked for by (query, row) keys; -1 matches nothing.
     row = np.arange(len(ids))[:, None] * count
@@ -386,8 +386,8 @@ def _check_assets(path: epath.Path, content: bytes, files: Mapping[str, str]) ->
     rest = _ASSET.sub("", text)
     outside = [name for name in _ASSET.findall(text) if name not in files]
     if outside or not _ASSETS_END.fullmatch(rest):
-        found = outside[0] if outside else rest
+        name = outside[0] if outside else rest
         raise ValueError(
-            f"{path}: expected names of files of the index, got {found[:80]!r}; build the index "
+            f"{path}: expected names of files of the index, got {name[:80]!r}; build the index "
             "again"
         )

@@ -106,7 +106,7 @@ def read(workdir: epath.PathLike, config: RunConfig, store: Store) -> AugmentedC
     path = epath.Path(workdir) / FILE
     if not path.exists():
         return None
-    own, again = config.eval.augmented, "tune again with --mode=tune"
+    current, again = config.eval.augmented, "tune again with --mode=tune"
     try:
         content = json.loads(path.read_text())
         prior, then = content["prior"], dict(content["belongs_to"])
@@ -114,19 +114,19 @@ def read(workdir: epath.PathLike, config: RunConfig, store: Store) -> AugmentedC
         if content["format"] != FORMAT or set(settings) != set(FIELDS):
             raise ValueError("other fields")
         for name, value in settings.items():
-            kind = type(getattr(own, name))
+            kind = type(getattr(current, name))
             if type(value) is not kind and (kind, type(value)) != (float, int):
                 raise ValueError(f"{name}: {value!r:.60}")
-        chosen = dataclasses.replace(own, weights="config", **settings)
+        chosen = dataclasses.replace(current, weights="config", **settings)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected what --mode=tune writes, got {error!r}; {again}"
         ) from None
     if differ := manifests.difference(then, belongs(config, store)):
         raise ValueError(f"{path}: made for another config ({'; '.join(differ)}); {again}")
-    if (prior is None) != (own.prior is None):
+    if (prior is None) != (current.prior is None):
         raise ValueError(
             f"{path}: expected --config.eval.augmented.prior as it was tuned with, {prior!r}, got "
-            f"{own.prior!r}; set it, or {again}"
+            f"{current.prior!r}; set it, or {again}"
         )
     return chosen

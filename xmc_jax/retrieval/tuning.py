@@ -128,12 +128,14 @@ def tune(
     rows = sample(sources, tune.max_documents, tune.seed)
     excluded = Csr.of_pairs(store.filter(split), len(documents), store.num_labels).take(rows)
     depths = _depths(_space(config.augmented, tune, prior), config.augmented.mode, config.k)
-    found = evaluate.retrieve(documents[rows], labels, train, config, depths, excluded, mesh, prior)
+    nearest = evaluate.retrieve(
+        documents[rows], labels, train, config, depths, excluded, mesh, prior
+    )
     if not distributed.is_first():
         return None
     started = time.perf_counter()
     choice = choose(
-        *found,
+        *nearest,
         store.positives("train"),
         store.positives(split).take(rows),
         excluded,
@@ -188,15 +190,15 @@ def choose(
     Raises:
         ValueError: there are fewer sources than folds, or the metric goes beyond `config.k`.
     """
-    asked = parse(tune.metric)
-    if max(k for _, k in asked) > config.k:
+    parts = parse(tune.metric)
+    if max(k for _, k in parts) > config.k:
         raise ValueError(
             f"tune.metric: expected cut-offs within eval.k = {config.k}, got {tune.metric}"
         )
     defaults = dataclasses.replace(config.augmented, weights="config")
     space = _space(defaults, tune, prior)
     measured = Truth(truth.indptr, truth.indices, inverse_propensity)
-    depth = max(k for _, k in asked)
+    depth = max(k for _, k in parts)
     mixture = Mixture(labels, documents, positives, defaults.mode, excluded, prior, reuse=True)
     seen: dict[AugmentedConfig, np.ndarray] = {}
 
@@ -207,7 +209,7 @@ def choose(
             some = new[start : start + _AT_ONCE]
             for one, (_, ids) in zip(some, mixture.rank(some, depth)):
                 ranks = measured.ranks(ids, (depth,))
-                seen[one] = np.mean([measured.per_document(*x, ranks) for x in asked], axis=0)
+                seen[one] = np.mean([measured.per_document(*x, ranks) for x in parts], axis=0)
         return np.stack([seen[one] for one in settings])
 
     best = _search(defaults, space, lambda settings: values(settings).mean(axis=1))

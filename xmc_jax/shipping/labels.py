@@ -319,7 +319,7 @@ def _embed(
     table.centroids[new] = centroids
     table.free_vector_of[new] = len(table.free_vectors) + np.arange(len(new))
     table.free_vectors = np.concatenate([table.free_vectors, free])
-    return int(neighbours.found[np.isin(new, added)].sum())
+    return int(neighbours.has_neighbour[np.isin(new, added)].sum())
 
 
 def _combiner(made_of: Prototypes) -> Callable[..., np.ndarray]:

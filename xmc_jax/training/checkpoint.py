@@ -58,7 +58,7 @@ class Checkpoints:
             raise ValueError(f"train.keep: expected at least 2 checkpoints, got {keep}")
         workdir = workdirs.absolute(workdir)
         self._folder, self._read_only, self._hashed = workdir / "checkpoints", read_only, hashed
-        self._found: dict[int, proof.Finding] = {}
+        self._findings: dict[int, proof.Finding] = {}
         self._precision: dict[int, float | None] = {}  # P@1 by step, as far as it is known
         self._pending: int | None = None  # the step that is being written
         if not read_only and distributed.is_first():
@@ -127,11 +127,11 @@ class Checkpoints:
             step: one of `steps()`, whole.
         """
         if step not in self._precision:
-            found = None
+            precision = None
             if distributed.is_first():
                 evaluation = proof.read_evaluation(self._folder / str(step))
-                found = evaluation and evaluation["metrics"].get("P@1")
-            self._precision[step] = distributed.broadcast(f"evaluation {step}", found)
+                precision = evaluation and evaluation["metrics"].get("P@1")
+            self._precision[step] = distributed.broadcast(f"evaluation {step}", precision)
         return self._precision[step]
 
     def save(self, step: int, state: Any, history: Mapping[str, Any]) -> None:
@@ -149,7 +149,7 @@ class Checkpoints:
         """
         self.wait()
         self._pending = step
-        self._found.pop(step, None)
+        self._findings.pop(step, None)
         self._precision[step] = None
         with self._writing(step):
             if step in self._manager.all_steps():
@@ -253,15 +253,15 @@ class Checkpoints:
         Raises:
             OSError: a file cannot be read for a reason that says nothing about what is in it.
         """
-        if step not in self._found:
+        if step not in self._findings:
             folder = self._folder / str(step)
-            own = proof.examine(
+            local = proof.examine(
                 folder, step, jax.process_index(), jax.process_count(), self._hashed
             )
-            everyone = distributed.gather(f"checkpoint {step}", [own.kind, own.reason])
+            everyone = distributed.gather(f"checkpoint {step}", [local.kind, local.reason])
             worst = next((x for x in everyone if x[0] != "whole"), everyone[0])
-            self._found[step] = proof.Finding(*worst)
-        return self._found[step]
+            self._findings[step] = proof.Finding(*worst)
+        return self._findings[step]
 
     def wait(self) -> None:
         """Waits until what is being written is committed.
@@ -320,14 +320,14 @@ class Checkpoints:
 
     def _is_usable(self, step: int) -> bool:
         """Whether a checkpoint may be read; says so in one line if it is not known to be whole."""
-        known = step in self._found
-        found = self.finding(step)
-        if found.kind == "newer":
-            raise ValueError(f"checkpoint {self._folder}/{step}: {found.reason}")
-        usable = found.kind in ("whole", "unproven")
-        if found.reason and not known and distributed.is_first():
-            done = "read as it is" if usable else "skipped"
-            logging.warning("checkpoint %s/%d: %s: %s", self._folder, step, done, found.reason)
+        known = step in self._findings
+        finding = self.finding(step)
+        if finding.kind == "newer":
+            raise ValueError(f"checkpoint {self._folder}/{step}: {finding.reason}")
+        usable = finding.kind in ("whole", "unproven")
+        if finding.reason and not known and distributed.is_first():
+            action = "read as it is" if usable else "skipped"
+            logging.warning("checkpoint %s/%d: %s: %s", self._folder, step, action, finding.reason)
         return usable
 
     def _check_some(self, steps: list[int]) -> None:
@@ -335,29 +335,29 @@ class Checkpoints:
         if steps:
             raise ValueError(
                 f"{self._folder}: expected a checkpoint that is whole, found none among "
-                f"{steps} (of step {steps[-1]}, {self._found[steps[-1]].reason}); put back a copy, "
-                "or remove the folder to start anew"
+                f"{steps} (of step {steps[-1]}, {self._findings[steps[-1]].reason}); put back a "
+                "copy, or remove the folder to start anew"
             )
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """Within it a checkpoint is read; if it may be damaged, errors are said in one line."""
-        found = proof.Finding("whole")  # as all are that this run has written
-        if self._read_only or step in self._found:
-            found = self.finding(step)
-        if found.kind not in ("whole", "unproven"):
+        finding = proof.Finding("whole")  # as all are that this run has written
+        if self._read_only or step in self._findings:
+            finding = self.finding(step)
+        if finding.kind not in ("whole", "unproven"):
             raise ValueError(
-                f"checkpoint {self._folder}/{step}: expected a whole one, found {found.kind}: "
-                f"{found.reason}; ask for another of {self.steps()}"
+                f"checkpoint {self._folder}/{step}: expected a whole one, found {finding.kind}: "
+                f"{finding.reason}; ask for another of {self.steps()}"
             )
         try:
             yield
         except Exception as error:
-            if found.kind == "whole":
+            if finding.kind == "whole":
                 raise
             raise ValueError(
                 f"checkpoint {self._folder}/{step}: expected one that can be read, found "
-                f"{_one_line(error)} ({found.reason})"
+                f"{_one_line(error)} ({finding.reason})"
             ) from error
 
     @contextlib.contextmanager

@@ -314,7 +314,7 @@ def _left(
     total = weighted_sum(weight)
 
     def refine(carry):
-        done, axis, left, before, moving = carry
+        rounds, axis, left, before, moving = carry
         left = jnp.where(moving[:, None], _lowest(along(axis), half), left)
         center = weighted_sum(jnp.where(left, weight, 0))
         sums = jnp.stack([center, total - center])
@@ -325,7 +325,7 @@ def _left(
         similarity = jnp.sum(length, axis=(0, 2)) / size
         if tolerance is not None:  # of the same numbers on all devices: their loops end together
             moving &= similarity - before >= tolerance
-        return done + 1, centers[1] - centers[0], left, similarity, moving
+        return rounds + 1, centers[1] - centers[0], left, similarity, moving
 
     def unfinished(carry):
         # The last round is there for its cut alone: a cut is compiled once.

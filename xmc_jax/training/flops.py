@@ -99,8 +99,8 @@ def _product(one: core.JaxprEqn) -> Flops:
 
 def _kind(one: core.JaxprEqn, flops: int) -> Flops:
     highest = jax.lax.Precision.HIGHEST
-    asked = one.params["precision"]
-    exact = asked == highest or (isinstance(asked, tuple) and highest in asked)
+    precision = one.params["precision"]
+    exact = precision == highest or (isinstance(precision, tuple) and highest in precision)
     wide = all(str(variable.aval.dtype) in ("float32", "float64") for variable in one.invars)
     return Flops(exact=flops) if exact and wide else Flops(fast=flops)
 

@@ -10,7 +10,7 @@ from flax import traverse_util
 from xmc_jax.data.store import Store
 from xmc_jax.training.state import Health
 
-_SHOWN = 5
+_MOST_NAMES = 5
 _WHOLE = ("loss", "grad_norm")  # of all parts, and of all parameters
 
 
@@ -55,5 +55,5 @@ def describe(
 
 
 def _some(names: Sequence[Any]) -> str:
-    shown = ", ".join(map(str, names[:_SHOWN]))
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    listed = ", ".join(map(str, names[:_MOST_NAMES]))
+    return listed + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")

@@ -376,12 +376,12 @@ def _evaluate_zero_shot(
     run: Run, state: TrainState, reporter: metrics_log.Reporter, workdir: epath.PathLike
 ) -> None:
     with reporter.clock.within("eval"), _interruptible(0):
-        found = run.evaluate_zero_shot(state)
+        evaluation = run.evaluate_zero_shot(state)
     if distributed.is_first():
         with reporter.clock.within("save"):
             path = epath.Path(workdir) / "predictions" / "0.npz"
-            evaluate.write_predictions(found, path, evaluate.sample(run.data.num_test))
-    reporter.record(0, _prefixed("zero-shot", found.metrics["plain"]))
+            evaluate.write_predictions(evaluation, path, evaluate.sample(run.data.num_test))
+    reporter.record(0, _prefixed("zero-shot", evaluation.metrics["plain"]))
 
 
 def _record_shares(step: int, reporter: metrics_log.Reporter) -> None:

@@ -77,7 +77,7 @@ def similarities(
     relevance = relevance.at[at].set(True, mode="drop")
     if prototype is not None:
         prototype = sharding.constrain(prototype, None, "batch")
-        prototype = prototype.at[at].set(pairs.own, mode="drop")
+        prototype = prototype.at[at].set(pairs.positive_cosines, mode="drop")
     return raw, prototype, relevance
 
 
@@ -240,7 +240,7 @@ def _labels_in_blocks(
                 positives = jnp.where(documents.positives < count, documents.positives, -1)
                 at = (_within(positives - rows[0], len(rows)), documents.owners)
                 relevance = jnp.zeros(raw.shape, bool).at[at].set(True, mode="drop")
-                prototype = prototype.at[at].set(documents.own, mode="drop")
+                prototype = prototype.at[at].set(documents.positive_cosines, mode="drop")
             similarity = dict(zip(_OF_LABELS, (raw, prototype)))
             return _by_term(similarity, relevance, terms, key, cfg, rows)
 

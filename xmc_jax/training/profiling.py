@@ -26,7 +26,7 @@ class Profile:
     Args:
         steps: the first and the last step, both included, counted from 1; None for no trace.
         workdir: local or remote.
-        done: steps that the run has behind it.
+        step: steps that the run has behind it.
         total: steps of the whole run.
 
     Raises:
@@ -34,7 +34,7 @@ class Profile:
     """
 
     def __init__(
-        self, steps: tuple[int, int] | None, workdir: epath.PathLike, done: int, total: int
+        self, steps: tuple[int, int] | None, workdir: epath.PathLike, step: int, total: int
     ):
         self._folder = epath.Path(workdir) / FOLDER
         self._steps = range(0)
@@ -47,10 +47,10 @@ class Profile:
                 f"--profile: expected steps of the run, which has {counted(total, 'step')}, got "
                 f"{first}:{last}"
             )
-        if last <= done:
-            logging.warning("--profile=%d:%d: no trace, as step %d is done", first, last, done)
+        if last <= step:
+            logging.warning("--profile=%d:%d: no trace, as step %d is done", first, last, step)
         elif distributed.is_first():
-            self._steps = range(max(first, done + 1), last + 1)
+            self._steps = range(max(first, step + 1), last + 1)
 
     def before(self, step: int, finish: Callable[[], None]) -> None:
         """Begins the trace if this step is its first.

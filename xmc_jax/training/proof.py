@@ -142,8 +142,8 @@ def examine(
         else:  # the run goes on, or ended between a commit and its next call
             _check_commit(folder)
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(lambda name: _problem(folder, name, files[name], hashed), names)
-            if problem := next(filter(None, found), ""):
+            problems = pool.map(lambda name: _problem(folder, name, files[name], hashed), names)
+            if problem := next(filter(None, problems), ""):
                 raise _Damaged(problem)
     except _Damaged as damaged:
         return Finding("damaged", str(damaged))
@@ -182,8 +182,8 @@ def _problem(folder: epath.Path, name: str, recorded: Any, hashed: bool) -> str:
     try:
         size = path.stat().length if json_files.is_file(path) else None
         if size is None or size != recorded["bytes"]:
-            found = "no such file" if size is None else f"{size} bytes"
-            return f"{name}: expected {recorded['bytes']} bytes, found {found}"
+            size_text = "no such file" if size is None else f"{size} bytes"
+            return f"{name}: expected {recorded['bytes']} bytes, found {size_text}"
         if hashed and (digest := sha256(path)) != recorded["sha256"]:
             return f"{name}: expected sha256 {recorded['sha256'][:16]}..., found {digest[:16]}..."
     except FileNotFoundError:

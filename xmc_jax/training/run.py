@@ -322,8 +322,8 @@ class Run(Program):
         """Raises ValueError if the dataset's texts are not what the backbone takes."""
         data, decodes = self.data, backbone.is_decoder(self.sizes)
         # Tokenizers may have more entries than the table has rows: ids that occur count.
-        around = max(prompts.head + prompts.middle + prompts.tail, default=0)
-        largest, where = max(data.largest_token(), (around, "prompts"))
+        largest_prompt = max(prompts.head + prompts.middle + prompts.tail, default=0)
+        largest, where = max(data.largest_token(), (largest_prompt, "prompts"))
         if largest >= self.sizes.vocab_size:
             raise ValueError(
                 f"{data.folder}: expected token ids below {self.sizes.vocab_size}, the rows of "

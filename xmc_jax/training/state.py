@@ -19,8 +19,8 @@ class Pairs:
         positives: i32[m], all labels: the positives of all documents, and U as padding. Labels are
             then split over the devices, and similarities by column.
         owners: i32[m], which document has each of `positives`.
-        own: f32[m], all labels and PRIME: cosines of documents and prototypes that stand in the
-            place of those of `positives`.
+        positive_cosines: f32[m], all labels and PRIME: cosines of documents and prototypes that
+            stand in the place of those of `positives`.
     """
 
     document: Array
@@ -29,7 +29,7 @@ class Pairs:
     relevance: Array | None = None
     positives: Array | None = None
     owners: Array | None = None
-    own: Array | None = None
+    positive_cosines: Array | None = None
 
 
 @flax.struct.dataclass

@@ -166,7 +166,7 @@ class Step:
         document_unit = output.unit[:, 0]
         # Labels are split over the devices like a batch: a device's share of the table moves.
         pooled = layers.wide(sharding.width_to_batch(t.label_bank))
-        label, prototype, own = layers.normalize(pooled), None, None
+        label, prototype, positive_cosines = layers.normalize(pooled), None, None
         if self.model.prime is not None:
             num_labels = len(pooled)
             prototype = self._prototype(params, t, jnp.arange(num_labels), pooled, prototype_key)
@@ -180,14 +180,14 @@ class Step:
             unit = self._prototype(params, t, ids, texts, prototype_key, others)
             # A product with all documents: the gradient of rows taken of them would be a scatter.
             cosines = objective.cosines(unit, sharding.constrain(document_unit))
-            own = jnp.take_along_axis(cosines, batch.owners[:, None], axis=1)[:, 0]
+            positive_cosines = jnp.take_along_axis(cosines, batch.owners[:, None], axis=1)[:, 0]
         return Pairs(
             document_unit,
             label,
             prototype,
             positives=batch.positives,
             owners=batch.owners,
-            own=own,
+            positive_cosines=positive_cosines,
         )
 
     def _encode(self, params: Any, rows: Rows, key: jax.Array) -> EncoderOutput:
@@ -202,8 +202,8 @@ def _health(
     """See `Health`; the sums of squares are those of the gradient's norm."""
 
     def rows(*embeddings: jax.Array | None) -> jax.Array:
-        found = [jnp.isfinite(x).all(axis=1) for x in embeddings if x is not None]
-        return jnp.stack(found).all(axis=0)
+        finite = [jnp.isfinite(x).all(axis=1) for x in embeddings if x is not None]
+        return jnp.stack(finite).all(axis=0)
 
     documents, label = rows(pairs.document), jnp.full((), -1, jnp.int32)
     if pairs.positives is None:

@@ -23,7 +23,7 @@ _IN_FLIGHT = 32  # blocks of pairs on the devices, or on their way
 
 
 @flax.struct.dataclass
-class Pairs:
+class PairBlocks:
     """The (document, label) pairs of the training set, by label, in blocks of one size.
 
     They stay on the host: 8 bytes per pair.
@@ -41,7 +41,7 @@ class Pairs:
 
 def label_pairs(
     indptr: np.ndarray, indices: np.ndarray, num_labels: int, block: int = PAIRS
-) -> Pairs:
+) -> PairBlocks:
     """The pairs of a CSR of positives.
 
     50M pairs take seconds, and for that time 1.2 GB.
@@ -64,14 +64,14 @@ def label_pairs(
     labels[: len(keys)] = keys >> np.uint64(32)
     labels[len(keys) :] = num_labels
     counts = np.bincount(indices, minlength=num_labels).astype(np.float32)
-    return Pairs(
+    return PairBlocks(
         documents=documents.reshape(blocks, block),
         labels=labels.reshape(blocks, block),
         counts=np.maximum(counts, 1),
     )
 
 
-def centroids_of(bank: jax.Array, pairs: Pairs) -> jax.Array:
+def centroids_of(bank: jax.Array, pairs: PairBlocks) -> jax.Array:
     """The mean embedding of each label's training documents, not normalised again.
 
     The pairs are handed over block by block; sums and bank stay split by width, so that adding a
@@ -90,7 +90,7 @@ def centroids_of(bank: jax.Array, pairs: Pairs) -> jax.Array:
     return _means(bank, pairs).astype(bank.dtype)
 
 
-def _means(bank: jax.Array, pairs: Pairs) -> jax.Array:
+def _means(bank: jax.Array, pairs: PairBlocks) -> jax.Array:
     """`centroids_of`, float32 (or more, as the bank)."""
     mesh = sharding.mesh_of(bank)
     dtype = jnp.promote_types(bank.dtype, jnp.float32)

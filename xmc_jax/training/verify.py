@@ -16,7 +16,7 @@ from xmc_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class VerifyOptions:
     """What the flags ask for.
 
     Attributes:
@@ -28,38 +28,38 @@ class Asked:
     arrays: bool
 
 
-def verify(asked: Asked) -> None:
+def verify(options: VerifyOptions) -> None:
     """Prints what is found.
 
     Raises:
         ValueError: there is no checkpoint, or one of them is not whole.
     """
     failed = []
-    with checkpoint.Checkpoints(asked.workdir, read_only=True) as checkpoints:
+    with checkpoint.Checkpoints(options.workdir, read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
-            raise ValueError(f"{asked.workdir}: expected checkpoints, found none")
+            raise ValueError(f"{options.workdir}: expected checkpoints, found none")
         for step in steps:
-            found = checkpoints.finding(step)
-            if found.kind in ("damaged", "newer"):
-                print(f"step {step}: {found.kind}: {found.reason}")
+            finding = checkpoints.finding(step)
+            if finding.kind in ("damaged", "newer"):
+                print(f"step {step}: {finding.kind}: {finding.reason}")
                 failed.append(step)
                 continue
             arrays = digests.of_arrays(checkpoints.arrays(step))
-            note = f": {found.reason}" if found.reason else ""
-            print(f"step {step}: {found.kind}, content {digests.combined(arrays)}{note}")
-            if asked.arrays:
+            note = f": {finding.reason}" if finding.reason else ""
+            print(f"step {step}: {finding.kind}, content {digests.combined(arrays)}{note}")
+            if options.arrays:
                 print("".join(f"  {digest} {name}\n" for name, digest in arrays.items()), end="")
     if failed:
-        raise ValueError(f"{asked.workdir}: expected whole checkpoints, found others: {failed}")
+        raise ValueError(f"{options.workdir}: expected whole checkpoints, found others: {failed}")
 
 
-def _parse() -> Asked:
+def _parse() -> VerifyOptions:
     parser = command.Parser(prog="verify", description="Compare checkpoints with their digests.")
     parser.add_argument("workdir", help="of a run, local or gs://...")
     parser.add_argument("--arrays", action="store_true", help="print each array's digest")
     arguments = parser.parse_args()
-    return Asked(arguments.workdir, arguments.arrays)
+    return VerifyOptions(arguments.workdir, arguments.arrays)
 
 
 if __name__ == "__main__":
