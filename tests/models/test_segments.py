@@ -110,7 +110,7 @@ def assert_alike(ours, theirs):
         pytest.param("encoder", True, "cls", "padded", marks=pytest.mark.slow),
         pytest.param("encoder", True, "last", "contiguous", marks=pytest.mark.scale),
         pytest.param("text_image", True, "mean", "padded", marks=pytest.mark.slow),
-        pytest.param("text_image", False, "cls", "contiguous", marks=pytest.mark.slow),
+        pytest.param("text_image", False, "cls", "contiguous", marks=pytest.mark.scale),
         pytest.param("image_text", True, "last", "contiguous", marks=pytest.mark.slow),
         ("text_image", False, "max", "contiguous"),
     ],

@@ -2,7 +2,7 @@
 
 A source is one path; what lies there says what it is (see `open`). It lists, for each item, the
 records that hold its images; only the list is kept in memory, and images are read one by one, from
-any item on. Nothing is downloaded here: URLs go through `vision.fetch` first.
+any item on. Nothing is downloaded here: see `fetch`.
 """
 
 import dataclasses
@@ -67,12 +67,12 @@ class ImageSource:
         """Reads images in item order.
 
         Args:
-            limit: K; of each item the first K images listed, those that cannot be read included.
-            items: i[m], ascending, which; None for all. An item's images do not depend on it.
+            limit: K; of each item the first K images listed, unreadable ones included.
+            items: i[m], ascending, the items to read; None for all.
 
         Yields:
-            Item; number k of the image among the item's; and the bytes of its file or, as a str,
-            the reason why there are none. Nothing for an item without images.
+            Item; number k of the image among the item's; the bytes of its file or, as a str, the
+            reason why there are none. Nothing for an item without images.
         """
         items = np.arange(len(self)) if items is None else items
         starts, ends = self.listed.indptr[items], self.listed.indptr[items + 1]
@@ -155,7 +155,7 @@ def open(
       by k and name; with a subfolder named like the split, there.
     - ViXML's `{train,test,labels}_imgs_<size>_<K>.bin`, one base64 image per line, each with its
       `*_map.npy`; the file itself or its folder.
-    - The folder that `vision.fetch` has made; images that it could not get are not listed.
+    - The folder that `fetch` has made; images that it could not get are not listed.
     - A folder with `images.parquet` and `{trn,tst,lbl}_img_index.npy`, the row of each item or -1.
 
     Args:
@@ -164,11 +164,10 @@ def open(
         uids: identifiers of the split's n items, in order.
         by: what image files are named by, "uid" or "index".
         max_bytes: larger image files are not read; that is their reason.
-        allow_paths: whether paths in a table may lead out of its folder; see `files.paths.within`.
+        allow_paths: see `Place`.
 
     Raises:
-        ValueError: nothing of these is there, a file is damaged, or a map or an index does not fit
-            the items.
+        ValueError: no such source, a damaged file, or a map or index that does not fit the items.
     """
     path = pathlib.Path(path)
     if split not in _PREFIXES or by not in ("uid", "index"):
@@ -302,12 +301,7 @@ def _owners(uids: Sequence[str]) -> tuple[dict[str, int], np.ndarray]:
 
 
 def _grouped(owner: np.ndarray, of_item: np.ndarray) -> Csr:
-    """Records of each item, in their order.
-
-    Args:
-        owner: i64[records], numbers of `_owners`, or -1 for a record of nobody here.
-        of_item: i64[n], the number of each item.
-    """
+    """Records of each item, in order, of `_owners`' i64[records] (-1: of no item) and i64[n]."""
     counts = np.bincount(owner[owner >= 0], minlength=int(of_item.max(initial=-1)) + 1)
     order = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
     grouped = Csr(np.concatenate([[0], np.cumsum(counts)]), order, None, len(owner))
@@ -317,13 +311,7 @@ def _grouped(owner: np.ndarray, of_item: np.ndarray) -> Csr:
 def _match(
     keys: Iterable[tuple[Table, int, Any]], key: str, uids: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """i64[records] whose each record is, and i64[n], both as `_grouped` takes them.
-
-    Args:
-        keys: table, place and cell of the key column, of each record.
-        key: its name; "index" means numbers of items.
-        uids: of the n items.
-    """
+    """Owner of each record by its table, place and cell, and i64[n], as `_grouped` takes them."""
     by_index = key == "index"
     numbers, of_item = _owners(list(map(str, range(len(uids)))) if by_index else uids)
 
@@ -394,7 +382,7 @@ def _table(
 ) -> ImageSource:
     """A table in one file, or in several Parquet files that are read one after the other.
 
-    Of those that `vision.fetch` has made, rows with an error have no image and are left out.
+    Of those that `fetch` has made, rows with an error have no image and are left out.
     """
     where = files[0]
     parts = [table_files.open_table(path, limit=MAX_RECORD) for path in files]

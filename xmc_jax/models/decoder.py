@@ -156,20 +156,8 @@ class Decoder(nn.Module):
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Encodes rows of texts, each of which sees itself and the head; see `types.Rows`.
 
-        Args:
-            tokens: i32[r, R]; -1 where there is no token.
-            segment: i32[r, R], `Rows.segments`.
-            position: i32[r, R], `Rows.positions`.
-            head: `Rows.head`.
-            longest: `Rows.longest`.
-            images: what stands in the place of some tokens, see `segments.place_images`; or None.
-            deterministic: no dropout; otherwise the rng "dropout" is needed.
-            hidden_states: return also the input of the first layer and the output of each, the last
-                normalised (as transformers does).
-            pooled: f32[n, D]: no texts are encoded, but these go through the layer `dense`.
-
-        Returns:
-            dtype[r, R, D], or that and dtype[layers + 1, r, R, D]. Of `pooled`, f32[n, width].
+        Arguments and result are those of `Bert.__call__`. Of the hidden states the last one is
+        normalised, as in transformers.
         """
         if pooled is not None:
             return pooled_dense.apply(self.config.dense, pooled, self.dtype)

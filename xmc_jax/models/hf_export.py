@@ -93,15 +93,8 @@ def adapter(
 ) -> None:
     """Writes a folder that `peft` and `SentenceTransformer(folder)` load onto the pretrained model.
 
-    Args:
-        folder: see `merged`.
-        params: see `merged`; only adapters are read.
-        sizes: see `merged`.
-        lora: see `merged`.
-        source: of the pretrained model, whose name, revision or folder is recorded.
-        pooling: see `merged`.
-        max_length: see `merged`.
-        prompts: see `merged`.
+    Args are those of `merged`, and `source` of the pretrained model, whose name, revision or folder
+    is recorded. Of `params`, only adapters are read.
 
     Raises:
         ValueError: there are no adapters, layers of the model were left out, or it had adapters
