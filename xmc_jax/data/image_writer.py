@@ -100,7 +100,8 @@ class ImageWriter:
             lock = self.folder.with_name(f".{self.folder.name}.lock")
             stack.enter_context(locks.locked(lock, str(self.folder), remove=True))
             stack.callback(self._close_files)
-            if self.folder.exists() and self._is_whole():
+            is_empty = not self.folder.exists() or not any(self.folder.iterdir())
+            if not is_empty and self._is_whole():
                 self.finished = True
                 for split, count in self._inputs["counts"].items():
                     self._progress[split].items = count
