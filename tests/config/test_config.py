@@ -9,6 +9,7 @@ import pytest
 
 from xmc_jax import config
 from xmc_jax.config import EvalConfig, RunConfig, declare, reference
+from xmc_jax.config.run_config import completed
 
 NAN = float("nan")
 
@@ -115,3 +116,10 @@ def test_every_field_says_what_it_means():
 
     kinds = (RunConfig, config.PredictConfig, config.LabelsConfig, config.ServeConfig)
     assert [name for kind in kinds for name in undescribed(kind)] == []
+
+
+def test_a_field_that_an_earlier_version_lacks_has_its_default():
+    written = {"train": {"epochs": 3}, "provenance": {"data": "1"}}
+    fields = completed(written)
+    assert fields.pop("provenance") == {"data": "1"}
+    assert fields == dataclasses.asdict(RunConfig().replace(train={"epochs": 3}))

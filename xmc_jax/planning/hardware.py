@@ -83,11 +83,7 @@ class Slice:
     sides: tuple[int, ...]
 
     def hops(self, pair: Sequence[int]) -> int:
-        """Links from one chip to another.
-
-        Args:
-            pair: places in the flattened mesh.
-        """
+        """Links between two chips, given by their places in the flattened mesh."""
         if not self.chip.dimensions:
             return 1
         between = 0
@@ -146,13 +142,7 @@ class Seconds:
 
 
 def seconds(where: Slice, flops: Flops, costs: Costs) -> Seconds:
-    """The least that one run of a program takes.
-
-    Args:
-        where: it runs.
-        flops: over all chips.
-        costs: of one chip.
-    """
+    """The least that one run of a program takes; `flops` are of all chips, `costs` of one."""
     chips = len(where.coordinates)
     return Seconds(
         compute=(flops.fast / where.chip.fast + flops.exact / where.chip.exact) / chips,

@@ -151,10 +151,10 @@ def read(text: str, devices: int) -> Costs:
 
     Args:
         text: of `jax.stages.Compiled.as_text`.
-        devices: that it runs on.
+        devices: number of them.
 
     Raises:
-        ValueError: the text is not that of a program.
+        ValueError: the text is not a program's.
     """
     return _Reader(*_parse(text), devices).costs()
 

@@ -102,12 +102,7 @@ class Plan:
 
 
 def make(program: Program, topology: Topology) -> Plan:
-    """Compiles every program of a run.
-
-    Args:
-        program: over the devices of the topology.
-        topology: its devices.
-    """
+    """Compiles every program of a run over the devices of a topology."""
     return Plan(
         topology=topology,
         mesh=dict(program.mesh.shape),
@@ -206,12 +201,7 @@ def parts(program: Program) -> dict[str, int]:
 
 
 def on_host(program: Program, topology: Topology) -> dict[str, int]:
-    """Bytes of a host's memory while a run goes on, by what they hold; what is mapped not counted.
-
-    Args:
-        program: of the run.
-        topology: its devices.
-    """
+    """Bytes of a host's memory during a run, by what they hold, without memory-mapped files."""
     config, shape, hosts = program.config, program.shape, topology.hosts
     width, batch = program.sizes.width, _bytes(program.abstract_batch())
     stacked = max(jax.tree.leaves(jax.tree.map(_bytes, program.abstract_frozen)), default=0)
@@ -273,27 +263,22 @@ def cheapest_change(
 
 
 def changes(config: RunConfig, devices: int) -> Iterator[tuple[str, RunConfig]]:
-    """Changed configs, in order of what they cost: time, more time, precision, other sharding.
-
-    Args:
-        config: that does not fit.
-        devices: of the mesh.
-    """
+    """Changed configs, in order of what they cost: time, more time, precision, other sharding."""
     chunks = 4 * config.train.n_chunks
     if config.train.batch_size % chunks == 0:
-        yield f"--config.train.n_chunks={chunks}", _with(config, "train", n_chunks=chunks)
+        yield f"--config.train.n_chunks={chunks}", config.replace(train={"n_chunks": chunks})
     if config.encoder.remat != _REMAT:
-        yield f"--config.encoder.remat={_REMAT}", _with(config, "encoder", remat=_REMAT)
+        yield f"--config.encoder.remat={_REMAT}", config.replace(encoder={"remat": _REMAT})
     narrow = config.tables.dtype == "bfloat16"
     if not narrow:
-        yield "--config.tables.dtype=bfloat16", _with(config, "tables", dtype="bfloat16")
+        yield "--config.tables.dtype=bfloat16", config.replace(tables={"dtype": "bfloat16"})
     if (config.mesh.fsdp, config.mesh.tensor) != (devices, 1):
         flags = f"--config.mesh.data=1 --config.mesh.fsdp={devices} --config.mesh.tensor=1"
-        sharded = _with(config, "mesh", data=1, fsdp=devices, tensor=1)
+        sharded = config.replace(mesh={"data": 1, "fsdp": devices, "tensor": 1})
         yield flags, sharded
         if not narrow:
             flags += " --config.tables.dtype=bfloat16"
-            yield flags, _with(sharded, "tables", dtype="bfloat16")
+            yield flags, sharded.replace(tables={"dtype": "bfloat16"})
 
 
 def _fits(each: Compiled, topology: Topology) -> bool:
@@ -302,9 +287,3 @@ def _fits(each: Compiled, topology: Topology) -> bool:
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _with(config: RunConfig, section: str, **fields: Any) -> RunConfig:
-    return dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section), **fields)}
-    )

@@ -33,11 +33,7 @@ class Compilable:
 
 
 def of(program: Program) -> list[Compilable]:
-    """Every program of a run that takes memory or time.
-
-    Args:
-        program: over the devices in question.
-    """
+    """Every program of a run that takes memory or time."""
     config, shape, mesh = program.config, program.shape, program.mesh
     train, search, epochs = config.train, config.eval, config.train.epochs
     state, frozen = program.abstract, program.abstract_frozen

@@ -28,9 +28,6 @@ def of(config: RunConfig) -> tuple[DataShape, str]:
     The dataset folder's where it is there, or can be made without downloading anything; else those
     published about the dataset.
 
-    Args:
-        config: of the run.
-
     Raises:
         ValueError: there is no folder, and nothing is known about a dataset of that name.
     """
@@ -64,11 +61,7 @@ def of(config: RunConfig) -> tuple[DataShape, str]:
 
 
 def prompts(config: RunConfig) -> tuple[Prompts, str]:
-    """The prompts of a config, and in words where they are from.
-
-    Args:
-        config: of the run.
-    """
+    """The prompts of a config, and in words where they are from."""
     if not build.decodes(config):
         return Prompts(), "of an encoder, whose texts include them"
     folder, order = build.tokenizer_source(config).tokenizer, build.order(config)

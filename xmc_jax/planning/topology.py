@@ -43,11 +43,7 @@ class Topology:
         return 1 if self.chip is None else math.ceil(len(self.devices) / self.chip.host)
 
     def slice(self, mesh: Mesh) -> Slice | None:
-        """Where the devices of a mesh lie; None where no rates are published.
-
-        Args:
-            mesh: over all the devices.
-        """
+        """Where the devices of a mesh lie; None where no rates are published."""
         if self.chip is None:
             return None
         devices = mesh.devices.flatten()
