@@ -12,7 +12,7 @@ import pathlib
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,9 @@ from xmc_jax.data.tables.parquet_tables import ParquetRows
 from xmc_jax.data.tables.text_tables import TextCells
 from xmc_jax.files import paths
 
+_KEYS = ("uid", "id", "index")
+_COLUMNS = ("bytes", "image", "base64", "path")  # in this order, where there are several
+URLS = ("url", "urls")
 _DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,")
 _SCAN_BYTES = 4 << 20
 _PEEKED = 16  # cells
@@ -226,3 +229,26 @@ def _decode(text: bytes | str, max_bytes: int) -> bytes | str:
     except binascii.Error:
         return "not base64"
     return data or "no bytes"
+
+
+def columns_of(path: pathlib.Path, columns: Mapping[str, str]) -> tuple[str, str]:
+    """The columns of keys and of images, of those there are (name -> type or "")."""
+    key, image = next((name for name in _KEYS if name in columns), None), image_column(columns)
+    if image is None and any(name in columns for name in URLS):
+        raise ValueError(
+            f"{path}: expected images, found their URLs; download them first with python -m "
+            "xmc_jax.images.fetch and name what that makes"
+        )
+    if key is None or image is None:
+        raise ValueError(
+            f"{path}: expected a column {', '.join(_KEYS)} and one of {', '.join(_COLUMNS)}, found "
+            f"{', '.join(columns) or 'none'}"
+        )
+    return key, image
+
+
+def image_column(columns: Mapping[str, str]) -> str | None:
+    """The column of images: of the known names, or the only one of bytes."""
+    binary = [name for name, kind in columns.items() if kind.endswith("binary")]
+    named = next((name for name in _COLUMNS if name in columns), None)
+    return binary[0] if named is None and len(binary) == 1 else named

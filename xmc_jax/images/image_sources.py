@@ -11,7 +11,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,16 @@ from xmc_jax.data.tables import cell_values, table_files
 from xmc_jax.data.tables.parquet_tables import ParquetRows, ParquetTable
 from xmc_jax.data.tables.table_format import Table
 from xmc_jax.data.tables.text_tables import TextCells
-from xmc_jax.images.image_records import FileRecords, LineRecords, Records, TableRecords, stamp
+from xmc_jax.images.image_records import (
+    URLS,
+    FileRecords,
+    LineRecords,
+    Records,
+    TableRecords,
+    columns_of,
+    image_column,
+    stamp,
+)
 
 MAX_BYTES = 32 << 20
 """Bytes of an image's file, unless told otherwise."""
@@ -33,9 +42,6 @@ _PREFIXES = {
     "test": ("test", "tst"),
     "label": ("label", "labels", "lbl"),
 }
-_KEYS = ("uid", "id", "index")
-_COLUMNS = ("bytes", "image", "base64", "path")  # in this order, where there are several
-_URLS = ("url", "urls")
 _NUMBERED = re.compile(r"(.+)_(\d{1,9})")
 MAX_RECORD = 256 << 20  # bytes of a record of a text table, which may hold images
 
@@ -235,7 +241,7 @@ def without_images(folder: pathlib.Path) -> str | None:
         path = folder / name
         if name.lower().endswith(table_files.IN_FOLDERS) and not _may_have_images(path):
             try:
-                _columns(path, dict.fromkeys(table_files.open_table(path).columns, ""))
+                columns_of(path, dict.fromkeys(table_files.open_table(path).columns, ""))
             except ValueError as error:
                 return str(error)
     return None
@@ -259,7 +265,7 @@ def _may_have_images(path: pathlib.Path) -> bool:
     """Whether a table has a column of images, or of their URLs."""
     table = table_files.open_table(path, limit=MAX_RECORD)
     columns = dict.fromkeys(table.columns, "") | dict(table.types)
-    return _image_column(columns) is not None or any(name in columns for name in _URLS)
+    return image_column(columns) is not None or any(name in columns for name in URLS)
 
 
 def table_of_split(files: Sequence[pathlib.Path], split: str) -> pathlib.Path | None:
@@ -388,7 +394,7 @@ def _table(
     parts = [table_files.open_table(path, limit=MAX_RECORD) for path in files]
     cells: ParquetRows | TextCells
     if isinstance(parts[0], ParquetTable):
-        key, column = _columns(where, parts[0].types)
+        key, column = columns_of(where, parts[0].types)
         for part in parts:
             for name in (key, column, *(["error"] if fetched else [])):
                 if name not in part.columns:
@@ -403,7 +409,7 @@ def _table(
         cells = ParquetRows(parts, column)
     else:
         (part,) = parts
-        key, column = _columns(where, dict.fromkeys(part.columns, ""))
+        key, column = columns_of(where, dict.fromkeys(part.columns, ""))
         cells = TextCells(part, column)
         owner, of_item = _match(((part, *pair) for pair in cells.keys(key)), key, uids)
     records = TableRecords(cells, column, where.parent, max_bytes, allow_paths)
@@ -419,7 +425,7 @@ def _indexed(
 ) -> ImageSource:
     """Rows of a Parquet file by an index of the items."""
     table = ParquetTable(table_path)
-    _, column = _columns(table_path, table.types | {"uid": "string"})
+    _, column = columns_of(table_path, table.types | {"uid": "string"})
     listed = image_maps.read(index_path, table.num_rows)
     _check_items(index_path, listed, uids)
     rows = ParquetRows([table], column)
@@ -430,26 +436,3 @@ def _indexed(
 def _check_items(path: pathlib.Path, listed: Csr, uids: Sequence[str]) -> None:
     if listed.rows != len(uids):
         raise ValueError(f"{path}: expected {len(uids)} items, as the split has, got {listed.rows}")
-
-
-def _columns(path: pathlib.Path, columns: Mapping[str, str]) -> tuple[str, str]:
-    """The columns of keys and of images, of those there are (name -> type or "")."""
-    key, image = next((name for name in _KEYS if name in columns), None), _image_column(columns)
-    if image is None and any(name in columns for name in _URLS):
-        raise ValueError(
-            f"{path}: expected images, found their URLs; download them first with python -m "
-            "xmc_jax.images.fetch and name what that makes"
-        )
-    if key is None or image is None:
-        raise ValueError(
-            f"{path}: expected a column {', '.join(_KEYS)} and one of {', '.join(_COLUMNS)}, found "
-            f"{', '.join(columns) or 'none'}"
-        )
-    return key, image
-
-
-def _image_column(columns: Mapping[str, str]) -> str | None:
-    """The column of images: of the known names, or the only one of bytes."""
-    binary = [name for name, kind in columns.items() if kind.endswith("binary")]
-    named = next((name for name in _COLUMNS if name in columns), None)
-    return binary[0] if named is None and len(binary) == 1 else named
