@@ -23,6 +23,8 @@ NAN = float("nan")
         ({"train": {"keep": 1}}, "train.keep: expected at least 2, got 1"),
         ({"train": {"seed": 2**32}}, "train.seed: expected less than 4294967296, got 4294967296"),
         ({"train": {"batchsize": 1}}, "no such field; did you mean train.batch_size?"),
+        ({"a\nb": {}}, "'a\\nb': no such field; did you mean"),
+        ({"optimizer": {"lr": (("(" * 2000, 1),)}}, "optimizer.lr[0][0]: expected a regular"),
         ({"trian": {}}, "trian: no such field; did you mean train?"),
         ({"train": None}, "train: expected a section, got None"),
         ({"encoder": {"pooling": "sum"}}, "encoder.pooling: expected 'mean', 'cls', 'last' or"),

@@ -164,7 +164,8 @@ def nested(kind: type, text: str) -> Any:
 
 def _unknown(path: str, name: str, known: Sequence[str]) -> str:
     before = f"{path}." if path else ""
-    return f"{before}{name}: no such field; did you mean {before}{nearest(name, known)}?"
+    printed = f"{name if name.isprintable() else repr(name):.60}"
+    return f"{before}{printed}: no such field; did you mean {before}{nearest(name, known)}?"
 
 
 def _number(value: Any) -> Any:

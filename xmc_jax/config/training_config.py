@@ -79,9 +79,9 @@ class LossConfig:
 def _compiles(pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"expected a regular expression such as '.*', got {pattern!r} ({error})"
+            f"expected a regular expression such as '.*', got {pattern!r:.60} ({error})"
         ) from None
 
 
