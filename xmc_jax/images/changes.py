@@ -143,6 +143,6 @@ def _read_failures(path: pathlib.Path) -> dict[tuple[str, int], list[tuple[int, 
     failures: dict[tuple[str, int], list[tuple[int, str]]] = {}
     with path.open("rb") as file:
         for line in map(json.loads, file):
-            found = failures.setdefault((line["split"], line["item"]), [])
-            found.append((line["k"], line["reason"]))
+            reasons = failures.setdefault((line["split"], line["item"]), [])
+            reasons.append((line["k"], line["reason"]))
     return failures

@@ -300,8 +300,8 @@ class _CheckedBackend(httpcore2.AsyncNetworkBackend):
         self._inner = httpcore2.AnyIOBackend()
 
     async def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
-        found = await _resolve(host, port, self._limits.timeout)
-        usable = [address for address in found if self._allows(address)]
+        resolved = await _resolve(host, port, self._limits.timeout)
+        usable = [address for address in resolved if self._allows(address)]
         if not usable:
             raise Failure("private", "no address of the host is public")
         for address in usable[:_ADDRESSES]:
@@ -335,8 +335,8 @@ async def _resolve(host: str, port: int, timeout: float) -> list[str]:
     def look_up() -> None:
         addresses, failure = [], None
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(entry[4][0] for entry in entries))
         except socket.gaierror as error:
             unknown = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None))
             reason = "no such host" if unknown else "the host cannot be resolved now"

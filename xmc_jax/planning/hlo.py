@@ -156,7 +156,7 @@ def read(text: str, devices: int) -> Costs:
     Raises:
         ValueError: the text is not a program's.
     """
-    return _Reader(*_parse(text), devices).costs()
+    return _HloReader(*_parse(text), devices).costs()
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -206,7 +206,7 @@ def _arrays(kind: str) -> tuple[Array, ...]:
     return tuple(arrays)
 
 
-class _Reader:
+class _HloReader:
     """Walks a program from its entry; each computation is looked at once."""
 
     def __init__(self, computations: Mapping[str, Computation], entry: str, devices: int):
