@@ -21,14 +21,8 @@ BANNED = {"asked", "found", "shown", "making", "done", "room", "own", "around", 
 
 
 def long_lines(page: str) -> list[str]:
-    """Lines that are too long and could be broken: no rows of tables, no links, no code."""
-    lines, in_code = [], False
-    for line in page.splitlines():
-        if line.lstrip().startswith("```"):
-            in_code = not in_code
-        elif not in_code and not line.lstrip().startswith("|"):
-            lines.append(line)
-    lines = [line for line in lines if len(line) > COLUMNS]
+    """Lines that are too long and could be broken: no rows of tables, no links."""
+    lines = [x for x in page.splitlines() if len(x) > COLUMNS and not x.startswith("|")]
     return [x for x in lines if " " in x[:COLUMNS].lstrip("-* ").partition("`")[0]]
 
 
