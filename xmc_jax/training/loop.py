@@ -56,8 +56,8 @@ class Trained:
         evaluation: of that state.
         zero_shot: metrics of the weights that training began with, as fractions; empty if
             `train.zero_shot` is off.
-        seconds: by phase, see `metrics_log.Clock`; of a resumed run, up to each checkpoint that it went
-            on from and since.
+        seconds: by phase, see `metrics_log.Clock`; of a resumed run, up to each checkpoint that it
+            went on from and since.
     """
 
     step: int
