@@ -264,19 +264,12 @@ class Shop:
 
 
 def oracles(shop: Shop) -> dict[str, float]:
-    """P@1 on test documents, as a share, of predictors that know the shop and all its labels.
+    """P@1 on at most 10,000 test documents, as a share, of predictors that know the shop.
 
     They choose the likeliest look that fits what they see of a document, and its first label; none
-    knows which products have another look's labels (`noise`).
-
-    Args:
-        shop: at most 10,000 of its test documents are asked about.
-
-    Returns:
-        "attributes": category and look are known; the ceiling of any model.
-        "text": what the title states, category included.
-        "image": what the pictures show, if there are any; nothing of the text.
-        "text and image": both.
+    knows which products have another look's labels (`noise`). "attributes" knows category and look,
+    the ceiling of any model; "text" what the title states, category included; "image" what the
+    pictures show, if there are any, and nothing of the text; "text and image" both.
     """
     likeliest: dict[tuple[int, ...], tuple[float, int]] = {}  # look -> share, first label
     for number in range(shop.num_categories):
