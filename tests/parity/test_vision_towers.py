@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.images.odd_images import IMAGES, SATURATED
-from xmc_jax.images import decoding
+from xmc_jax.images import decoding, preprocessing
 from xmc_jax.models import backbone, hf, hf_weights, vision
 
 torch = pytest.importorskip("torch")
@@ -179,7 +179,7 @@ def opened(name: str) -> Image.Image:
 )
 def test_pixels_are_those_of_the_processor(path):
     raw = json.loads(path.read_text(encoding="utf-8"))
-    ours, theirs = decoding.from_hf(raw), processor_of(raw)
+    ours, theirs = preprocessing.from_hf(raw), processor_of(raw)
     for name in IMAGES:
         out = theirs(images=opened(name), do_convert_rgb=True, return_tensors="np")
         expected = out["pixel_values"][0].transpose(1, 2, 0)
@@ -200,4 +200,4 @@ def test_processor_as_transformers_writes_it(tmp_path):
     raw = json.loads((PUBLISHED / "siglip2-base-patch16-224.preprocessor.json").read_text())
     processor_of(raw).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert decoding.from_hf(written) == decoding.from_hf(raw)
+    assert preprocessing.from_hf(written) == preprocessing.from_hf(raw)
