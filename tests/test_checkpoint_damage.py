@@ -232,7 +232,7 @@ def test_digests_are_of_the_content(made, tmp_path, capsys):
     assert ours.keys() != theirs.keys()
     lines = []
     for workdir in (made, tmp_path):
-        verify.verify(verify.Asked(str(workdir), arrays=True))
+        verify.verify(verify.VerifyOptions(str(workdir), arrays=True))
         lines.append(capsys.readouterr().out)
     assert lines[0] == lines[1] and len(set(re.findall(r"content (\w{64})", lines[0]))) == 2
     bank = np.asarray(damage.state(2)["tables"]["bank"])
@@ -248,7 +248,7 @@ def test_digests_are_of_the_content(made, tmp_path, capsys):
     assert digests.of_array("a", np.asfortranarray(swapped)) == digests.of_array("a", bank)
     damage.flip(find(tmp_path / "checkpoints/2", "state/d/*"), 5)
     with pytest.raises(ValueError, match=r"expected whole checkpoints, found others: \[2\]"):
-        verify.verify(verify.Asked(str(tmp_path), arrays=False))
+        verify.verify(verify.VerifyOptions(str(tmp_path), arrays=False))
     assert "step 2: damaged: state/d/" in capsys.readouterr().out
 
 
