@@ -34,23 +34,20 @@ WAY = (
     ("retrieval", "shipping", "index"),
     ("shipping", "shipping/serve", "exported folder"),
 )
-# All others use them.
-BASE = ("files", "config", "runtime")
+BASE = ("files", "config", "runtime")  # all others use them
 
 
 def layers() -> list[tuple[str, ...]]:
     """The parts of the package by layer; a layer imports only those before it."""
-    tree = ast.parse((ROOT / "tests" / "test_layering.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
-            return list(ast.literal_eval(node.value))[::-1]
-    raise ValueError("tests/test_layering.py: expected LAYERS, got none")
+    text = (ROOT / "tests" / "test_layering.py").read_text(encoding="utf-8")
+    assigned = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    values = {ast.unparse(node.targets[0]): node.value for node in assigned}
+    return list(ast.literal_eval(values["LAYERS"]))[::-1]
 
 
 def folders() -> list[str]:
     """All packages within the package, as paths."""
-    inits = PACKAGE.rglob("*/__init__.py")
-    return sorted(path.parent.relative_to(PACKAGE).as_posix() for path in inits)
+    return sorted(x.parent.relative_to(PACKAGE).as_posix() for x in PACKAGE.rglob("*/__init__.py"))
 
 
 def block() -> str:
