@@ -142,7 +142,7 @@ class Checkpoints:
                 a signal asked for it just before an epoch boundary. In a local workdir it is set
                 aside, and removed when the new one is whole.
             state: pytree of arrays.
-            history: what `report.Reporter.history` gave; stored as JSON.
+            history: what `metrics_log.Reporter.history` gave; stored as JSON.
 
         Raises:
             OSError: this checkpoint or the one before it could not be written; in one line.
@@ -174,7 +174,7 @@ class Checkpoints:
         Args:
             step: of a state that was saved.
             metrics: of the evaluation; "P@1" decides which checkpoint is the best.
-            history: what `report.Reporter.history` gives after the evaluation.
+            history: what `metrics_log.Reporter.history` gives after the evaluation.
 
         Raises:
             OSError: the checkpoint, or this, could not be written; in one line.

@@ -56,8 +56,7 @@ class Trained:
         evaluation: of that state.
         zero_shot: metrics of the weights that training began with, as fractions; empty if
             `train.zero_shot` is off.
-        seconds: by phase, see `metrics_log.Clock`; of a resumed run, up to each checkpoint that it
-            went on from and since.
+        seconds: by phase, see `metrics_log.Clock`; those before a resumption included.
     """
 
     step: int
@@ -106,13 +105,11 @@ def train(run: Run, workdir: epath.PathLike, profile: tuple[int, int] | None = N
                 with clock.within("boundary"), _interruptible(step):
                     state = run.cluster(state, epoch - 1)
             if epoch < config.epochs and config.batch_size != run.wanted_batch_size:
-                logging.info(
-                    "train.batch_size: %s fewer than %d: each step has all of them",
-                    counted(
-                        run.data.num_documents, "training document is", "training documents are"
-                    ),
-                    run.wanted_batch_size,
+                have = counted(
+                    run.data.num_documents, "training document is", "training documents are"
                 )
+                message = "train.batch_size: %s fewer than %d: each step has all of them"
+                logging.info(message, have, run.wanted_batch_size)
             if epoch < config.epochs:
                 logging.info(
                     "%s: to train: %s, %s an epoch",
@@ -179,7 +176,7 @@ def restore(run: Run, workdir: epath.PathLike, which: str = "latest") -> tuple[i
         which: "latest", "best" by P@1 of those evaluated, or a step's number.
 
     Raises:
-        ValueError: there is no such checkpoint, it is not whole, or it does not fit the config.
+        ValueError: there is no such checkpoint, it is not whole, or the config differs.
     """
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step = _named(checkpoints, workdir, which)
@@ -283,10 +280,9 @@ def _steps(
 
 
 def _most_in_flight() -> int:
-    """Steps that may be dispatched and not done, beside the last.
+    """Steps that may be dispatched and not done, beside the last; none on CPU.
 
-    On CPU none: the host's cores are the device, so nothing is gained, and a step holds its
-    temporary memory from when it is dispatched.
+    There the cores are the device, and a step takes its memory when it is dispatched.
     """
     return 0 if jax.default_backend() == "cpu" else _IN_FLIGHT
 
@@ -420,11 +416,7 @@ def _prefixed(row: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _SaveTimer:
-    """Says when a checkpoint is due by time, in all processes after the same step.
-
-    Args:
-        minutes: from one checkpoint to the next; 0 is never.
-    """
+    """Says when a checkpoint is due by time, after the same step in all processes; 0 is never."""
 
     def __init__(self, minutes: float):
         self._seconds, self._decision = 60 * minutes, distributed.Decision("save")

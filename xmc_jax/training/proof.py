@@ -83,7 +83,7 @@ def write_evaluation(
     Args:
         folder: of the checkpoint.
         metrics: of the evaluation.
-        history: as of `report.Reporter.history`, after the evaluation; it stands in the place of
+        history: as of `metrics_log.Reporter.history`, after the evaluation; it stands in the place of
             the history that the checkpoint was written with.
     """
     content = {"format": FORMAT, "metrics": dict(metrics), "history": dict(history)}
