@@ -37,11 +37,11 @@ KEPT = (
 
 # The files that take longest, so that no process is left with one of them at the end.
 LONGEST_FIRST = (
-    *("test_main.py", "test_step.py", "test_resume.py", "test_multimodal.py"),
-    *("test_distributed.py", "test_small_runs.py", "test_losses.py", "test_segments.py"),
-    *("test_labels.py", "test_configs.py", "test_interrupted_changes.py", "test_compilation.py"),
-    *("test_tiny_decoder.py", "test_meshes.py", "test_benchmarks.py", "test_health.py"),
-    *("test_checkpoint_damage.py", "test_remote_workdir.py", "test_decoder.py", "test_changes.py"),
+    *("test_step.py", "test_main.py", "test_resume.py", "test_losses.py", "test_multimodal.py"),
+    *("test_configs.py", "test_tiny_decoder.py", "test_several_processes.py"),
+    *("test_small_runs.py", "test_labels.py", "test_segments.py", "test_distributed.py"),
+    *("test_tune.py", "test_interrupted_changes.py", "test_decoder.py", "test_health.py"),
+    *("test_curriculum.py", "test_fetch.py", "test_checkpoint_damage.py", "test_predict_files.py"),
 )
 
 

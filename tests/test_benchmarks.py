@@ -294,7 +294,7 @@ def test_sizes_may_come_from_a_file():
         decoder_step.parse([f"--config_json={path}", "--model=tiny"])
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_what_is_kept_changes_memory_and_no_result(tmp_path, capsys):
     out = tmp_path / "remat.json"
     flags = ("--model=tiny", "--batch=16", "--chunks=1", "--steps=2", f"--out={out}")

@@ -100,7 +100,7 @@ print(hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.reliability
 def test_a_training_step_found_on_disk_has_the_bits_of_the_one_compiled(fields, tmp_path):
     arguments = ["-c", STEP, str(tmp_path), json.dumps(fields)]
     found = []

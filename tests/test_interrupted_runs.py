@@ -121,6 +121,7 @@ def test_training(training, tmp_path, kind, resumes):
         assert not list(workdir.rglob("*.partial")) and not (workdir / ".lock").exists()
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("kind", write_faults.KINDS)
 def test_report(training, tmp_path, kind):
     workdir = shutil.copytree(training.straight, tmp_path / "run")

@@ -154,7 +154,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(loop, "restore", lambda run, _: (0, run.initial_state()))
 
 
-@pytest.mark.slow
+@pytest.mark.scale
 def test_the_command_measures_every_row(untrained, topics, tmp_path):
     output = tmp_path / "results.json"
     flags = [f"--raw={topics}", "--variant=tiny", f"--workdir={tmp_path}", f"--output={output}"]

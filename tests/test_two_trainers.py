@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 SECONDS = 60  # until the second one is refused; it takes about as long as to import JAX
 
 
-@pytest.mark.parametrize("mode", ["train", pytest.param("tune", marks=pytest.mark.reliability)])
+@pytest.mark.reliability
+@pytest.mark.parametrize("mode", ["train", "tune"])
 def test_the_second_is_refused_in_one_line_and_the_first_goes_on(fields, tmp_path, mode):
     fields = copy.deepcopy(fields)
     fields["train"] |= {"epochs": 1}

@@ -207,8 +207,8 @@ def test_prompts_without_a_tokenizer_have_a_token_per_word(tmp_path):
     assert "a token per word" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("cpu:2", marks=pytest.mark.scale), "gpu:h100x8"])
+@pytest.mark.scale
+@pytest.mark.parametrize("name", ["cpu:2", "gpu:h100x8"])
 def test_a_run_is_planned_whole(fields, name):
     build.data(
         RunConfig.from_dict(fields)

@@ -36,18 +36,13 @@ def stuck(done: processes.Done, workdir: pathlib.Path, process: int = 0) -> str:
     return (workdir / f"stacks.{process}.txt").read_text()
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(
     "where, named",
     [
         (AT, "_steps"),
-        pytest.param(  # as a file system that is gone
-            "xmc_jax.training.run:Run.put", "pipeline.py", marks=pytest.mark.reliability
-        ),
-        pytest.param(
-            "xmc_jax.training.checkpoint:Checkpoints.save",
-            "in train\n",
-            marks=pytest.mark.reliability,
-        ),
+        ("xmc_jax.training.run:Run.put", "pipeline.py"),  # as a file system that is gone
+        ("xmc_jax.training.checkpoint:Checkpoints.save", "in train\n"),
     ],
 )
 def test_a_run_that_hangs_ends_and_goes_on(config, tmp_path, where, named):
