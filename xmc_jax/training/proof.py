@@ -83,8 +83,8 @@ def write_evaluation(
     Args:
         folder: of the checkpoint.
         metrics: of the evaluation.
-        history: as of `metrics_log.Reporter.history`, after the evaluation; it stands in the place of
-            the history that the checkpoint was written with.
+        history: as of `metrics_log.Reporter.history`, after the evaluation; it replaces the history
+            that the checkpoint was written with.
     """
     content = {"format": FORMAT, "metrics": dict(metrics), "history": dict(history)}
     atomic.write(folder / EVALUATION, _text(content))
