@@ -80,6 +80,7 @@ def objects(server, folder: epath.Path) -> list[str]:
     return [name.removeprefix(prefix) for name in server.names(prefix)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "remote"])
 def test_the_latest_and_the_best_checkpoint_outlive_a_restart(where, workdir, server, tmp_path):
     folder = tmp_path if where == "local" else workdir
@@ -289,6 +290,7 @@ def test_an_export_is_replaced_and_is_one_when_all_of_it_is_there(workdir, serve
         pass
 
 
+@pytest.mark.slow
 def test_an_index_is_saved_and_loaded(workdir, server):
     pytest.importorskip("scann")
     database = np.random.default_rng(0).standard_normal((2000, 64)).astype(np.float32)

@@ -257,6 +257,7 @@ def test_filter(tmp_path, pairs, edits, zipped):
         assert found.shape == (len(expected), 2) and found.tolist() == expected
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(rows, edit_lists, st.booleans())
 def test_items(tmp_path, table, edits, zipped):

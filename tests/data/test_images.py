@@ -352,6 +352,7 @@ def test_progress_that_does_not_fit_its_files_is_refused(tmp_path):
     writer(place, overwrite=True).close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*write_faults.KINDS, "full disk in a file"])
 def test_a_kill_and_a_full_disk_at_each_write(tmp_path, monkeypatch, kind):
     """What was made durable is gone on from, whatever lies behind it; the bytes are the same."""
@@ -646,6 +647,7 @@ def crafted(canary: pathlib.Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", sorted(crafted(pathlib.Path("x"))))
 def test_a_crafted_map_executes_nothing(tmp_path, case):

@@ -91,6 +91,7 @@ def test_two_preparations_are_identical(config, tmp_path):
     assert store.open(first).digest == store.open(second).digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, replaces", [("kill", False), *((kind, True) for kind in write_faults.KINDS)]
 )

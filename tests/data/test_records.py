@@ -177,6 +177,7 @@ def datasets(draw):
     return labels, documents[count:], documents[:count]
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(datasets())
 def test_round_trip(tmp_path_factory, dataset):
@@ -1008,6 +1009,7 @@ def test_a_folder_of_an_earlier_version_is_taken(own, tmp_path):
     assert "documents                                    4           2" in data_report.text(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", write_faults.KINDS)
 def test_a_kill_and_a_full_disk_at_each_write(own, tmp_path, monkeypatch, kind):
     """The folder is the old one or the new one, and the same command makes it."""

@@ -339,6 +339,7 @@ def test_lost_stamps_cost_a_reading(config, encoded, lost):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "renewed"),
     [

@@ -294,6 +294,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_urls_are_fetched_once_then_encoded(tmp_path, config, straight, compiled, monkeypatch):
     server = Server()
     address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -324,6 +325,7 @@ def test_urls_are_fetched_once_then_encoded(tmp_path, config, straight, compiled
         embed.is_current(chosen, UIDS)
 
 
+@pytest.mark.slow
 def test_images_of_records(tmp_path, config, folder, straight, compiled):
     """URLs of documents and of labels with the same ids, and paths, each of its own split."""
     server = Server()

@@ -496,6 +496,7 @@ def test_unknown_names_fail_at_once_and_mute_name_servers_are_asked_again(
     assert len(asked) == calls
 
 
+@pytest.mark.slow
 def test_a_name_server_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(30) and [])
@@ -517,6 +518,7 @@ def test_public_addresses():
     assert all(map(download.is_public, PUBLIC.split()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after, least, most", [("1", 0.95, 9), ("99999999999", 1.15, 9)])
 def test_retry_after_is_heeded_and_capped(server, tmp_path, after, least, most):
     path = f"status/503/1/{after}"

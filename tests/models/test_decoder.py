@@ -30,6 +30,7 @@ def real(file):
     return (np.arange(file["tokens"].shape[1]) < file["lengths"][:, None])[None, ..., None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DECODERS)
 def test_golden_hidden_states(family):
     config, params, file = golden(family)
@@ -54,6 +55,7 @@ def test_later_tokens_change_nothing_before_them(family):
         assert np.abs(changed[:, :, cut:] - states[:, :, cut:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_embedding_is_the_same_alone_and_at_any_padding():
     config, params, file = golden("gemma3")
     tokens, lengths = file["tokens"], file["lengths"]

@@ -47,6 +47,7 @@ def test_parameter_tree_and_shardings():
     assert set(without) == {"backbone"}
 
 
+@pytest.mark.slow
 def test_init_is_a_function_of_the_seed_and_of_xavier_bound():
     first, other = init(prime_model(), 0), init(prime_model(), 1)
     # the backbone is drawn alike with and without PRIME
@@ -60,6 +61,7 @@ def test_init_is_a_function_of_the_seed_and_of_xavier_bound():
     assert np.abs(kernel[0] - kernel[1]).max() > 0
 
 
+@pytest.mark.slow
 def test_prototypes_are_unit_and_use_the_rows_asked_for():
     model = prime_model()
     params = init(model)
@@ -141,6 +143,7 @@ def test_sum_combiner_adds_unit_text_free_vector_and_unit_centroid():
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

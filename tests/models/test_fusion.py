@@ -182,6 +182,7 @@ def test_towers_by_a_composition_in_numpy(name, positions):
         np.testing.assert_allclose(np.linalg.norm(out.unit, axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_an_item_without_images_is_its_text_in_the_same_template(name):
     sizes, prompts, order = TOWERS[name]

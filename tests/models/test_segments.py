@@ -123,6 +123,7 @@ def test_as_with_padding(name, images, pooling, positions):
     assert_alike(encode(model, weights, shared), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_an_item_without_a_token_is_the_head(pooling):
     name = "bare"
@@ -137,6 +138,7 @@ def test_an_item_without_a_token_is_the_head(pooling):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [False, True])
 def test_rows_added_to_one_by_one_are_those_of_tokens_or_all_different(images):
     """Of positions each row would be added to by every sequence, which is slow on GPUs."""
@@ -193,6 +195,7 @@ def test_where_there_is_no_item_nothing_takes_part(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder", "image_text"])
 def test_what_is_not_finite_stays_with_its_item(name):
     model, inputs = tower(name, True), items(True)

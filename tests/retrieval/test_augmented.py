@@ -75,6 +75,7 @@ def sparse(dense) -> Csr:
     return Csr.of_pairs(np.argwhere(dense), *dense.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["split", "joint"])
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])

@@ -149,6 +149,7 @@ def test_filtered_per_document():
     assert metrics.filtered_per_document(np.zeros((0, 2), np.int32)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AMAZON.exists(), reason="needs LF-AmazonTitles-131K's test labels")
 def test_full_size_under_five_seconds():
     """134,835 documents at k = 100, half of the positives predicted; the filter included."""

@@ -132,6 +132,7 @@ def with_prior(problem: Problem, mix: dict) -> AugmentedConfig:
     return AugmentedConfig(**mix | {"prior": prior})
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(problems(), mixes(), SMALL, st.sampled_from(["exact", "scann"]))
 def test_evaluation(problem, mix, k, index):
@@ -173,6 +174,7 @@ def predictor_of(problem: Problem, mix: dict) -> Predictor:
     return Predictor(opened, types.SimpleNamespace(mesh=mesh), "exact")
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(problems(), mixes(), SMALL, st.data())
 def test_predictions(problem, mix, k, data):

@@ -43,6 +43,7 @@ class TestWithScann:
         assert (np.sort(ids) == np.sort(want_ids)).all()
         assert (scores.dtype, ids.dtype) == (np.float32, np.int32)
 
+    @pytest.mark.slow
     def test_a_tree_finds_95_percent_and_scores_exactly(self):
         database, queries = embeddings(1, 3000), embeddings(2, 100)
         index = ScannIndex.build(database, TREE)
@@ -69,6 +70,7 @@ class TestWithScann:
             for found, expected in zip(map(np.concatenate, zip(*parts)), whole):
                 np.testing.assert_array_equal(found, expected)
 
+    @pytest.mark.slow
     def test_a_tree_is_tuned_to_its_target_at_the_least_cost(self):
         database, documents = embeddings(1, 4000), embeddings(2, 700)
         queries, others = documents[:200], documents[200:]

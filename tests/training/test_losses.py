@@ -97,6 +97,7 @@ def check(ours, theirs, dtype):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_margin_loss_is_the_definition(weighted, dtype):
@@ -325,6 +326,7 @@ def test_gradients_stay_finite_without_negatives_or_positives(kind):
     assert np.all(np.isfinite(grad))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_negatives", [2, 10])
 def test_a_similarity_that_is_not_finite_shows_in_the_loss(num_negatives):
     x, u = units(np.random.default_rng(6), 2, 5, 3)
@@ -456,6 +458,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 @pytest.mark.parametrize("labels", ["sampled", "all"])
 def test_blocks_do_not_change_the_objective(labels, fields):

@@ -376,6 +376,7 @@ def test_dropout_differs_between_copies():
         assert len(np.unique(np.round(drawn, 6))) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
 def test_rows_are_read_and_written_back_without_the_table(sizes):
     """Rows of a table, embeddings of tokens and their gradients: what moves is what is read."""

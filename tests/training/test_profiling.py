@@ -65,6 +65,7 @@ def test_a_trace_of_some_steps_and_the_records_of_all(run, tmp_path):
     assert least <= sum(record["train/tokens"] for record in records) < 2 * 16 * len(order)
 
 
+@pytest.mark.slow
 def test_the_update_norm_is_of_what_a_step_changes(run):
     order = np.arange(run.data.num_documents, dtype=np.int32)
     state, batch = run.initial_state(), run.put(run.sampler.build(order, 0, 0, run.rows))

@@ -164,6 +164,7 @@ def test_what_is_no_request_is_refused_in_json(server, data, status):
     assert server.mib() - before < 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
@@ -178,6 +179,7 @@ def test_who_sends_no_whole_request_is_hung_up_on(server, data):
     server.send(data)
 
 
+@pytest.mark.slow
 def test_who_sends_by_bytes_is_hung_up_on(server):
     """Each byte comes in time; all of them do not."""
     for head, byte in ((GET + b"a: ", b"a"), (GET + b"\r\n", b"\r"), (CHUNKED, b"1\r\n \r\n")):
@@ -189,6 +191,7 @@ def test_who_sends_by_bytes_is_hung_up_on(server):
             pytest.fail(f"{head!r}: still open after 5 s")
 
 
+@pytest.mark.slow
 def test_who_reads_nothing_is_hung_up_on(server):
     asked = b"GET /static/app.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 16
     before = server.open()

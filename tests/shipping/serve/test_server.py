@@ -145,6 +145,7 @@ server.run(lambda: pathlib.Path(sys.argv[1]), config)
 """
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_while_its_thread_hangs(exported):
     with processes.started(1, ["-c", _HANGS, str(exported)]) as group:
         port = ready(group)
