@@ -187,15 +187,15 @@ class Sampler:
 
     def _positives_of(self, mine: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`Batch.positives` and `Batch.owners` of documents i[n], which fill some shards."""
-        of_ids = self._positives.take(ids)
-        rows = mine[of_ids.row_ids()]
-        shard = np.searchsorted(np.unique(self._shard[mine]), self._shard[rows])
-        start = np.searchsorted(shard, np.arange(shard.max(initial=-1) + 1))
-        place = shard * self._most_positives + np.arange(len(rows)) - start[shard]
-        size = len(np.unique(self._shard[mine])) * self._most_positives
-        positives = np.full(size, of_ids.columns, np.int32)
-        owners = np.zeros(size, np.int32)
-        positives[place], owners[place] = of_ids.indices, rows
+        of_ids, most = self._positives.take(ids), self._most_positives
+        shards, shard_of_row = np.unique(self._shard[mine], return_inverse=True)
+        row = of_ids.row_ids()
+        shard = shard_of_row[row]
+        start = np.searchsorted(shard, np.arange(len(shards)))
+        place = shard * most + np.arange(len(row)) - start[shard]
+        positives = np.full(len(shards) * most, of_ids.columns, np.int32)
+        owners = np.zeros(len(shards) * most, np.int32)
+        positives[place], owners[place] = of_ids.indices, mine[row]
         return positives, owners
 
     def _rows_of(self, batch: np.ndarray, mine: np.ndarray, contents: _Contents) -> Rows:

@@ -163,7 +163,7 @@ class Store:
         """The names of the splits that it has."""
         return SPLITS if self.validation is None else (*SPLITS, "validation")
 
-    @property
+    @functools.cached_property
     def shape(self) -> DataShape:
         """What the shapes of a run's arrays depend on."""
         positives = self.positives("train")
